@@ -1,0 +1,112 @@
+"""`dla data tokenizer | shards | verify`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add the command `data` to the `dla` parser; each of its commands sets `func(args) -> exit code`.
+
+    DataError is left to the caller, which prints it and exits with code 2.
+    """
+    data = subparsers.add_parser("data", help="text to tokenizer to tokenised shards, and their verification")
+    commands = data.add_subparsers(dest="data_command", required=True, metavar="tokenizer|shards|verify")
+
+    tokenizer = commands.add_parser(
+        "tokenizer",
+        help="train a lossless byte-fallback BPE tokenizer",
+        description="Train a lossless byte-fallback BPE tokenizer and write OUTPUT/tokenizer.model.",
+    )
+    _add_input(tokenizer)
+    tokenizer.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory for tokenizer.model")
+    tokenizer.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="tokens in all (default 4096)")
+    tokenizer.add_argument(
+        "--max-pieces", type=int, default=500_000, metavar="N",
+        help="train on at most this many pieces of up to 4,000 bytes, drawn with the seed (default 500000)",
+    )  # fmt: skip
+    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that draw (default 0)")
+    tokenizer.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
+    tokenizer.set_defaults(func=_tokenizer)
+
+    shards = commands.add_parser(
+        "shards",
+        help="tokenise text into WebDataset shards with a checksummed index",
+        description="Tokenise text into OUTPUT/train/*.tar and OUTPUT/val/*.tar with OUTPUT/index.json. The result is "
+        "the same byte for byte for every number of workers.",
+    )
+    _add_input(shards)
+    shards.add_argument(
+        "--tokenizer", required=True, type=Path, metavar="FILE_OR_DIR", help="tokenizer.model or its directory"
+    )
+    shards.add_argument("--output", required=True, type=Path, metavar="DIR", help="data directory to write")
+    shards.add_argument(
+        "--val-fraction", type=float, default=0.02, metavar="F",
+        help="share of the documents kept for validation, at least one; 0 for none (default 0.02)",
+    )  # fmt: skip
+    shards.add_argument("--val-docs", type=int, metavar="N", help="keep N documents for validation instead")
+    shards.add_argument(
+        "--shard-tokens", type=int, default=1_000_000, metavar="N", help="tokens a shard aims at (default 1000000)"
+    )
+    shards.add_argument(
+        "--min-train-shards", type=int, default=8, metavar="N",
+        help="make at least this many train shards, documents permitting: a run needs one a data stream (default 8)",
+    )  # fmt: skip
+    shards.add_argument("--workers", type=int, metavar="N", help="processes (default: one per usable core)")
+    shards.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the validation draw (default 0)")
+    shards.add_argument("--overwrite", action="store_true", help="replace existing data once the new is complete")
+    shards.set_defaults(func=_shards)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check shards against their index",
+        description="Check sizes, checksums, the tokenizer and every document; lists all damaged or missing shards.",
+    )
+    verify.add_argument("directory", type=Path, metavar="DIR", help="data directory")
+    verify.add_argument("--fast", action="store_true", help="sizes and checksums only, do not look at the tokens")
+    verify.set_defaults(func=_verify)
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", required=True, nargs="+", type=Path, metavar="PATH",
+        help=".txt (one document a file) or .jsonl (one a line), also .gz, .xz, .zst; directories are walked",
+    )  # fmt: skip
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of .jsonl lines (default: text)")
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    from megatron_dla.data_prep.tokenizer import train_tokenizer
+
+    made = train_tokenizer(
+        args.input, args.output, args.vocab_size, text_field=args.text_field, input_sentence_size=args.max_pieces,
+        seed=args.seed, overwrite=args.overwrite,
+    )  # fmt: skip
+    print(f"{made.path}: {made.vocab_size} tokens, sha256 {made.sha256}")
+    return 0
+
+
+def _shards(args: argparse.Namespace) -> int:
+    from megatron_dla.data_prep.shards import build_shards
+
+    index = build_shards(
+        args.input, args.tokenizer, args.output, val_fraction=args.val_fraction, val_docs=args.val_docs,
+        shard_tokens=args.shard_tokens, min_train_shards=args.min_train_shards, workers=args.workers,
+        seed=args.seed, text_field=args.text_field, overwrite=args.overwrite,
+    )  # fmt: skip
+    for split in index.splits:
+        t = index.totals(split)
+        print(
+            f"{args.output / split}: {t.shards} shards, {t.documents:,} documents, {t.tokens:,} tokens, "
+            f"{t.text_bytes / t.tokens:.2f} bytes of text a token"
+        )
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_dla.data_prep.verify import verify_shards
+
+    print(verify_shards(args.directory, deep=not args.fast))
+    return 0

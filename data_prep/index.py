@@ -1,0 +1,155 @@
+"""`index.json`: what a data directory holds, written last, so its presence means the build finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_dla.errors import DataError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+TOKENIZER_NAME = "tokenizer.model"
+REBUILD = "rebuild with `dla data shards ... --overwrite` or copy it again"
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar file `<split>/<name>`: size and checksum of the file, and what it holds (`tokens` counts each eos)."""
+
+    name: str
+    split: str
+    bytes: int
+    sha256: str
+    documents: int
+    tokens: int
+    text_bytes: int
+
+    @property
+    def path(self) -> str:
+        """Path inside the data directory."""
+        return f"{self.split}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over shards. `text_bytes` is UTF-8 text, `bytes` tar files."""
+
+    shards: int
+    documents: int
+    tokens: int
+    text_bytes: int
+    bytes: int
+
+
+@dataclass
+class ShardIndex:
+    """The content of `index.json`. `dtype` is that of the stored tokens; `sources` one record an input."""
+
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    dtype: str
+    shards: list[ShardInfo]
+    seed: int
+    created_by: str
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ShardIndex:
+        """Read an index file or the `index.json` of a directory. Raises DataError when missing, damaged or too new."""
+        file = Path(path)
+        file = file / INDEX_NAME if file.is_dir() else file
+        if not file.is_file():
+            raise DataError(f"{file}: no such index; the data is not there or its build did not finish, {REBUILD}")
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: not a readable index ({error}); {REBUILD}") from error
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{file}: format_version is {version!r}, this program reads {FORMAT_VERSION}; "
+                "use the program version that wrote it, or rebuild with `dla data shards ... --overwrite`"
+            )
+        try:
+            index = cls(**{**raw, "shards": [ShardInfo(**shard) for shard in raw["shards"]]})
+            index._check()
+        except (TypeError, KeyError, ValueError) as error:
+            raise DataError(f"{file}: damaged index ({error}); {REBUILD}") from error
+        return index
+
+    def _check(self) -> None:
+        if self.dtype not in ("uint16", "uint32"):
+            raise ValueError(f"dtype is {self.dtype!r}, want uint16 or uint32")
+        kinds = {"int": int, "str": str}
+        parts: list[ShardIndex | ShardInfo] = [self, *self.shards]
+        for part in parts:
+            for item in fields(part):
+                want = kinds.get(str(item.type))
+                if want and type(getattr(part, item.name)) is not want:
+                    raise ValueError(f"{item.name} is {getattr(part, item.name)!r}, want {item.type}")
+        for shard in self.shards:
+            if min(shard.documents, shard.tokens, shard.bytes) < 1 or "/" in shard.name or "/" in shard.split:
+                raise ValueError(f"shard {shard.path!r} is empty or badly named")
+        if len({shard.path for shard in self.shards}) != len(self.shards):
+            raise ValueError("a shard is listed twice")
+
+    def _json(self) -> str:
+        return json.dumps({"format_version": self.format_version, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write atomically to a file, or as `index.json` into a directory."""
+        file = Path(path)
+        atomic_write(file / INDEX_NAME if file.is_dir() else file, self._json().encode("utf-8"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of everything that decides which tokens are read, in which order."""
+        content = [self.tokenizer_sha256, self.dtype, self.eos_id, [[s.path, s.sha256] for s in self.shards]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits that have shards, sorted."""
+        return sorted({shard.split for shard in self.shards})
+
+    def split(self, name: str) -> list[ShardInfo]:
+        """The shards of a split, in index order. Raises DataError when there are none."""
+        shards = [shard for shard in self.shards if shard.split == name]
+        if not shards:
+            fix = "; rebuild with --val-fraction above 0" if name == "val" else ""
+            raise DataError(f"split {name!r} has no shards; this data has {self.splits}{fix}")
+        return shards
+
+    def totals(self, split: str | None = None) -> Totals:
+        """Sums over one split, or over everything."""
+        s = [shard for shard in self.shards if split in (None, shard.split)]
+        return Totals(
+            len(s), sum(x.documents for x in s), sum(x.tokens for x in s), sum(x.text_bytes for x in s),
+            sum(x.bytes for x in s),
+        )  # fmt: skip

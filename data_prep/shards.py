@@ -1,0 +1,209 @@
+"""Text to tokenised WebDataset shards.
+
+Two passes. First the documents are tokenised in worker processes into one spool file, in input order;
+then, with all sizes known, they are dealt to the splits and shards. The result depends on the inputs, the
+tokenizer, the seed and the sizes asked for, not on the number of workers, and is the same byte for byte
+each time. The spool needs about as much disk space as the shards, in the output directory, until the end.
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dla.data_prep.index import INDEX_NAME, TOKENIZER_NAME, ShardIndex, ShardInfo, atomic_write, file_sha256
+from megatron_dla.data_prep.sources import DocumentSource
+from megatron_dla.data_prep.tokenise import Spool, token_dtype, tokenise
+from megatron_dla.data_prep.tokenizer import Tokenizer
+from megatron_dla.errors import DataError
+
+_BUILDING = ".building"
+SPLITS = ("train", "val")
+
+
+def _split(spool: Spool, val_fraction: float, val_docs: int | None) -> dict[str, list[int]]:
+    """Document numbers of each split, in input order. Raises DataError when a split would be empty."""
+    n = len(spool.hashes)
+    by_hash = sorted(range(n), key=lambda i: (spool.hashes[i], i))
+    if val_docs is None:
+        limit = int(val_fraction * 2.0**64)
+        chosen = sum(value < limit for value in spool.hashes)
+        chosen = max(chosen, 1) if val_fraction > 0 else 0
+    else:
+        chosen = val_docs
+    if chosen >= n:
+        raise DataError(
+            f"{chosen} of {n} documents would be for validation (val_fraction={val_fraction}, val_docs={val_docs}), "
+            "leaving none to train on; lower it, pass --val-fraction 0, or cut the input into more documents"
+        )
+    val = set(by_hash[:chosen])
+    splits = {"train": [i for i in range(n) if i not in val], "val": sorted(val)}
+    return {name: documents for name, documents in splits.items() if documents}
+
+
+def _deal(documents: list[int], n_tokens: Sequence[int], shard_tokens: int, min_shards: int) -> list[list[int]]:
+    """Deal documents, in order, each to the shard with the fewest tokens so far: shards of similar size."""
+    total = sum(n_tokens[i] for i in documents)
+    count = min(max(math.ceil(total / shard_tokens), min_shards, 1), len(documents))
+    shards: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, shard) for shard in range(count)]
+    for i in documents:
+        size, shard = heap[0]
+        shards[shard].append(i)
+        heapq.heapreplace(heap, (size + n_tokens[i], shard))
+    return shards
+
+
+def _write_shard(
+    path: Path, split: str, documents: list[int], spool: Spool, tokens: np.ndarray, at: np.ndarray
+) -> ShardInfo:
+    import webdataset as wds
+
+    with open(path, "wb") as file:
+        # A fixed time, or two builds of the same data would differ.
+        with wds.TarWriter(file, encoder=False, mtime=0) as writer:
+            for number, i in enumerate(documents):
+                record = {"source": spool.sources[i], "n_tokens": spool.n_tokens[i], "n_bytes": spool.n_bytes[i]}
+                writer.write(
+                    {
+                        "__key__": f"{path.stem}-{number:06d}",
+                        "npy": _npy(tokens[at[i] : at[i + 1]]),
+                        "json": json.dumps(record, ensure_ascii=False).encode(),
+                    }
+                )
+        file.flush()
+        os.fsync(file.fileno())
+    return ShardInfo(
+        name=path.name, split=split, bytes=path.stat().st_size, sha256=file_sha256(path), documents=len(documents),
+        tokens=sum(spool.n_tokens[i] for i in documents), text_bytes=sum(spool.n_bytes[i] for i in documents),
+    )  # fmt: skip
+
+
+def _npy(tokens: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, tokens, allow_pickle=False)
+    return out.getvalue()
+
+
+def build_shards(
+    inputs: Sequence[str | os.PathLike[str]],
+    tokenizer_path: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    val_fraction: float = 0.02,
+    val_docs: int | None = None,
+    shard_tokens: int = 1_000_000,
+    min_train_shards: int = 8,
+    workers: int | None = None,
+    seed: int = 0,
+    text_field: str = "text",
+    overwrite: bool = False,
+) -> ShardIndex:
+    """Tokenise `inputs` into `output_dir`: `train/*.tar`, `val/*.tar`, `tokenizer.model` and, last, `index.json`.
+
+    Args:
+        tokenizer_path: model file, or a directory with `tokenizer.model`.
+        val_fraction: share of the documents for validation, at least one when above 0; drawn by a hash of
+            (seed, content), so exact copies of a document share a split.
+        val_docs: that many documents instead.
+        shard_tokens: tokens a shard aims at; documents are never cut, so a long one makes a bigger shard.
+        min_train_shards: smaller shards are made to reach this number (a loader needs a shard for each of its
+            streams), as far as there are documents.
+        workers: processes; None is one per usable core.
+        overwrite: replace an existing build. It stays in place until the new one is complete.
+
+    A sample is `<key>.npy` (uint16, or uint32 above 65,536 tokens: [n_tokens], the last is eos) and `<key>.json`
+    (`source`, `n_tokens`, `n_bytes`). Empty documents are skipped. Raises DataError for inputs that cannot be
+    read, bad arguments, an existing index without `overwrite`, or a split that would be empty.
+    """
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction={val_fraction}: want at least 0 and less than 1")
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    for name, value, least in (
+        ("shard_tokens", shard_tokens, 1), ("min_train_shards", min_train_shards, 1), ("workers", workers, 1),
+        ("val_docs", val_docs or 0, 0), ("seed", seed, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise DataError(f"{name}={value}: want at least {least}")
+    root = Path(output_dir)
+    if (root / INDEX_NAME).exists() and not overwrite:
+        raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
+    tokenizer = Tokenizer(tokenizer_path)
+    source = DocumentSource(inputs, text_field=text_field)
+    building = root / _BUILDING
+    shutil.rmtree(building, ignore_errors=True)  # of a build that was killed
+    building.mkdir(parents=True)
+    try:
+        spool = Spool(building / "tokens")
+        tokenise(source, tokenizer, spool, workers, seed)
+        if not spool.n_tokens:
+            raise DataError(f"{', '.join(map(str, inputs))}: no text in these inputs")
+        index = ShardIndex(
+            tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id,
+            dtype=token_dtype(tokenizer).name, shards=[], seed=seed, created_by=_created_by(),
+            sources=_sources(source),
+        )  # fmt: skip
+        tokens = np.memmap(spool.file, dtype=token_dtype(tokenizer), mode="r")
+        at = np.concatenate([[0], np.cumsum(np.frombuffer(spool.n_tokens, dtype=np.int64))])
+        for split, documents in _split(spool, val_fraction, val_docs).items():
+            (building / split).mkdir()
+            shards = _deal(documents, spool.n_tokens, shard_tokens, min_train_shards if split == "train" else 1)
+            for number, members in enumerate(shards):
+                path = building / split / f"{split}-{number:06d}.tar"
+                index.shards.append(_write_shard(path, split, members, spool, tokens, at))
+        _publish(root, building, index, tokenizer)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    for note in _notes(source, spool):
+        print(note, file=sys.stderr)
+    return index
+
+
+def _publish(root: Path, building: Path, index: ShardIndex, tokenizer: Tokenizer) -> None:
+    """Swap the finished build in. Without an index in between, a reader never mixes old shards with new ones."""
+    model = tokenizer.path.read_bytes()
+    (root / INDEX_NAME).unlink(missing_ok=True)
+    for split in SPLITS:
+        for old in (root / split).glob(f"{split}-*.tar"):
+            old.unlink()
+    for shard in index.shards:
+        (root / shard.split).mkdir(exist_ok=True)
+        os.replace(building / shard.path, root / shard.path)
+    atomic_write(root / TOKENIZER_NAME, model)
+    index.save(root / INDEX_NAME)
+
+
+def _created_by() -> str:
+    from importlib.metadata import version
+
+    from megatron_dla import __version__
+
+    return f"megatron-dla {__version__}, sentencepiece {version('sentencepiece')}, webdataset {version('webdataset')}"
+
+
+def _sources(source: DocumentSource) -> list[dict[str, Any]]:
+    records: dict[str, dict[str, Any]] = {}
+    for file in source.files:
+        record = records.setdefault(file.input, {"input": file.input, "files": 0, "bytes": 0})
+        record["files"] += 1
+        record["bytes"] += file.bytes
+    return list(records.values())
+
+
+def _notes(source: DocumentSource, spool: Spool) -> list[str]:
+    notes = source.notes()
+    if spool.empty:
+        notes.append(f"note: skipped {spool.empty} empty documents")
+    if copies := len(spool.hashes) - len(set(spool.hashes)):
+        notes.append(f"note: {copies} documents are exact copies of another one; they were kept")
+    return notes

@@ -1,0 +1,233 @@
+"""A lossless byte-fallback BPE tokenizer: training it, and the class that everything else encodes with."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dla.data_prep.index import TOKENIZER_NAME, atomic_write
+from megatron_dla.data_prep.sources import DocumentSource
+from megatron_dla.errors import DataError
+
+UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+_SPACE = "\u2581"  # sentencepiece stores every space as this character
+_PIECE_BYTES = 4000  # of training text; sentencepiece drops longer ones than its own limit
+_WINDOW = 1 << 16  # characters encoded at once: BPE's memory grows with the length of its input
+_PROBES = (
+    "", " ", "  lead", "trail  ", "a   b", "\ttab\t\t", "\n\n x\r\n\r", "\x00\x01\x1f\x7f", "<s></s><unk><0x0A>",
+    "\u2581 x\u2581\u2581", "\u2585", "\ufeffe\u0301 \xe9", "\U0001f600\U0001f468\u200d\U0001f469", "12345 6.7e-8",
+)  # fmt: skip
+
+
+class Tokenizer:
+    """A trained tokenizer. `path` is the model file or a directory that holds `tokenizer.model`.
+
+    Attributes: `vocab_size`, `eos_id` (ends every document), `bos_id` (reserved, never written by the data
+    tools), `sha256` (hex, of the model file), `path`.
+
+    Every text survives `decode(encode(text))`. Sentencepiece alone would turn a literal U+2581 into a space;
+    here that character is always encoded as its three byte tokens. Texts are encoded in windows of at most
+    65,536 characters, cut after a line or a space where there is one.
+
+    Raises DataError when the file is missing, is not a sentencepiece model, or is one that would lose text.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        import sentencepiece
+
+        file = Path(path)
+        self.path = file / TOKENIZER_NAME if file.is_dir() else file
+        try:
+            model = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: no tokenizer here ({error.strerror}); make one: `dla data tokenizer`"
+            ) from error
+        try:
+            self._sp: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise DataError(f"{self.path}: not a sentencepiece model; make one with `dla data tokenizer`") from error
+        self.sha256: str = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._sp.get_piece_size()
+        self.eos_id: int = self._sp.eos_id()
+        self.bos_id: int = self._sp.bos_id()
+        self._marker = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        bad = next((probe for probe in _PROBES if self.decode(self.encode(probe)) != probe), None)
+        if self.eos_id < 0 or not all(self._sp.is_byte(i) for i in self._marker) or bad is not None:
+            why = f"loses text such as {bad!r}" if bad is not None else "has no end-of-document or byte tokens"
+            raise DataError(f"{self.path}: this tokenizer {why}; make a lossless one with `dla data tokenizer`")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without bos or eos. Raises DataError for a lone surrogate, which is not text."""
+        ids: list[int] = []
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"text holds a lone surrogate at character {error.start}; it is not valid Unicode"
+            ) from None
+        for i, part in enumerate(text.split(_SPACE)):
+            if i:
+                ids.extend(self._marker)
+            for window in _windows(part):
+                ids.extend(self._sp.encode(window))
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; bos and eos decode to nothing."""
+        return str(self._sp.decode([int(i) for i in ids]))
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each token stands for: int32 [vocab_size], 0 for unk, bos, eos; sums to the text's size."""
+        sp = self._sp
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        for i in range(self.vocab_size):
+            if sp.is_byte(i):
+                sizes[i] = 1
+            elif not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
+                sizes[i] = len(sp.id_to_piece(i).replace(_SPACE, " ").encode())
+        return sizes
+
+
+def _windows(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _WINDOW:
+        end = start + _WINDOW
+        cut = max(text.rfind("\n", start, end), text.rfind(" ", start + _WINDOW // 2, end)) + 1
+        end = cut if cut > start else end
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a document into runs of whole lines of at most 4,000 bytes (longer lines are cut), losing nothing."""
+    run: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        # A quarter of the bytes, since a character has at most four.
+        for part in [line] if len(line) * 4 <= _PIECE_BYTES else re.findall(rf"(?s).{{1,{_PIECE_BYTES // 4}}}", line):
+            n = len(part.encode())
+            if run and size + n > _PIECE_BYTES:
+                yield "".join(run)
+                run, size = [], 0
+            run.append(part)
+            size += n
+    if run:
+        yield "".join(run)
+
+
+def _sample(pieces: Iterable[str], cap: int, seed: int) -> tuple[list[str], int]:
+    """Uniform reservoir sample of at most `cap` pieces, and how many there were."""
+    rng, total = random.Random(seed), 0
+    kept: list[str] = []
+    for piece in pieces:
+        total += 1
+        if len(kept) < cap:
+            kept.append(piece)
+        elif (slot := rng.randrange(total)) < cap:
+            kept[slot] = piece
+    return kept, total
+
+
+def train_tokenizer(
+    inputs: Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    vocab_size: int = 4096,
+    *,
+    text_field: str = "text",
+    input_sentence_size: int = 500_000,
+    character_coverage: float = 0.9995,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Tokenizer:
+    """Train a byte-fallback BPE tokenizer on the documents of `inputs`; write `output_dir/tokenizer.model`.
+
+    Args:
+        vocab_size: tokens in all, with 3 specials (unk 0, bos 1, eos 2; no pad) and 256 bytes.
+        input_sentence_size: most pieces (whole lines, up to 4,000 bytes together) trained on, drawn with `seed`.
+        character_coverage: share of the text's characters that get a token; the others are spelled in bytes.
+
+    The same inputs and arguments give the same file. Raises DataError for an input that cannot be read, a
+    vocabulary that is too small or too large for the text (naming the bound), an existing tokenizer without
+    `overwrite`, or a text that does not survive the round trip (nothing is written then).
+    """
+    if vocab_size < 260:
+        raise DataError(f"vocab_size={vocab_size}: want at least 260 (256 bytes, 3 specials and one character)")
+    if not 0 < character_coverage <= 1:
+        raise DataError(f"character_coverage={character_coverage}: want a number above 0 and at most 1")
+    if input_sentence_size < 1:
+        raise DataError(f"input_sentence_size={input_sentence_size}: want at least 1")
+    target = Path(output_dir) / TOKENIZER_NAME
+    if target.exists() and not overwrite:
+        raise DataError(
+            f"{target}: exists; shards made with it would not fit a new one, pass --overwrite or another --output"
+        )
+    source = DocumentSource(inputs, text_field=text_field)
+    checked: list[str] = []
+
+    def pieces() -> Iterator[str]:
+        for document in source:
+            for piece in _pieces(document.text):
+                if len(checked) < 1000:
+                    checked.append(piece)
+                # Training would take the character for a space.
+                yield piece.replace(_SPACE, "")
+
+    sentences, total = _sample(pieces(), input_sentence_size, seed)
+    for note in source.notes():
+        print(note, file=sys.stderr)
+    if total > len(sentences):
+        print(f"trained on a sample of {len(sentences)} of {total} text pieces (input_sentence_size)", file=sys.stderr)
+    if not any(sentences):
+        raise DataError(f"{', '.join(map(str, inputs))}: no text in these inputs")
+    model = _train(sentences, vocab_size, character_coverage)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{TOKENIZER_NAME}.{os.getpid()}.new")
+    try:
+        temporary.write_bytes(model)
+        tokenizer = Tokenizer(temporary)
+        bad = next((piece for piece in checked if tokenizer.decode(tokenizer.encode(piece)) != piece), None)
+        if bad is not None:
+            raise DataError(f"{target}: not written, it would lose text: {bad[:80]!r} does not survive a round trip")
+        atomic_write(target, model)
+    finally:
+        temporary.unlink(missing_ok=True)
+    tokenizer.path = target
+    return tokenizer
+
+
+def _train(sentences: list[str], vocab_size: int, character_coverage: float) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            add_dummy_prefix=False, split_digits=True, allow_whitespace_only_pieces=True,
+            character_coverage=character_coverage, max_sentence_length=2 * _PIECE_BYTES, num_threads=1,
+            unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=-1, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if match := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
+            raise DataError(
+                f"vocab_size={vocab_size}: this text supports at most {match[1]}; lower --vocab-size or add text"
+            ) from error
+        if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            raise DataError(
+                f"vocab_size={vocab_size}: the text's characters alone need {match[1]}; raise --vocab-size"
+                f" or lower character_coverage={character_coverage}"
+            ) from error
+        raise DataError(f"sentencepiece could not train vocab_size={vocab_size} on this text: {error}") from error
+    return model.getvalue()

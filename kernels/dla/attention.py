@@ -1,0 +1,293 @@
+"""The public entry points: `partition`, `dla_attention`, `decode_step`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cache import EMPTY, Partition, SlotCache
+from .chunk import ChunkDLA, begin_of_document
+from .decode import decode_one, recurrent_partition
+from .naive import document_starts, naive_attention
+from .partition import lanes, torch_partition, unlanes
+
+BACKENDS = ("auto", "naive", "torch")
+MERGES = ("density", "ward")
+TAU_TEMPERATURE = 0.1  # width of the surrogate sigmoid of a learned threshold
+
+
+def _check(k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, tau, capacity: int, merge: str, backend: str):
+    """Shapes and values that a caller can get wrong: ValueError with the argument, the value and what is needed."""
+    if v.ndim != 4 or k.ndim != 4 or k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"k and v must be [B, T, G, Dk] and [B, T, H, Dv], got {tuple(k.shape)}, {tuple(v.shape)}")
+    B, T, H, _ = v.shape
+    if T == 0:
+        raise ValueError("the sequence is empty: T must be at least 1")
+    if H % k.shape[2]:
+        raise ValueError(f"heads ({H}) must be a multiple of the q/k groups ({k.shape[2]})")
+    for name, x in (("g", g), ("beta", beta)):
+        if x is not None and x.shape != (B, T, H):
+            raise ValueError(f"{name} must be [B, T, H] = {(B, T, H)}, got {tuple(x.shape)}")
+    if isinstance(tau, Tensor) and tau.ndim and tau.shape != (H,):
+        raise ValueError(f"tau must be a number or a tensor [H] = [{H}], got {tuple(tau.shape)}")
+    if capacity < 2:
+        raise ValueError(f"capacity must be at least 2 (a merge needs two slots), got {capacity}")
+    if merge not in MERGES:
+        raise ValueError(f"merge must be one of {MERGES}, got {merge!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS} (triton kernels are not written yet), got {backend!r}")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: int) -> None:
+    if cu_seqlens is None:
+        return
+    ends = cu_seqlens.tolist()
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):
+        raise ValueError(f"cu_seqlens must rise from 0 to B * T = {tokens} without falling, got {ends}")
+
+
+def _check_cache(cache: SlotCache | None, batch: int, k: Tensor, v: Tensor, capacity: int) -> None:
+    wanted = (batch, v.shape[2], capacity, k.shape[-1], v.shape[-1])
+    if cache is not None and tuple(cache.states.shape) != wanted:
+        raise ValueError(f"cache.states must be [B, H, capacity, Dk, Dv] = {wanted}, got {tuple(cache.states.shape)}")
+
+
+def partition(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    *,
+    tau: float | Tensor,
+    capacity: int,
+    merge: str = "density",
+    cu_seqlens: Tensor | None = None,
+    cache: SlotCache | None = None,
+    backend: str = "auto",
+) -> Partition:
+    """Decide where slots open and which starts die (no gradient), per sequence and head.
+
+    Args:
+        k, v, g, beta, cu_seqlens: as `dla_attention`.
+        tau: boundary threshold on the information score in [0, 2], a float or [H]. At most 0: every token opens a
+            slot; above 2: only a document's first.
+        capacity: K, at least 2. merge: `density` (eq 16) or `ward` (rise in squared error).
+        cache: memory before the first token; only without `cu_seqlens`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, backend=backend)
+    _check_cu_seqlens(cu_seqlens, v.shape[0] * v.shape[1])
+    if cu_seqlens is not None and cache is not None:
+        raise ValueError("partition: give either cu_seqlens or cache (call it once a document to continue several)")
+    _check_cache(cache, v.shape[0], k, v, capacity)
+    if backend == "naive":
+        lam = v.new_zeros(*v.shape[:3], capacity)
+        args = dict(tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache)
+        with torch.no_grad():
+            return naive_attention(k, k, v, g, lam, beta, **args)[1]
+    if merge == "ward":
+        args = dict(tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache)
+        return recurrent_partition(k, v, g, beta, **args)
+    want_lo = isinstance(tau, Tensor) and tau.requires_grad
+    return torch_partition(
+        k, v, g, beta, tau=tau, capacity=capacity, cu_seqlens=cu_seqlens, cache=cache, want_lo=want_lo
+    )
+
+
+_decide = partition  # `dla_attention` has an argument of that name
+
+
+def _by_document(tensors: list[Tensor | None], cu_seqlens: Tensor, cache: SlotCache | None, kwargs: dict):
+    """Run the documents of a packed row one by one, each with its own cache: exact, and rarely worth being fast."""
+    B, T = tensors[2].shape[:2]
+    flat = [None if x is None else x.reshape(1, B * T, *x.shape[2:]) for x in tensors]
+    outs, caches = [], []
+    ends = cu_seqlens.tolist()
+    for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
+        if a == b:
+            raise ValueError(f"cu_seqlens: document {i} is empty; drop it, or call without a cache")
+        one = None if cache is None else cache.select(torch.tensor([i], device=cache.live.device))
+        q, k, v, g, lam, beta = [None if x is None else x[:, a:b] for x in flat]
+        out, last = dla_attention(q, k, v, g, lam, beta, cache=one, return_cache=True, **kwargs)
+        outs.append(out)
+        caches.append(last)
+    names = ("states", "start", "count", "info", "live")
+    joined = {name: torch.cat([getattr(c, name) for c in caches]) for name in names}
+    return torch.cat(outs, 1).view(B, T, *outs[0].shape[2:]), SlotCache(**joined, position=caches[0].position)
+
+
+def dla_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    slot_weights: Tensor,
+    beta: Tensor | None = None,
+    *,
+    tau: float | Tensor,
+    capacity: int = 30,
+    merge: str = "density",
+    partition: Partition | None = None,
+    cu_seqlens: Tensor | None = None,
+    cache: SlotCache | None = None,
+    return_cache: bool = False,
+    backend: str = "auto",
+    chunk_size: int = 64,
+    tau_temperature: float = TAU_TEMPERATURE,
+) -> tuple[Tensor, SlotCache | None]:
+    """Dynamic Linear Attention over a sequence (arXiv 2606.10650, eqs 13-18).
+
+    Args:
+        q, k: [B, T, G, Dk], G divides H (head h reads group h // (H / G)); q is already scaled.
+        v: [B, T, H, Dv]. g: [B, T, H], log decay, <= 0. beta: [B, T, H] in [0, 1] selects the gated delta rule
+            (k should have norm <= 1); None is the additive (Mamba-2) form.
+        slot_weights: [B, T, H, capacity], readout weight of each slot by recency (0 = the open slot).
+        tau: boundary threshold, float or [H]; a tensor that requires a gradient gets the straight-through one.
+        partition: decisions to follow instead of taking them (recomputation, teacher forcing).
+        cu_seqlens: int [n + 1], document borders over the flattened B * T tokens; memory is empty at each.
+        cache: memory before the first token; with `cu_seqlens`, one entry a document, as is the returned one.
+            Gradients flow into `cache.states` and out of the returned cache's.
+        backend: `naive` (float64 recurrence), `torch` (chunkwise), `auto` (the best one for the device).
+        chunk_size: tokens a chunk; changes the speed and the rounding, not the result.
+
+    Returns:
+        out [B, T, H, Dv] in v's dtype (states and decisions are fp32, or float64 for float64 inputs), and the final
+        cache if `return_cache`, else None.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, backend=backend)
+    B, T, H, Dv = v.shape
+    if q.shape != k.shape:
+        raise ValueError(f"q and k must have the same shape, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if slot_weights.shape != (B, T, H, capacity):
+        raise ValueError(f"slot_weights must be {(B, T, H, capacity)}, got {tuple(slot_weights.shape)}")
+    _check_cu_seqlens(cu_seqlens, B * T)
+    learned = isinstance(tau, Tensor) and tau.requires_grad
+    if learned and (cache is not None or merge != "density"):
+        raise ValueError("a tau that requires a gradient works with merge='density' and without an incoming cache")
+    if cu_seqlens is not None and (cache is not None or return_cache):
+        if partition is not None:
+            raise ValueError("with cu_seqlens and a cache the partition cannot be given")
+        kwargs = dict(
+            tau=tau, capacity=capacity, merge=merge, backend=backend, chunk_size=chunk_size,
+            tau_temperature=tau_temperature,
+        )  # fmt: skip
+        out, last = _by_document([q, k, v, g, slot_weights, beta], cu_seqlens, cache, kwargs)
+        return out, last if return_cache else None
+    _check_cache(cache, B, k, v, capacity)
+    if backend == "naive":
+        args = dict(tau=tau, capacity=capacity, merge=merge, partition=partition, cu_seqlens=cu_seqlens, cache=cache)
+        out, _, final = naive_attention(q, k, v, g, slot_weights, beta, **args)
+        return out.to(v.dtype), final if return_cache else None
+    if partition is None:
+        rule = dict(tau=tau, capacity=capacity, merge=merge)
+        partition = _decide(k, v, g, beta, cu_seqlens=cu_seqlens, cache=cache, **rule)
+    if learned and partition.lo is None:
+        raise ValueError("partition.lo is missing: compute the partition with the tau that requires a gradient")
+    resets = document_starts(cu_seqlens, B, T, v.device).repeat_interleave(H, dim=0)
+    slots, slot_death, states = _incoming(cache, partition, k, v, capacity)
+    flat = [_flat(x) for x in (partition.start, partition.death, partition.score, partition.lo)]
+    tau_lanes = torch.as_tensor(tau, device=v.device, dtype=states.dtype).expand(H).repeat(B)
+    beta_lanes = None if beta is None else lanes(beta, H)
+    out, final = ChunkDLA.apply(
+        lanes(q, H), lanes(k, H), lanes(v, H), lanes(g, H), lanes(slot_weights, H), beta_lanes, states, tau_lanes,
+        (*flat, resets, slots, slot_death), chunk_size, tau_temperature,
+    )  # fmt: skip
+    out = unlanes(out, B).to(v.dtype)
+    return out, _final_cache(final, partition, resets, slots, slot_death, cache) if return_cache else None
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.transpose(1, 2).flatten(0, 1)
+
+
+def _incoming(cache: SlotCache | None, part: Partition, k: Tensor, v: Tensor, capacity: int):
+    """The cache in lanes and recency order: positions (-1 = open, EMPTY = none) [N, K], deaths [N, K], states."""
+    N, T, device = v.shape[0] * v.shape[2], v.shape[1], v.device
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    if cache is None:
+        slots = torch.full((N, capacity), EMPTY, dtype=torch.int64, device=device)
+        states = torch.zeros(N, capacity, k.shape[-1], v.shape[-1], dtype=dtype, device=device)
+        return slots, torch.full_like(slots, T), states
+    recency = torch.arange(capacity, device=device).expand(N, -1)
+    source = cache.live.view(N, 1) - 1 - recency
+    there, source = source >= 0, source.clamp(min=0)
+    slots = torch.where(there, -1 - recency, EMPTY)
+    if part.cache_death is None:
+        raise ValueError("partition.cache_death is missing: compute the partition with the same cache")
+    slot_death = torch.where(there, part.cache_death.view(N, capacity).long().gather(1, source), T)
+    states = cache.states.flatten(0, 1).to(dtype)
+    index = source[..., None, None].expand(-1, -1, *states.shape[2:])
+    return slots, slot_death, states.gather(1, index) * there[..., None, None]
+
+
+def _final_cache(
+    final: Tensor, part: Partition, resets: Tensor, slots: Tensor, slot_death: Tensor, cache: SlotCache | None
+) -> SlotCache:
+    """A `SlotCache` from the states after the last token ([N, K, Dk, Dv] by recency) and the partition's scalars."""
+    B, T, H = part.start.shape
+    N, K = slots.shape
+    device = final.device
+    before = 0 if cache is None else cache.position
+    begin = begin_of_document(resets)[:, -1:]
+    old = slots.flip(1)  # oldest first; EMPTY ones lead
+    old_alive = (slot_death.flip(1) >= T) & (old >= begin) & (old > EMPTY)
+    row = torch.arange(T, device=device).expand(N, -1)
+    row_alive = _flat(part.start) & (_flat(part.death) >= T) & (row >= begin)
+    alive = torch.cat([old_alive, row_alive], 1)  # [N, K + T], in the order of time
+    slot = alive.long().cumsum(1) - 1  # the chronological slot that holds each inherited slot and each token
+    weight = torch.cat([old > EMPTY, torch.ones_like(row, dtype=torch.bool)], 1)
+    weight &= torch.cat([old, row], 1) >= begin
+    counts, infos = torch.ones_like(slot), torch.cat([final.new_zeros(N, K), _flat(part.score).to(final.dtype)], 1)
+    starts = torch.cat([old, row + before], 1)
+    if cache is not None:
+        source = (cache.live.view(N, 1) - K + torch.arange(K, device=device)).clamp(min=0)
+        counts[:, :K] = cache.count.view(N, K).gather(1, source)
+        infos[:, :K] = cache.info.view(N, K).gather(1, source).to(final.dtype)
+        starts[:, :K] = cache.start.view(N, K).gather(1, source)
+    slot = torch.where(weight, slot, K)
+    count = counts.new_zeros(N, K + 1).scatter_add_(1, slot, counts)[:, :K]
+    info = infos.new_zeros(N, K + 1).scatter_add_(1, slot, infos)[:, :K]
+    start = torch.full_like(count, EMPTY)
+    start = torch.nn.functional.pad(start, (0, 1)).scatter_(1, torch.where(alive, slot, K), starts)[:, :K]
+    live = alive.sum(1)
+    source = live[:, None] - 1 - torch.arange(K, device=device)
+    states = final.gather(1, source.clamp(min=0)[..., None, None].expand_as(final)) * (source >= 0)[..., None, None]
+    shape = (B, H, K)
+    return SlotCache(
+        states=states.view(*shape, *final.shape[2:]), start=start.view(shape), count=count.view(shape),
+        info=info.view(shape), live=live.view(B, H), position=before + T,
+    )  # fmt: skip
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    slot_weights: Tensor,
+    cache: SlotCache,
+    beta: Tensor | None = None,
+    *,
+    tau: float | Tensor,
+    capacity: int = 30,
+    merge: str = "density",
+) -> tuple[Tensor, SlotCache]:
+    """One token (T = 1) on a cache, which is changed in place; cost and memory do not depend on the context.
+
+    Arguments as `dla_attention`. No gradient. Returns out [B, 1, H, Dv] and the same cache.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, backend="auto")
+    if v.shape[1] != 1:
+        raise ValueError(f"decode_step takes one token (T = 1), got T = {v.shape[1]}; use dla_attention for more")
+    if slot_weights.shape != (*v.shape[:3], capacity):
+        raise ValueError(f"slot_weights must be {(*v.shape[:3], capacity)}, got {tuple(slot_weights.shape)}")
+    _check_cache(cache, v.shape[0], k, v, capacity)
+    return decode_one(q, k, v, g, slot_weights, cache, beta, tau=tau, merge=merge), cache

@@ -1,0 +1,123 @@
+"""The two records that every DLA entry point shares: `Partition` and `SlotCache`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FIRST_SCORE = 2.0**0.5  # information score of a document's first token: orthogonal to an empty memory
+EMPTY = -(2**30)  # position of a slot that does not exist
+
+
+@dataclass
+class Partition:
+    """Which tokens open a slot, and when the capacity rule removed that start.
+
+    A start p is live at time t iff `start[p]` and `p <= t < death[p]`; the slot of token j at time t is, counted from
+    the newest, the number of live starts after j. Computed once, stored, and reused by backward and recomputation.
+
+    Attributes:
+        start: bool [B, T, H].
+        death: int32 [B, T, H], position in the row; T = never (a document's end ends its slots anyway).
+        score: fp32 [B, T, H], information score in [0, 2]; sqrt(2) at a document's first token.
+        lo: int32 [B, T, H] or None; the oldest token that would move if a boundary at this token were toggled
+            (with a full cache, the start that would die). Only the gradient of a learned threshold reads it.
+        cache_death: int32 [B, H, K] or None; death of each slot of the incoming cache (chronological), T = never.
+    """
+
+    start: Tensor
+    death: Tensor
+    score: Tensor
+    lo: Tensor | None = None
+    cache_death: Tensor | None = None
+
+    def boundary_rate(self) -> Tensor:
+        """Share of tokens that open a slot, per head: fp32 [H]."""
+        return self.start.float().mean(dim=(0, 1))
+
+
+@dataclass
+class SlotCache:
+    """The K-slot memory of one layer: constant in size, whatever the length of the context.
+
+    Slots are chronological: index 0 is the oldest, `live - 1` the open one (so recency r is slot `live - 1 - r`).
+
+    Attributes:
+        states: [B, H, K, Dk, Dv], fp32 (float64 for float64 inputs).
+        start: int64 [B, H, K], absolute position of each slot's first token since the cache was empty.
+        count: int64 [B, H, K], tokens held by each slot.
+        info: [B, H, K], sum of the information scores of those tokens.
+        live: int64 [B, H], number of slots in use.
+        position: tokens read so far.
+    """
+
+    states: Tensor
+    start: Tensor
+    count: Tensor
+    info: Tensor
+    live: Tensor
+    position: int = 0
+
+    _TENSORS = ("states", "start", "count", "info", "live")
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        heads: int,
+        capacity: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> SlotCache:
+        """An empty memory for `batch` sequences."""
+        slots = (batch, heads, capacity)
+        return cls(
+            states=torch.zeros(*slots, key_dim, value_dim, dtype=dtype, device=device),
+            start=torch.full(slots, EMPTY, dtype=torch.int64, device=device),
+            count=torch.zeros(slots, dtype=torch.int64, device=device),
+            info=torch.zeros(slots, dtype=dtype, device=device),
+            live=torch.zeros(batch, heads, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.states.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, constant over the life of the cache."""
+        return sum(getattr(self, name).nbytes for name in self._TENSORS)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All fields as tensors (the position too), ready for safetensors."""
+        state = {name: getattr(self, name) for name in self._TENSORS}
+        return state | {"position": torch.tensor(self.position, dtype=torch.int64)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy `state` in; raises ValueError where a field is missing or shapes differ."""
+        wanted = set(self._TENSORS) | {"position"}
+        if set(state) != wanted:
+            raise ValueError(f"SlotCache.load_state_dict: expected the fields {sorted(wanted)}, got {sorted(state)}")
+        for name in self._TENSORS:
+            mine = getattr(self, name)
+            if mine.shape != state[name].shape:
+                raise ValueError(
+                    f"SlotCache.load_state_dict: {name} has shape {tuple(state[name].shape)}, "
+                    f"this cache needs {tuple(mine.shape)}: make it with the same batch, heads and capacity"
+                )
+        for name in self._TENSORS:
+            getattr(self, name).copy_(state[name])
+        self.position = int(state["position"])
+
+    def clone(self) -> SlotCache:
+        """An independent copy (fork a session)."""
+        return SlotCache(**{name: getattr(self, name).clone() for name in self._TENSORS}, position=self.position)
+
+    def select(self, index: Tensor) -> SlotCache:
+        """The sequences `index` (int64 [B']) of the batch, copied: beam search, or one document of many."""
+        return SlotCache(**{name: getattr(self, name)[index] for name in self._TENSORS}, position=self.position)

@@ -1,0 +1,291 @@
+"""DLA in torch, chunkwise and exact, with a hand-written backward (the `torch` backend).
+
+Slot-dependent work is bilinear and backbone-free. With Phi(t, j) the backbone's transition from j to t,
+
+    At[t,j] = q_t^T Phi(t,j) b_j k_j    Qt[t] = Phi(t,0)^T q_t    Kh[j] = Phi(C,j) b_j k_j    Phi = Phi(C,0)
+    O    = (At .* M) V + sum_i diag(lam[t, idx_t(i)]) Qt S_i,        M[t,j] = lam[t, slot_t(j)]
+    S'_m = sum_{i -> m} Phi S_i + Kh[j in m]^T V[j in m]
+
+so Mamba-2 and Gated DeltaNet differ only in `_Local`. Every slot index is a count of live starts. Tensors are in lanes
+N = B * H, chunks n, chunk length C, slots K by recency (0 = open). All exponents are <= 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import EMPTY
+from .partition import causal_decay, chunked, delta_rule_inverse, document_cumsum
+from .threshold import threshold_gradient
+
+
+def begin_of_document(resets: Tensor) -> Tensor:
+    """int64 [N, T]: position of the last document start at or before t; EMPTY + 1 while the row continues a cache."""
+    position = torch.arange(resets.shape[1], device=resets.device)
+    return torch.where(resets, position, EMPTY + 1).cummax(1).values
+
+
+@dataclass
+class SlotTable:
+    """Every index that the chunkwise form needs, from the partition alone.
+
+    Attributes:
+        slot: int64 [N, n, C, C], slot of token j at time t (in one chunk).
+        idx: int64 [n][N, C, K], slot of the i-th inherited state at time t; valid: bool [n][N, K].
+        start, live: int64 [N, K] recency, bool [N, K]: the slots at the end of the row.
+    """
+
+    slot: Tensor
+    idx: list[Tensor]
+    valid: list[Tensor]
+    start: Tensor
+    live: Tensor
+
+
+def slot_table(
+    start: Tensor, death: Tensor, begin: Tensor, chunk_size: int, slots: Tensor, slot_death: Tensor
+) -> SlotTable:
+    """Index tables from the partition.
+
+    Args:
+        start, death, begin: [N, T] (begin: `begin_of_document`).
+        slots, slot_death: [N, K] recency: positions (negative; EMPTY = none) and deaths of the incoming cache.
+    """
+    T, K = start.shape[1], slots.shape[1]
+    pad = -T % chunk_size
+    if pad:  # padding belongs to the last document and opens nothing
+        start = torch.nn.functional.pad(start, (0, pad))
+        death = torch.nn.functional.pad(death, (0, pad), value=T)
+        begin = torch.cat([begin, begin[:, -1:].expand(-1, pad)], 1)
+    death = torch.where(death >= T, T + pad, death).long()
+    slot_death = torch.where(slot_death >= T, T + pad, slot_death).long()
+    position = torch.arange(T + pad, device=start.device).view(-1, chunk_size)  # [n, C]
+    start, death, begin = (x.view(x.shape[0], -1, chunk_size) for x in (start, death, begin))
+    t = position[:, :, None]
+    alive = start[:, :, None, :] & (position[:, None, :] <= t) & (death[:, :, None, :] > t)
+    alive &= position[:, None, :] >= begin[..., None]
+    count = alive.long().cumsum(-1)
+    opened = count[..., -1:]  # [N, n, C, 1], live starts of the chunk at time t
+    slot = (opened - count).clamp_(max=K - 1)
+    idx, valid = [], []
+    for n in range(position.shape[0]):
+        kept = slot_death[:, None] > t[n]  # [N, C, K]
+        kept &= slots[:, None] >= begin[:, n, :, None]
+        newer = kept.long().cumsum(-1) - kept.long()
+        idx.append((opened[:, n] + newer).clamp_(max=K - 1))
+        valid.append(slots > EMPTY)
+        last = int(position[n, -1])
+        ends = torch.cat([slot_death, death[:, n]], 1)
+        where = torch.cat([slots, position[n].expand(start.shape[0], -1)], 1)
+        lives = (ends > last) & (where >= begin[:, n, -1:])
+        lives[:, K:] &= start[:, n]
+        where = torch.where(lives, where, EMPTY)
+        slots, order = where.topk(K, dim=1)
+        slot_death = ends.gather(1, order)
+    return SlotTable(slot, idx, valid, slots, slots > EMPTY)
+
+
+class _Local:
+    """The chunk-local, slot-independent arrays, and the gradient through them.
+
+    `within` is True where t and j share a document; a reset is a decay of zero.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, g: Tensor, beta: Tensor | None, begin: Tensor, chunk: Tensor) -> None:
+        self.q, self.k, self.beta = q, k, beta
+        within = begin[..., :, None] == begin[..., None, :]
+        self.within = within
+        cg = document_cumsum(g, within)  # [N, n, C]
+        self.D = causal_decay(cg, cg, within)
+        self.from_start = cg.exp() * (begin < chunk[:, :1])
+        self.to_end = (cg[..., -1:] - cg).masked_fill(~within[..., -1, :], float("-inf")).exp()
+        self.keep = self.from_start[..., -1]
+        self.QK = q @ k.transpose(-1, -2) * self.D
+        if beta is None:
+            self.At = self.QK
+            self.Qt = self.from_start[..., None] * q
+            self.Kh = self.to_end[..., None] * k
+            self.Phi = self.keep  # a scalar [N, n]
+            return
+        self.inverse, self.gram = delta_rule_inverse(k, beta, self.D)
+        self.B = self.inverse * beta[..., None, :]
+        self.ek, self.ck = self.from_start[..., None] * k, self.to_end[..., None] * k
+        self.At = self.QK @ self.B
+        self.Qt = self.from_start[..., None] * q - self.At @ self.ek
+        self.Kh = self.B.transpose(-1, -2) @ self.ck
+        eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+        self.Phi = self.keep[..., None, None] * eye - self.Kh.transpose(-1, -2) @ self.ek
+
+    def advance(self, n: int, states: Tensor) -> Tensor:
+        """Phi S over all slots: [N, K, Dk, Dv]."""
+        if self.beta is None:
+            return self.Phi[:, n, None, None, None] * states
+        return self.Phi[:, n, None] @ states
+
+    def advance_t(self, n: int, states: Tensor) -> Tensor:
+        """Phi^T D over all slots."""
+        return self.advance(n, states) if self.beta is None else self.Phi[:, n, None].transpose(-1, -2) @ states
+
+    def phi_gradient(self, states: Tensor, dstates: Tensor) -> Tensor:
+        """dPhi of one chunk from S and D (already moved to the slots of S): [N] or [N, Dk, Dk]."""
+        if self.beta is None:
+            return (states * dstates).sum((1, 2, 3))
+        return (dstates @ states.transpose(-1, -2)).sum(1)
+
+    def backward(self, dAt: Tensor, dQt: Tensor, dKh: Tensor, dPhi: Tensor):
+        """(dq, dk, dg, dbeta); the decay gradient is a reverse cumsum inside each chunk only."""
+        q, k, beta, D = self.q, self.k, self.beta, self.D
+        if beta is None:
+            dQK, dbeta = dAt, None
+            dck, dkeep = dKh, dPhi
+            dk = torch.zeros_like(k)
+            dcg = (dQt * self.Qt).sum(-1)
+        else:
+            Bt, eb = self.B.transpose(-1, -2), beta[..., None]
+            dAt = dAt - dQt @ self.ek.transpose(-1, -2)
+            dKh = dKh - self.ek @ dPhi.transpose(-1, -2)
+            dek = -self.At.transpose(-1, -2) @ dQt - self.Kh @ dPhi
+            dQK = dAt @ Bt
+            dB = (self.QK.transpose(-1, -2) @ dAt + self.ck @ dKh.transpose(-1, -2)).tril()
+            dck = self.B @ dKh
+            inverse_t = self.inverse.transpose(-1, -2)
+            dL = -(inverse_t @ (dB * beta[..., None, :]) @ inverse_t).tril(-1)
+            dbeta = (dB * self.inverse).sum(-2) + (dL * self.gram).sum(-1)
+            dgram = dL * eb * D
+            dk = dgram @ k + dgram.transpose(-1, -2) @ k + self.from_start[..., None] * dek
+            pairs = dL * eb * self.gram
+            dcg = self.from_start * ((dQt * q).sum(-1) + (dek * k).sum(-1)) + pairs.sum(-1) - pairs.sum(-2)
+            dkeep = dPhi.diagonal(dim1=-2, dim2=-1).sum(-1)
+        scores = dQK * self.QK
+        ends = self.to_end * (dck * k).sum(-1)
+        dcg = dcg + scores.sum(-1) - scores.sum(-2) - ends
+        dcg[..., -1] += ends.sum(-1) + dkeep * self.keep
+        dQK = dQK * D
+        dq = self.from_start[..., None] * dQt + dQK @ k
+        dk = dk + dQK.transpose(-1, -2) @ q + self.to_end[..., None] * dck
+        dg = document_cumsum(dcg.flip(-1), self.within.flip(-1, -2)).flip(-1)
+        return dq, dk, dg, dbeta
+
+
+def _one_hot(index: Tensor, width: int, keep: Tensor | None, like: Tensor) -> Tensor:
+    """[..., width] in the dtype of `like`; rows where `keep` is False are zero."""
+    hot = index[..., None] == torch.arange(width, device=index.device)
+    return (hot if keep is None else hot & keep[..., None]).to(like.dtype)
+
+
+class _Pass:
+    """Everything shared by forward and backward, rebuilt from the inputs and the saved partition."""
+
+    def __init__(self, q, k, v, g, lam, beta, start, death, resets, slots, slot_death, chunk_size) -> None:
+        begin = begin_of_document(resets)
+        self.T, self.C = v.shape[1], chunk_size
+        self.table = slot_table(start, death, begin, chunk_size, slots, slot_death)
+        begin = torch.cat([begin, begin[:, -1:].expand(-1, -self.T % chunk_size)], 1)
+        self.v, self.lam = chunked(v, chunk_size), chunked(lam, chunk_size)
+        chunk = torch.arange(begin.shape[1], device=v.device).view(-1, chunk_size)
+        beta = None if beta is None else chunked(beta, chunk_size)
+        begin = begin.view(begin.shape[0], -1, chunk_size)
+        self.local = _Local(chunked(q, chunk_size), chunked(k, chunk_size), chunked(g, chunk_size), beta, begin, chunk)
+        self.M = self.lam.gather(-1, self.table.slot)  # [N, n, C, C]
+        # only as many slots as ever live at once are worked on
+        used = [int(x.sum(1).max()) for x in [*self.table.valid, self.table.live]]
+        self.K = max([1, *used])
+
+    def reads(self, n: int) -> tuple[Tensor, Tensor]:
+        """Slot index and weight with which each query of chunk n reads each inherited state: [N, C, K]."""
+        idx = self.table.idx[n][..., : self.K]
+        return idx, self.lam[:, n].gather(-1, idx) * self.table.valid[n][:, None, : self.K]
+
+    def moves(self, n: int) -> tuple[Tensor, Tensor]:
+        """Where the inherited states [N, K, K] (from, to) and the tokens [N, C, K] of chunk n are at its end."""
+        to = self.table.idx[n][:, -1, : self.K]
+        kept = _one_hot(to, self.K, self.table.valid[n][:, : self.K], self.v)
+        return kept, _one_hot(self.table.slot[:, n, -1], self.K, None, self.v)
+
+    def step(self, n: int, states: Tensor) -> Tensor:
+        """States at the end of chunk n: [N, K, Dk, Dv]."""
+        kept, tokens = self.moves(n)
+        moved = (kept.transpose(1, 2) @ states.flatten(2)).view_as(states)
+        keys = (tokens[..., None] * self.local.Kh[:, n, :, None]).flatten(2)  # [N, C, K * Dk]
+        return self.local.advance(n, moved) + (keys.transpose(1, 2) @ self.v[:, n]).view_as(states)
+
+
+class ChunkDLA(torch.autograd.Function):
+    """Lanes in, lanes out; see `dla_attention` for the meaning of the arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        lam: Tensor,
+        beta: Tensor | None,
+        states: Tensor,
+        tau: Tensor,
+        plan: tuple,
+        chunk_size: int,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        start, death, score, lo, resets, slots, slot_death = plan
+        work = _Pass(q, k, v, g, lam, beta, start, death, resets, slots, slot_death, chunk_size)
+        S = states[:, : work.K]
+        o = (work.local.At * work.M) @ work.v
+        for n in range(o.shape[1]):
+            _, weight = work.reads(n)
+            queries = (weight[..., None] * work.local.Qt[:, n, :, None]).flatten(2)  # [N, C, K * Dk]
+            o[:, n] += queries @ S.flatten(1, 2)
+            S = work.step(n, S)
+        ctx.save_for_backward(q, k, v, g, lam, beta, states, tau)
+        ctx.plan, ctx.chunk_size, ctx.temperature = plan, chunk_size, temperature
+        final = torch.zeros_like(states)
+        final[:, : work.K] = S
+        return o.flatten(1, 2)[:, : work.T], final
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor):
+        q, k, v, g, lam, beta, states, tau = ctx.saved_tensors
+        start, death, score, lo, resets, slots, slot_death = ctx.plan
+        work = _Pass(q, k, v, g, lam, beta, start, death, resets, slots, slot_death, ctx.chunk_size)
+        local, table, V, K = work.local, work.table, work.v, work.K
+        S = [states[:, :K]]
+        for n in range(V.shape[1] - 1):
+            S.append(work.step(n, S[-1]))
+        dO = chunked(do, ctx.chunk_size)
+        dlam = torch.zeros_like(work.lam)
+        X = dO @ V.transpose(-1, -2)
+        dAt = (X * work.M).tril()
+        dlam.scatter_add_(-1, table.slot, (X * local.At))
+        dV = (local.At * work.M).transpose(-1, -2) @ dO
+        dQt, dKh, dPhi = torch.empty_like(local.Qt), torch.empty_like(local.Kh), torch.empty_like(local.Phi)
+        dS = dfinal[:, :K]
+        for n in reversed(range(V.shape[1])):
+            kept, tokens = work.moves(n)
+            keys = (tokens[..., None] * local.Kh[:, n, :, None]).flatten(2)
+            dV[:, n] += keys @ dS.flatten(1, 2)
+            written = (V[:, n] @ dS.flatten(1, 2).transpose(1, 2)).unflatten(-1, (K, -1))  # [N, C, K, Dk]
+            dKh[:, n] = (tokens[..., None] * written).sum(2)
+            moved = (kept @ dS.flatten(2)).view_as(dS)
+            dPhi[:, n] = local.phi_gradient(S[n], moved)
+            idx, weight = work.reads(n)
+            y = (dO[:, n] @ S[n].flatten(1, 2).transpose(1, 2)).unflatten(-1, (K, -1))  # dO S_i^T: [N, C, K, Dk]
+            dQt[:, n] = (weight[..., None] * y).sum(2)
+            dweight = (y * local.Qt[:, n, :, None]).sum(-1) * table.valid[n][:, None, :K]
+            dlam[:, n].scatter_add_(-1, idx, dweight)
+            queries = (weight[..., None] * local.Qt[:, n, :, None]).flatten(2)
+            dS = (queries.transpose(1, 2) @ dO[:, n]).view_as(moved) + local.advance_t(n, moved)
+        dq, dk, dg, dbeta = local.backward(dAt, dQt, dKh, dPhi)
+        trim = [None if x is None else x.flatten(1, 2)[:, : work.T] for x in (dq, dk, dV, dg, dlam, dbeta)]
+        dtau = None
+        if ctx.needs_input_grad[7]:
+            dtau = threshold_gradient(
+                trim[4], lam, start, death, lo, score, begin_of_document(resets), tau, ctx.temperature
+            )
+        dstates = torch.zeros_like(states)
+        dstates[:, :K] = dS
+        return *trim, dstates, dtau, None, None, None

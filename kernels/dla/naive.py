@@ -1,0 +1,205 @@
+"""The oracle: the token-by-token recurrence of DLA in float64, and its quadratic (materialised) form.
+
+Written to be held against the paper (arXiv 2606.10650, eqs 13-18), not to be fast: explicit lists of slots, Python
+loops over batch, head and token, autograd for every gradient. Everything else in this folder is tested against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cache import EMPTY, FIRST_SCORE, Partition, SlotCache
+
+
+@dataclass
+class _Slot:
+    state: Tensor  # [Dk, Dv]
+    start: int
+    count: int
+    info: float
+
+
+def information_score(s: Tensor, state: Tensor) -> float:
+    """Eq 13 with gain-free RMSNorm over the whole matrix: sqrt(2 - 2 cos(s, state)); sqrt(2) where either is zero."""
+    norm = (s.norm() * state.norm()).item()
+    cosine = (s * state).sum().item() / norm if norm > 0 else 0.0
+    return max(2.0 - 2.0 * cosine, 0.0) ** 0.5
+
+
+def merge_cost(a: _Slot, b: _Slot, merge: str) -> float:
+    """What the capacity rule minimises over neighbours: eq 16 (`density`), or the rise in squared error (`ward`)."""
+    if merge == "density":
+        return (a.info + b.info) / (a.count + b.count)
+    gap = (a.state / a.count - b.state / b.count).detach().square().sum().item()
+    return a.count * b.count / (a.count + b.count) * gap
+
+
+def _cheapest_pair(slots: list[_Slot], merge: str) -> int:
+    costs = [merge_cost(a, b, merge) for a, b in zip(slots, slots[1:], strict=False)]
+    return costs.index(min(costs))  # the oldest pair wins a tie
+
+
+def _merge(slots: list[_Slot], i: int) -> int:
+    """Merge slot i + 1 into slot i (eq 17); returns the start that dies."""
+    old, young = slots[i], slots.pop(i + 1)
+    slots[i] = _Slot(old.state + young.state, old.start, old.count + young.count, old.info + young.info)
+    return young.start
+
+
+def _load(cache: SlotCache, b: int, h: int) -> list[_Slot]:
+    return [
+        _Slot(cache.states[b, h, i].double(), -1 - i, int(cache.count[b, h, i]), float(cache.info[b, h, i]))
+        for i in range(int(cache.live[b, h]))
+    ]
+
+
+def document_starts(cu_seqlens: Tensor | None, batch: int, length: int, device=None) -> Tensor:
+    """bool [B, T]: True where a document begins, from cumulative lengths over the flattened B*T tokens.
+
+    With several rows, every row start begins a document, whether `cu_seqlens` names it or not.
+    """
+    starts = torch.zeros(batch * length + 1, dtype=torch.bool, device=device)
+    if cu_seqlens is not None:
+        starts[cu_seqlens.long()] = True
+    starts = starts[:-1].view(batch, length)
+    if cu_seqlens is not None and length:
+        starts[:, 0] = True
+    return starts
+
+
+def naive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    slot_weights: Tensor,
+    beta: Tensor | None = None,
+    *,
+    tau: float | Tensor,
+    capacity: int = 30,
+    merge: str = "density",
+    partition: Partition | None = None,
+    cu_seqlens: Tensor | None = None,
+    cache: SlotCache | None = None,
+) -> tuple[Tensor, Partition, SlotCache]:
+    """DLA as a float64 recurrence; shapes and meaning as `dla_attention`.
+
+    Returns the output [B, T, H, Dv] (float64), the partition (the given one's decisions if one is given: teacher
+    forcing) and the final cache (of each row's last document).
+    """
+    B, T, H, Dv = v.shape
+    q, k = (x.double().repeat_interleave(H // x.shape[2], dim=2) for x in (q, k))
+    v, g, lam = v.double(), g.double(), slot_weights.double()
+    beta = None if beta is None else beta.double()
+    tau = torch.as_tensor(tau, dtype=torch.float64).expand(H)
+    resets = document_starts(cu_seqlens, B, T, v.device)
+    start = torch.zeros(B, T, H, dtype=torch.bool)
+    death = torch.full((B, T, H), T, dtype=torch.int32)
+    score = torch.zeros(B, T, H, dtype=torch.float32)
+    lo = torch.zeros(B, T, H, dtype=torch.int32)
+    cache_death = torch.full((B, H, capacity), T, dtype=torch.int32)
+    final = SlotCache.empty(B, H, capacity, k.shape[-1], Dv, dtype=torch.float64)
+    final.position = T + (cache.position if cache is not None else 0)
+    final_states: dict[tuple[int, int], list[_Slot]] = {}
+    out = []
+    for b in range(B):
+        for h in range(H):
+            slots = _load(cache, b, h) if cache is not None else []
+            document = 0
+
+            def kill(position: int, at: int, b: int = b, h: int = h) -> None:
+                if position >= 0:
+                    death[b, position, h] = at
+                else:
+                    cache_death[b, h, -1 - position] = at
+
+            for t in range(T):
+                if resets[b, t]:
+                    slots, document = [], t
+                kt, vt = k[b, t, h], v[b, t, h]
+                weight = 1.0 if beta is None else beta[b, t, h]
+                s = weight * torch.outer(kt, vt)
+                # the paper scores against the most recent state before the token acts on it
+                score_t = information_score(s.detach(), slots[-1].state.detach()) if slots else FIRST_SCORE
+                full = len(slots) == capacity
+                lo[b, t, h] = max(slots[_cheapest_pair(slots, merge) + 1].start, 0) if full else document
+                if partition is None:
+                    fires = not slots or score_t >= tau[h].item()
+                    if fires and full:
+                        kill(_merge(slots, _cheapest_pair(slots, merge)), t)
+                else:
+                    fires = not slots or bool(partition.start[b, t, h])
+                    for i in range(len(slots) - 1, 0, -1):
+                        where = slots[i].start
+                        dies = partition.death[b, where, h] if where >= 0 else partition.cache_death[b, h, -1 - where]
+                        if int(dies) == t:
+                            kill(_merge(slots, i - 1), t)
+                for slot in slots:  # one shared transition for all slots: merging by summation commutes with it
+                    erased = 0.0 if beta is None else weight * torch.outer(kt, kt @ slot.state)
+                    slot.state = g[b, t, h].exp() * (slot.state - erased)
+                if fires:
+                    slots.append(_Slot(s, t, 1, score_t))
+                else:
+                    last = slots[-1]
+                    slots[-1] = _Slot(last.state + s, last.start, last.count + 1, last.info + score_t)
+                start[b, t, h], score[b, t, h] = fires, score_t
+                reads = [lam[b, t, h, r] * (q[b, t, h] @ slot.state) for r, slot in enumerate(reversed(slots))]
+                out.append(sum(reads))
+            final_states[b, h] = slots
+    offset = cache.position if cache is not None else 0
+    states = []
+    for (b, h), slots in final_states.items():
+        final.live[b, h] = len(slots)
+        for i, slot in enumerate(slots):
+            inherited = slot.start < 0
+            final.start[b, h, i] = cache.start[b, h, -1 - slot.start] if inherited else slot.start + offset
+            final.count[b, h, i], final.info[b, h, i] = slot.count, slot.info
+        empty = [torch.zeros(k.shape[-1], Dv, dtype=torch.float64)] * (capacity - len(slots))
+        final.start[b, h, len(slots) :] = EMPTY
+        states.append(torch.stack([slot.state for slot in slots] + empty))
+    final.states = torch.stack(states).view(B, H, capacity, k.shape[-1], Dv)
+    output = torch.stack(out).view(B, H, T, Dv).transpose(1, 2)
+    return output, Partition(start, death, score, lo, cache_death), final
+
+
+def slot_of(partition: Partition, starts: Tensor) -> Tensor:
+    """Slot (recency) of every token j at every time t: int64 [B, H, T, T], meaningful where j <= t in one document."""
+    B, T, H = partition.start.shape
+    t = torch.arange(T)
+    document = starts.long().cumsum(1)
+    alive = partition.start.permute(0, 2, 1)[:, :, None, :] & (t[None, :] <= t[:, None])
+    alive = alive & (partition.death.permute(0, 2, 1)[:, :, None, :] > t[:, None])
+    alive = alive & (document[:, None, :, None] == document[:, None, None, :])
+    return alive.long().flip(-1).cumsum(-1).flip(-1) - alive.long()
+
+
+def materialised_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    slot_weights: Tensor,
+    beta: Tensor | None = None,
+    *,
+    partition: Partition,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The quadratic form O = (A .* M) V: the backbone's own attention matrix times the slot-weight mask (float64)."""
+    B, T, H, _ = v.shape
+    q, k = (x.double().repeat_interleave(H // x.shape[2], dim=2).transpose(1, 2) for x in (q, k))
+    v, decay = v.double().transpose(1, 2), g.double().transpose(1, 2).cumsum(-1)
+    starts = document_starts(cu_seqlens, B, T)
+    document = starts.long().cumsum(1)[:, None]
+    visible = torch.ones(T, T, dtype=torch.bool).tril() & (document[..., :, None] == document[..., None, :])
+    D = (decay[..., :, None] - decay[..., None, :]).masked_fill(~visible, float("-inf")).exp()
+    A = q @ k.transpose(-1, -2) * D
+    if beta is not None:
+        beta = beta.double().transpose(1, 2)
+        L = (beta[..., None] * (k @ k.transpose(-1, -2)) * D).tril(-1)
+        A = A @ torch.linalg.solve_triangular(torch.eye(T).double() + L, torch.diag_embed(beta), upper=False)
+    slot = slot_of(partition, starts).clamp(max=slot_weights.shape[-1] - 1)
+    M = slot_weights.double().transpose(1, 2).gather(-1, slot)
+    return ((A * M) @ v).transpose(1, 2)

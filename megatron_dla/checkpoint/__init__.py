@@ -1,0 +1,1 @@
+"""Checkpoints: layout-free weights, DeepSpeed state, completeness marker, retention."""

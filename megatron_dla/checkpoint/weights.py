@@ -1,0 +1,121 @@
+"""Weights on disk that mean the same at every tensor-parallel size, readable with torch and safetensors alone.
+
+step_N/layout.json            model section, vocabulary, tokenizer, and one tag a parameter
+step_N/weights/tp_00.safetensors ...   each tensor-parallel rank's part
+step_N/complete.json          written last: without it the checkpoint does not exist
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from megatron_dla.config import ModelSection
+from megatron_dla.errors import CheckpointError
+from megatron_dla.parallel.tags import Tag, get_tag
+
+LAYOUT, COMPLETE, WEIGHTS = "layout.json", "complete.json", "weights"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Layout:
+    """What `layout.json` says of a checkpoint.
+
+    Attributes:
+        model: the model section of the run's config. vocab_size: padded rows of the embedding.
+        tokenizer_sha256: of the sentencepiece model it was trained with.
+        tensor_parallel: number of weight files. tags: parameter name -> how it is cut. step: optimizer steps done.
+    """
+
+    model: ModelSection
+    vocab_size: int
+    tokenizer_sha256: str
+    tensor_parallel: int
+    seq_len: int
+    step: int
+    tags: dict[str, Tag]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1))
+
+    @classmethod
+    def load(cls, directory: Path) -> Layout:
+        """Raises CheckpointError where the directory holds no complete checkpoint of this format."""
+        if not (directory / COMPLETE).is_file():
+            raise CheckpointError(
+                f"{str(directory)!r} is not a complete checkpoint ({COMPLETE} is missing): give a step_N directory"
+            )
+        try:
+            values: dict[str, Any] = json.loads((directory / LAYOUT).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{str(directory / LAYOUT)!r} cannot be read: {error}") from error
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{str(directory)!r} has format {version}, this version reads {FORMAT_VERSION}")
+        tags = {
+            name: Tag(tag["kind"], tag["dim"], tuple((s, n) for s, n in tag["sections"]))
+            for name, tag in values.pop("tags").items()
+        }
+        return cls(model=ModelSection(**values.pop("model")), tags=tags, **values)
+
+
+def parameter_tags(model: nn.Module) -> dict[str, Tag]:
+    """Name -> tag of every parameter."""
+    return {name: get_tag(p) for name, p in model.named_parameters()}
+
+
+def weight_file(directory: Path, rank: int) -> Path:
+    return directory / WEIGHTS / f"tp_{rank:02d}.safetensors"
+
+
+def save_weights(state: dict[str, Tensor], directory: Path, rank: int) -> None:
+    """Write this tensor-parallel rank's parameters."""
+    path = weight_file(directory, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.detach().cpu().contiguous().clone() for name, x in state.items()}, path)
+
+
+def load_merged(directory: str | Path) -> tuple[dict[str, Tensor], Layout]:
+    """The whole model's tensors from all ranks' files.
+
+    Returns:
+        {layout-free key: tensor}: sections are apart, e.g. `decoder.layers.0.self_attention.query` [G Dk, hidden],
+        `decoder.layers.0.mlp.gate`; a parameter of one section keeps its name. And the layout.
+
+    Raises:
+        CheckpointError: incomplete, or a file is missing or damaged.
+    """
+    directory = Path(directory)
+    layout = Layout.load(directory)
+    parts = []
+    for rank in range(layout.tensor_parallel):
+        path = weight_file(directory, rank)
+        try:
+            parts.append(load_file(path))
+        except Exception as error:  # safetensors raises its own and OSError alike
+            raise CheckpointError(
+                f"{str(path)!r} is missing or damaged ({error}): restore it or use another step"
+            ) from error
+    merged: dict[str, Tensor] = {}
+    for name, tag in layout.tags.items():
+        if absent := [r for r, part in enumerate(parts) if name not in part]:
+            raise CheckpointError(f"{str(directory)!r}: {name} is missing in the weights of rank {absent[0]}")
+        full = tag.unshard([part[name] for part in parts])
+        merged.update(zip(tag.keys(name), (x.contiguous() for x in tag.split(full)), strict=True))
+    return merged, layout
+
+
+def split_merged(merged: dict[str, Tensor], tags: dict[str, Tag], rank: int, size: int) -> dict[str, Tensor]:
+    """One rank's parameters from layout-free keys: the inverse of `load_merged`, at any tensor-parallel size."""
+    local = {}
+    for name, tag in tags.items():
+        full = torch.cat([merged[key] for key in tag.keys(name)], tag.dim)
+        local[name] = tag.shard(full, rank, size)
+    return local

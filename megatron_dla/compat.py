@@ -1,0 +1,95 @@
+"""Every shim for megatron-core and DeepSpeed, each with its reason; all of them act only where CUDA is absent.
+
+`install()` must run before a Megatron module is built or DeepSpeed is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_installed = False
+
+
+class CpuRngTracker:
+    """Megatron's CudaRNGStatesTracker over the CPU generator (megatron-core 0.16.1 has only the CUDA one)."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._initialized = False
+        self.states_: dict[str, torch.Tensor] = {}
+        self.seeds_: set[int] = set()
+
+    def is_initialized(self) -> bool:
+        return self._initialized
+
+    def get_states(self) -> dict[str, torch.Tensor]:
+        return dict(self.states_)
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        self._initialized, self.states_ = True, states
+
+    def add(self, name: str, seed: int) -> None:
+        if seed in self.seeds_ or name in self.states_:
+            raise ValueError(f"rng state {name!r} or seed {seed} is already there")
+        self._initialized = True
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        original = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(original)
+
+
+def _patch_megatron() -> None:
+    from megatron.core.tensor_parallel import random
+
+    device = torch.device("cpu")
+    # Megatron allocates with device=torch.cuda.current_device() in many places
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
+
+    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = set_state
+    random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def install() -> None:
+    """Make megatron-core 0.16.1 and DeepSpeed 0.19 run on CPU and gloo; does nothing where CUDA is there."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _patch_megatron()
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, kept from compiling its shared-memory collective on a CPU (gloo serves) and from chatting."""
+    import logging
+
+    install()
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.setLevel(logging.ERROR)
+    return deepspeed

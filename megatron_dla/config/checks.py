@@ -1,0 +1,143 @@
+"""Cross-checks of a config: every error names the key, the value and the values that would do."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_dla.config.schema import ModelSection, RunConfig
+from megatron_dla.errors import ConfigError
+
+
+def _divisors(n: int, at_most: int = 1024) -> str:
+    return ", ".join(str(d) for d in range(1, min(n, at_most) + 1) if n % d == 0)
+
+
+def _positive(section: object, name: str, *keys: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        if value <= 0:
+            raise ConfigError(f"{name}.{key} = {value}: must be positive")
+
+
+def layer_letters(model: ModelSection) -> str:
+    """The pattern, repeated to one letter a layer."""
+    return (model.pattern * math.ceil(model.num_layers / max(1, len(model.pattern))))[: model.num_layers]
+
+
+def check_model(model: ModelSection) -> None:
+    """Sizes that do not fit together, whatever the layout."""
+    _positive(
+        model, "model", "hidden_size", "num_layers", "num_heads", "num_groups", "key_dim", "value_dim", "conv_kernel",
+        "ffn_hidden_size", "attention_heads", "attention_groups", "vocab_multiple", "norm_eps", "init_std",
+    )  # fmt: skip
+    if not model.pattern or set(model.pattern) - {"D", "A"}:
+        raise ConfigError(f"model.pattern = {model.pattern!r}: use the letters D (DLA) and A (softmax attention)")
+    if model.num_heads % model.num_groups:
+        raise ConfigError(
+            f"model.num_groups = {model.num_groups} does not divide model.num_heads = {model.num_heads}: "
+            f"use one of {_divisors(model.num_heads)}"
+        )
+    if model.capacity < 2:
+        raise ConfigError(f"model.capacity = {model.capacity}: a merge needs at least 2 slots")
+    if not 0 <= model.tau <= 3:
+        raise ConfigError(f"model.tau = {model.tau}: the information score lies in [0, 2] (paper: 0.6)")
+    if model.tau_mode == "learned" and model.merge != "density":
+        raise ConfigError("model.tau_mode = learned needs model.merge = density (the gradient follows that rule)")
+    if "A" in layer_letters(model):
+        if model.attention_heads % model.attention_groups:
+            raise ConfigError(
+                f"model.attention_groups = {model.attention_groups} does not divide "
+                f"model.attention_heads = {model.attention_heads}: use one of {_divisors(model.attention_heads)}"
+            )
+        if model.hidden_size % model.attention_heads:
+            raise ConfigError(
+                f"model.attention_heads = {model.attention_heads} does not divide "
+                f"model.hidden_size = {model.hidden_size}: use one of {_divisors(model.hidden_size)}"
+            )
+        if model.hidden_size // model.attention_heads % 2:
+            raise ConfigError(
+                f"model.attention_heads = {model.attention_heads} gives an odd head size "
+                f"({model.hidden_size // model.attention_heads}): rotary positions need an even one"
+            )
+    if not 0 < model.dt_min <= model.dt_max or not 0 < model.a_min <= model.a_max:
+        raise ConfigError("model.dt_min/dt_max and a_min/a_max must be positive ranges")
+
+
+def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_len: int) -> None:
+    """What the tensor-parallel size must divide."""
+    if tensor < 1:
+        raise ConfigError(f"parallel.tensor = {tensor}: must be at least 1")
+    sizes = {"num_heads": model.num_heads, "ffn_hidden_size": model.ffn_hidden_size}
+    if "A" in layer_letters(model):
+        sizes |= {"attention_heads": model.attention_heads, "attention_groups": model.attention_groups}
+    for key, value in sizes.items():
+        if value % tensor:
+            raise ConfigError(
+                f"model.{key} = {value} is not divisible by parallel.tensor = {tensor}: "
+                f"use parallel.tensor in {{{_divisors(math.gcd(*sizes.values()))}}}"
+            )
+    if model.num_groups % tensor and tensor % model.num_groups:
+        raise ConfigError(
+            f"model.num_groups = {model.num_groups} and parallel.tensor = {tensor}: one must divide the other "
+            "(whole groups a rank, or one group replicated over several ranks)"
+        )
+    if model.vocab_multiple % tensor:
+        raise ConfigError(
+            f"model.vocab_multiple = {model.vocab_multiple} must be a multiple of parallel.tensor = {tensor}"
+        )
+    if sequence and tensor == 1:
+        raise ConfigError("parallel.sequence = true needs parallel.tensor > 1 (it shares one layer's activations)")
+    if sequence and seq_len % tensor:
+        raise ConfigError(
+            f"data.seq_len = {seq_len} must be a multiple of parallel.tensor = {tensor} with parallel.sequence"
+        )
+
+
+def check_config(config: RunConfig, world_size: int) -> None:
+    """Everything that would make a real start fail, before anything is started or written.
+
+    Raises:
+        ConfigError: the key, the value and the fix.
+    """
+    training, optimizer, parallel = config.training, config.optimizer, config.parallel
+    check_model(config.model)
+    _positive(config.data, "data", "seq_len", "num_streams")
+    check_tensor_parallel(config.model, parallel.tensor, parallel.sequence, config.data.seq_len)
+    if world_size % parallel.tensor:
+        raise ConfigError(
+            f"parallel.tensor = {parallel.tensor} does not divide the {world_size} processes of this run: "
+            f"start a multiple of {parallel.tensor} (dla run --nproc {parallel.tensor} ...)"
+        )
+    data_parallel = world_size // parallel.tensor
+    _positive(training, "training", "steps", "global_batch_size", "micro_batch_size", "log_every")
+    rows = training.micro_batch_size * data_parallel
+    if training.global_batch_size % rows:
+        raise ConfigError(
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of micro_batch_size x "
+            f"data-parallel size = {training.micro_batch_size} x {data_parallel} = {rows}"
+        )
+    if config.data.num_streams % data_parallel:
+        raise ConfigError(
+            f"data.num_streams = {config.data.num_streams} is not a multiple of the data-parallel size "
+            f"{data_parallel}: use a multiple of {data_parallel}"
+        )
+    if training.global_batch_size % config.data.num_streams:
+        raise ConfigError(
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
+            f"data.num_streams = {config.data.num_streams}: use one of {_divisors(training.global_batch_size)}"
+        )
+    if training.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"training.zero_stage = {training.zero_stage}: must be 0, 1, 2 or 3")
+    if training.zero_stage == 3 and parallel.tensor > 1:
+        raise ConfigError("training.zero_stage = 3 with parallel.tensor > 1 is not supported yet: use stage 1 or 2")
+    _positive(optimizer, "optimizer", "lr", "eps")
+    if not 0 <= optimizer.min_lr_ratio <= 1:
+        raise ConfigError(f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio}: a share of lr, in [0, 1]")
+    for key in ("warmup_steps", "weight_decay", "clip", "tau_lr_ratio"):
+        if getattr(optimizer, key) < 0:
+            raise ConfigError(f"optimizer.{key} = {getattr(optimizer, key)}: must not be negative")
+    for key in ("eval_every", "eval_rows", "save_every", "keep_checkpoints"):
+        if getattr(training, key) < 0:
+            raise ConfigError(f"training.{key} = {getattr(training, key)}: must not be negative")
+    if not config.data.dir:
+        raise ConfigError("data.dir is empty: name the directory that `dla data shards` wrote")

@@ -1,0 +1,123 @@
+"""YAML plus `section.key=value` overrides -> `RunConfig`; unknown keys and wrong types are named with the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dla.config.schema import RunConfig
+from megatron_dla.errors import ConfigError
+
+
+def _suggest(key: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+
+
+def _coerce(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the annotated type; 3 is a float, 1e-3 (a YAML string) too, 3.5 is not an int."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ConfigError(f"{key} = {value!r}: must be one of {', '.join(map(str, choices))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+        return int(value)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(f"{key} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
+
+
+def _fill(cls: type, values: Any, path: str) -> Any:
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path or 'the config'} must be a mapping of keys, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    done = {}
+    for key, value in values.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            raise ConfigError(f"unknown config key {full!r}: {_suggest(str(key), fields)}")
+        hint = hints[key]
+        done[key] = _fill(hint, value, full) if dataclasses.is_dataclass(hint) else _coerce(value, hint, full)
+    return cls(**done)
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=value` -> (["a", "b"], value); the value is read as YAML."""
+    key, sep, value = text.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError(f"override {text!r}: write section.key=value")
+    try:
+        return key.strip().split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML ({error})") from error
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """A `RunConfig` from nested dictionaries (what `to_dict` gives)."""
+    return _fill(RunConfig, values, "")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved config: alone it reproduces the run."""
+    return dataclasses.asdict(config)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML config and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: no such file, invalid YAML, an unknown key or a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"config {str(path)!r} cannot be read ({error.strerror}): give the path of a YAML file"
+        ) from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {str(path)!r} is not valid YAML: {str(error).replace(chr(10), ' ')}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {str(path)!r} must be a mapping of sections, got {type(values).__name__}")
+    for override in overrides:
+        keys, value = parse_override(override)
+        node = values
+        for key in keys[:-1]:
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
+        node[keys[-1]] = value
+    return from_dict(values)
+
+
+def dump_config(config: RunConfig, path: str | Path) -> None:
+    """Write the resolved config as YAML."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,185 @@
+"""Batches for training: the same global sequence of rows at every data-parallel size, resumable at any step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_dla.data.packing import Batch, make_batch
+from megatron_dla.data.shards import ShardReader, Verify
+from megatron_dla.data.stream import TokenStream
+from megatron_dla.data_prep.index import ShardIndex
+from megatron_dla.errors import DataError
+
+STATE_VERSION = 1
+_IDENTITY = ("version", "split", "seed", "seq_len", "num_streams", "index")  # must agree to resume
+_PROGRESS = ("steps", "tokens_seen")
+
+
+class TokenLoader:
+    """The batches of one data-parallel rank.
+
+    Row i of a step's global batch comes from stream i % num_streams, and rank r owns the streams j with
+    j % dp_size == r, so the number of ranks decides only who reads a row, never which rows a step has.
+
+    Attributes for logging: `steps`; `tokens_seen` (by all ranks together); `epoch` (float: tokens seen over the
+    split's tokens); `last_wait_s` and `total_wait_s` (seconds spent in `next_step`).
+
+    Args:
+        data_dir: directory with `index.json`, or a ShardIndex together with `root`, the shards' directory.
+        verify: what each shard is checked for before it is read: "sha256", "size" or "none".
+
+    Raises DataError for missing data and for sizes that do not fit, naming the key and valid values.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str] | ShardIndex,
+        split: str = "train",
+        *,
+        seq_len: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        num_streams: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        seed: int = 0,
+        verify: Verify = "sha256",
+        root: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.reader = ShardReader(data_dir, split, verify=verify, root=root)
+        self.seq_len, self.seed, self.num_streams = seq_len, seed, num_streams
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self._check()
+        self.streams = {
+            j: TokenStream(self.reader, j, num_streams, seq_len=seq_len, seed=seed)
+            for j in range(dp_rank, num_streams, dp_size)
+        }
+        self._split_tokens = sum(shard.tokens for shard in self.reader.shards)
+        self.steps = self.tokens_seen = 0
+        self.last_wait_s = self.total_wait_s = 0.0
+
+    def _check(self) -> None:
+        sizes = ("seq_len", "global_batch_size", "micro_batch_size", "num_streams", "dp_size")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise DataError(f"{name}={getattr(self, name)}: want at least 1")
+        if not 0 <= self.dp_rank < self.dp_size:
+            raise DataError(f"dp_rank={self.dp_rank}: want 0 to {self.dp_size - 1} (dp_size={self.dp_size})")
+        shards, streams, batch, dp = len(self.reader.shards), self.num_streams, self.global_batch_size, self.dp_size
+        if streams > shards:
+            raise DataError(
+                f"num_streams={streams}: split {self.reader.split!r} of {self.reader.root} has only {shards} shards; "
+                f"set num_streams to at most {shards}, or rebuild with `dla data shards --min-train-shards {streams}`"
+            )
+        if streams % dp:
+            good = [n for n in range(dp, shards + 1, dp) if batch % n == 0]
+            raise DataError(
+                f"num_streams={streams} is not a multiple of dp_size={dp}; num_streams can be {_some(good)} here "
+                f"({shards} shards, global_batch_size={batch})"
+            )
+        if batch % streams:
+            below, above = batch // streams * streams, (batch // streams + 1) * streams
+            raise DataError(
+                f"global_batch_size={batch} is not a multiple of num_streams={streams}; "
+                f"use {f'{below} or ' if below else ''}{above}, or num_streams "
+                f"{_some([n for n in range(dp, min(batch, shards) + 1, dp) if batch % n == 0])}"
+            )
+        if batch // dp % self.micro_batch_size:
+            rank = batch // dp
+            raise DataError(
+                f"micro_batch_size={self.micro_batch_size} does not divide the {rank} rows of a rank "
+                f"(global_batch_size={batch} / dp_size={dp}); it can be "
+                f"{_some([n for n in range(1, rank + 1) if rank % n == 0])}"
+            )
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the split so far, all streams together."""
+        return self.tokens_seen / self._split_tokens
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro batches of the next step, in order; each has `micro_batch_size` rows.
+
+        Raises DataError for a damaged shard, naming it.
+        """
+        started = time.perf_counter()
+        numbers = [i for i in range(self.global_batch_size) if i % self.num_streams in self.streams]
+        rows = [self.streams[i % self.num_streams].next_row() for i in numbers]
+        size = self.micro_batch_size
+        batches = [make_batch(rows[i : i + size], numbers[i : i + size]) for i in range(0, len(rows), size)]
+        self.steps += 1
+        self.tokens_seen += self.global_batch_size * self.seq_len
+        self.last_wait_s = time.perf_counter() - started
+        self.total_wait_s += self.last_wait_s
+        return batches
+
+    def _identity(self) -> dict[str, Any]:
+        values = (
+            STATE_VERSION,
+            self.reader.split,
+            self.seed,
+            self.seq_len,
+            self.num_streams,
+            self.reader.index.fingerprint,
+        )
+        return dict(zip(_IDENTITY, values, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON state before the next step, with this rank's streams only; see `merge_states`."""
+        streams = {str(j): stream.state_dict() for j, stream in self.streams.items()}
+        return {**self._identity(), "steps": self.steps, "tokens_seen": self.tokens_seen, "streams": streams}
+
+    @staticmethod
+    def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One state with all streams from the states of all ranks, loadable at any dp_size that divides num_streams.
+
+        Raises DataError when the states are of different runs or steps, overlap or lack a stream.
+        """
+        if not states:
+            raise DataError("no loader state to merge: pass the state of every data-parallel rank")
+        merged = {**states[0], "streams": {}}
+        for state in states:
+            for name in (*_IDENTITY, *_PROGRESS):
+                if state[name] != merged[name]:
+                    raise DataError(
+                        f"loader states differ in {name}: {merged[name]!r} and {state[name]!r}; not one checkpoint"
+                    )
+            if twice := merged["streams"].keys() & state["streams"].keys():
+                raise DataError(f"loader states overlap in streams {sorted(twice)}; pass each rank's state once")
+            merged["streams"].update(state["streams"])
+        _need(merged, range(merged["num_streams"]))
+        merged["streams"] = {str(j): merged["streams"][str(j)] for j in range(merged["num_streams"])}
+        return merged
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where a (merged) state was taken; reads one shard a stream.
+
+        Raises DataError when split, seed, seq_len, num_streams or the data differ, or an own stream is missing.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                what = "the data (index fingerprint)" if name == "index" else name
+                raise DataError(
+                    f"cannot resume the loader: {what} was {state.get(name)!r} in the checkpoint and is {value!r} now; "
+                    "set it back, or start the data afresh without this loader state"
+                )
+        _need(state, self.streams)
+        for j, stream in self.streams.items():
+            stream.load_state_dict(state["streams"][str(j)])
+        self.steps, self.tokens_seen = int(state["steps"]), int(state["tokens_seen"])
+
+
+def _need(state: dict[str, Any], streams: Any) -> None:
+    missing = [j for j in streams if str(j) not in state["streams"]]
+    if missing:
+        raise DataError(f"the loader state lacks streams {missing}; merge the states of all ranks with merge_states")
+
+
+def _some(values: list[int]) -> str:
+    if not values:
+        return "no value"
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")

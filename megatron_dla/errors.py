@@ -1,0 +1,17 @@
+"""Errors that a user can cause: the command line prints them as one line and exits with code 2."""
+
+
+class UserError(ValueError):
+    """Bad input; the message names the key or file, the value and the fix."""
+
+
+class ConfigError(UserError):
+    """A configuration key is unknown, has a bad value or contradicts another one."""
+
+
+class DataError(UserError):
+    """A shard, index or tokenizer is missing, damaged or does not fit."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, incomplete or belongs to another model, tokenizer or layout."""

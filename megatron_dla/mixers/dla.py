@@ -1,0 +1,248 @@
+"""The DLA mixer as a Megatron-Core module: takes the self_attention slot of a TransformerLayer by ModuleSpec.
+
+Tensor parallel by heads: column-parallel in, row-parallel out, and no collective between. Decisions are per sequence
+and head, so they need no communication and do not depend on the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch import Tensor, nn
+
+from megatron_dla.config import ModelSection
+from megatron_dla.kernels.dla import dla_attention, partition
+from megatron_dla.kernels.dla.naive import document_starts
+from megatron_dla.mixers import functional
+from megatron_dla.mixers.norms import ones
+from megatron_dla.parallel.tags import Init, Tag, set_tag, sum_gradient
+
+
+@dataclass
+class DLAMixerSubmodules:
+    """Specs of the linear layers around the recurrence."""
+
+    in_proj: ModuleSpec | type = IdentityOp
+    out_proj: ModuleSpec | type = IdentityOp
+
+
+def normal(std: float) -> Init:
+    return lambda shape, generator: torch.randn(shape, generator=generator) * std
+
+
+def uniform(low: float, high: float) -> Init:
+    return lambda shape, generator: torch.rand(shape, generator=generator) * (high - low) + low
+
+
+def constant(value: float) -> Init:
+    return lambda shape, generator: torch.full(shape, value)
+
+
+def dt_bias_init(low: float, high: float) -> Init:
+    """softplus^-1 of a log-uniform time step (Mamba-2)."""
+
+    def draw(shape: torch.Size, generator: torch.Generator) -> Tensor:
+        span = math.log(high) - math.log(low)
+        dt = torch.exp(torch.rand(shape, generator=generator) * span + math.log(low)).clamp(min=1e-4)
+        return dt + torch.log(-torch.expm1(-dt))
+
+    return draw
+
+
+def a_log_init(low: float, high: float) -> Init:
+    draw = uniform(low, high)
+    return lambda shape, generator: draw(shape, generator).log()
+
+
+class DLAMixer(MegatronModule):
+    """Dynamic Linear Attention over [S, B, hidden], on the Mamba-2 or the Gated DeltaNet backbone.
+
+    Parameters (H heads, G query/key groups, K slots; local sizes are 1/TP of these):
+        in_proj: sections gate [H Dv], value [H Dv], query [G Dk], key [G Dk], step [H], strength [H] (GDN only) and
+            slot [H K]. With fewer groups than ranks, query and key move to `qk_proj`, replicated.
+        conv_value, conv_query, conv_key: [channels, W]. A_log, dt_bias: fp32 [H]. D: fp32 [H] (Mamba-2 only).
+        slot_scale, slot_bias: fp32 [H, K]. tau: fp32 [H], if learned. norm: [Dv], shared by the heads.
+
+    Deviation from Mamba-2: the gated norm is per head, so that it does not depend on the tensor-parallel size.
+    """
+
+    def __init__(
+        self,
+        config,
+        submodules: DLAMixerSubmodules,
+        layer_number: int | None = None,
+        *,
+        model: ModelSection,
+        pg_collection=None,
+        cp_comm_type: str | None = None,
+        backend: str = "auto",
+        **_: object,
+    ) -> None:
+        super().__init__(config)
+        assert pg_collection is not None, "DLAMixer needs pg_collection"
+        self.layer_number, self.model, self.backend = layer_number, model, backend
+        self.tp = pg_collection.tp
+        size = self.tp.size()
+        self.heads = model.num_heads // size
+        self.shared_groups = model.num_groups % size != 0  # fewer groups than ranks: replicated
+        self.groups = 1 if self.shared_groups else model.num_groups // size
+        self.delta = model.backbone == "gdn"
+        self.boundaries: Tensor | None = None  # boundary counts since the last `take_boundary_rate`, [H local]
+        self.tokens = 0
+        inner, qk = model.num_heads * model.value_dim, model.num_groups * model.key_dim
+        sections = [("gate", inner), ("value", inner)]
+        sections += [] if self.shared_groups else [("query", qk), ("key", qk)]
+        sections += [("step", model.num_heads)] + ([("strength", model.num_heads)] if self.delta else [])
+        sections += [("slot", model.num_heads * model.capacity)]
+        self.sections = tuple(sections)
+        self.in_proj = build_module(
+            submodules.in_proj, config.hidden_size, sum(n for _, n in sections), config=config,
+            init_method=config.init_method, gather_output=False, bias=False, skip_bias_add=False,
+            tp_comm_buffer_name="fc1", tp_group=self.tp,
+        )  # fmt: skip
+        self.out_proj = build_module(
+            submodules.out_proj, inner, config.hidden_size, config=config,
+            init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=True,
+            is_expert=False, tp_comm_buffer_name="fc2", tp_group=self.tp,
+        )  # fmt: skip
+        std = model.init_std
+        set_tag(self.in_proj.weight, Tag("sharded", 0, self.sections), normal(std))
+        set_tag(self.out_proj.weight, Tag("sharded", 1), normal(std / math.sqrt(2 * config.num_layers)))
+        self._add_parameters(inner, qk)
+
+    def _add_parameters(self, inner: int, qk: int) -> None:
+        m, size, dtype = self.model, self.tp.size(), self.config.params_dtype
+        sharded = Tag("sharded")
+        conv = uniform(-(m.conv_kernel**-0.5), m.conv_kernel**-0.5)
+        self.conv_value = self._parameter((inner // size, m.conv_kernel), sharded, conv, dtype)
+        if self.shared_groups:
+            both = Tag("replicated_sum", 0, (("query", qk), ("key", qk)))
+            self.qk_proj = nn.Linear(self.config.hidden_size, 2 * qk, bias=False, dtype=dtype, device=self._device())
+            set_tag(self.qk_proj.weight, both, normal(m.init_std))
+        channels, conv_tag = (qk, Tag("replicated_sum")) if self.shared_groups else (qk // size, sharded)
+        self.conv_query = self._parameter((channels, m.conv_kernel), conv_tag, conv, dtype)
+        self.conv_key = self._parameter((channels, m.conv_kernel), conv_tag, conv, dtype)
+        H, slots = (self.heads,), (self.heads, m.capacity)
+        self.A_log = self._parameter(H, sharded, a_log_init(m.a_min, m.a_max))
+        self.dt_bias = self._parameter(H, sharded, dt_bias_init(m.dt_min, m.dt_max))
+        if not self.delta:
+            self.D = self._parameter(H, sharded, ones)
+        start_as_backbone = m.slot_weight_init == "backbone"
+        self.slot_scale = self._parameter(slots, sharded, ones)
+        self.slot_bias = self._parameter(slots, sharded, constant(math.log(math.e - 1) if start_as_backbone else 0.0))
+        if m.tau_mode == "learned":
+            self.tau = self._parameter(H, sharded, constant(m.tau))
+        # every rank sees only its heads, with or without sequence parallelism: the gradient is always partial
+        self.norm = self._parameter((m.value_dim,), Tag("replicated_sum"), ones, dtype)
+
+    def _device(self) -> Any:
+        return "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
+
+    def _parameter(self, shape: tuple[int, ...], tag: Tag, init: Init, dtype=torch.float32) -> nn.Parameter:
+        # scalars that sit in exponentials stay fp32 (float64 in a float64 test model)
+        dtype = torch.float64 if self.config.params_dtype == torch.float64 else dtype
+        return set_tag(nn.Parameter(torch.empty(shape, dtype=dtype, device=self._device())), tag, init)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params=None,
+        inference_context=None,
+        **_: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S, B, hidden] (S / TP under sequence parallelism) -> (same shape, None).
+
+        `packed_seq_params.cu_seqlens_q`, over the flattened B * S tokens of all rows, gives the document starts.
+        """
+        if inference_context is not None:
+            raise ValueError(
+                "DLAMixer does not decode inside Megatron: convert with `dla convert to-hf` and generate there"
+            )
+        part = dict(zip((name for name, _ in self.sections), self._project(hidden_states), strict=True))
+        if self.shared_groups:
+            part |= self._shared_query_key(hidden_states)
+        B, S = part["value"].shape[:2]
+        cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
+        document = None
+        if cu_seqlens is not None:
+            document = document_starts(cu_seqlens, B, S, hidden_states.device).cumsum(1)
+        conv = functional.short_convolution
+        value = conv(part["value"], self.conv_value, document).unflatten(-1, (self.heads, -1))
+        query, key = (
+            conv(part[name], weight, document).unflatten(-1, (self.groups, -1))
+            for name, weight in (("query", self._shared(self.conv_query)), ("key", self._shared(self.conv_key)))
+        )
+        out = self._mix(query, key, value, part, cu_seqlens)
+        gate = part["gate"].unflatten(-1, (self.heads, -1))
+        weight = sum_gradient(self.norm, self.tp)
+        out = functional.gated_head_norm(out, gate, weight, self.model.norm_eps, gate_first=not self.delta)
+        return self.out_proj(out.flatten(2).transpose(0, 1).to(hidden_states.dtype))
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """The sections of in_proj, each [B, S, local size]."""
+        packed, _ = self.in_proj(hidden_states)
+        return packed.transpose(0, 1).split([n // self.tp.size() for _, n in self.sections], -1)
+
+    def _shared_query_key(self, hidden_states: Tensor) -> dict[str, Tensor]:
+        """Query and key of this rank's one group, from weights that several ranks hold alike."""
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.tp)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp)
+        query, key = sum_gradient(self.qk_proj.weight, self.tp).chunk(2)
+        return {
+            name: torch.nn.functional.linear(hidden_states, self._my_group(weight)).transpose(0, 1)
+            for name, weight in (("query", query), ("key", key))
+        }
+
+    def _my_group(self, weight: Tensor) -> Tensor:
+        """The rows [Dk, ...] of the group that this rank's heads read."""
+        group = self.tp.rank() * self.model.num_groups // self.tp.size()
+        return weight.unflatten(0, (self.model.num_groups, -1))[group]
+
+    def _shared(self, weight: Tensor) -> Tensor:
+        return self._my_group(sum_gradient(weight, self.tp)) if self.shared_groups else weight
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, part: dict[str, Tensor], cu_seqlens) -> Tensor:
+        """The recurrence: [B, S, H, Dv]."""
+        m = self.model
+        raw = part["slot"].unflatten(-1, (self.heads, m.capacity))
+        weights = functional.slot_weights(raw, self.slot_scale, self.slot_bias)
+        beta, write = None, value
+        if self.delta:
+            query, key, g, beta = functional.gdn_inputs(
+                query, key, part["step"], part["strength"], self.A_log, self.dt_bias
+            )
+        else:
+            write, g = functional.mamba2_inputs(value, part["step"], self.A_log, self.dt_bias)
+        tau = functional.hold_tau(self.tau) if m.tau_mode == "learned" else m.tau
+        rule = {"tau": tau, "capacity": m.capacity, "merge": m.merge, "cu_seqlens": cu_seqlens, "backend": self.backend}
+        decided = partition(key, write, g, beta, **rule)
+        self._count(decided.start)
+        out, _ = dla_attention(query, key, write, g, weights, beta, partition=decided, **rule)
+        return out if self.delta else out + self.D[:, None].to(value.dtype) * value
+
+    @torch.no_grad()
+    def _count(self, start: Tensor) -> None:
+        fired = start.sum((0, 1))
+        self.boundaries = fired if self.boundaries is None else self.boundaries + fired
+        self.tokens += start.shape[0] * start.shape[1]
+
+    def take_boundary_rate(self) -> Tensor:
+        """Share of tokens that opened a slot since the last call, per local head: fp32 [H local]."""
+        assert self.boundaries is not None, "no forward pass yet"
+        rate = self.boundaries.float() / self.tokens
+        self.boundaries, self.tokens = None, 0
+        return rate

@@ -1,0 +1,84 @@
+"""The pure-torch pieces of a DLA mixer, shared by the Megatron module and the Hugging Face model.
+
+Self-contained (torch only): `dla convert to-hf` copies this file beside the modeling file.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TAU_RANGE = (0.5, 1.41)  # a learned threshold is held here; outside, slots open always or never
+
+
+def short_convolution(x: Tensor, weight: Tensor, document: Tensor | None = None, tail: Tensor | None = None) -> Tensor:
+    """Causal depthwise convolution and SiLU that does not look across documents.
+
+    Args:
+        x: [B, T, C]. weight: [C, W], the last tap multiplies the current token.
+        document: int [B, T], document number of each token, or None (one document a row).
+        tail: [B, W - 1, C], the inputs before x (decoding); zeros if None.
+
+    Returns:
+        [B, T, C].
+    """
+    width, T = weight.shape[1], x.shape[1]
+    if tail is None:
+        tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    padded = torch.cat([tail, x], 1)
+    out = x * weight[:, -1]
+    for back in range(1, width):
+        shifted = padded[:, width - 1 - back : width - 1 - back + T]
+        if document is not None and back < T:
+            same = document[:, back:] == document[:, :-back]
+            same = F.pad(same, (back, 0), value=True)
+            shifted = shifted * same[..., None]
+        out = out + shifted * weight[:, width - 1 - back]
+    return F.silu(out)
+
+
+def slot_weights(raw: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """softplus(L * (W x) + c) in fp32: raw [..., H, K], scale and bias [H, K]."""
+    return F.softplus(scale * raw.to(scale.dtype) + bias)
+
+
+def hold_tau(tau: Tensor) -> Tensor:
+    """A learned threshold, held in `TAU_RANGE`; the gradient passes, so that it can come back."""
+    return tau + (tau.clamp(*TAU_RANGE) - tau).detach()
+
+
+def mamba2_inputs(value: Tensor, step: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Mamba-2's write and log-decay: v = dt * x and g = -exp(A_log) dt, with dt = softplus(step + dt_bias).
+
+    Args:
+        value: [B, T, H, Dv]. step: [B, T, H]. A_log, dt_bias: fp32 [H].
+    """
+    dt = F.softplus(step.to(dt_bias.dtype) + dt_bias)
+    return value * dt[..., None].to(value.dtype), -A_log.exp() * dt
+
+
+def gdn_inputs(
+    q: Tensor, k: Tensor, step: Tensor, strength: Tensor, A_log: Tensor, dt_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gated DeltaNet's unit q (scaled by Dk^-1/2) and k, log-decay g and write strength beta = sigmoid(strength).
+
+    Args:
+        q, k: [B, T, G, Dk]. step, strength: [B, T, H]. A_log, dt_bias: fp32 [H].
+    """
+    q = F.normalize(q.float() if q.dtype != torch.float64 else q, dim=-1, eps=1e-6) * q.shape[-1] ** -0.5
+    k = F.normalize(k.float() if k.dtype != torch.float64 else k, dim=-1, eps=1e-6)
+    g = -A_log.exp() * F.softplus(step.to(dt_bias.dtype) + dt_bias)
+    return q, k, g, torch.sigmoid(strength.to(dt_bias.dtype))
+
+
+def gated_head_norm(out: Tensor, gate: Tensor, weight: Tensor, eps: float, *, gate_first: bool) -> Tensor:
+    """RMSNorm over each head's channels with the output gate: before it (Mamba-2) or after it (Gated DeltaNet).
+
+    Args:
+        out, gate: [B, T, H, Dv]. weight: [Dv], shared by the heads.
+    """
+    gate = F.silu(gate)
+    if gate_first:
+        return F.rms_norm(out * gate, weight.shape, weight.to(out.dtype), eps)
+    return F.rms_norm(out, weight.shape, weight.to(out.dtype), eps) * gate

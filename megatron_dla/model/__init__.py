@@ -1,0 +1,1 @@
+"""The language model: layer specs, initialisation, counts."""

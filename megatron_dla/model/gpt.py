@@ -1,0 +1,112 @@
+"""The language model: Megatron-Core's GPTModel over our layer specs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from megatron_dla import compat
+from megatron_dla.config import ModelSection, ParallelSection, layer_letters
+
+
+def padded_vocab(vocab_size: int, multiple: int) -> int:
+    """The vocabulary rounded up, so that it divides over the ranks."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(section: ModelSection, parallel: ParallelSection, dtype: torch.dtype, on_cpu: bool):
+    """Megatron's TransformerConfig; every fusion is off (they need Transformer Engine or Apex)."""
+    compat.install()
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=section.num_layers,
+        hidden_size=section.hidden_size,
+        num_attention_heads=section.attention_heads,
+        num_query_groups=section.attention_groups,
+        kv_channels=max(1, section.hidden_size // section.attention_heads),
+        ffn_hidden_size=section.ffn_hidden_size,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        normalization="RMSNorm",
+        layernorm_epsilon=section.norm_eps,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+    )
+
+
+def build_model(
+    section: ModelSection,
+    parallel: ParallelSection,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str = "auto",
+):
+    """A GPTModel with DLA layers, tagged and initialised; Megatron's groups must exist.
+
+    `forward(input_ids [B, S], position_ids, attention_mask, labels=...)` gives the loss of each token [B, S], or
+    logits [B, S, vocab / TP] without labels. `vocab_size` is the tokenizer's; the model pads it.
+    """
+    config = transformer_config(section, parallel, dtype, device == "cpu")
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_dla.model.init import initialise, tag_megatron_parameters
+    from megatron_dla.model.spec import block_spec
+    from megatron_dla.parallel.groups import process_groups
+
+    groups = process_groups()
+    model = GPTModel(
+        config,
+        block_spec(section, backend),
+        vocab_size=padded_vocab(vocab_size, section.vocab_multiple),
+        max_sequence_length=seq_len,
+        position_embedding_type="rope" if "A" in layer_letters(section) else "none",
+        rotary_base=int(section.rope_theta),
+        share_embeddings_and_output_weights=section.tie_embeddings,
+        pg_collection=groups,
+    )
+    tag_megatron_parameters(model, section)
+    initialise(model, section, seed, groups.tp.rank(), groups.tp.size())
+    return model
+
+
+def packed_sequence(cu_seqlens: torch.Tensor | None, seq_len: int):
+    """Megatron's PackedSeqParams for rows of packed documents (sbhd), or None.
+
+    `cu_seqlens`: int32 [n + 1] over the flattened B * S tokens, every row start included.
+    """
+    if cu_seqlens is None:
+        return None
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    return PackedSeqParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=seq_len,
+        max_seqlen_kv=seq_len,
+    )
+
+
+def dla_mixers(model: torch.nn.Module) -> list:
+    """The DLA mixers in layer order."""
+    from megatron_dla.mixers.dla import DLAMixer
+
+    return [module for module in model.modules() if isinstance(module, DLAMixer)]

@@ -1,0 +1,1 @@
+"""Process groups, parameter tags and the mpu that DeepSpeed sees."""

@@ -1,0 +1,45 @@
+"""Process groups of a run, made once and passed on explicitly."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_dla import compat
+
+
+def initialize_distributed(device: str) -> None:
+    """Join the process group that torchrun describes; a lone process makes its own of size one."""
+    if dist.is_initialized():
+        return
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(key, value)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if device == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world)
+
+
+def initialize_model_parallel(tensor: int, seed: int) -> None:
+    """Megatron's groups (tensor innermost, then data) and its random-state tracker."""
+    compat.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+        model_parallel_cuda_manual_seed(seed)
+
+
+def process_groups():
+    """Megatron's `ProcessGroupCollection` of the current layout."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()

@@ -1,0 +1,248 @@
+"""Loader: one global order at every data-parallel size, exact resume, each document once an epoch, no silent damage."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dla.data import ShardReader, TokenLoader, TokenStream, validation_batches
+from megatron_dla.data import shards as shards_module
+from megatron_dla.data_prep.index import ShardIndex
+from megatron_dla.data_prep.shards import build_shards
+from megatron_dla.data_prep.tokenizer import train_tokenizer
+from megatron_dla.errors import DataError
+
+T, ROWS, STREAMS, EOS = 16, 8, 4, 2
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "\xe9", "42", "\n"]
+    with open(root / "d.jsonl", "w") as file:
+        for i in range(70):
+            words_in = rng.choice([1, 3, 10, 40])
+            text = f"{i} " + " ".join(rng.choice(words) for _ in range(words_in))
+            file.write(json.dumps({"text": text}) + "\n")
+    train_tokenizer([root / "d.jsonl"], root, 290)
+    out = root / "data {x,y}"  # a name that shard lists would expand
+    build_shards([root / "d.jsonl"], root, out, workers=1, shard_tokens=10**6, min_train_shards=9, val_docs=9)
+    return out
+
+
+@pytest.fixture
+def data(made, tmp_path):
+    """A copy that a test may damage."""
+    import shutil
+
+    return shutil.copytree(made, tmp_path / "data")
+
+
+def loader(data, rank=0, size=1, **options):
+    defaults = {"seq_len": T, "global_batch_size": ROWS, "micro_batch_size": 1, "num_streams": STREAMS, "seed": 3}
+    return TokenLoader(data, "train", **{**defaults, **options}, dp_rank=rank, dp_size=size)
+
+
+def global_steps(loaders, steps):
+    """[steps, ROWS, 2, T]: tokens and labels of all ranks, by row number."""
+    out = []
+    for _ in range(steps):
+        rows = {}
+        for one in loaders:
+            for batch in one.next_step():
+                for i, number in enumerate(batch.rows.tolist()):
+                    assert number not in rows and number % STREAMS % one.dp_size == one.dp_rank
+                    rows[number] = torch.stack([batch.tokens[i], batch.labels[i]])
+        out.append(torch.stack([rows[i] for i in range(ROWS)]))
+    return torch.stack(out)
+
+
+def ranks(data, size, **options):
+    return [loader(data, rank, size, **options) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_global_rows_do_not_depend_on_the_number_of_ranks(made, size):
+    assert torch.equal(global_steps(ranks(made, 1), 40), global_steps(ranks(made, size, micro_batch_size=2), 40))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (4, 2), (2, 1)])
+def test_resume_at_any_step_equals_uninterrupted(made, before, after):
+    total = 40  # over two epochs
+    want = global_steps(ranks(made, 1), total)
+    running = ranks(made, before)
+    for step in range(total):
+        if step % 3 == 0:
+            states = json.loads(json.dumps([one.state_dict() for one in running]))
+            resumed = ranks(made, after)
+            for one in resumed:
+                one.load_state_dict(TokenLoader.merge_states(states))
+            n = min(4, total - step)
+            assert torch.equal(global_steps(resumed, n), want[step : step + n])
+            assert resumed[0].steps == step + n and resumed[0].tokens_seen == (step + n) * ROWS * T
+        assert torch.equal(global_steps(running, 1), want[step : step + 1])
+    assert running[0].epoch > 2 and running[0].total_wait_s >= running[0].last_wait_s > 0
+
+
+def test_resume_reads_one_shard_a_stream(made, monkeypatch):
+    first = loader(made)
+    while min(stream.shard for stream in first.streams.values()) < 1:
+        first.next_step()
+    read = []
+    real = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda self, shard: read.append(shard.name) or real(self, shard))
+    loader(made).load_state_dict(first.state_dict())
+    assert len(read) == STREAMS
+
+
+def test_every_document_once_an_epoch_and_another_order_in_the_next(made):
+    reader = ShardReader(made, "train")
+    stored = sorted(tuple(document.tolist()) for shard in reader.shards for document in reader.read(shard))
+    orders = []
+    streams = [TokenStream(reader, j, STREAMS, seq_len=T, seed=0) for j in range(STREAMS)]
+    for epoch in range(2):
+        documents = []
+        for j, stream in enumerate(streams):
+            shards = [reader.shards[i] for i in reader.order(0, epoch)[j::STREAMS]]
+            left = sum(shard.tokens for shard in shards)
+            fresh = TokenStream(reader, j, STREAMS, seq_len=1, seed=0)  # rows of one token: nothing spans the border
+            fresh.load_state_dict({**stream.state_dict(), "epoch": epoch, "last": None})
+            tokens = [int(fresh.next_row().tokens[0]) for _ in range(left)]
+            assert tokens[-1] == EOS and fresh.epoch == epoch + 1
+            ends = np.flatnonzero(np.array(tokens) == EOS) + 1
+            documents += [tuple(part.tolist()) for part in np.split(np.array(tokens), ends)[:-1]]
+        assert sorted(documents) == stored
+        orders.append(documents)
+    assert orders[0] != orders[1]
+
+
+def test_rows_of_a_stream_join_without_gap_or_repeat(made):
+    long, short = (TokenStream(ShardReader(made, "train"), 1, STREAMS, seq_len=n, seed=0) for n in (600, 25))
+    rows = [short.next_row() for _ in range(24)]
+    want = long.next_row()
+    assert np.concatenate([row.tokens for row in rows]).tolist() == want.tokens.tolist()
+    assert np.concatenate([row.labels for row in rows]).tolist() == want.labels.tolist()
+
+
+def test_order_depends_on_seed_and_epoch_only(made):
+    reader = ShardReader(made, "train")
+    state = np.random.get_state()[1].copy()
+    seen = {(seed, epoch): tuple(reader.order(seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(set(seen.values())) == 9 and all(sorted(order) == list(range(9)) for order in seen.values())
+    assert (np.random.get_state()[1] == state).all()
+    # Pinned: a change here would make checkpoints resume in another order.
+    assert shards_module.permutation(8, "shards", 0, 0).tolist() == PINNED
+
+
+PINNED = [3, 6, 0, 5, 4, 1, 7, 2]
+
+
+def damage_flip(path):
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 // 512 * 512])
+
+
+@pytest.mark.parametrize(
+    ("damage", "verify", "message"),
+    [
+        (damage_flip, "sha256", "sha256"), (damage_truncate, "sha256", "bytes"), (damage_truncate, "size", "bytes"),
+        (damage_truncate, "none", "documents|damaged shard"), (lambda path: path.unlink(), "sha256", "cannot read"),
+        (lambda path: path.unlink(), "none", "damaged shard"),
+        (lambda path: path.write_bytes(bytes(10240)), "none", "documents|damaged shard"),
+    ],
+)  # fmt: skip
+def test_damaged_shard_raises_and_is_named(data, damage, verify, message):
+    damage(data / "train" / "train-000004.tar")
+    one = loader(data, verify=verify)
+    with pytest.raises(DataError, match=rf"train-000004\.tar.*({message}).*dla data shards"):
+        for _ in range(40):
+            one.next_step()
+
+
+def test_checksum_is_taken_once_a_process_and_again_after_a_change(data, monkeypatch):
+    calls = []
+    real = shards_module.file_sha256
+    monkeypatch.setattr(shards_module, "file_sha256", lambda path: calls.append(path.name) or real(path))
+    reader = ShardReader(data, "train")
+    for _ in range(3):
+        reader.read(reader.shards[0])
+    assert len(calls) == 1
+    damage_flip(data / reader.shards[0].path)
+    with pytest.raises(DataError, match="sha256"):
+        reader.read(reader.shards[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_streams": 10}, "num_streams=10: .*only 9 shards; set num_streams to at most 9.*--min-train-shards 10"),
+        ({"num_streams": 3, "size": 2}, "num_streams=3 is not a multiple of dp_size=2; num_streams can be 2, 4, 8"),
+        ({"global_batch_size": 10}, "global_batch_size=10 is not a multiple of num_streams=4; use 8 or 12"),
+        ({"micro_batch_size": 3}, "micro_batch_size=3 does not divide the 8 rows.*can be 1, 2, 4, 8"),
+        ({"seq_len": 0}, "seq_len=0"), ({"rank": 1}, "dp_rank=1"), ({"verify": "md5"}, "verify='md5'"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit(made, options, message):
+    with pytest.raises(DataError, match=message):
+        loader(made, **options)
+
+
+def test_states_that_do_not_fit(made, data):
+    state = loader(made).state_dict()
+    for options, name in (({"seed": 4}, "seed"), ({"seq_len": 8}, "seq_len"), ({"num_streams": 2}, "num_streams")):
+        with pytest.raises(DataError, match=f"{name} was"):
+            loader(made, **options).load_state_dict(state)
+    index = ShardIndex.load(data)
+    index.shards = index.shards[1:]
+    with pytest.raises(DataError, match="index fingerprint"):
+        loader(index, root=data).load_state_dict(state)
+    part = [one.state_dict() for one in ranks(made, 2)]
+    for states, message in (
+        ([], "no loader state"), (part[:1], r"lacks streams \[1, 3\]"), ([part[0], part[0]], "overlap"),
+        ([part[0], {**part[1], "steps": 9}], "differ in steps"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            TokenLoader.merge_states(states)
+    with pytest.raises(DataError, match="lacks streams"):
+        loader(made).load_state_dict(part[0])
+    state["streams"]["0"]["document"] = 10**6
+    with pytest.raises(DataError, match="no such position"):
+        loader(made).load_state_dict(state)
+
+
+@pytest.mark.parametrize("max_rows", [None, 5])
+def test_validation_is_one_pass_of_equal_length_on_every_rank(made, max_rows):
+    reader = ShardReader(made, "val")
+    tokens = np.concatenate([document for shard in reader.shards for document in reader.read(shard)]).astype(np.int64)
+    count = -(-(len(tokens) - 1) // T)
+    assert count > 6 and (len(tokens) - 1) % T, "the text should make an incomplete last row"
+    for size in (1, 2, 4):
+        per_rank = [list(validation_batches(made, T, 2, rank, size, max_rows)) for rank in range(size)]
+        assert len({len(batches) for batches in per_rank}) == 1
+        rows = {}
+        for batches in per_rank:
+            for batch in batches:
+                for i, number in enumerate(batch.rows.tolist()):
+                    assert number not in rows
+                    rows[number] = (batch.tokens[i].numpy(), batch.labels[i].numpy(), batch.loss_mask[i].numpy())
+        n = min((max_rows or count) * T, len(tokens) - 1)
+        got = [np.concatenate([rows[i][part] for i in range(len(rows))]) for part in range(3)]
+        assert got[0][:n].tolist() == tokens[:n].tolist() and got[1][:n].tolist() == tokens[1 : n + 1].tolist()
+        assert (got[2][:n] == (tokens[:n] != EOS)).all() and got[2][n:].sum() == 0
+
+
+def test_validation_errors(made, tmp_path):
+    with pytest.raises(DataError, match="micro_batch_size=0"):
+        validation_batches(made, T, 0)
+    with pytest.raises(DataError, match="split 'test' has no shards"):
+        validation_batches(made, T, 1, split="test")
+    with pytest.raises(DataError, match="no such index"):
+        validation_batches(tmp_path, T, 1)

@@ -1,0 +1,93 @@
+"""Random DLA inputs with the properties the tests need: topics, merges, strong decay, packed documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Case:
+    """One random problem; `make()` gives float64 leaves on the CPU."""
+
+    name: str
+    T: int = 150
+    B: int = 2
+    H: int = 2
+    G: int = 1
+    Dk: int = 8
+    Dv: int = 6
+    tau: float = 1.15
+    capacity: int = 5
+    chunk_size: int = 32
+    decay: float = 0.05
+    delta: bool = False
+    noise: float = 0.4  # of a token around its topic
+    topic: int = 12  # mean length of a run of similar tokens; 0 = white noise
+    documents: tuple[int, ...] = field(default=())
+    seed: int = 0
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor | None:
+        if not self.documents:
+            return None
+        ends = torch.tensor([0, *self.documents, self.B * self.T], dtype=torch.int32)
+        assert bool((ends.diff() > 0).all())
+        return ends
+
+    def make(self) -> dict[str, torch.Tensor]:
+        gen = torch.Generator().manual_seed(self.seed)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+        def topics(heads: int, dim: int) -> torch.Tensor:
+            if not self.topic:
+                return randn(self.B, self.T, heads, dim)
+            change = torch.rand(self.B, self.T, generator=gen) < 1 / self.topic
+            run = change.long().cumsum(1)
+            base = randn(self.B, self.T + 1, heads, dim)
+            index = run[..., None, None].expand(-1, -1, heads, dim)
+            return base.gather(1, index) + self.noise * randn(self.B, self.T, heads, dim)
+
+        k, v = topics(self.G, self.Dk), topics(self.H, self.Dv)
+        q = randn(self.B, self.T, self.G, self.Dk)
+        if self.delta:
+            k = torch.nn.functional.normalize(k, dim=-1)
+        tensors = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "g": -self.decay * torch.rand(self.B, self.T, self.H, generator=gen, dtype=torch.float64),
+            "slot_weights": 0.5 + torch.rand(self.B, self.T, self.H, self.capacity, generator=gen).double(),
+        }
+        if self.delta:
+            tensors["beta"] = torch.rand(self.B, self.T, self.H, generator=gen, dtype=torch.float64)
+        return {name: x.requires_grad_() for name, x in tensors.items()}
+
+    @property
+    def rule(self) -> dict:
+        return {"tau": self.tau, "capacity": self.capacity, "cu_seqlens": self.cu_seqlens}
+
+
+_SHAPES = [
+    Case("topics with merges"),
+    Case("no boundary", tau=2.5, T=90),
+    Case("every token a boundary", tau=0.0, T=80),
+    Case("white noise, boundaries nearly everywhere", topic=0, tau=1.2, T=100),
+    Case("one token", T=1),
+    Case("shorter than a chunk", T=20),
+    Case("not a multiple of the chunk", T=77, G=2, tau=1.0),
+    Case("two slots", capacity=2, T=100),
+    Case("strong decay", decay=8.0, T=100),
+    Case("packed documents", documents=(30, 31, 100, 128, 200, 270), tau=1.1),
+    Case("packed, strong decay, two slots", documents=(64, 96, 150, 203), capacity=2, decay=4.0, tau=0.9),
+    Case("capacity 30 exceeded", capacity=30, T=200, B=1, tau=0.7, topic=3),
+    Case("wide keys", Dk=20, Dv=3, H=4, G=2, T=70),
+]
+CASES = [
+    Case(**{**case.__dict__, "delta": delta, "seed": i, "name": f"{case.name} ({'gdn' if delta else 'mamba2'})"})
+    for i, case in enumerate(_SHAPES)
+    for delta in (False, True)
+]

@@ -1,0 +1,124 @@
+"""Prefill + decode = full pass; caches chain, carry gradients, stay constant in size and survive a save."""
+
+import pytest
+import torch
+from cases import Case
+from test_dla_attention import assert_same
+
+from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention, partition
+from megatron_dla.kernels.dla.naive import naive_attention
+
+FIELDS = ("start", "count", "live")
+
+
+def cases() -> list[Case]:
+    plain = [
+        Case("merges", T=90, tau=1.1, capacity=4),
+        Case("two slots, groups", T=70, capacity=2, H=4, G=2),
+        Case("strong decay", T=60, decay=5.0, capacity=3),
+        Case("all boundaries", T=40, tau=0.0, capacity=5),
+    ]
+    return [Case(**{**c.__dict__, "delta": d, "name": f"{c.name} {d}"}) for c in plain for d in (False, True)]
+
+
+def cut(x: dict, a: int, b: int) -> dict:
+    return {name: t[:, a:b] for name, t in x.items()}
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
+@pytest.mark.parametrize("prefill", [0, 1, 37])
+def test_prefill_then_decode_is_the_full_pass(case: Case, prefill: int) -> None:
+    x = {name: t.detach() for name, t in case.make().items()}
+    full, decided, want = naive_attention(**x, **case.rule)
+    rule = {"tau": case.tau, "capacity": case.capacity}
+    if prefill:
+        first, cache = dla_attention(**cut(x, 0, prefill), **rule, return_cache=True, chunk_size=case.chunk_size)
+        outs = [first]
+    else:
+        cache = SlotCache.empty(case.B, case.H, case.capacity, case.Dk, case.Dv, dtype=torch.float64)
+        outs = []
+    size = cache.nbytes
+    for t in range(prefill, case.T):
+        one = cut(x, t, t + 1)
+        out, same = decode_step(**one, cache=cache, **rule)
+        assert same is cache
+        outs.append(out)
+    assert_same(torch.cat(outs, 1), full, "output")
+    assert cache.nbytes == size and cache.position == case.T
+    for name in FIELDS:
+        assert torch.equal(getattr(cache, name), getattr(want, name)), name
+    assert_same(cache.states, want.states, "states")
+    torch.testing.assert_close(cache.info, want.info, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+def test_chunked_prefill_is_the_full_pass(case: Case, backend: str) -> None:
+    x = case.make()
+    full, _, want = naive_attention(**x, **case.rule)
+    rule = {"tau": case.tau, "capacity": case.capacity, "backend": backend, "return_cache": True}
+    outs, cache = [], None
+    for a, b in ((0, 13), (13, 33), (33, case.T)):
+        out, cache = dla_attention(**cut(x, a, b), **rule, cache=cache, chunk_size=16)
+        outs.append(out)
+    got = torch.cat(outs, 1)
+    assert_same(got, full, "output")
+    for name in FIELDS:
+        assert torch.equal(getattr(cache, name), getattr(want, name)), name
+    # the gradient flows through the caches: out of the final states and into the first piece's inputs
+    cotangents = torch.randn_like(full), torch.randn_like(want.states)
+    leaves = list(x.values())
+    reference = torch.autograd.grad((full, want.states), leaves, cotangents)
+    grads = torch.autograd.grad((got, cache.states), leaves, cotangents)
+    for name, a, b in zip(x, grads, reference, strict=True):
+        assert_same(a, b, f"d{name}")
+
+
+def test_cached_partition_reports_the_death_of_inherited_slots() -> None:
+    case = Case("inherit", T=80, tau=1.0, capacity=3)
+    x = {name: t.detach() for name, t in case.make().items()}
+    rule = {"tau": case.tau, "capacity": case.capacity}
+    _, cache = dla_attention(**cut(x, 0, 40), **rule, return_cache=True)
+    later = cut(x, 40, 80)
+    args = later["k"], later["v"], later["g"]
+    for merge in ("density", "ward"):
+        want = partition(*args, **rule, merge=merge, cache=cache, backend="naive")
+        got = partition(*args, **rule, merge=merge, cache=cache, backend="torch")
+        assert torch.equal(got.cache_death, want.cache_death) and torch.equal(got.death, want.death)
+        assert (want.cache_death < 40).any()
+
+
+def test_packed_documents_with_caches() -> None:
+    case = Case("packed", T=60, B=1, documents=(20, 45), tau=1.0, capacity=3)
+    x = {name: t.detach() for name, t in case.make().items()}
+    rule = {"tau": case.tau, "capacity": case.capacity}
+    want, _ = dla_attention(**x, **case.rule)
+    got, cache = dla_attention(**x, **case.rule, return_cache=True)
+    assert_same(got, want, "output")
+    assert cache.states.shape[0] == 3
+    _, alone = dla_attention(**cut(x, 20, 45), **rule, return_cache=True)
+    assert_same(cache.states[1:2], alone.states, "second document's memory")
+    again, _ = dla_attention(**x, **case.rule, cache=cache)
+    alone_again, _ = dla_attention(**cut(x, 20, 45), **rule, cache=alone)
+    assert_same(again[:, 20:45], alone_again, "each document continues its own memory")
+
+
+def test_cache_saves_forks_and_refuses_other_shapes() -> None:
+    case = Case("save", T=30, capacity=3)
+    x = {name: t.detach() for name, t in case.make().items()}
+    rule = {"tau": case.tau, "capacity": case.capacity}
+    _, cache = dla_attention(**cut(x, 0, 20), **rule, return_cache=True)
+    fork = cache.clone()
+    copy = SlotCache.empty(case.B, case.H, 3, case.Dk, case.Dv, dtype=torch.float64)
+    copy.load_state_dict(cache.state_dict())
+    outs = [decode_step(**cut(x, 20, 21), cache=c, **rule)[0] for c in (cache, fork, copy)]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert copy.position == 21
+    with pytest.raises(ValueError, match="states has shape"):
+        SlotCache.empty(1, case.H, 3, case.Dk, case.Dv).load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match="expected the fields"):
+        copy.load_state_dict({"states": copy.states})
+    with pytest.raises(ValueError, match=r"cache.states must be"):
+        decode_step(**cut(x, 20, 21), cache=cache.select(torch.tensor([0])), **rule)
+    with pytest.raises(ValueError, match="one token"):
+        decode_step(**cut(x, 20, 22), cache=cache, **rule)
