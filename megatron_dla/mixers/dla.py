@@ -27,6 +27,8 @@ from megatron_dla.mixers import functional
 from megatron_dla.mixers.norms import ones
 from megatron_dla.parallel.tags import Init, Tag, set_tag, sum_gradient
 
+FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau")
+
 
 @dataclass
 class DLAMixerSubmodules:
@@ -149,9 +151,11 @@ class DLAMixer(MegatronModule):
         return "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
 
     def _parameter(self, shape: tuple[int, ...], tag: Tag, init: Init, dtype=torch.float32) -> nn.Parameter:
-        # scalars that sit in exponentials stay fp32 (float64 in a float64 test model)
         dtype = torch.float64 if self.config.params_dtype == torch.float64 else dtype
-        return set_tag(nn.Parameter(torch.empty(shape, dtype=dtype, device=self._device())), tag, init)
+        parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=self._device()))
+        # scalars that sit in exponentials and thresholds stay fp32 in a bf16 model: see compat.import_deepspeed
+        parameter.keep_fp32 = dtype == torch.float32  # type: ignore[attr-defined]
+        return set_tag(parameter, tag, init)
 
     def forward(
         self,

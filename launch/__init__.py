@@ -1,0 +1,1 @@
+"""Launchers: build command lines and watch processes; no training code."""

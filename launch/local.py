@@ -1,0 +1,50 @@
+"""`dla run`: all processes of a run on this machine, through torch's elastic launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import uuid
+from types import FrameType
+
+import psutil
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+PASSED_ON = (2, 75)  # exit codes with a meaning: bad input, stopped by a signal after a checkpoint
+
+
+def _forward(number: int, frame: FrameType | None) -> None:
+    """Pass a stop signal on to the ranks, which save at the next step and exit with 75."""
+    for child in psutil.Process().children():
+        child.send_signal(number)
+
+
+def run_local(nproc: int, train_arguments: list[str]) -> int:
+    """Start `nproc` ranks of `dla train ...`; returns the exit code of the first rank that failed, 0 if none did."""
+    threads = max(1, (os.cpu_count() or 1) // nproc)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.5,
+    )
+    # torch's agent would answer SIGTERM by killing the ranks after 30 s, saved or not
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _forward)
+    try:
+        elastic_launch(config, sys.executable)("-m", "megatron_dla.cli", "train", *train_arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode in PASSED_ON:
+            return failure.exitcode
+        print(f"rank {rank} failed with exit code {failure.exitcode}; its output stands above", file=sys.stderr)
+        return 1
+    return 0

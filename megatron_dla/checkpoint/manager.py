@@ -1,0 +1,166 @@
+"""Save, find, load and prune the checkpoints of a run.
+
+A checkpoint is written as step_N.partial and renamed to step_N when everything, the marker last, is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, Layout, save_weights
+from megatron_dla.errors import CheckpointError
+
+DATA_STATE = "data_state.json"
+
+
+def checkpoint_dir(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def complete_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every complete checkpoint, oldest first."""
+    found = []
+    for path in checkpoint_dir(run_dir).glob("step_*"):
+        match = re.fullmatch(r"step_(\d+)", path.name)
+        if match and (path / COMPLETE).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class Checkpointer:
+    """Checkpoints of one run at one layout.
+
+    Args:
+        run_dir: the run's directory. engine: the DeepSpeed engine. groups: ProcessGroupCollection. keep: newest
+            checkpoints to keep, 0 = all.
+    """
+
+    def __init__(self, run_dir: Path, engine: Any, groups: Any, keep: int) -> None:
+        self.run_dir, self.engine, self.groups, self.keep = run_dir, engine, groups, keep
+        self.rank = dist.get_rank()
+
+    def save(self, layout: Layout, data_state: dict[str, Any]) -> Path:
+        """Write a checkpoint (a collective); returns its directory.
+
+        `data_state` is the loader's state of the whole batch, already merged over the data-parallel ranks.
+        """
+        root = checkpoint_dir(self.run_dir)
+        final, partial = root / f"step_{layout.step}", root / f"step_{layout.step}.partial"
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        self.engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
+        if self.groups.dp.rank() == 0:
+            state = dict(self.engine.module.named_parameters())
+            save_weights(state, partial, self.groups.tp.rank())  # type: ignore[arg-type]
+        torch.save(_random_state(), partial / f"random_{self.rank:05d}.pt")
+        dist.barrier()
+        if self.rank == 0:
+            layout.save(partial / LAYOUT)
+            (partial / DATA_STATE).write_text(json.dumps(data_state))
+            marker = {
+                "step": layout.step,
+                "tensor_parallel": self.groups.tp.size(),
+                "data_parallel": self.groups.dp.size(),
+                "zero_stage": self.engine.zero_optimization_stage(),
+            }
+            with (partial / COMPLETE).open("w") as file:
+                json.dump(marker, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if final.exists():
+                shutil.rmtree(final)
+            os.rename(partial, final)
+            self._prune()
+        dist.barrier()
+        return final
+
+    def _prune(self) -> None:
+        if self.keep:
+            for _, path in complete_checkpoints(self.run_dir)[: -self.keep]:
+                (path / COMPLETE).unlink()  # first: a half-deleted checkpoint must not be resumed
+                shutil.rmtree(path)
+
+    def load(self, path: Path, layout: Layout) -> tuple[int, dict[str, Any]]:
+        """Restore engine and random state (a collective); returns the step and the loader's state.
+
+        Args:
+            layout: what this run would save; model, vocabulary and tokenizer must be the same.
+
+        Raises:
+            CheckpointError: another model, tokenizer or layout; damaged files.
+        """
+        check_same_model(path, layout)
+        marker = json.loads((path / COMPLETE).read_text())
+        mine = {
+            "tensor_parallel": self.groups.tp.size(),
+            "data_parallel": self.groups.dp.size(),
+            "zero_stage": self.engine.zero_optimization_stage(),
+        }
+        if different := [f"{k} {marker[k]} -> {v}" for k, v in mine.items() if marker[k] != v]:
+            raise CheckpointError(
+                f"{str(path)!r} was saved at another layout ({', '.join(different)}): resume with the same one "
+                "(changing it is not supported yet)"
+            )
+        try:
+            loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+            data_state = json.loads((path / DATA_STATE).read_text())
+            state = torch.load(path / f"random_{self.rank:05d}.pt", weights_only=True)
+        except (OSError, RuntimeError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"{str(path)!r} is damaged ({error}): delete it to resume from an older one"
+            ) from error
+        if loaded is None:
+            raise CheckpointError(f"{str(path)!r} is damaged (DeepSpeed found no state): delete it to resume earlier")
+        _set_random_state(state)
+        return int(marker["step"]), data_state
+
+
+def check_same_model(path: Path, layout: Layout) -> None:
+    """CheckpointError where a checkpoint belongs to another model, vocabulary or tokenizer."""
+    saved = Layout.load(path)
+    if (saved.tokenizer_sha256, saved.vocab_size) != (layout.tokenizer_sha256, layout.vocab_size):
+        raise CheckpointError(
+            f"vocabulary mismatch: {str(path)!r} was trained with tokenizer {saved.tokenizer_sha256[:12]} "
+            f"({saved.vocab_size} rows), data.dir has {layout.tokenizer_sha256[:12]} ({layout.vocab_size} rows): "
+            "use the shards it was trained on, or another run.name"
+        )
+    old, new = asdict(saved.model), asdict(layout.model)
+    if different := [f"model.{k} {old[k]} -> {new[k]}" for k in new if old[k] != new[k]]:
+        raise CheckpointError(
+            f"{str(path)!r} holds another model ({', '.join(different)}): restore the config or use another run.name"
+        )

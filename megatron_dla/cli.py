@@ -1,0 +1,90 @@
+"""The `dla` command: parses, hands over, and turns a user's error into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_dla import __version__
+from megatron_dla.errors import UserError
+
+
+def _train(args: argparse.Namespace) -> int:
+    from megatron_dla.config import load_config
+    from megatron_dla.training.run import train
+
+    return train(load_config(args.config, args.overrides), dry_run=args.dry_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from megatron_dla.config import load_config
+    from megatron_dla.launch.local import run_local
+    from megatron_dla.training.run import check_run, train
+
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        return train(config, dry_run=True, world_size=args.nproc)
+    check_run(config, args.nproc)  # one message here instead of one a rank
+    return run_local(args.nproc, [args.config, *args.overrides])
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from megatron_dla.metrics.plots import plot_run
+
+    print(plot_run(Path(args.run_dir)))
+    return 0
+
+
+def _add_training(subparsers) -> None:
+    for name, function, text in (
+        ("train", _train, "train in this process (or as one rank under torchrun)"),
+        ("run", _run, "train with several processes on this machine"),
+    ):
+        parser = subparsers.add_parser(name, help=text, description=text)
+        parser.add_argument("config", help="YAML file, see configs/")
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the config")
+        parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+        if name == "run":
+            parser.add_argument("--nproc", type=int, required=True, help="number of processes")
+        parser.set_defaults(func=function)
+    parser = subparsers.add_parser("plot", help="draw loss, boundary rate and speed of a run")
+    parser.add_argument("run_dir", help="runs/NAME")
+    parser.set_defaults(func=_plot)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from megatron_dla.data_prep.cli import add_data_parser
+    from megatron_dla.hf.cli import add_convert_parser, add_generate_parser
+
+    parser = argparse.ArgumentParser(prog="dla", description="Pretraining with Dynamic Linear Attention.")
+    parser.add_argument("--version", action="version", version=f"megatron-dla {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_data_parser(subparsers)
+    _add_training(subparsers)
+    add_convert_parser(subparsers)
+    add_generate_parser(subparsers)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 bad input, 75 stopped by a signal after a checkpoint, 1 anything else."""
+    parser = build_parser()
+    # overrides may stand after an option (dla run C --nproc 2 a.b=c), where argparse no longer expects positionals
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    try:
+        return args.func(args)
+    except UserError as error:
+        print(f"dla {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

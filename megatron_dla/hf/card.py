@@ -1,0 +1,42 @@
+"""The README.md of an exported model."""
+
+from __future__ import annotations
+
+from megatron_dla.checkpoint.weights import Layout
+from megatron_dla.config import layer_letters
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A language model with Dynamic Linear Attention (arXiv 2606.10650), pretrained with megatron-dla for {step} steps on rows
+of {seq_len} tokens. {layers} layers ({letters}), hidden size {hidden}, backbone `{backbone}`, {heads} DLA heads with
+{capacity} slots of {key_dim} x {value_dim}; {parameters:,} parameters. Its DLA layers keep a memory of constant size,
+whatever the length of the context.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+ids = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
+```
+
+It needs torch, transformers >= 5.17 and sentencepiece. The Python files here are plain torch: read them before you
+trust them. Batches of unequal length are padded on the left (the default here); padded tokens never enter the memory.
+The per-head decay, threshold and slot parameters stay fp32 when the model is loaded in bf16. The embedding has {vocab}
+rows, of which the tokenizer uses {tokens}.
+"""
+
+
+def model_card(layout: Layout, name: str, parameters: int, tokens: int) -> str:
+    """What the model is and how to load it. `name`: the directory's; `tokens`: the tokenizer's vocabulary."""
+    m = layout.model
+    return CARD.format(
+        name=name, step=layout.step, seq_len=layout.seq_len, layers=m.num_layers, letters=layer_letters(m),
+        hidden=m.hidden_size, backbone=m.backbone, heads=m.num_heads, capacity=m.capacity, key_dim=m.key_dim,
+        value_dim=m.value_dim, parameters=parameters, vocab=layout.vocab_size, tokens=tokens,
+    )  # fmt: skip

@@ -1,0 +1,72 @@
+"""Configuration of a Dynamic Linear Attention language model (copied into every exported directory)."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+
+class DLAConfig(PretrainedConfig):
+    """Sizes and rules of a decoder of (mixer + SwiGLU) layers.
+
+    Names are those of the training config's model section, except: `layer_letters` holds one letter a layer (D = DLA
+    mixer, A = softmax attention with rotary positions), `vocab_size` counts the padded rows of the embedding, and
+    `max_position_embeddings` is the length of the training rows (information: nothing is cut at it).
+
+    Raises:
+        ValueError: sizes that do not fit together, named.
+    """
+
+    model_type = "dla"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "ffn_hidden_size",
+        "num_attention_heads": "attention_heads",
+        "num_key_value_heads": "attention_groups",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 1536
+    num_layers: int = 21
+    layer_letters: str = ""
+    backbone: str = "mamba2"
+    num_heads: int = 48
+    num_groups: int = 1
+    key_dim: int = 128
+    value_dim: int = 64
+    conv_kernel: int = 4
+    capacity: int = 30
+    tau: float = 0.6
+    tau_mode: str = "fixed"
+    merge: str = "density"
+    slot_weight_init: str = "backbone"
+    ffn_hidden_size: int = 4096
+    attention_heads: int = 16
+    attention_groups: int = 16
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.006
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    a_min: float = 1.0
+    a_max: float = 16.0
+    vocab_multiple: int = 128
+    max_position_embeddings: int = 2048
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 2
+
+    def __post_init__(self, **kwargs) -> None:
+        self.layer_letters = self.layer_letters or "D" * self.num_layers
+        if len(self.layer_letters) != self.num_layers or set(self.layer_letters) - {"D", "A"}:
+            raise ValueError(f"layer_letters = {self.layer_letters!r}: want {self.num_layers} letters D or A")
+        if self.backbone not in ("mamba2", "gdn"):
+            raise ValueError(f"backbone = {self.backbone!r}: use mamba2 or gdn")
+        if self.num_heads % self.num_groups:
+            raise ValueError(f"num_groups = {self.num_groups} does not divide num_heads = {self.num_heads}")
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["DLAConfig"]

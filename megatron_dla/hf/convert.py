@@ -1,0 +1,284 @@
+"""Checkpoint -> Hugging Face directory and back. No Megatron and no DeepSpeed: torch and transformers are enough."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, Layout, load_merged, save_weights, split_merged
+from megatron_dla.config import ModelSection, layer_letters
+from megatron_dla.config.checks import check_tensor_parallel
+from megatron_dla.errors import CheckpointError, UserError
+from megatron_dla.hf import mapping
+from megatron_dla.hf.card import model_card
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOKENIZER = "tokenizer.model"
+ENTRY_FILES = ("modeling_dla", "configuration_dla", "tokenization_dla")
+# where a module of the exported directory lies in this project, first match wins
+_SOURCES = ("megatron_dla.hf", "megatron_dla.kernels.dla", "megatron_dla.mixers")
+_AUTO_MAP = {
+    "AutoConfig": "configuration_dla.DLAConfig",
+    "AutoModel": "modeling_dla.DLAModel",
+    "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM",
+}
+_RENAMED = {"tie_embeddings": "tie_word_embeddings"}
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """A `step_N` directory: `path` itself, or the newest complete one of a run directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is not a directory: give a step_N directory or a run directory")
+    found = {
+        int(match[1]): child
+        for child in (path / "checkpoints").glob("step_*")
+        if (match := re.fullmatch(r"step_(\d+)", child.name)) and (child / COMPLETE).is_file()
+    }
+    if found:
+        return found[max(found)]
+    if (path / "checkpoints").is_dir() and not (path / LAYOUT).exists():
+        raise CheckpointError(f"{str(path)!r} has no complete checkpoint yet: wait for the run to save one")
+    return path
+
+
+def code_files() -> dict[str, Path]:
+    """File name -> source of all code that an exported directory needs: the entry files and what they import.
+
+    Raises:
+        RuntimeError: a relative import has no source (a programming error).
+    """
+    found: dict[str, Path] = {}
+    todo = list(ENTRY_FILES)
+    while todo:
+        name = todo.pop()
+        if f"{name}.py" in found:
+            continue
+        if "." in name:
+            raise RuntimeError(f"the exported code imports from .{name}: only files beside each other can be exported")
+        specs = (importlib.util.find_spec(f"{package}.{name}") for package in _SOURCES)
+        origin = next((spec.origin for spec in specs if spec is not None and spec.origin), None)
+        if origin is None:
+            raise RuntimeError(f"the exported code imports .{name}, which is in none of {', '.join(_SOURCES)}")
+        found[f"{name}.py"] = Path(origin)
+        # the rule by which transformers finds the files to fetch
+        todo += re.findall(r"^\s*from\s+\.(\S+)\s+import", Path(origin).read_text(), flags=re.MULTILINE)
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def _fresh_directory(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
+    """A temporary directory that becomes `out` if the body succeeds; an old one goes only then."""
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        if not overwrite:
+            raise UserError(f"{str(out)!r} exists: pass --overwrite or another directory")
+        if not (out / marker).is_file():
+            raise UserError(
+                f"{str(out)!r} is no earlier export ({marker} is missing), not replaced: remove it yourself"
+            )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _tokenizer_file(checkpoint: Path, given: str | Path | None, layout: Layout) -> Path:
+    """The tokenizer of the run, checked against the hash in the layout."""
+    path = Path(given) if given is not None else checkpoint.resolve().parent.parent / TOKENIZER
+    path = path / TOKENIZER if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(f"{str(path)!r}: no tokenizer here: pass --tokenizer <data.dir>/{TOKENIZER}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != layout.tokenizer_sha256:
+        raise CheckpointError(
+            f"vocabulary mismatch: {str(path)!r} has sha256 {digest}, the checkpoint was trained with "
+            f"{layout.tokenizer_sha256}: pass --tokenizer with the {TOKENIZER} of its data.dir"
+        )
+    return path
+
+
+def _config(layout: Layout, tokens: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json: every field of the model section, so that `from_hf` gets the same section back."""
+    fields = {_RENAMED.get(name, name): value for name, value in asdict(layout.model).items() if name != "pattern"}
+    return {
+        "architectures": ["DLAForCausalLM"],
+        "model_type": "dla",
+        "auto_map": _AUTO_MAP,
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": layout.vocab_size,
+        "layer_letters": layer_letters(layout.model),
+        **fields,
+        "max_position_embeddings": layout.seq_len,
+        "bos_token_id": tokens["bos"],
+        "eos_token_id": tokens["eos"],
+        "pad_token_id": tokens["eos"],
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_tokenizer(out: Path, source: Path) -> dict[str, int]:
+    """tokenizer.model and tokenizer_config.json; returns the ids of bos and eos and the size."""
+    import sentencepiece
+
+    shutil.copyfile(source, out / TOKENIZER)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(source))
+    ids = {"unk": sp.unk_id(), "bos": sp.bos_id(), "eos": sp.eos_id()}
+    config: dict[str, Any] = {f"{name}_token": sp.id_to_piece(i) for name, i in ids.items()}
+    config |= {"pad_token": config["eos_token"], "padding_side": "left", "split_special_tokens": True}
+    config |= {
+        "tokenizer_class": "DLATokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dla.DLATokenizer", None]},
+    }
+    _write_json(out / "tokenizer_config.json", config)
+    return ids | {"size": sp.get_piece_size()}
+
+
+def _for_disk(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All tensors in `dtype` (None: as they are), but those that must be fp32; none is a view of a larger one."""
+    done = {}
+    for name in list(state):
+        x = state.pop(name)
+        if dtype is not None:
+            x = x.to(torch.float32 if name.rsplit(".", 1)[-1] in mapping.FP32_PARAMETERS else dtype)
+        done[name] = x.clone() if x.untyped_storage().nbytes() != x.nbytes else x
+    return done
+
+
+def to_hf(
+    checkpoint_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a directory that `AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True)` loads.
+
+    Args:
+        checkpoint_dir: a step_N directory, or a run directory (its newest complete checkpoint).
+        tokenizer: tokenizer.model (or its directory); default: the run's copy.
+        dtype: `fp32` or `bf16`; default: as stored. Decay, threshold and slot parameters are fp32 always.
+        overwrite: replace an earlier export. The directory appears only when it is complete.
+
+    Raises:
+        CheckpointError: an incomplete checkpoint, missing or left-over weights, another tokenizer.
+        UserError: `out_dir` exists, or an unknown dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
+    from huggingface_hub import save_torch_state_dict
+
+    checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(out_dir)
+    with _fresh_directory(out, overwrite, "config.json") as new:
+        source = _tokenizer_file(checkpoint, tokenizer, Layout.load(checkpoint))
+        merged, layout = load_merged(checkpoint)
+        state = _for_disk(mapping.to_hf_names(merged, layout.model), DTYPES[dtype] if dtype else None)
+        del merged
+        tokens = _write_tokenizer(new, source)
+        _write_json(new / "config.json", _config(layout, tokens, state["model.norm.weight"].dtype))
+        _write_json(new / "generation_config.json", _generation_config(layout, tokens))
+        save_torch_state_dict(state, new, metadata={"format": "pt"}, max_shard_size="5GB")
+        for name, path in code_files().items():
+            shutil.copyfile(path, new / name)
+        parameters = sum(x.numel() for x in state.values())
+        (new / "README.md").write_text(model_card(layout, out.name, parameters, tokens["size"]))
+    return out
+
+
+def _generation_config(layout: Layout, tokens: dict[str, int]) -> dict[str, Any]:
+    """generation_config.json: ends at eos, and never draws a padded row of the embedding."""
+    config: dict[str, Any] = {"bos_token_id": tokens["bos"], "eos_token_id": tokens["eos"]}
+    config["pad_token_id"] = tokens["eos"]
+    if unused := list(range(tokens["size"], layout.vocab_size)):
+        config["suppress_tokens"] = unused
+    return config
+
+
+def load_hf_state(hf_dir: Path) -> dict[str, Tensor]:
+    """All tensors of an exported directory, from one file or several.
+
+    Raises:
+        CheckpointError: no weights, or a damaged file.
+    """
+    index = hf_dir / "model.safetensors.index.json"
+    try:
+        names = {"model.safetensors"}
+        if index.is_file():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        state: dict[str, Tensor] = {}
+        for name in sorted(names):
+            state |= load_file(hf_dir / name)
+    except Exception as error:  # safetensors raises its own and OSError alike
+        raise CheckpointError(f"{str(hf_dir)!r}: weights are missing or damaged: {error}") from error
+    return state
+
+
+def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
+    """Model section and raw config.json of an exported directory. Raises CheckpointError where it is not one."""
+    try:
+        config = json.loads((hf_dir / "config.json").read_text())
+        if config.get("model_type") != "dla":
+            raise CheckpointError(f"{str(hf_dir)!r}: model_type is {config.get('model_type')!r}, this reads 'dla' only")
+        names = {name: _RENAMED.get(name, name) for name in asdict(ModelSection()) if name != "pattern"}
+        fields = {name: config[theirs] for name, theirs in names.items()}
+        return ModelSection(pattern=config["layer_letters"], **fields), config
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{str(hf_dir / 'config.json')!r} cannot be read: {error!r}") from error
+
+
+def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel: int = 1) -> Path:
+    """Write a checkpoint (weights and layout, no optimizer state) from an exported directory.
+
+    Args:
+        tensor_parallel: number of weight files; a checkpoint means the same at every one.
+
+    The pattern comes back spelled out, one letter a layer; the step is 0. The tokenizer stays where it is: only its
+    hash is in a checkpoint.
+
+    Raises:
+        CheckpointError: not a DLA export, missing or left-over weights. UserError: the target exists.
+        ConfigError: `tensor_parallel` does not divide the model.
+    """
+    source, out = Path(hf_dir), Path(out_checkpoint_dir)
+    section, config = read_section(source)
+    check_tensor_parallel(section, tensor_parallel, False, config["max_position_embeddings"])
+    with _fresh_directory(out, False, COMPLETE) as new:
+        tags = mapping.parameter_tags(section, tensor_parallel)
+        merged = mapping.from_hf_names(load_hf_state(source), section)
+        for rank in range(tensor_parallel):
+            save_weights(split_merged(merged, tags, rank, tensor_parallel), new, rank)
+        tokenizer = source / TOKENIZER
+        digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else ""
+        Layout(
+            model=section, vocab_size=config["vocab_size"], tokenizer_sha256=digest, tensor_parallel=tensor_parallel,
+            seq_len=config["max_position_embeddings"], step=0, tags=tags,
+        ).save(new / LAYOUT)  # fmt: skip
+        _write_json(new / COMPLETE, {"step": 0, "source": str(source)})
+    return out

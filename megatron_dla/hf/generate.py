@@ -1,0 +1,102 @@
+"""Text from an exported model, printed as it comes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from megatron_dla.errors import UserError
+from megatron_dla.hf.load import load_model, load_tokenizer
+
+
+@dataclass
+class Generation:
+    """Text after the prompt, and what it cost (`seconds` with the prompt's reading; `cache_bytes` at the end)."""
+
+    text: str
+    tokens: int
+    seconds: float
+    cache_bytes: int
+
+    def __str__(self) -> str:
+        rate = self.tokens / max(self.seconds, 1e-9)
+        return f"{self.tokens} tokens, {rate:.1f} tokens/s, cache {self.cache_bytes / 1e6:.2f} MB"
+
+
+class Streamer:
+    """Prints each token's text at once; holds a character back until its last byte token is there."""
+
+    def __init__(self, tokenizer: Any, out: TextIO) -> None:
+        self.tokenizer, self.out = tokenizer, out
+        self.ids: list[int] = []
+        self.text, self.prompt = "", True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt:  # generate() puts the prompt first
+            self.prompt = False
+            return
+        self.ids += value.flatten().tolist()
+        self._print(final=False)
+
+    def end(self) -> None:
+        self._print(final=True)
+
+    def _print(self, final: bool) -> None:
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not final:
+            text = text.rstrip("\ufffd")
+        self.out.write(text[len(self.text) :])
+        self.out.flush()
+        self.text = text
+
+
+def generate(
+    hf_dir: str | Path,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "cpu",
+    out: TextIO | None = None,
+) -> Generation:
+    """Continue `prompt`; streams the text to `out` (standard output) and a line of statistics to standard error.
+
+    Args:
+        temperature: 0 = always the best token. top_p: share of the probability that is drawn from.
+        seed: of the draws. device: `cpu` or `cuda`.
+
+    Raises:
+        UserError: a bad value, no exported model, no such device.
+    """
+    if not prompt:
+        raise UserError("--prompt is empty: give at least one character")
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: want at least 1")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(f"--temperature {temperature} --top-p {top_p}: want at least 0, and in (0, 1]")
+    model, tokenizer = load_model(hf_dir, device=device), load_tokenizer(hf_dir)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    out = sys.stdout if out is None else out
+    out.write(prompt)
+    streamer = Streamer(tokenizer, out)
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    begin = time.perf_counter()
+    result = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
+        return_dict_in_generate=True, **drawn,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begin
+    out.write("\n")
+    done = Generation(
+        text=streamer.text, tokens=result.sequences.shape[1] - ids.shape[1], seconds=seconds,
+        cache_bytes=result.past_key_values.nbytes,
+    )  # fmt: skip
+    print(done, file=sys.stderr, flush=True)
+    return done

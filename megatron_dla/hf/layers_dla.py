@@ -1,0 +1,236 @@
+"""The layers of a DLA language model in plain torch (copied into every exported directory)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import decode_step, dla_attention
+from .cache import EMPTY, SlotCache
+from .cache_dla import LayerMemory
+from .configuration_dla import DLAConfig
+from .functional import gated_head_norm, gdn_inputs, hold_tau, mamba2_inputs, short_convolution, slot_weights
+
+
+@dataclass
+class Step:
+    """What all layers of one forward pass share.
+
+    Attributes:
+        padding: int64 [B], leading padded tokens of the row, or None; only in the call that reads them.
+        real: bool [B, T], False at those tokens, or None.
+        rotary: cosine and sine [B or 1, T, D], or None without softmax layers.
+        mask: bool [B or 1, 1, T, S] for softmax layers, or None for the plain causal one.
+        keep: whether the layers must fill their memories.
+    """
+
+    padding: Tensor | None
+    real: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    keep: bool
+
+
+class DLARMSNorm(nn.Module):
+    """RMSNorm over the last axis."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class DLAMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DLAConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DLAMixer(nn.Module):
+    """Dynamic Linear Attention on the Mamba-2 or Gated DeltaNet backbone: [B, T, hidden] -> same.
+
+    H heads, G query/key groups, K slots, W taps; the fp32 parameters stay fp32 when the model is loaded in bf16.
+    """
+
+    gate_proj: nn.Linear
+    value_proj: nn.Linear
+    query_proj: nn.Linear
+    key_proj: nn.Linear
+    step_proj: nn.Linear
+    strength_proj: nn.Linear  # Gated DeltaNet only
+    slot_proj: nn.Linear
+    conv_value: nn.Parameter  # [channels, W], as the two below
+    conv_query: nn.Parameter
+    conv_key: nn.Parameter
+    A_log: nn.Parameter  # fp32 [H], as the three below
+    dt_bias: nn.Parameter
+    D: nn.Parameter  # Mamba-2 only
+    tau: nn.Parameter  # learned threshold only
+    slot_scale: nn.Parameter  # fp32 [H, K], as the one below
+    slot_bias: nn.Parameter
+
+    def __init__(self, config: DLAConfig) -> None:
+        super().__init__()
+        self.config, self.delta = config, config.backbone == "gdn"
+        H, hidden = config.num_heads, config.hidden_size
+        inner, qk = H * config.value_dim, config.num_groups * config.key_dim
+        sizes = {"gate": inner, "value": inner, "query": qk, "key": qk, "step": H, "slot": H * config.capacity}
+        if self.delta:
+            sizes["strength"] = H
+        for name, size in sizes.items():
+            setattr(self, f"{name}_proj", nn.Linear(hidden, size, bias=False))
+        self.out_proj = nn.Linear(inner, hidden, bias=False)
+        for name in ("value", "query", "key"):
+            setattr(self, f"conv_{name}", nn.Parameter(torch.empty(sizes[name], config.conv_kernel)))
+        slots = (H, config.capacity)
+        scalars = {"A_log": (H,), "dt_bias": (H,), "slot_scale": slots, "slot_bias": slots}
+        scalars |= {} if self.delta else {"D": (H,)}
+        scalars |= {"tau": (H,)} if config.tau_mode == "learned" else {}
+        for name, shape in scalars.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+        self.norm = nn.Parameter(torch.ones(config.value_dim))
+
+    def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
+        if step.real is not None:
+            x = x * step.real[..., None]  # no projection has a bias: a padded token is an absent one to all of them
+        query, key, value = self._convolve(x, memory, step.keep)
+        lam = slot_weights(self.slot_proj(x).unflatten(-1, (-1, self.config.capacity)), self.slot_scale, self.slot_bias)
+        beta, write = None, value
+        if self.delta:
+            query, key, g, beta = gdn_inputs(
+                query, key, self.step_proj(x), self.strength_proj(x), self.A_log, self.dt_bias
+            )
+        else:
+            write, g = mamba2_inputs(value, self.step_proj(x), self.A_log, self.dt_bias)
+        out = self._recur((query, key, write, g, lam, beta), memory, step)
+        if not self.delta:
+            out = out + self.D[:, None].to(value.dtype) * value
+        gate = self.gate_proj(x).unflatten(-1, (self.config.num_heads, -1))
+        out = gated_head_norm(out, gate, self.norm, self.config.norm_eps, gate_first=not self.delta)
+        return self.out_proj(out.flatten(2).to(x.dtype))
+
+    def _convolve(self, x: Tensor, memory: LayerMemory, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Query and key [B, T, G, Dk] and value [B, T, H, Dv] after their short convolutions."""
+        c = self.config
+        names, before = ("value", "query", "key"), memory.tails or (None, None, None)
+        raw = [getattr(self, f"{name}_proj")(x) for name in names]
+        done = [
+            short_convolution(r, getattr(self, f"conv_{name}"), tail=tail)
+            for name, r, tail in zip(names, raw, before, strict=True)
+        ]
+        if keep:
+            memory.tails = tuple(self._tail(r, tail) for r, tail in zip(raw, before, strict=True))
+        value, query, key = done
+        groups = (c.num_groups, c.key_dim)
+        return query.unflatten(-1, groups), key.unflatten(-1, groups), value.unflatten(-1, (c.num_heads, c.value_dim))
+
+    def _tail(self, x: Tensor, tail: Tensor | None) -> Tensor:
+        """The last W - 1 inputs; a copy, since a view would keep the whole prompt's activations alive."""
+        wanted = self.config.conv_kernel - 1
+        tail = x.new_zeros(x.shape[0], wanted, x.shape[2]) if tail is None else tail
+        inputs = torch.cat([tail, x], 1)
+        return inputs[:, inputs.shape[1] - wanted :].clone()
+
+    def _recur(self, tensors: tuple, memory: LayerMemory, step: Step) -> Tensor:
+        """The recurrence over (q, k, v, g, slot_weights, beta): [B, T, H, Dv]."""
+        c = self.config
+        tau = hold_tau(self.tau) if c.tau_mode == "learned" else c.tau
+        rule = {"tau": tau, "capacity": c.capacity, "merge": c.merge}
+        q, k, v, g, lam, beta = tensors
+        if memory.slots is not None:
+            if isinstance(tau, Tensor):
+                rule["tau"] = tau.detach()  # the threshold has a gradient only over whole sequences
+            if v.shape[1] == 1 and not torch.is_grad_enabled():
+                return decode_step(q, k, v, g, lam, memory.slots, beta, **rule)[0]
+        if step.padding is not None:
+            return self._recur_padded(tensors, memory, step, rule)
+        out, slots = dla_attention(q, k, v, g, lam, beta, cache=memory.slots, return_cache=step.keep, **rule)
+        memory.slots = slots if step.keep else memory.slots
+        return out
+
+    def _recur_padded(self, tensors: tuple, memory: LayerMemory, step: Step, rule: dict) -> Tensor:
+        """Row by row from its first real token on: padding neither writes nor opens a slot."""
+        assert step.padding is not None
+        outs, caches = [], []
+        for row, skip in enumerate(step.padding.tolist()):
+            q, k, v, g, lam, beta = (None if x is None else x[row : row + 1, skip:] for x in tensors)
+            out, slots = dla_attention(q, k, v, g, lam, beta, return_cache=step.keep, **rule)
+            outs.append(F.pad(out, (0, 0, 0, 0, skip, 0)))
+            if slots is not None:
+                slots.start = torch.where(slots.start > EMPTY, slots.start + skip, EMPTY)  # positions of the padded row
+                caches.append(slots)
+        if caches:
+            names = ("states", "start", "count", "info", "live")
+            joined = {name: torch.cat([getattr(slots, name) for slots in caches]) for name in names}
+            memory.slots = SlotCache(**joined, position=tensors[2].shape[1])
+        return torch.cat(outs)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, halves not interleaved: x [B, heads, T, D]; cos, sin [B or 1, T, D]."""
+    low, high = x.chunk(2, -1)
+    return x * cos[:, None].to(x.dtype) + torch.cat([-high, low], -1) * sin[:, None].to(x.dtype)
+
+
+class DLASoftmaxAttention(nn.Module):
+    """Causal softmax attention with rotary positions and grouped key/value heads: [B, T, hidden] -> same."""
+
+    def __init__(self, config: DLAConfig) -> None:
+        super().__init__()
+        self.head_dim = config.hidden_size // config.attention_heads
+        kv = config.attention_groups * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        assert step.rotary is not None
+        q, k = rotate(q, *step.rotary), rotate(k, *step.rotary)
+        if memory.keys is not None and memory.values is not None:
+            k, v = torch.cat([memory.keys, k], 2), torch.cat([memory.values, v], 2)
+        if step.keep:
+            memory.keys, memory.values = k, v
+        grouped = k.shape[1] != q.shape[1]
+        causal = step.mask is None and q.shape[2] > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=causal, enable_gqa=grouped)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class DLALayer(nn.Module):
+    """Pre-norm mixer and SwiGLU MLP, each with a residual connection."""
+
+    def __init__(self, config: DLAConfig, letter: str) -> None:
+        super().__init__()
+        self.input_layernorm = DLARMSNorm(config.hidden_size, config.norm_eps)
+        if letter == "D":
+            self.mixer = DLAMixer(config)
+        else:
+            self.self_attn = DLASoftmaxAttention(config)
+        self.letter = letter
+        self.post_attention_layernorm = DLARMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = DLAMLP(config)
+
+    def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
+        mix = self.mixer if self.letter == "D" else self.self_attn
+        x = x + mix(self.input_layernorm(x), memory, step)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+__all__ = ["DLALayer", "DLAMixer", "DLARMSNorm", "DLASoftmaxAttention", "Step"]

@@ -1,0 +1,154 @@
+"""Layout-free checkpoint keys <-> Hugging Face names: one table, read in both directions.
+
+Also the tags (how each parameter is cut over tensor-parallel ranks) that a checkpoint needs, from the sizes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dla.config import ModelSection, layer_letters
+from megatron_dla.errors import CheckpointError
+from megatron_dla.parallel.tags import Tag
+
+FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layout-free key and the Hugging Face names it becomes; `split` and `join` where there are several."""
+
+    key: str
+    names: tuple[str, ...]
+    split: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x,)
+    join: Callable[..., Tensor] = lambda x: x
+
+
+_LAYER = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.gate": "mlp.gate_proj.weight",
+    "mlp.up": "mlp.up_proj.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+_DLA = {
+    "gate": "gate_proj.weight",
+    "value": "value_proj.weight",
+    "query": "query_proj.weight",
+    "key": "key_proj.weight",
+    "step": "step_proj.weight",
+    "slot": "slot_proj.weight",
+    "out_proj.weight": "out_proj.weight",
+    **{name: name for name in ("conv_value", "conv_query", "conv_key", "A_log", "dt_bias", "slot_scale", "slot_bias")},
+    "norm": "norm",
+}
+_MODEL = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+}
+
+
+def _dla_names(section: ModelSection) -> dict[str, str]:
+    extra = {"strength": "strength_proj.weight"} if section.backbone == "gdn" else {"D": "D"}
+    return _DLA | extra | ({"tau": "tau"} if section.tau_mode == "learned" else {})
+
+
+def _qkv(section: ModelSection, ours: str, theirs: str) -> Entry:
+    """Megatron packs [query heads of the group, key, value] for each key/value group."""
+    groups, heads = section.attention_groups, section.attention_heads // section.attention_groups
+    dim = section.hidden_size // section.attention_heads
+
+    def split(x: Tensor) -> tuple[Tensor, ...]:
+        packed = x.unflatten(0, (groups, (heads + 2) * dim))
+        return tuple(part.flatten(0, 1).contiguous() for part in packed.split([heads * dim, dim, dim], 1))
+
+    def join(*parts: Tensor) -> Tensor:
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1).contiguous()
+
+    return Entry(f"{ours}.linear_qkv.weight", tuple(f"{theirs}.{p}_proj.weight" for p in "qkv"), split, join)
+
+
+def entries(section: ModelSection) -> list[Entry]:
+    """The whole table of one model, in the order of its layers."""
+    table = [Entry(key, (name,)) for key, name in _MODEL.items()]
+    if not section.tie_embeddings:
+        table.append(Entry("output_layer.weight", ("lm_head.weight",)))
+    for n, letter in enumerate(layer_letters(section)):
+        ours, theirs = f"decoder.layers.{n}", f"model.layers.{n}"
+        table += [Entry(f"{ours}.{key}", (f"{theirs}.{name}",)) for key, name in _LAYER.items()]
+        if letter == "D":
+            pairs = _dla_names(section).items()
+            table += [Entry(f"{ours}.self_attention.{key}", (f"{theirs}.mixer.{name}",)) for key, name in pairs]
+        else:
+            table.append(_qkv(section, f"{ours}.self_attention", f"{theirs}.self_attn"))
+            out = Entry(f"{ours}.self_attention.linear_proj.weight", (f"{theirs}.self_attn.o_proj.weight",))
+            table.append(out)
+    return table
+
+
+def _check(given: set[str], wanted: set[str], what: str) -> None:
+    if missing := sorted(wanted - given):
+        raise CheckpointError(f"{what}: {missing[0]} is missing ({len(missing)} in all): it is of another model")
+    if left := sorted(given - wanted):
+        raise CheckpointError(f"{what}: {left[0]} has no place in this model ({len(left)} in all)")
+
+
+def to_hf_names(merged: dict[str, Tensor], section: ModelSection) -> dict[str, Tensor]:
+    """Layout-free tensors (see `load_merged`) under their Hugging Face names.
+
+    Raises:
+        CheckpointError: a key is missing or left over; the message names it.
+    """
+    table = entries(section)
+    _check(set(merged), {entry.key for entry in table}, "checkpoint")
+    state: dict[str, Tensor] = {}
+    for entry in table:
+        state.update(zip(entry.names, entry.split(merged[entry.key]), strict=True))
+    return state
+
+
+def from_hf_names(state: dict[str, Tensor], section: ModelSection) -> dict[str, Tensor]:
+    """The inverse of `to_hf_names`, exact. Raises CheckpointError likewise."""
+    table = entries(section)
+    _check(set(state), {name for entry in table for name in entry.names}, "Hugging Face weights")
+    return {entry.key: entry.join(*(state[name] for name in entry.names)) for entry in table}
+
+
+def _mixer_tags(section: ModelSection, size: int) -> dict[str, Tag]:
+    """Tags of one DLA mixer, as `megatron_dla.mixers.dla.DLAMixer` sets them."""
+    m, sharded = section, Tag("sharded")
+    inner, qk = m.num_heads * m.value_dim, m.num_groups * m.key_dim
+    shared = m.num_groups % size != 0
+    both = (("query", qk), ("key", qk))
+    sections = [("gate", inner), ("value", inner), *(() if shared else both), ("step", m.num_heads)]
+    sections += [("strength", m.num_heads)] if m.backbone == "gdn" else []
+    sections.append(("slot", m.num_heads * m.capacity))
+    conv = Tag("replicated_sum") if shared else sharded
+    tags = dict.fromkeys(("conv_value", "A_log", "dt_bias", "slot_scale", "slot_bias"), sharded)
+    tags |= {"conv_query": conv, "conv_key": conv, "norm": Tag("replicated_sum")}
+    tags |= {"in_proj.weight": Tag("sharded", 0, tuple(sections)), "out_proj.weight": Tag("sharded", 1)}
+    tags |= {"qk_proj.weight": Tag("replicated_sum", 0, both)} if shared else {}
+    tags |= {"D": sharded} if m.backbone != "gdn" else {}
+    return tags | ({"tau": sharded} if m.tau_mode == "learned" else {})
+
+
+def parameter_tags(section: ModelSection, tensor_parallel: int = 1) -> dict[str, Tag]:
+    """Name -> tag of every parameter of the Megatron model, without building it (a test holds the two together)."""
+    row, column, whole = Tag("sharded", 1), Tag("sharded", 0), Tag("replicated")
+    ffn = section.ffn_hidden_size
+    tags = {"embedding.word_embeddings.weight": column}
+    for n, letter in enumerate(layer_letters(section)):
+        prefix = f"decoder.layers.{n}"
+        tags[f"{prefix}.input_layernorm.weight"] = whole
+        mixer = _mixer_tags(section, tensor_parallel) if letter == "D" else {}
+        mixer = mixer or {"linear_qkv.weight": column, "linear_proj.weight": row}
+        tags |= {f"{prefix}.self_attention.{name}": tag for name, tag in mixer.items()}
+        tags[f"{prefix}.pre_mlp_layernorm.weight"] = whole
+        tags[f"{prefix}.mlp.linear_fc1.weight"] = Tag("sharded", 0, (("gate", ffn), ("up", ffn)))
+        tags[f"{prefix}.mlp.linear_fc2.weight"] = row
+    tags["decoder.final_layernorm.weight"] = whole
+    return tags if section.tie_embeddings else tags | {"output_layer.weight": column}

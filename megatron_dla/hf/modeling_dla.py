@@ -1,0 +1,244 @@
+"""A Dynamic Linear Attention language model in plain torch and transformers.
+
+This file and those beside it that it imports are copied into every exported directory, together with the recurrence
+(`attention.py`, `cache.py`, ...) and the mixer's arithmetic (`functional.py`): the same files that training runs.
+It is therefore imported from such a directory, with `trust_remote_code=True`, and not from this package.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .cache_dla import DLACache, LayerMemory
+from .configuration_dla import DLAConfig
+from .layers_dla import DLALayer, DLAMixer, DLARMSNorm, Step
+
+
+def left_padding(mask: Tensor | None, past: int, batch: int, tokens: int, keep: bool) -> Tensor | None:
+    """Leading padded tokens of each row, int64 [B], from an attention mask; None where there are none.
+
+    Args:
+        mask: [B, past + tokens] (or [B, tokens]), 1 = token, 0 = padding, or None.
+        past: tokens read before this call. keep: whether a cache is filled.
+
+    Raises:
+        ValueError: the mask has another shape, a hole, or padding after the tokens where a cache is filled.
+    """
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (tokens, past + tokens):
+        raise ValueError(f"attention_mask must be {(batch, past + tokens)}, got {tuple(mask.shape)}")
+    now = mask[:, -tokens:].bool()
+    if bool(now.all()):
+        return None
+    if past:
+        raise ValueError("attention_mask is 0 at a new token: after the first call of a cache every token must be real")
+    count = now.sum(1)
+    row = torch.arange(tokens, device=mask.device)
+    if bool((now == (row >= (tokens - count)[:, None])).all()):
+        if bool((count == 0).any()):
+            raise ValueError("attention_mask is 0 over a whole row: drop that row")
+        return tokens - count
+    if bool((now == (row < count[:, None])).all()) and not keep:
+        return None  # what comes after the tokens cannot reach them
+    raise ValueError(
+        "attention_mask has a hole, or padding after the tokens while a cache is filled: a recurrent state would hold "
+        "the padded tokens. Pad on the left (tokenizer.padding_side='left'), or pass use_cache=False"
+    )
+
+
+class DLAPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = DLAConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["DLALayer"]  # noqa: RUF012
+    _is_stateful = True  # no assisted decoding: a recurrent state cannot be rolled back
+    _supports_sdpa = True
+    # they sit in exponentials and thresholds
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "A_log", "dt_bias", "mixer.D", "slot_scale", "slot_bias", "mixer.tau",
+    ]  # fmt: skip
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if not isinstance(module, DLAMixer):
+            return
+        c = self.config
+        bound = c.conv_kernel**-0.5
+        for weight in (module.conv_value, module.conv_query, module.conv_key):
+            init.uniform_(weight, -bound, bound)
+        span = math.log(c.dt_max) - math.log(c.dt_min)
+        dt = torch.exp(torch.rand(c.num_heads) * span + math.log(c.dt_min)).clamp(min=1e-4)
+        init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        init.copy_(module.A_log, torch.empty(c.num_heads).uniform_(c.a_min, c.a_max).log())
+        backbone = c.slot_weight_init == "backbone"
+        init.ones_(module.slot_scale)
+        init.constant_(module.slot_bias, math.log(math.e - 1) if backbone else 0.0)
+        if backbone:
+            init.zeros_(module.slot_proj.weight)
+        init.ones_(module.norm)
+        if not module.delta:
+            init.ones_(module.D)
+        if c.tau_mode == "learned":
+            init.constant_(module.tau, c.tau)
+
+
+class DLAModel(DLAPreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: DLAConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DLALayer(config, letter) for letter in config.layer_letters)
+        self.norm = DLARMSNorm(config.hidden_size, config.norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: DLACache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, T, hidden] of `input_ids` [B, T] (or `inputs_embeds`).
+
+        Args:
+            attention_mask: [B, past + T]; padding on the left is left out of the memory. Padding on the right is
+                allowed only where no cache is filled.
+            past_key_values: memory of the tokens before, changed in place.
+            use_cache: fill and return a cache; None: unless training or padded on the right.
+
+        Raises:
+            ValueError: a mask or a cache that does not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values
+        if cache is not None and not isinstance(cache, DLACache):
+            raise ValueError(f"past_key_values must be a DLACache, got {type(cache).__name__}: leave it out to get one")
+        if cache is not None and cache.batch_size not in (None, x.shape[0]):
+            raise ValueError(f"the cache holds {cache.batch_size} sequences, the input has {x.shape[0]}")
+        keep = use_cache if use_cache is not None else self._cache_by_default(attention_mask, cache)
+        keep = keep or cache is not None
+        cache = DLACache(len(self.layers)) if keep and cache is None else cache
+        step = self._step(x, attention_mask, cache, keep)
+        hidden = [x]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, LayerMemory() if cache is None else cache.layers[i], step)
+            hidden.append(x)
+        x = self.norm(x)
+        if cache is not None:
+            cache.seen += x.shape[1]
+        want = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,  # type: ignore[arg-type]
+            hidden_states=(*hidden[:-1], x) if want else None,
+        )
+
+    def _cache_by_default(self, mask: Tensor | None, cache: DLACache | None) -> bool:
+        if cache is not None or self.training or not self.config.use_cache:
+            return cache is not None
+        return mask is None or mask.ndim != 2 or bool(mask[:, -1].all())
+
+    def _step(self, x: Tensor, mask: Tensor | None, cache: DLACache | None, keep: bool) -> Step:
+        """Padding, positions and softmax mask of this call."""
+        B, T = x.shape[:2]
+        past = 0 if cache is None else cache.seen
+        now = left_padding(mask, past, B, T, keep)
+        padding = cache.padding if cache is not None and past else now
+        if cache is not None and past == 0:
+            cache.padding = now
+        position = torch.arange(past, past + T, device=x.device)[None]
+        column = torch.arange(past + T, device=x.device)
+        real = None if now is None else position >= now[:, None]
+        if "A" not in self.config.layer_letters:
+            return Step(now, real, None, None, keep)
+        softmax_mask = None
+        if padding is not None or (past and T > 1):
+            softmax_mask = column <= position[0, :, None]
+            if padding is not None:
+                first = padding[:, None, None]
+                # a padded query sees itself: an empty row of a softmax is not a number
+                softmax_mask = (softmax_mask & (column >= first)) | (column == position[0, :, None])
+                softmax_mask = softmax_mask[:, None]
+            else:
+                softmax_mask = softmax_mask[None, None]
+        if padding is not None:
+            position = (position - padding[:, None]).clamp(min=0)
+        return Step(now, real, self._rotary(position), softmax_mask, keep)
+
+    def _rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 cosine and sine [B or 1, T, D] of int positions [B or 1, T]."""
+        dim = self.config.hidden_size // self.config.attention_heads
+        exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=position.device) / dim
+        angle = position[..., None].float() * (1.0 / int(self.config.rope_theta) ** exponent)
+        angle = torch.cat([angle, angle], -1)
+        return angle.cos(), angle.sin()
+
+
+class DLAForCausalLM(DLAPreTrainedModel, GenerationMixin):
+    """The language model: logits, loss and generation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DLAConfig) -> None:
+        super().__init__(config)
+        self.model = DLAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the first forward pass makes a DLACache
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: DLACache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab] (the last `logits_to_keep` tokens, 0 = all); the other arguments as `DLAModel`.
+
+        Args:
+            labels: int64 [B, T]; token t is scored by the logits at t - 1; -100 is left out. The loss is the mean.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if labels is not None and use_cache is None else use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            scores = logits[:, :-1].float().flatten(0, 1)
+            loss = F.cross_entropy(scores, labels[:, 1:].flatten().to(scores.device), ignore_index=-100)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+
+
+__all__ = ["DLACache", "DLAForCausalLM", "DLAModel", "DLAPreTrainedModel"]

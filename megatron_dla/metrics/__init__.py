@@ -1,0 +1,1 @@
+"""What a run reports: meters, sinks (console, JSONL) and plots."""

@@ -1,0 +1,55 @@
+"""Where metrics go: one console line and one JSON object a log step."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_dla.metrics.meters import clock
+
+
+def console_line(m: dict[str, Any], total_steps: int) -> str:
+    """step/total, loss, grad norm, lr, tokens/s, boundary rate, memory, ETA."""
+    done = 100 * m["step"] / total_steps
+    parts = [f"step {m['step']:>{len(str(total_steps))}}/{total_steps} ({done:.0f}%)"]
+    if "loss" in m:
+        norm = "-" if m["grad_norm"] is None else f"{m['grad_norm']:.3f}"
+        parts += [f"loss {m['loss']:.4f}", f"grad {norm}", f"lr {m['lr']:.2e}", f"{m['tokens_per_s']:,.0f} tok/s"]
+        if m.get("boundary_rate") is not None:
+            parts.append(f"boundaries {m['boundary_rate']:.3f}")
+        parts += [f"{m['memory_gb']:.2f} GB", f"eta {clock(m['eta_s'])}"]
+    if "val_loss" in m:
+        parts.append(f"val loss {m['val_loss']:.4f} ({m['val_bpb']:.4f} bits/byte)")
+    return " | ".join(parts)
+
+
+class JsonlSink:
+    """Appends to metrics.jsonl; on resume, drops the lines of steps that are done again."""
+
+    def __init__(self, path: Path, resumed_step: int | None) -> None:
+        self.path = path
+        if resumed_step is None or not path.exists():
+            path.write_text("")
+            return
+        kept = [line for line in path.read_text().splitlines() if _step(line, resumed_step) <= resumed_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, path)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+def _step(line: str, resumed_step: int) -> int:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:  # a line cut by a crash belongs to a step that is done again
+        return resumed_step + 1
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All objects of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line]

@@ -1,0 +1,43 @@
+"""Parameters and floating-point operations of a model section, without building it."""
+
+from __future__ import annotations
+
+from megatron_dla.config import ModelSection, layer_letters
+
+
+def mixer_parameters(m: ModelSection) -> int:
+    """Parameters of one DLA mixer."""
+    inner, qk, H = m.num_heads * m.value_dim, m.num_groups * m.key_dim, m.num_heads
+    delta = m.backbone == "gdn"
+    projections = m.hidden_size * (3 * inner + 2 * qk + H * (1 + delta) + H * m.capacity)  # gate, value, out
+    scalars = 2 * H + (0 if delta else H) + 2 * H * m.capacity + (H if m.tau_mode == "learned" else 0)
+    return projections + (inner + 2 * qk) * m.conv_kernel + scalars + m.value_dim
+
+
+def attention_parameters(m: ModelSection) -> int:
+    """Parameters of one softmax attention layer."""
+    head = m.hidden_size // m.attention_heads
+    return m.hidden_size * head * (2 * m.attention_heads + 2 * m.attention_groups)
+
+
+def count_parameters(m: ModelSection, vocab_size: int) -> int:
+    """Parameters of the whole model; `vocab_size` is the padded vocabulary."""
+    letters = layer_letters(m)
+    mixers = letters.count("D") * mixer_parameters(m) + letters.count("A") * attention_parameters(m)
+    layers = m.num_layers * (3 * m.hidden_size * m.ffn_hidden_size + 2 * m.hidden_size)
+    embeddings = vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2)
+    return mixers + layers + embeddings + m.hidden_size
+
+
+def flops_per_token(m: ModelSection, vocab_size: int, seq_len: int) -> float:
+    """Model FLOPs of forward and backward for one token (multiply-add = 2), recomputation not counted.
+
+    Matrix parameters cost 6 FLOP each; DLA reads up to `capacity` states of Dk x Dv per head (an upper bound: only
+    live slots are read) and writes one; softmax attention is causal.
+    """
+    letters = layer_letters(m)
+    matrices = count_parameters(m, vocab_size) - (0 if m.tie_embeddings else vocab_size * m.hidden_size)
+    slots = min(m.capacity, seq_len)
+    recurrence = 2 * m.num_heads * m.key_dim * m.value_dim * (slots + 1)
+    softmax = 2 * 2 * m.hidden_size * seq_len / 2
+    return 6.0 * matrices + 3 * (letters.count("D") * recurrence + letters.count("A") * softmax)

@@ -1,0 +1,77 @@
+"""The DeepSpeed engine over a Megatron model: parameter groups, ZeRO configuration, the mpu."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_dla import compat
+from megatron_dla.config import RunConfig
+from megatron_dla.mixers.dla import FP32_PARAMETERS
+from megatron_dla.parallel.mpu import TensorDataMpu
+from megatron_dla.training.schedule import lr_factor
+
+
+def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """AdamW groups: decayed matrices; norms and per-head scalars without decay; a learned tau with its own rate.
+
+    Groups are split by dtype as well: under bf16 the scalars of the recurrence stay fp32, and ZeRO flattens a group.
+    """
+    section = config.optimizer
+    groups: dict[tuple[str, torch.dtype], dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        kind = "tau" if leaf == "tau" else "plain" if p.ndim < 2 or leaf in FP32_PARAMETERS else "decay"
+        lr = section.lr * (section.tau_lr_ratio if kind == "tau" else 1.0)
+        decay = section.weight_decay if kind == "decay" else 0.0
+        group = groups.setdefault((kind, p.dtype), {"params": [], "lr": lr, "weight_decay": decay, "name": kind})
+        group["params"].append(p)
+    return [groups[key] for key in sorted(groups, key=str)]
+
+
+def deepspeed_config(config: RunConfig, dp_size: int, bf16: bool) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run."""
+    training = config.training
+    accumulation = training.global_batch_size // (training.micro_batch_size * dp_size)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.clip,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": training.zero_stage},
+    }
+    if bf16:
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def build_engine(model: nn.Module, config: RunConfig, groups: Any, bf16: bool) -> Any:
+    """A DeepSpeed engine; its gradients equal one process's, whatever the layout.
+
+    Args:
+        model: a tagged model from `build_model`. groups: Megatron's ProcessGroupCollection.
+    """
+    deepspeed = compat.import_deepspeed()
+    section = config.optimizer
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config),
+        lr=section.lr,
+        betas=(section.beta1, section.beta2),
+        eps=section.eps,
+        fused=next(model.parameters()).is_cuda,
+    )
+    factor = partial(lr_factor, section=section, total_steps=config.training.steps)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        config=deepspeed_config(config, groups.dp.size(), bf16),
+        mpu=TensorDataMpu(groups.tp, groups.dp, groups.pp),
+        dist_init_required=False,
+    )
+    return engine

@@ -1,0 +1,188 @@
+"""The trainer: read it from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dla.checkpoint.manager import Checkpointer, complete_checkpoints
+from megatron_dla.checkpoint.weights import Layout, parameter_tags
+from megatron_dla.config import RunConfig
+from megatron_dla.data import TokenLoader
+from megatron_dla.data_prep.index import ShardIndex
+from megatron_dla.data_prep.tokenizer import Tokenizer
+from megatron_dla.metrics.meters import StepMeter, memory_gb
+from megatron_dla.metrics.sinks import JsonlSink, console_line
+from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence, padded_vocab
+from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, process_groups
+from megatron_dla.training.engine import build_engine
+from megatron_dla.training.schedule import lr_factor
+from megatron_dla.training.signals import STOPPED, StopRequest
+from megatron_dla.training.validation import validate
+
+
+class Trainer:
+    """One run: `Trainer(config, run_dir, device, bf16).run()` returns the exit code (0 done, 75 stopped by a signal).
+
+    Args:
+        config: checked by `check_config`. run_dir: exists on every rank. device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, device: str, bf16: bool) -> None:
+        self.config, self.run_dir = config, run_dir
+        initialize_distributed(device)
+        initialize_model_parallel(config.parallel.tensor, config.run.seed)
+        self.groups = process_groups()
+        self.is_main = dist.get_rank() == 0
+        self.device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+        index = ShardIndex.load(config.data.dir)
+        tokenizer = Tokenizer(config.data.dir)
+        vocab_size = padded_vocab(index.vocab_size, config.model.vocab_multiple)
+        self.token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(self.device)
+        model = build_model(
+            config.model, config.parallel, vocab_size=index.vocab_size, seq_len=config.data.seq_len,
+            seed=config.run.seed, dtype=torch.bfloat16 if bf16 else torch.float32, device=device,
+        )  # fmt: skip
+        self.mixers = dla_mixers(model)
+        tags = parameter_tags(model)
+        self.engine = build_engine(model, config, self.groups, bf16)
+        self.loader = TokenLoader(
+            config.data.dir, "train", seq_len=config.data.seq_len, num_streams=config.data.num_streams,
+            global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.micro_batch_size,
+            dp_rank=self.groups.dp.rank(), dp_size=self.groups.dp.size(), seed=config.run.seed,
+            verify=config.data.verify,
+        )  # fmt: skip
+        self.layout = Layout(
+            model=config.model, vocab_size=vocab_size, tokenizer_sha256=index.tokenizer_sha256,
+            tensor_parallel=self.groups.tp.size(), seq_len=config.data.seq_len, step=0, tags=tags,
+        )  # fmt: skip
+        self.checkpoints = Checkpointer(run_dir, self.engine, self.groups, config.training.keep_checkpoints)
+        self.step = self._resume()
+
+    def _resume(self) -> int:
+        """Go on from the newest complete checkpoint; returns the steps already done."""
+        found = complete_checkpoints(self.run_dir) if self.config.training.resume else []
+        if not found:
+            self.sink = JsonlSink(self.run_dir / "metrics.jsonl", None) if self.is_main else None
+            return 0
+        step, data_state = self.checkpoints.load(found[-1][1], self.layout)
+        self.loader.load_state_dict(data_state)
+        self.sink = JsonlSink(self.run_dir / "metrics.jsonl", step) if self.is_main else None
+        if self.is_main:
+            print(f"resumed from {found[-1][1]} at step {step}", flush=True)
+        return step
+
+    def run(self) -> int:
+        training = self.config.training
+        meter = StepMeter(self.step, training.steps)
+        if self.step == 0 and training.eval_every:
+            self._log({"step": 0, "tokens": 0, **self._validate()})
+        with StopRequest(self.device) as stop:
+            while self.step < training.steps:
+                started = time.monotonic()
+                loss = self._train_step()
+                self.step += 1
+                meter.add(self.tokens_per_step, time.monotonic() - started)
+                last = self.step == training.steps
+                validating = training.eval_every and (last or self.step % training.eval_every == 0)
+                if last or validating or self.step % training.log_every == 0:
+                    metrics = self._metrics(loss, meter)
+                    self._log(metrics | self._validate() if validating else metrics)
+                stopping = stop.agreed() and not last
+                if last or stopping or (training.save_every and self.step % training.save_every == 0):
+                    self._save()
+                if stopping:
+                    self._say(f"stopped by a signal after step {self.step}; the same command goes on from there")
+                    return STOPPED
+        return 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.training.global_batch_size * self.config.data.seq_len
+
+    def _train_step(self) -> float:
+        """One optimizer step over the global batch; returns its mean loss (nats a token)."""
+        batches = self.loader.next_step()
+        self.data_crc32 = zlib.crc32(b"".join(b.tokens.numpy().tobytes() for b in batches))
+        counted = torch.stack([b.loss_mask.sum() for b in batches]).sum().double().to(self.device)
+        dist.all_reduce(counted, group=self.groups.dp)
+        # DeepSpeed averages over micro-batches and replicas; dividing by the batch's own count of tokens makes the
+        # gradient that of the mean over all its tokens, whatever the layout
+        scale = len(batches) * self.groups.dp.size() / counted.item()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            tokens, labels, mask = (x.to(self.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
+            cu_seqlens = batch.cu_seqlens.to(self.device) if self.config.data.reset_at_documents else None
+            packed = packed_sequence(cu_seqlens, self.config.data.seq_len)
+            losses = self.engine(tokens, None, None, labels=labels, packed_seq_params=packed)
+            loss = (losses.float() * mask).sum()
+            self.engine.backward(loss * scale)
+            self.engine.step()
+            total += loss.detach()
+        dist.all_reduce(total, group=self.groups.dp)
+        mean = (total / counted).item()
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss is {mean} at step {self.step + 1}: lower optimizer.lr or check the data"
+            )
+        return mean
+
+    def _metrics(self, loss: float, meter: StepMeter) -> dict[str, Any]:
+        norm, section = self.engine.get_global_grad_norm(), self.config.optimizer
+        metrics = {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": None if norm is None else float(norm),
+            "lr": section.lr * lr_factor(self.step - 1, section, self.config.training.steps),
+            "tokens": self.step * self.tokens_per_step,
+            "tokens_per_s": meter.tokens_per_s(),
+            "boundary_rate": None,
+            "memory_gb": memory_gb(self.device),
+            "eta_s": meter.eta_s(self.step),
+            "epoch": self.loader.epoch,
+            "data_wait_s": self.loader.last_wait_s,
+            "data_crc32": self.data_crc32,  # of this rank's rows of the step: two runs read the same data
+        }
+        if self.mixers:
+            rates = self._boundary_rates()
+            metrics |= {
+                "boundary_rate": rates.mean().item(),
+                "boundary_rate_by_head": [[round(r, 4) for r in layer] for layer in rates.tolist()],
+            }
+        return metrics
+
+    def _boundary_rates(self) -> torch.Tensor:
+        """[layers, H] over all tokens since the last call (a collective)."""
+        local = torch.stack([mixer.take_boundary_rate() for mixer in self.mixers]).contiguous()
+        dist.all_reduce(local, group=self.groups.dp)
+        parts = [torch.empty_like(local) for _ in range(self.groups.tp.size())]
+        dist.all_gather(parts, local, group=self.groups.tp)
+        return torch.cat(parts, 1) / self.groups.dp.size()
+
+    def _validate(self) -> dict[str, float]:
+        values = validate(self.engine, self.config, self.token_bytes, self.groups.dp)
+        for mixer in self.mixers:
+            mixer.take_boundary_rate()  # held-out tokens are not part of the training rate
+        return values
+
+    def _save(self) -> None:
+        states: list[Any] = [None] * self.groups.dp.size()
+        dist.all_gather_object(states, self.loader.state_dict(), group=self.groups.dp)
+        self.layout.step = self.step
+        path = self.checkpoints.save(self.layout, TokenLoader.merge_states(states))
+        self._say(f"saved {path}")
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        if self.sink is not None:
+            self.sink.write(metrics)
+            self._say(console_line(metrics, self.config.training.steps))
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)

@@ -1,0 +1,157 @@
+"""`dla train`: check everything a user can get wrong, prepare the run directory, train."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from megatron_dla.checkpoint.manager import check_same_model, complete_checkpoints
+from megatron_dla.checkpoint.weights import Layout
+from megatron_dla.config import RunConfig, check_config, dump_config
+from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
+from megatron_dla.data_prep.tokenizer import Tokenizer
+from megatron_dla.errors import CheckpointError, ConfigError, DataError
+from megatron_dla.model.counts import count_parameters, flops_per_token
+from megatron_dla.model.gpt import padded_vocab
+
+PACKAGES = ("torch", "megatron-core", "deepspeed", "triton", "webdataset", "sentencepiece", "transformers", "numpy")
+
+
+def resolve_device(config: RunConfig) -> tuple[str, bool]:
+    """(device, bf16?) of a run.
+
+    Raises:
+        ConfigError: CUDA or bf16 is asked for where it is not there.
+    """
+    device = config.training.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "training.device = cuda, but torch finds no CUDA device here: use training.device=cpu or auto"
+        )
+    precision = config.training.precision
+    bf16 = precision == "bf16" or (precision == "auto" and device == "cuda")
+    return device, bf16
+
+
+def run_directory(config: RunConfig) -> Path:
+    return Path(config.run.dir) / config.run.name
+
+
+def check_run(config: RunConfig, world_size: int) -> ShardIndex:
+    """Everything a start would trip over: config, device, shards, tokenizer, an older run in the same directory.
+
+    Raises:
+        UserError: one message with the key, the value and the fix.
+    """
+    check_config(config, world_size)
+    resolve_device(config)
+    index = ShardIndex.load(config.data.dir)
+    tokenizer = Tokenizer(config.data.dir)
+    if tokenizer.sha256 != index.tokenizer_sha256:
+        raise DataError(
+            f"vocabulary mismatch: {config.data.dir}/{TOKENIZER_NAME} ({tokenizer.sha256[:12]}) is not the tokenizer "
+            f"that the shards were made with ({index.tokenizer_sha256[:12]}): build the shards again"
+        )
+    shards = len(index.split("train"))
+    if config.data.num_streams > shards:
+        raise ConfigError(
+            f"data.num_streams = {config.data.num_streams} is more than the {shards} train shards: use at most "
+            f"{shards}, or build more shards (dla data shards --min-train-shards {config.data.num_streams})"
+        )
+    run_dir = run_directory(config)
+    if found := complete_checkpoints(run_dir):
+        if not config.training.resume:
+            raise CheckpointError(
+                f"{str(run_dir)!r} already holds checkpoints: choose another run.name, or training.resume=true"
+            )
+        vocab = padded_vocab(index.vocab_size, config.model.vocab_multiple)
+        layout = Layout(config.model, vocab, index.tokenizer_sha256, 1, config.data.seq_len, 0, {})
+        check_same_model(found[-1][1], layout)
+    return index
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _git_state() -> str | None:
+    here = Path(__file__).resolve().parent
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return result.stdout.strip() or None if result.returncode == 0 else None
+
+
+def prepare_run_directory(config: RunConfig, world_size: int) -> Path:
+    """Make runs/NAME with config.yaml, command.json and the tokenizer: what the run is, beside what it does."""
+    run_dir = run_directory(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    dump_config(config, run_dir / "config.yaml")
+    command = {
+        "argv": sys.argv,
+        "world_size": world_size,
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "versions": _versions(),
+        "git": _git_state(),
+    }
+    (run_dir / "command.json").write_text(json.dumps(command, indent=1))
+    (run_dir / TOKENIZER_NAME).write_bytes((Path(config.data.dir) / TOKENIZER_NAME).read_bytes())
+    return run_dir
+
+
+def describe(config: RunConfig, index: ShardIndex, world_size: int) -> str:
+    """What a start would do, in a few lines."""
+    training, tensor = config.training, config.parallel.tensor
+    device, bf16 = resolve_device(config)
+    vocab = padded_vocab(index.vocab_size, config.model.vocab_multiple)
+    tokens = training.steps * training.global_batch_size * config.data.seq_len
+    held = index.totals("train").tokens
+    accumulation = training.global_batch_size // (training.micro_batch_size * world_size // tensor)
+    return "\n".join(
+        [
+            f"run          {run_directory(config)}",
+            f"model        {count_parameters(config.model, vocab):,} parameters, "
+            f"{flops_per_token(config.model, vocab, config.data.seq_len):.3g} FLOP a token (forward and backward)",
+            f"layout       {world_size} processes = tensor {tensor} x data {world_size // tensor}"
+            f"{', sequence parallel' if config.parallel.sequence else ''}, ZeRO-{training.zero_stage}, "
+            f"{device}, {'bf16' if bf16 else 'fp32'}",
+            f"batch        {training.global_batch_size} rows of {config.data.seq_len} tokens, "
+            f"{accumulation} micro-batch(es) of {training.micro_batch_size}",
+            f"length       {training.steps} steps, {tokens:,} tokens = {tokens / held:.2f} epochs of {held:,}",
+        ]
+    )
+
+
+def train(config: RunConfig, *, dry_run: bool = False, world_size: int | None = None) -> int:
+    """Check and train; returns the exit code. `world_size` defaults to torchrun's."""
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    index = check_run(config, world_size)
+    if dry_run:
+        print(describe(config, index, world_size))
+        return 0
+    device, bf16 = resolve_device(config)
+    from megatron_dla.parallel.groups import initialize_distributed
+    from megatron_dla.training.loop import Trainer
+
+    initialize_distributed(device)
+    if torch.distributed.get_rank() == 0:
+        prepare_run_directory(config, world_size)
+        print(describe(config, index, world_size), flush=True)
+    torch.distributed.barrier()
+    return Trainer(config, run_directory(config), device, bf16).run()

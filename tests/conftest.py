@@ -1,0 +1,30 @@
+"""Shared fixtures: gloo rank pools, restarted where a test broke one."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from distributed import Ranks
+
+torch.set_num_threads(1)  # tests run side by side
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[dict[int, Ranks]]:
+    made: dict[int, Ranks] = {}
+    yield made
+    for pool in made.values():
+        pool.stop()
+
+
+@pytest.fixture
+def ranks(pools: dict[int, Ranks]) -> Callable[[int], Ranks]:
+    """`ranks(2)` is a pool of two gloo ranks."""
+
+    def get(world_size: int) -> Ranks:
+        pool = pools.get(world_size)
+        if pool is None or not all(p.is_alive() for p in pool.processes):
+            pools[world_size] = Ranks(world_size)
+        return pools[world_size]
+
+    return get

@@ -1,0 +1,123 @@
+"""Small models of every kind, built with Megatron at TP = 1, saved and exported once a session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dla import compat
+from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, Layout, load_merged, save_weights, split_merged
+from megatron_dla.config import ModelSection, ParallelSection
+from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
+from megatron_dla.hf import mapping
+from megatron_dla.hf.convert import to_hf
+from megatron_dla.hf.load import load_model
+
+BASE = ModelSection(
+    hidden_size=32, num_layers=2, num_heads=4, num_groups=1, key_dim=8, value_dim=8, capacity=4, ffn_hidden_size=48,
+    attention_heads=4, attention_groups=2, init_std=0.1, tau=1.35, vocab_multiple=128, rope_theta=10_000.0,
+)  # fmt: skip
+SECTIONS = {
+    "mamba2": BASE,
+    "mamba2_hybrid": replace(BASE, num_groups=4, pattern="AD", conv_kernel=3, tau_mode="learned"),
+    "gdn": replace(BASE, backbone="gdn", num_groups=4, tie_embeddings=True),
+    "gdn_hybrid": replace(BASE, backbone="gdn", num_groups=2, pattern="DA", tau_mode="learned"),
+}
+CASES = list(SECTIONS)
+WORDS = ["hello", "world", "the quick", " brown ", "fox\n", "\t12345", "caf\xe9", "x\u2581y", "\U0001f600", "</s>"]
+
+
+@dataclass
+class Exported:
+    """One model in three shapes: Megatron module, step_N directory, exported directory."""
+
+    section: ModelSection
+    megatron: Any
+    checkpoint: Path
+    directory: Path
+
+    def load(self, **kwargs: Any) -> Any:
+        return load_model(self.directory, **kwargs)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Remote code is copied here, and not into the user's cache."""
+    import transformers.dynamic_module_utils as dynamic
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    (directory / "a.txt").write_text(" ".join(WORDS * 200))
+    return train_tokenizer([directory / "a.txt"], directory, 300)
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Make every parameter its own: equal ones (norms, biases) would hide a mapping that confuses them."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def _write_checkpoint(
+    merged: dict, section: ModelSection, directory: Path, sha256: str, tensor_parallel: int = 1, step: int = 3
+) -> Path:
+    """A step_N directory in `tensor_parallel` shards, as that many ranks would write it."""
+    tags = mapping.parameter_tags(section, tensor_parallel)
+    for rank in range(tensor_parallel):
+        save_weights(split_merged(merged, tags, rank, tensor_parallel), directory, rank)
+    Layout(section, 384, sha256, tensor_parallel, 128, step, tags).save(directory / LAYOUT)
+    (directory / COMPLETE).write_text("{}")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint():
+    """`write_checkpoint(merged, section, directory, sha256, tensor_parallel=1, step=3)`."""
+    return _write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer):
+    """`exported(name)`: the case of that name, built once."""
+    compat.install()
+    from megatron_dla.checkpoint.weights import parameter_tags
+    from megatron_dla.model.gpt import build_model
+    from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel
+
+    made: dict[str, Exported] = {}
+
+    def get(name: str) -> Exported:
+        if name in made:
+            return made[name]
+        initialize_distributed("cpu")
+        initialize_model_parallel(1, 0)
+        section = SECTIONS[name]
+        model = build_model(section, ParallelSection(), vocab_size=tokenizer.vocab_size, seq_len=128, seed=7).eval()
+        randomise(model)
+        run = tmp_path_factory.mktemp(name)
+        step = run / "checkpoints" / "step_3"
+        save_weights(dict(model.named_parameters()), step, 0)
+        Layout(section, 384, tokenizer.sha256, 1, 128, 3, parameter_tags(model)).save(step / LAYOUT)
+        (step / COMPLETE).write_text("{}")
+        (run / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+        made[name] = Exported(section, model, step, to_hf(step, run / f"hf_{name}"))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def merged_of(exported):
+    """`merged_of(name)`: the layout-free tensors of a case."""
+    return lambda name: load_merged(exported(name).checkpoint)[0]

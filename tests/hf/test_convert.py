@@ -1,0 +1,244 @@
+"""Conversion: exact both ways, the same at every tensor-parallel size, free of Megatron, and clear when it fails."""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_dla.checkpoint.weights import Layout, load_merged, parameter_tags
+from megatron_dla.errors import CheckpointError, ConfigError, UserError
+from megatron_dla.hf import mapping
+from megatron_dla.hf.cli import add_convert_parser, add_generate_parser
+from megatron_dla.hf.convert import code_files, from_hf, resolve_checkpoint, to_hf
+from megatron_dla.hf.generate import generate
+from megatron_dla.hf.verify import verify
+
+ROOT = Path(__file__).parents[2]
+CASES = ["mamba2", "mamba2_hybrid", "gdn", "gdn_hybrid"]
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """File name -> sha256 of everything in a directory."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir()) if p.is_file()}
+
+
+BLOCK = "import sys\nfor name in {names}: sys.modules[name] = None\n"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tags_without_megatron(exported, name):
+    case = exported(name)
+    assert mapping.parameter_tags(case.section) == parameter_tags(case.megatron)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_does_not_depend_on_the_shards(exported, merged_of, tokenizer, tmp_path, name, write_checkpoint):
+    case = exported(name)
+    step = write_checkpoint(merged_of(name), case.section, tmp_path / "step_3", tokenizer.sha256, tensor_parallel=2)
+    out = to_hf(step, tmp_path / case.directory.name, tokenizer=tokenizer.path)
+    assert file_hashes(out) == file_hashes(case.directory)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_round_trip_is_exact(exported, merged_of, tmp_path, name, size):
+    case = exported(name)
+    merged, layout = load_merged(from_hf(case.directory, tmp_path / "step_0", size))
+    assert merged.keys() == merged_of(name).keys()
+    assert all(torch.equal(merged[key], x) for key, x in merged_of(name).items())
+    want = Layout.load(case.checkpoint)
+    assert replace(layout.model, pattern=want.model.pattern) == want.model
+    assert (layout.vocab_size, layout.seq_len, layout.tokenizer_sha256) == (384, 128, want.tokenizer_sha256)
+    assert layout.tensor_parallel == size
+
+
+def test_every_key_has_one_place(exported, merged_of):
+    section, merged = exported("gdn_hybrid").section, merged_of("gdn_hybrid")
+    state = mapping.to_hf_names(merged, section)
+    with pytest.raises(CheckpointError, match=r"final_layernorm\.weight is missing"):
+        mapping.to_hf_names({k: x for k, x in merged.items() if "final" not in k}, section)
+    with pytest.raises(CheckpointError, match=r"self_attention\.extra has no place"):
+        mapping.to_hf_names(merged | {"decoder.layers.0.self_attention.extra": torch.ones(1)}, section)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
+        mapping.from_hf_names({k: x for k, x in state.items() if k != "model.norm.weight"}, section)
+    with pytest.raises(CheckpointError, match="more has no place"):
+        mapping.from_hf_names(state | {"more": torch.ones(1)}, section)
+
+
+def test_dtype(exported, tmp_path):
+    out = to_hf(exported("gdn_hybrid").checkpoint, tmp_path / "bf16", dtype="bf16")
+    for name, x in load_file(out / "model.safetensors").items():
+        fp32 = name.rsplit(".", 1)[-1] in mapping.FP32_PARAMETERS
+        assert x.dtype == (torch.float32 if fp32 else torch.bfloat16), name
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match="dtype = 'fp8'"):
+        to_hf(exported("gdn").checkpoint, tmp_path / "x", dtype="fp8")
+
+
+def run_python(code: str, names: tuple[str, ...], cwd: Path, cache: Path) -> str:
+    """Output of `code` in a fresh interpreter in which the packages `names` cannot be imported."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
+    env |= {"HF_MODULES_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    code = BLOCK.format(names=names) + code
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_export_needs_no_megatron(exported, tmp_path):
+    case = exported("mamba2")
+    code = f"""
+sys.path.insert(0, {str(ROOT)!r})
+from megatron_dla.hf.convert import to_hf, from_hf
+out = to_hf({str(case.checkpoint)!r}, {str(tmp_path / case.directory.name)!r})
+from_hf(out, {str(tmp_path / "step_0")!r})
+"""
+    run_python(code, ("megatron", "deepspeed", "triton"), tmp_path, tmp_path / "modules")
+    assert file_hashes(tmp_path / case.directory.name) == file_hashes(case.directory)
+
+
+def test_exported_directory_stands_alone(exported, tmp_path):
+    case = exported("gdn_hybrid")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        save_file({"logits": case.load()(ids).logits}, tmp_path / "want.safetensors")
+    code = f"""
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(case.directory)!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({str(case.directory)!r}, trust_remote_code=True)
+with torch.no_grad():
+    logits = model(torch.arange(3, 40)[None]).logits
+torch.testing.assert_close(logits, load_file("want.safetensors")["logits"], rtol=0, atol=1e-5)
+ids = tokenizer(["hello", "hello world"], padding=True, return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**ids, max_new_tokens=4)))
+"""
+    blocked = ("megatron", "megatron_dla", "deepspeed", "triton")
+    assert "hello" in run_python(code, blocked, tmp_path, tmp_path / "modules")
+
+
+def test_exported_code_is_complete():
+    assert {"modeling_dla.py", "layers_dla.py", "attention.py", "functional.py", "cache.py"} <= set(code_files())
+
+
+def test_wrong_or_absent_tokenizer(exported, merged_of, tokenizer, tmp_path, write_checkpoint):
+    case = exported("gdn")
+    other = tmp_path / "tokenizer.model"
+    other.write_bytes(tokenizer.path.read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match="vocabulary mismatch") as error:
+        to_hf(case.checkpoint, tmp_path / "out", tokenizer=other)
+    assert str(other) in str(error.value) and tokenizer.sha256 in str(error.value) and "--tokenizer" in str(error.value)
+    step = write_checkpoint(merged_of("gdn"), case.section, tmp_path / "a" / "b" / "step_1", tokenizer.sha256)
+    with pytest.raises(CheckpointError, match="no tokenizer here"):
+        to_hf(step, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_incomplete_checkpoints_and_run_directories(exported, merged_of, tokenizer, tmp_path, write_checkpoint):
+    case = exported("gdn")
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    steps = tmp_path / "checkpoints"
+    steps.mkdir()
+    with pytest.raises(CheckpointError, match="no complete checkpoint yet"):
+        resolve_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="not a directory"):
+        resolve_checkpoint(tmp_path / "nowhere")
+    for step in (2, 10, 30):
+        write_checkpoint(merged_of("gdn"), case.section, steps / f"step_{step}", tokenizer.sha256, step=step)
+    (steps / "step_30" / "complete.json").unlink()
+    assert resolve_checkpoint(tmp_path) == steps / "step_10"
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        to_hf(steps / "step_30", tmp_path / "out")
+    assert "for 10 steps" in (to_hf(tmp_path, tmp_path / "out") / "README.md").read_text()
+
+
+def test_existing_output(exported, tmp_path):
+    case = exported("gdn")
+    out = to_hf(case.checkpoint, tmp_path / "out")
+    (out / "stale").write_text("")
+    with pytest.raises(UserError, match="exists: pass --overwrite"):
+        to_hf(case.checkpoint, out)
+    to_hf(case.checkpoint, out, overwrite=True)
+    assert not (out / "stale").exists() and not list(tmp_path.glob(".out*"))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="no earlier export"):
+        to_hf(case.checkpoint, mine, overwrite=True)
+    with pytest.raises(UserError, match="exists"):
+        from_hf(out, mine)
+
+
+def test_from_hf_refuses_what_it_cannot_read(exported, tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        from_hf(tmp_path, tmp_path / "out")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="'llama'"):
+        from_hf(tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"parallel\.tensor"):
+        from_hf(exported("gdn").directory, tmp_path / "out", 3)
+
+
+def test_verify(exported, tmp_path, capsys):
+    case = exported("gdn_hybrid")
+    report = verify(case.checkpoint.parent.parent, case.directory, tokens=110)
+    assert report.same_argmax == 1 and report.max_difference <= 1e-4 and "110 tokens" in capsys.readouterr().out
+    # an fp32 difference alone is not held against the export: float64 decides
+    report = verify(case.checkpoint, case.directory, tokens=110, tolerance=1e-9)
+    assert report.dtype == "float64" and report.worst <= 1e-9
+    broken = to_hf(case.checkpoint, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.0.mixer.query_proj.weight"] *= 1.01
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="convert again"):
+        verify(case.checkpoint, broken, tokens=110)
+    state["model.norm.weight"][0] = torch.nan
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="by nan"):
+        verify(case.checkpoint, broken, tokens=110)
+    with pytest.raises(CheckpointError, match="no exported model"):
+        verify(case.checkpoint, tmp_path / "nothing")
+
+
+def run_cli(*argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    add_convert_parser(subparsers)
+    add_generate_parser(subparsers)
+    args = parser.parse_args(argv)
+    return args.func(args)
+
+
+def test_command_line(exported, tmp_path, capsys):
+    case = exported("mamba2")
+    out, back = str(tmp_path / "out"), str(tmp_path / "step_0")
+    assert run_cli("convert", "to-hf", str(case.checkpoint), out, "--dtype", "fp32") == 0
+    assert run_cli("convert", "from-hf", out, back, "--tensor-parallel", "2") == 0
+    assert run_cli("convert", "verify", str(case.checkpoint), out, "--tokens", "70") == 0
+    assert run_cli("generate", out, "--prompt", "hello", "--max-new-tokens", "5", "--device", "cpu") == 0
+    text, stats = capsys.readouterr()
+    assert "hello" in text and "5 tokens" in stats and "MB" in stats
+
+
+def test_generate(exported, capsys, monkeypatch):
+    directory = exported("mamba2").directory
+    options = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9}
+    one, two, three = (generate(directory, "hello", seed=seed, **options) for seed in (1, 1, 2))
+    printed = capsys.readouterr().out
+    assert one.text == two.text != three.text
+    assert f"hello{one.text}\n" in printed and one.tokens <= 12 and one.cache_bytes > 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"no CUDA device.*use --device cpu"):
+        generate(directory, "hello", device="cuda")
+    for wrong in ({"prompt": ""}, {"prompt": "a", "max_new_tokens": 0}, {"prompt": "a", "temperature": -1}):
+        with pytest.raises(UserError, match="--"):
+            generate(directory, **wrong)

@@ -1,0 +1,188 @@
+"""The exported model computes what Megatron computes, with and without a cache, and generates."""
+
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_dla.hf.mapping import FP32_PARAMETERS
+from megatron_dla.hf.verify import decode_logits, megatron_logits
+
+CASES = ["mamba2", "mamba2_hybrid", "gdn", "gdn_hybrid"]
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def model_of(exported):
+    return cache(lambda name: exported(name).load())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("length", [1, 100])
+def test_logits_are_megatrons(exported, model_of, name, length):
+    ids = tokens(2, length)
+    with torch.no_grad():
+        got = model_of(name)(ids).logits
+    want = megatron_logits(exported(name).megatron, ids)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_function_in_float64(exported, name):
+    """No rounding to hide behind: Megatron, one pass, and prefill + decode agree to 1e-10."""
+    ids = tokens(2, 100)
+    model, reference = exported(name).load().double(), exported(name).megatron.double()
+    with torch.no_grad():
+        full = model(ids).logits
+        want = reference(ids, torch.arange(100).expand_as(ids), None)
+    reference.float()  # nothing is lost on the way to float64 and back
+    assert full.dtype == want.dtype == torch.float64
+    torch.testing.assert_close(full, want, rtol=0, atol=1e-10)
+    torch.testing.assert_close(decode_logits(model, ids, 33), full, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_and_decode_match_one_pass(model_of, name):
+    model, ids = model_of(name), tokens(2, 90)
+    with torch.no_grad():
+        full = model(ids, use_cache=False)
+        assert full.past_key_values is None
+        memory = model(ids[:, :70], use_cache=True).past_key_values
+        # the test says nothing where a head has one slot only, or never merges
+        assert any(layer.slots is not None and layer.slots.live.max() == 4 for layer in memory.layers)
+        rest = model(ids[:, 70:], past_key_values=memory.clone()).logits
+    torch.testing.assert_close(rest, full.logits[:, 70:], rtol=0, atol=2e-5)
+    torch.testing.assert_close(decode_logits(model, ids, 2), full.logits, rtol=0, atol=2e-5)
+    assert memory.get_seq_length() == 70
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_generation_is_greedy(model_of, name):
+    model, ids = model_of(name), tokens(2, 9, seed=1)
+    got = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    want = ids
+    for _ in range(12):
+        with torch.no_grad():
+            logits = model(want, use_cache=False).logits[:, -1]
+        logits[:, 300:] = -torch.inf  # rows that no token uses: generation_config.json suppresses them
+        want = torch.cat([want, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gdn_hybrid"])
+def test_left_padding_leaves_no_trace(model_of, name):
+    model, ids = model_of(name), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    with torch.no_grad():
+        alone = model(ids[1:, 13:], use_cache=True)
+        batch = model(ids, attention_mask=mask, use_cache=True)
+        torch.testing.assert_close(batch.logits[1:, 13:], alone.logits, rtol=0, atol=2e-5)
+        new = tokens(2, 1, seed=3)
+        mask = torch.cat([mask, torch.ones_like(new)], 1)
+        one = model(new[1:], past_key_values=alone.past_key_values).logits
+        two = model(new, attention_mask=mask, past_key_values=batch.past_key_values).logits
+    torch.testing.assert_close(two[1:], one, rtol=0, atol=2e-5)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    both = model.generate(ids, attention_mask=mask[:, :-1], **options)
+    assert torch.equal(both[1, 40:], model.generate(ids[1:, 13:], **options)[0, 27:])
+
+
+def test_masks_that_a_recurrence_cannot_follow(model_of):
+    model, ids = model_of("mamba2"), tokens(2, 10)
+    right = torch.ones_like(ids)
+    right[0, 7:] = 0
+    with torch.no_grad():
+        got = model(ids, attention_mask=right).logits[:1, :7]
+        torch.testing.assert_close(got, model(ids[:1, :7]).logits, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="Pad on the left"):
+            model(ids, attention_mask=right, use_cache=True)
+        hole = torch.ones_like(ids)
+        hole[0, 4] = 0
+        with pytest.raises(ValueError, match="hole"):
+            model(ids, attention_mask=hole)
+        with pytest.raises(ValueError, match="whole row"):
+            model(ids, attention_mask=torch.zeros_like(ids))
+        memory = model(ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="every token must be real"):
+            model(ids[:, :1], attention_mask=torch.zeros(2, 11), past_key_values=memory)
+        with pytest.raises(ValueError, match="the cache holds 2 sequences"):
+            model(ids[:1], past_key_values=memory)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gdn_hybrid"])
+def test_beam_search_moves_the_cache(model_of, name):
+    model, ids = model_of(name), tokens(2, 6, seed=2)
+    options = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    with_cache, without = model.generate(ids, **options), model.generate(ids, use_cache=False, **options)
+    assert torch.equal(with_cache, without)
+
+
+def test_sampling_and_refusals(model_of):
+    model, ids = model_of("mamba2"), tokens(2, 6)
+    torch.manual_seed(0)
+    out = model.generate(ids, max_new_tokens=40, do_sample=True, temperature=5.0, num_return_sequences=2)
+    assert out.shape[0] == 4 and int(out.max()) < 300
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(ids[:1], max_new_tokens=4, prompt_lookup_num_tokens=2)
+    memory = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        memory.crop(3)
+
+
+def test_generation_continues_a_cache(model_of):
+    model, ids = model_of("gdn_hybrid"), tokens(1, 30)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        memory = model(ids[:, :20], use_cache=True).past_key_values
+    assert torch.equal(model.generate(ids, past_key_values=memory, **options), model.generate(ids, **options))
+
+
+@pytest.mark.parametrize(("name", "grows"), [("mamba2", False), ("gdn", False), ("gdn_hybrid", True)])
+def test_memory_of_the_cache(model_of, name, grows):
+    model = model_of(name)
+    with torch.no_grad():
+        small, large = (model(tokens(1, n), use_cache=True).past_key_values.nbytes for n in (8, 200))
+        memory = model(tokens(1, 8), use_cache=True).past_key_values
+        for _ in range(3):
+            memory = model(tokens(1, 1), past_key_values=memory).past_key_values
+    assert (large > small, memory.nbytes > small) == (grows, grows)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_keeps_the_fp32_parameters(exported, name):
+    model = exported(name).load(dtype=torch.bfloat16)
+    for key, parameter in model.named_parameters():
+        fp32 = key.rsplit(".", 1)[-1] in FP32_PARAMETERS
+        assert parameter.dtype == (torch.float32 if fp32 else torch.bfloat16), key
+    ids = tokens(2, 70)
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 73)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients_from_scratch(exported, name):
+    config = exported(name).load().config
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True).train()
+    ids = tokens(2, 70)
+    out = model(ids, labels=ids)
+    want = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, want)
+    assert out.past_key_values is None
+    out.loss.backward()
+    missing = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+
+
+def test_save_and_reload(model_of, tmp_path):
+    model, ids = model_of("gdn_hybrid"), tokens(1, 20)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)

@@ -1,0 +1,74 @@
+"""TP = 2 and 4, with and without sequence parallelism, equal one process: output and every parameter's gradient."""
+
+import dataclasses
+
+import pytest
+import workers
+
+from megatron_dla.config import ModelSection
+
+BASE = ModelSection(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_groups=2,
+    key_dim=8,
+    value_dim=12,
+    capacity=3,
+    tau=1.2,
+    ffn_hidden_size=48,
+    attention_heads=4,
+    attention_groups=2,
+    init_std=0.2,
+    vocab_multiple=8,
+)
+BACKBONES = {
+    "mamba2": BASE,
+    "mamba2, one group for all heads": dataclasses.replace(BASE, num_groups=1),
+    "gdn": dataclasses.replace(BASE, backbone="gdn", num_groups=4),
+    "gdn, learned tau": dataclasses.replace(BASE, backbone="gdn", tau_mode="learned"),
+    "mamba2, one group, learned tau": dataclasses.replace(BASE, num_groups=1, tau_mode="learned"),
+}
+DOCUMENTS = [0, 17, 48, 60, 61, 96]
+
+
+def check(errors: dict[str, float], limit: float) -> None:
+    bad = {key: f"{e:.1e}" for key, e in errors.items() if not e <= limit}
+    assert not bad, f"over {limit:.0e}: {bad}"
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sp"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_dla_layer_tp2(ranks, name: str, sequence: bool) -> None:
+    for documents in ([], DOCUMENTS):
+        for errors in ranks(2).run(workers.layer_parity, BACKBONES[name], 2, sequence, "D", documents, 11):
+            check(errors, 1e-10)
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sp"])
+def test_softmax_layer_tp2(ranks, sequence: bool) -> None:
+    for documents in ([], DOCUMENTS):
+        for errors in ranks(2).run(workers.layer_parity, BASE, 2, sequence, "A", documents, 12):
+            check(errors, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["mamba2, one group for all heads", "gdn"])
+def test_dla_layer_tp4(ranks, name: str) -> None:
+    for errors in ranks(4).run(workers.layer_parity, BACKBONES[name], 4, True, "D", DOCUMENTS, 13):
+        check(errors, 1e-10)
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sp"])
+@pytest.mark.parametrize("name", ["mamba2", "gdn", "tied hybrid"])
+def test_model_tp2(ranks, name: str, sequence: bool) -> None:
+    hybrid = dataclasses.replace(BASE, pattern="DA", tie_embeddings=True)
+    section = hybrid if name == "tied hybrid" else BACKBONES[name]
+    for documents in ([], DOCUMENTS):
+        for errors in ranks(2).run(workers.model_parity, section, 2, sequence, documents, 14):
+            check(errors, 1e-6)  # Megatron returns the token losses in fp32
+
+
+def test_boundaries_fire_in_the_parity_model(ranks) -> None:
+    rates = ranks(2).run(workers.boundary_rates, BASE, 2, 14)
+    for rate in rates:
+        assert ((rate > 0.05) & (rate < 1)).all(), rate

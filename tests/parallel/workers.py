@@ -1,0 +1,155 @@
+"""What runs on the ranks of the parity tests: build at one layout, run with a random cotangent, give whole tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_dla import compat
+
+compat.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.transformer.spec_utils import build_module  # noqa: E402
+
+from megatron_dla.config import ModelSection, ParallelSection  # noqa: E402
+from megatron_dla.model.gpt import build_model, packed_sequence, transformer_config  # noqa: E402
+from megatron_dla.model.init import initialise, tag_megatron_parameters  # noqa: E402
+from megatron_dla.model.spec import layer_spec  # noqa: E402
+from megatron_dla.parallel.groups import initialize_model_parallel, process_groups  # noqa: E402
+from megatron_dla.parallel.tags import get_tag  # noqa: E402
+
+_LAYOUTS: dict[int, dict] = {}
+
+
+def lay_out(tensor: int) -> None:
+    """Switch Megatron's groups to a tensor-parallel size; groups are made once (each costs gloo threads)."""
+    state = vars(parallel_state)
+    if tensor not in _LAYOUTS:
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        initialize_model_parallel(tensor, 1)
+        _LAYOUTS[tensor] = {k: v for k, v in state.items() if k.startswith("_") and not k.startswith("__")}
+    state.update(_LAYOUTS[tensor])
+
+
+def whole(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """A parameter's (or its gradient's) whole value from all tensor-parallel ranks."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(value) for _ in range(group.size())]
+    dist.all_gather(parts, value.contiguous(), group=group)
+    tag = get_tag(parameter)
+    if tag.kind != "sharded":
+        for part in parts[1:]:
+            assert torch.equal(part, parts[0]), "replicas differ"
+    return tag.unshard(parts)
+
+
+def layout_free(model: torch.nn.Module, values: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    out = {}
+    for name, parameter in model.named_parameters():
+        value = values[name]
+        assert value is not None, f"{name} has no gradient"
+        tag = get_tag(parameter)
+        out |= dict(zip(tag.keys(name), tag.split(whole(parameter, value)), strict=True))
+    return out
+
+
+def perturb(model: torch.nn.Module, section: ModelSection) -> None:
+    """Move every parameter off its special start (ones, zeros), alike at every layout."""
+    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            tag = get_tag(p)
+            pieces = []
+            full = tag.full_shape(p.shape, size)
+            for key, n in zip(tag.keys(name), [n for _, n in tag.sections] or [full[tag.dim]], strict=True):
+                gen = torch.Generator().manual_seed(sum(key.encode()) * 7919)
+                shape = [n if i == tag.dim else m for i, m in enumerate(full)]
+                pieces.append(torch.randn(shape, generator=gen, dtype=torch.float64))
+            p += 0.05 * tag.shard(torch.cat(pieces, tag.dim), rank, size).to(p.dtype)
+
+
+def run_layer(section: ModelSection, tensor: int, sequence: bool, letter: str, documents: list[int], seed: int):
+    """One TransformerLayer in float64: (output [S, B, hidden], input gradient, {key: gradient}), whole tensors."""
+    lay_out(tensor)
+    parallel = ParallelSection(tensor=tensor, sequence=sequence)
+    config = transformer_config(section, parallel, torch.float64, True)
+    groups = process_groups()
+    layer = build_module(layer_spec(section, letter), config=config, layer_number=1, pg_collection=groups)
+    tag_megatron_parameters(layer, section)
+    initialise(layer, section, 3, groups.tp.rank(), tensor)
+    perturb(layer, section)
+    S, B = 48, 2
+    gen = torch.Generator().manual_seed(seed)
+    full = torch.randn(S, B, section.hidden_size, generator=gen, dtype=torch.float64)
+    cotangent = torch.randn(full.shape, generator=gen, dtype=torch.float64)
+    packed = packed_sequence(torch.tensor(documents, dtype=torch.int32) if documents else None, S)
+    rank = groups.tp.rank()
+    mine = slice(rank * S // tensor, (rank + 1) * S // tensor) if sequence else slice(None)
+    x = full[mine].clone().requires_grad_()
+    rotary = None
+    if letter == "A":
+        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+        rope = RotaryEmbedding(config.kv_channels, 1.0, use_cpu_initialization=True, cp_group=groups.cp)
+        rotary = rope(S)
+    out, _ = layer(x, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
+    out.backward(cotangent[mine])
+    grads = layout_free(layer, {n: p.grad for n, p in layer.named_parameters()})
+    gathered = []
+    for t in (out.detach(), x.grad):
+        if sequence:
+            parts = [torch.empty_like(t) for _ in range(tensor)]
+            dist.all_gather(parts, t.contiguous(), group=groups.tp)
+            t = torch.cat(parts)
+        gathered.append(t)
+    return (*gathered, grads)
+
+
+def errors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Largest error relative to each tensor's largest entry."""
+    assert got.keys() == want.keys(), got.keys() ^ want.keys()
+    return {k: ((got[k] - want[k]).abs().max() / want[k].abs().max().clamp(min=1e-30)).item() for k in want}
+
+
+def layer_parity(section: ModelSection, tensor: int, sequence: bool, letter: str, documents: list[int], seed: int):
+    """Errors of a tensor-parallel layer against the same layer in one process."""
+    want = run_layer(section, 1, False, letter, documents, seed)
+    got = run_layer(section, tensor, sequence, letter, documents, seed)
+    named = [{"output": o, "input gradient": i} | g for o, i, g in (got, want)]
+    assert all(float(g.abs().max()) > 0 for g in named[1].values()), "a gradient is zero: the test sees nothing there"
+    return errors(*named)
+
+
+def run_model(section: ModelSection, tensor: int, sequence: bool, documents: list[int], seed: int):
+    """The whole model in float64 with a random cotangent on the token losses: (losses, {key: gradient})."""
+    lay_out(tensor)
+    S, B, vocab = 48, 2, 200
+    model = build_model(
+        section, ParallelSection(tensor, sequence), vocab_size=vocab, seq_len=S, seed=seed, dtype=torch.float64
+    )
+    perturb(model, section)
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (B, S + 1), generator=gen)
+    packed = packed_sequence(torch.tensor(documents, dtype=torch.int32) if documents else None, S)
+    losses = model(ids[:, :-1], None, None, labels=ids[:, 1:].contiguous(), packed_seq_params=packed)
+    losses.backward(torch.rand(B, S, generator=gen))
+    return losses.detach(), layout_free(model, {n: p.grad for n, p in model.named_parameters()})
+
+
+def model_parity(section: ModelSection, tensor: int, sequence: bool, documents: list[int], seed: int):
+    want_loss, want = run_model(section, 1, False, documents, seed)
+    got_loss, got = run_model(section, tensor, sequence, documents, seed)
+    return errors({"loss": got_loss} | got, {"loss": want_loss} | want)
+
+
+def boundary_rates(section: ModelSection, tensor: int, seed: int) -> torch.Tensor:
+    """Boundary rate of each local head over the layers [layers, H local]: the parity cases must merge and not merge."""
+    from megatron_dla.model.gpt import dla_mixers
+
+    lay_out(tensor)
+    model = build_model(section, ParallelSection(tensor=tensor), vocab_size=200, seq_len=48, seed=seed)
+    perturb(model, section)
+    model(torch.randint(0, 200, (2, 48), generator=torch.Generator().manual_seed(seed)), None, None)
+    return torch.stack([mixer.take_boundary_rate() for mixer in dla_mixers(model)])

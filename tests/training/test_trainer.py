@@ -1,0 +1,124 @@
+"""The trainer over DeepSpeed equals plain single-process training; interrupted + resumed equals uninterrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import train_workers
+import yaml
+
+from megatron_dla.checkpoint.weights import load_merged
+from megatron_dla.metrics.sinks import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.build_data(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def plain(data: Path, tmp_path_factory):
+    """Losses, norms and weights of the run without DeepSpeed, once for all layouts: {backbone: ...}."""
+    from distributed import Ranks
+
+    pool = Ranks(1)
+    runs = tmp_path_factory.mktemp("plain")
+    try:
+        yield {b: pool.run(train_workers.plain_training, run_config(data, runs, b))[0] for b in ("mamba2", "gdn")}
+    finally:
+        pool.stop()
+
+
+def run_config(data: Path, runs: Path, backbone: str, **sections) -> dict:
+    sections["model"] = {"backbone": backbone, "pattern": "DA" if backbone == "gdn" else "D"} | sections.get(
+        "model", {}
+    )
+    return tiny.config_dict(data, runs, **sections)
+
+
+@pytest.mark.parametrize("backbone", ["mamba2", "gdn"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sp"])
+def test_zero1_tp2_dp2_equals_one_process(ranks, data, plain, tmp_path, backbone, sequence) -> None:
+    values = run_config(data, tmp_path, backbone, parallel={"tensor": 2, "sequence": sequence})
+    metrics = ranks(4).run(train_workers.train, values)[0]
+    losses, norms, weights = plain[backbone]
+    got = torch.tensor([m["loss"] for m in metrics]), torch.tensor([m["grad_norm"] for m in metrics])
+    torch.testing.assert_close(got[0], torch.tensor(losses), rtol=2e-5, atol=0)
+    torch.testing.assert_close(got[1], torch.tensor(norms), rtol=1e-4, atol=0)
+    merged, layout = load_merged(tmp_path / "tiny" / "checkpoints" / "step_5")
+    assert layout.tensor_parallel == 2
+    for name, want in weights.items():
+        keys = layout.tags[name].keys(name)
+        torch.testing.assert_close(torch.cat([merged[k] for k in keys], layout.tags[name].dim), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_other_zero_stages_equal_one_process(ranks, data, plain, tmp_path, stage) -> None:
+    values = run_config(data, tmp_path, "mamba2", training={"zero_stage": stage})
+    metrics = ranks(2).run(train_workers.train, values)[0]
+    got = torch.tensor([m["loss"] for m in metrics])
+    torch.testing.assert_close(got, torch.tensor(plain["mamba2"][0]), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_keeps_the_scalars_of_the_recurrence_fp32(ranks, data, tmp_path, stage) -> None:
+    values = run_config(
+        data, tmp_path, "mamba2", training={"precision": "bf16", "zero_stage": stage, "steps": 3},
+        model={"tau_mode": "learned"},
+    )  # fmt: skip
+    found = ranks(2).run(train_workers.scalar_dtypes, values)
+    for dtypes in found:
+        for name in ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau"):
+            assert dtypes[name][0] == "torch.float32", name
+        assert dtypes["in_proj.weight"] == ("torch.bfloat16", True)
+        assert dtypes["A_log"][1] and dtypes["slot_bias"][1], "an fp32 parameter is not trained"
+
+
+def cli(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "megatron_dla.cli", *arguments]
+
+
+def start(config: Path, **kwargs) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(cli("run", str(config), "--nproc", "2"), env=env, cwd=config.parent, **kwargs)
+
+
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(data, tmp_path) -> None:
+    paths = {}
+    for name in ("straight", "stopped"):
+        values = run_config(
+            data, tmp_path, "gdn", run={"name": name}, parallel={"tensor": 2},
+            training={"steps": 12, "eval_every": 6, "eval_rows": 4},
+        )  # fmt: skip
+        paths[name] = tmp_path / f"{name}.yaml"
+        paths[name].write_text(yaml.safe_dump(values))
+    assert start(paths["straight"]).wait(300) == 0
+    process = start(paths["stopped"])
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and '"step": 2,' in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(120) == 75
+    (saved,) = (tmp_path / "stopped" / "checkpoints").glob("step_*[0-9]")
+    assert 2 <= int(saved.name.removeprefix("step_")) < 12
+    with log.open("a") as file:  # a step after the checkpoint, as a crash would leave it
+        file.write('{"step": 11, "loss": 1')
+    assert start(paths["stopped"]).wait(300) == 0
+    runs = {name: read_metrics(tmp_path / name / "metrics.jsonl") for name in paths}
+    for a, b in zip(runs["straight"], runs["stopped"], strict=True):
+        same = {"step", "loss", "grad_norm", "lr", "tokens", "data_crc32", "epoch", "val_loss", "val_bpb"}
+        assert {k: a[k] for k in same & a.keys()} == {k: b[k] for k in same & b.keys()}
+    assert [m["step"] for m in runs["stopped"]] == list(range(13))
+    finals = [load_merged(tmp_path / name / "checkpoints" / "step_12")[0] for name in paths]
+    for key, value in finals[0].items():
+        assert torch.equal(value, finals[1][key]), key

@@ -1,0 +1,81 @@
+"""What runs on the ranks of the training tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dla import compat
+
+compat.install()
+
+from megatron_dla.config import from_dict  # noqa: E402
+from megatron_dla.data import TokenLoader  # noqa: E402
+from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
+from megatron_dla.model.gpt import build_model, packed_sequence  # noqa: E402
+from megatron_dla.parallel.groups import initialize_model_parallel  # noqa: E402
+from megatron_dla.training.engine import parameter_groups  # noqa: E402
+from megatron_dla.training.loop import Trainer  # noqa: E402
+from megatron_dla.training.run import check_run  # noqa: E402
+from megatron_dla.training.schedule import lr_factor  # noqa: E402
+
+
+def train(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The real trainer; returns the metrics."""
+    config = from_dict(values)
+    check_run(config, torch.distributed.get_world_size())
+    run_dir = Path(config.run.dir) / config.run.name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    assert Trainer(config, run_dir, "cpu", config.training.precision == "bf16").run() == 0
+    torch.distributed.barrier()
+    return read_metrics(run_dir / "metrics.jsonl")
+
+
+def plain_training(values: dict[str, Any]) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """The same run without DeepSpeed, ZeRO or parallelism: torch's AdamW over whole batches.
+
+    Returns losses, gradient norms and the final parameters.
+    """
+    config = from_dict(values)
+    initialize_model_parallel(1, config.run.seed)
+    index_vocab = TokenLoader(
+        config.data.dir, "train", seq_len=config.data.seq_len, num_streams=config.data.num_streams,
+        global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.global_batch_size,
+        seed=config.run.seed,
+    )  # fmt: skip
+    from megatron_dla.data_prep.index import ShardIndex
+
+    model = build_model(
+        config.model, config.parallel.__class__(), vocab_size=ShardIndex.load(config.data.dir).vocab_size,
+        seq_len=config.data.seq_len, seed=config.run.seed,
+    )  # fmt: skip
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: lr_factor(s, o, config.training.steps))
+    losses, norms = [], []
+    for _ in range(config.training.steps):
+        (batch,) = index_vocab.next_step()
+        packed = packed_sequence(batch.cu_seqlens, config.data.seq_len)
+        token_losses = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=packed)
+        loss = (token_losses * batch.loss_mask).sum() / batch.loss_mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip).item())
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def scalar_dtypes(values: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+    """After bf16 training: {parameter: (dtype, moved away from its start)} of one mixer's scalars."""
+    config = from_dict(values)
+    run_dir = Path(config.run.dir) / config.run.name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(config, run_dir, "cpu", True)
+    mixer = trainer.mixers[0]
+    before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
+    assert trainer.run() == 0
+    return {name: (str(p.dtype), not torch.equal(p, before[name])) for name, p in mixer.named_parameters()}
