@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from megatron_dla import __version__
@@ -70,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad input, 75 stopped by a signal after a checkpoint, 1 anything else."""
+    # Megatron warns at import that Apex and Transformer Engine are absent (its local spec needs neither), torch that
+    # the collectives DeepSpeed calls have new names
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     parser = build_parser()
     # overrides may stand after an option (dla run C --nproc 2 a.b=c), where argparse no longer expects positionals
     args, rest = parser.parse_known_args(argv)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,8 +73,6 @@ def _patch_megatron() -> None:
 def install() -> None:
     """Make megatron-core 0.16.1 and DeepSpeed 0.19 run on CPU and gloo; does nothing where CUDA is there."""
     global _installed
-    # Megatron warns at import that Apex and Transformer Engine are absent; the local spec needs neither
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     if _installed or torch.cuda.is_available():
         return
     _installed = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
+import math
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,25 +24,20 @@ def _suggest(key: str, known: Iterable[str]) -> str:
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
     """`value` as the annotated type; 3 is a float, 1e-3 (a YAML string) too, 3.5 is not an int."""
-    origin = typing.get_origin(hint)
-    if origin is typing.Literal:
+    if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
             raise ConfigError(f"{key} = {value!r}: must be one of {', '.join(map(str, choices))}")
         return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
-        return int(value)
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)  # YAML reads 1e-3 as a string
         except ValueError:
-            pass
+            number = math.nan
+        if math.isfinite(number) and (hint is float or number.is_integer()):
+            return hint(number)
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     raise ConfigError(f"{key} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
@@ -61,7 +56,8 @@ def _fill(cls: type, values: Any, path: str) -> Any:
         if key not in fields:
             raise ConfigError(f"unknown config key {full!r}: {_suggest(str(key), fields)}")
         hint = hints[key]
-        done[key] = _fill(hint, value, full) if dataclasses.is_dataclass(hint) else _coerce(value, hint, full)
+        is_section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        done[key] = _fill(hint, value, full) if is_section else _coerce(value, hint, full)
     return cls(**done)
 
 

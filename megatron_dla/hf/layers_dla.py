@@ -46,31 +46,26 @@ class DLARMSNorm(nn.Module):
 
 
 class DLAMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)); gate and up are one matrix."""
 
     def __init__(self, config: DLAConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
         self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DLAMixer(nn.Module):
     """Dynamic Linear Attention on the Mamba-2 or Gated DeltaNet backbone: [B, T, hidden] -> same.
 
     H heads, G query/key groups, K slots, W taps; the fp32 parameters stay fp32 when the model is loaded in bf16.
+    in_proj holds the sections gate [H Dv], value [H Dv], query [G Dk], key [G Dk], step [H], strength [H] (Gated
+    DeltaNet only) and slot [H K], in this order.
     """
 
-    gate_proj: nn.Linear
-    value_proj: nn.Linear
-    query_proj: nn.Linear
-    key_proj: nn.Linear
-    step_proj: nn.Linear
-    strength_proj: nn.Linear  # Gated DeltaNet only
-    slot_proj: nn.Linear
     conv_value: nn.Parameter  # [channels, W], as the two below
     conv_query: nn.Parameter
     conv_key: nn.Parameter
@@ -86,11 +81,9 @@ class DLAMixer(nn.Module):
         self.config, self.delta = config, config.backbone == "gdn"
         H, hidden = config.num_heads, config.hidden_size
         inner, qk = H * config.value_dim, config.num_groups * config.key_dim
-        sizes = {"gate": inner, "value": inner, "query": qk, "key": qk, "step": H, "slot": H * config.capacity}
-        if self.delta:
-            sizes["strength"] = H
-        for name, size in sizes.items():
-            setattr(self, f"{name}_proj", nn.Linear(hidden, size, bias=False))
+        sizes = {"gate": inner, "value": inner, "query": qk, "key": qk, "step": H}
+        self.sizes = sizes | ({"strength": H} if self.delta else {}) | {"slot": H * config.capacity}
+        self.in_proj = nn.Linear(hidden, sum(self.sizes.values()), bias=False)
         self.out_proj = nn.Linear(inner, hidden, bias=False)
         for name in ("value", "query", "key"):
             setattr(self, f"conv_{name}", nn.Parameter(torch.empty(sizes[name], config.conv_kernel)))
@@ -105,27 +98,27 @@ class DLAMixer(nn.Module):
     def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
         if step.real is not None:
             x = x * step.real[..., None]  # no projection has a bias: a padded token is an absent one to all of them
-        query, key, value = self._convolve(x, memory, step.keep)
-        lam = slot_weights(self.slot_proj(x).unflatten(-1, (-1, self.config.capacity)), self.slot_scale, self.slot_bias)
+        part = dict(zip(self.sizes, self.in_proj(x).split(list(self.sizes.values()), -1), strict=True))
+        query, key, value = self._convolve(part, memory, step.keep)
+        raw = part["slot"].unflatten(-1, (-1, self.config.capacity))
+        lam = slot_weights(raw, self.slot_scale, self.slot_bias)
         beta, write = None, value
         if self.delta:
-            query, key, g, beta = gdn_inputs(
-                query, key, self.step_proj(x), self.strength_proj(x), self.A_log, self.dt_bias
-            )
+            query, key, g, beta = gdn_inputs(query, key, part["step"], part["strength"], self.A_log, self.dt_bias)
         else:
-            write, g = mamba2_inputs(value, self.step_proj(x), self.A_log, self.dt_bias)
+            write, g = mamba2_inputs(value, part["step"], self.A_log, self.dt_bias)
         out = self._recur((query, key, write, g, lam, beta), memory, step)
         if not self.delta:
             out = out + self.D[:, None].to(value.dtype) * value
-        gate = self.gate_proj(x).unflatten(-1, (self.config.num_heads, -1))
+        gate = part["gate"].unflatten(-1, (self.config.num_heads, -1))
         out = gated_head_norm(out, gate, self.norm, self.config.norm_eps, gate_first=not self.delta)
         return self.out_proj(out.flatten(2).to(x.dtype))
 
-    def _convolve(self, x: Tensor, memory: LayerMemory, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _convolve(self, part: dict[str, Tensor], memory: LayerMemory, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key [B, T, G, Dk] and value [B, T, H, Dv] after their short convolutions."""
         c = self.config
         names, before = ("value", "query", "key"), memory.tails or (None, None, None)
-        raw = [getattr(self, f"{name}_proj")(x) for name in names]
+        raw = [part[name] for name in names]
         done = [
             short_convolution(r, getattr(self, f"conv_{name}"), tail=tail)
             for name, r, tail in zip(names, raw, before, strict=True)

@@ -20,41 +20,57 @@ FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau")
 
 @dataclass(frozen=True)
 class Entry:
-    """One layout-free key and the Hugging Face names it becomes; `split` and `join` where there are several."""
+    """Layout-free keys and the Hugging Face names that they become together; `to_hf` and `from_hf` do it."""
 
-    key: str
+    keys: tuple[str, ...]
     names: tuple[str, ...]
-    split: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x,)
-    join: Callable[..., Tensor] = lambda x: x
+    to_hf: Callable[..., tuple[Tensor, ...]] = lambda *x: x
+    from_hf: Callable[..., tuple[Tensor, ...]] = lambda *x: x
+
+
+def _packed(keys: tuple[str, ...], name: str, sizes: list[int]) -> Entry:
+    """Sections that stand in one Hugging Face matrix, in this order: one product, as in Megatron, so that both models
+    round alike."""
+    return Entry(keys, (name,), lambda *x: (torch.cat(x),), lambda x: tuple(t.contiguous() for t in x.split(sizes)))
 
 
 _LAYER = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.gate": "mlp.gate_proj.weight",
-    "mlp.up": "mlp.up_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
-_DLA = {
-    "gate": "gate_proj.weight",
-    "value": "value_proj.weight",
-    "query": "query_proj.weight",
-    "key": "key_proj.weight",
-    "step": "step_proj.weight",
-    "slot": "slot_proj.weight",
-    "out_proj.weight": "out_proj.weight",
-    **{name: name for name in ("conv_value", "conv_query", "conv_key", "A_log", "dt_bias", "slot_scale", "slot_bias")},
-    "norm": "norm",
-}
+_DLA = (
+    "out_proj.weight",
+    "conv_value",
+    "conv_query",
+    "conv_key",
+    "A_log",
+    "dt_bias",
+    "slot_scale",
+    "slot_bias",
+    "norm",
+)
 _MODEL = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
 }
 
 
-def _dla_names(section: ModelSection) -> dict[str, str]:
-    extra = {"strength": "strength_proj.weight"} if section.backbone == "gdn" else {"D": "D"}
-    return _DLA | extra | ({"tau": "tau"} if section.tau_mode == "learned" else {})
+def _sections(m: ModelSection, shared_query_key: bool = False) -> tuple[tuple[str, int], ...]:
+    """(name, size in the whole model) of in_proj's sections, in order; without query and key if those are apart."""
+    inner, qk = m.num_heads * m.value_dim, m.num_groups * m.key_dim
+    sections = [("gate", inner), ("value", inner)]
+    sections += [] if shared_query_key else [("query", qk), ("key", qk)]
+    sections += [("step", m.num_heads)] + ([("strength", m.num_heads)] if m.backbone == "gdn" else [])
+    return (*sections, ("slot", m.num_heads * m.capacity))
+
+
+def _mixer(section: ModelSection, ours: str, theirs: str) -> list[Entry]:
+    sections = _sections(section)
+    keys = tuple(f"{ours}.{name}" for name, _ in sections)
+    table = [_packed(keys, f"{theirs}.in_proj.weight", [n for _, n in sections])]
+    extra = ([] if section.backbone == "gdn" else ["D"]) + (["tau"] if section.tau_mode == "learned" else [])
+    return table + [Entry((f"{ours}.{name}",), (f"{theirs}.{name}",)) for name in (*_DLA, *extra)]
 
 
 def _qkv(section: ModelSection, ours: str, theirs: str) -> Entry:
@@ -69,24 +85,26 @@ def _qkv(section: ModelSection, ours: str, theirs: str) -> Entry:
     def join(*parts: Tensor) -> Tensor:
         return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1).contiguous()
 
-    return Entry(f"{ours}.linear_qkv.weight", tuple(f"{theirs}.{p}_proj.weight" for p in "qkv"), split, join)
+    names = tuple(f"{theirs}.{p}_proj.weight" for p in "qkv")
+    return Entry((f"{ours}.linear_qkv.weight",), names, split, lambda *x: (join(*x),))
 
 
 def entries(section: ModelSection) -> list[Entry]:
     """The whole table of one model, in the order of its layers."""
-    table = [Entry(key, (name,)) for key, name in _MODEL.items()]
+    table = [Entry((key,), (name,)) for key, name in _MODEL.items()]
     if not section.tie_embeddings:
-        table.append(Entry("output_layer.weight", ("lm_head.weight",)))
+        table.append(Entry(("output_layer.weight",), ("lm_head.weight",)))
+    ffn = [section.ffn_hidden_size] * 2
     for n, letter in enumerate(layer_letters(section)):
         ours, theirs = f"decoder.layers.{n}", f"model.layers.{n}"
-        table += [Entry(f"{ours}.{key}", (f"{theirs}.{name}",)) for key, name in _LAYER.items()]
+        table += [Entry((f"{ours}.{key}",), (f"{theirs}.{name}",)) for key, name in _LAYER.items()]
+        table.append(_packed((f"{ours}.mlp.gate", f"{ours}.mlp.up"), f"{theirs}.mlp.gate_up_proj.weight", ffn))
         if letter == "D":
-            pairs = _dla_names(section).items()
-            table += [Entry(f"{ours}.self_attention.{key}", (f"{theirs}.mixer.{name}",)) for key, name in pairs]
+            table += _mixer(section, f"{ours}.self_attention", f"{theirs}.mixer")
         else:
             table.append(_qkv(section, f"{ours}.self_attention", f"{theirs}.self_attn"))
-            out = Entry(f"{ours}.self_attention.linear_proj.weight", (f"{theirs}.self_attn.o_proj.weight",))
-            table.append(out)
+            out = (f"{ours}.self_attention.linear_proj.weight",), (f"{theirs}.self_attn.o_proj.weight",)
+            table.append(Entry(*out))
     return table
 
 
@@ -104,10 +122,10 @@ def to_hf_names(merged: dict[str, Tensor], section: ModelSection) -> dict[str, T
         CheckpointError: a key is missing or left over; the message names it.
     """
     table = entries(section)
-    _check(set(merged), {entry.key for entry in table}, "checkpoint")
+    _check(set(merged), {key for entry in table for key in entry.keys}, "checkpoint")
     state: dict[str, Tensor] = {}
     for entry in table:
-        state.update(zip(entry.names, entry.split(merged[entry.key]), strict=True))
+        state.update(zip(entry.names, entry.to_hf(*(merged[key] for key in entry.keys)), strict=True))
     return state
 
 
@@ -115,22 +133,22 @@ def from_hf_names(state: dict[str, Tensor], section: ModelSection) -> dict[str, 
     """The inverse of `to_hf_names`, exact. Raises CheckpointError likewise."""
     table = entries(section)
     _check(set(state), {name for entry in table for name in entry.names}, "Hugging Face weights")
-    return {entry.key: entry.join(*(state[name] for name in entry.names)) for entry in table}
+    merged: dict[str, Tensor] = {}
+    for entry in table:
+        merged.update(zip(entry.keys, entry.from_hf(*(state[name] for name in entry.names)), strict=True))
+    return merged
 
 
 def _mixer_tags(section: ModelSection, size: int) -> dict[str, Tag]:
     """Tags of one DLA mixer, as `megatron_dla.mixers.dla.DLAMixer` sets them."""
     m, sharded = section, Tag("sharded")
-    inner, qk = m.num_heads * m.value_dim, m.num_groups * m.key_dim
+    qk = m.num_groups * m.key_dim
     shared = m.num_groups % size != 0
     both = (("query", qk), ("key", qk))
-    sections = [("gate", inner), ("value", inner), *(() if shared else both), ("step", m.num_heads)]
-    sections += [("strength", m.num_heads)] if m.backbone == "gdn" else []
-    sections.append(("slot", m.num_heads * m.capacity))
     conv = Tag("replicated_sum") if shared else sharded
     tags = dict.fromkeys(("conv_value", "A_log", "dt_bias", "slot_scale", "slot_bias"), sharded)
     tags |= {"conv_query": conv, "conv_key": conv, "norm": Tag("replicated_sum")}
-    tags |= {"in_proj.weight": Tag("sharded", 0, tuple(sections)), "out_proj.weight": Tag("sharded", 1)}
+    tags |= {"in_proj.weight": Tag("sharded", 0, _sections(m, shared)), "out_proj.weight": Tag("sharded", 1)}
     tags |= {"qk_proj.weight": Tag("replicated_sum", 0, both)} if shared else {}
     tags |= {"D": sharded} if m.backbone != "gdn" else {}
     return tags | ({"tau": sharded} if m.tau_mode == "learned" else {})

@@ -83,8 +83,9 @@ class DLAPreTrainedModel(PreTrainedModel):
         backbone = c.slot_weight_init == "backbone"
         init.ones_(module.slot_scale)
         init.constant_(module.slot_bias, math.log(math.e - 1) if backbone else 0.0)
-        if backbone:
-            init.zeros_(module.slot_proj.weight)
+        if backbone and not getattr(module.in_proj.weight, "_is_hf_initialized", False):  # a view has no such mark
+            with torch.no_grad():
+                module.in_proj.weight[-module.sizes["slot"] :].zero_()
         init.ones_(module.norm)
         if not module.delta:
             init.ones_(module.D)

@@ -130,7 +130,7 @@ class DLAMixer(MegatronModule):
         if self.shared_groups:
             both = Tag("replicated_sum", 0, (("query", qk), ("key", qk)))
             self.qk_proj = nn.Linear(self.config.hidden_size, 2 * qk, bias=False, dtype=dtype, device=self._device())
-            set_tag(self.qk_proj.weight, both, normal(m.init_std))
+            set_tag(self.qk_proj.weight, both, normal(m.init_std))  # type: ignore[arg-type]
         channels, conv_tag = (qk, Tag("replicated_sum")) if self.shared_groups else (qk // size, sharded)
         self.conv_query = self._parameter((channels, m.conv_kernel), conv_tag, conv, dtype)
         self.conv_key = self._parameter((channels, m.conv_kernel), conv_tag, conv, dtype)

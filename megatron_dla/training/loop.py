@@ -40,7 +40,7 @@ class Trainer:
         initialize_model_parallel(config.parallel.tensor, config.run.seed)
         self.groups = process_groups()
         self.is_main = dist.get_rank() == 0
-        self.device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
         index = ShardIndex.load(config.data.dir)
         tokenizer = Tokenizer(config.data.dir)
         vocab_size = padded_vocab(index.vocab_size, config.model.vocab_multiple)
@@ -135,7 +135,7 @@ class Trainer:
 
     def _metrics(self, loss: float, meter: StepMeter) -> dict[str, Any]:
         norm, section = self.engine.get_global_grad_norm(), self.config.optimizer
-        metrics = {
+        metrics: dict[str, Any] = {
             "step": self.step,
             "loss": loss,
             "grad_norm": None if norm is None else float(norm),

@@ -197,7 +197,7 @@ def test_verify(exported, tmp_path, capsys):
     assert report.dtype == "float64" and report.worst <= 1e-9
     broken = to_hf(case.checkpoint, tmp_path / "broken")
     state = load_file(broken / "model.safetensors")
-    state["model.layers.0.mixer.query_proj.weight"] *= 1.01
+    state["model.layers.0.mixer.in_proj.weight"] *= 1.01
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="convert again"):
         verify(case.checkpoint, broken, tokens=110)

@@ -1,0 +1,48 @@
+"""Loading, overrides and the round trip of a resolved config."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dla.config import RunConfig, check_config, dump_config, from_dict, load_config, to_dict
+from megatron_dla.config.docs import render
+from megatron_dla.errors import ConfigError
+
+
+def test_the_resolved_config_alone_reproduces_it(tmp_path) -> None:
+    first = tmp_path / "a.yaml"
+    first.write_text("model: {tau: 1, pattern: DDA}\ntraining:\n  steps: 1e3\noptimizer: {lr: 1e-3}\n")
+    config = load_config(first, ["model.capacity=7", "run.name=007", "optimizer.clip=0"])
+    assert (config.model.tau, config.training.steps, config.optimizer.lr) == (1.0, 1000, 1e-3)
+    assert config.model.capacity == 7 and config.optimizer.clip == 0.0
+    dump_config(config, tmp_path / "b.yaml")
+    assert load_config(tmp_path / "b.yaml") == config == from_dict(to_dict(config))
+
+
+def test_empty_sections_are_defaults(tmp_path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("model:\n")
+    assert load_config(path) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"model": {"num_groups": 5}}, "model.num_groups = 5 does not divide model.num_heads = 48"),
+        ({"parallel": {"tensor": 5}}, r"parallel.tensor in \{1, 2, 4, 8, 16\}"),
+        ({"training": {"zero_stage": 3}, "parallel": {"tensor": 2}}, "zero_stage = 3 with parallel.tensor > 1"),
+        ({"model": {"tau_mode": "learned", "merge": "ward"}}, "needs model.merge = density"),
+        ({"model": {"num_groups": 3, "num_heads": 48}, "parallel": {"tensor": 2}}, "one must divide the other"),
+        ({"data": {"num_streams": 12, "dir": "x"}}, "not a multiple of data.num_streams = 12"),
+        ({"data": {"dir": ""}}, "data.dir is empty"),
+    ],
+)
+def test_cross_checks_name_key_value_and_fix(change: dict, message: str) -> None:
+    values = {"data": {"dir": "x"}} | change
+    with pytest.raises(ConfigError, match=message):
+        check_config(from_dict(values), 4 if "parallel" not in change else change["parallel"]["tensor"] * 2)
+
+
+def test_the_generated_page_is_up_to_date() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "config.md"
+    assert page.read_text() == render(), "run: python -m megatron_dla.config.docs > docs/config.md"

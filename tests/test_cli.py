@@ -1,0 +1,119 @@
+"""Wrong inputs give one clear line and exit code 2, before anything is written."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from megatron_dla.cli import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.build_data(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def config(data: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny.config_dict(data, tmp_path / "runs")))
+    return path
+
+
+def refused(capsys, *arguments: object) -> str:
+    """Runs `dla`, which must exit with 2 and print one line on stderr; returns the line."""
+    code = main([str(a) for a in arguments])
+    printed = capsys.readouterr()
+    assert code == 2, printed
+    assert len(printed.err.strip().splitlines()) == 1, printed.err
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    "override,words",
+    [
+        ("model.hiden_size=3", ["model.hiden_size", "hidden_size"]),
+        ("modle.tau=3", ["'modle'", "'model'"]),
+        ("model.tau=high", ["model.tau", "'high'", "float"]),
+        ("training.steps=2.5", ["training.steps", "2.5", "int"]),
+        ("model.backbone=rwkv", ["model.backbone", "mamba2, gdn"]),
+        ("parallel.tensor=3", ["model.num_heads = 4", "parallel.tensor = 3"]),
+        ("model.pattern=DX", ["model.pattern", "'DX'"]),
+        ("training.global_batch_size=7", ["global_batch_size = 7", "multiple"]),
+        ("data.num_streams=64 training.global_batch_size=64", ["data.num_streams = 64", "train shards"]),
+        ("data.dir=/nowhere", ["/nowhere"]),
+        ("parallel.sequence=true", ["parallel.sequence", "parallel.tensor"]),
+        ("model.capacity=1", ["model.capacity = 1", "2 slots"]),
+        ("optimizer.lr=-1", ["optimizer.lr"]),
+        ("optimizer.lr=.nan", ["optimizer.lr", "nan"]),
+        ("nonsense", ["section.key=value"]),
+    ],
+)
+def test_bad_configs_are_refused(capsys, config: Path, override: str, words: list[str]) -> None:
+    line = refused(capsys, "run", config, "--nproc", "1", *override.split())
+    for word in words:
+        assert word in line
+    assert not (config.parent / "runs").exists()
+
+
+def test_missing_and_broken_config_files(capsys, tmp_path: Path) -> None:
+    assert "no_such.yaml" in refused(capsys, "train", tmp_path / "no_such.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [1, 2")
+    assert "not valid YAML" in refused(capsys, "train", broken)
+
+
+@pytest.mark.skipif("torch" in sys.modules and sys.modules["torch"].cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none(capsys, config: Path) -> None:
+    assert "no CUDA device" in refused(capsys, "train", config, "training.device=cuda")
+
+
+def test_processes_that_do_not_fit_the_layout(capsys, config: Path) -> None:
+    assert "does not divide the 3 processes" in refused(capsys, "run", config, "--nproc", 3, "parallel.tensor=2")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damaged_and_missing_shards(capsys, data: Path, config: Path, tmp_path: Path, damage: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    for shard in sorted((copy / "train").glob("*.tar")):
+        if damage == "remove":
+            shard.unlink()
+        else:
+            content = bytearray(shard.read_bytes())
+            content[700] ^= 1
+            shard.write_bytes(content if damage == "flip" else content[:-600])
+    line = refused(capsys, "train", config, f"data.dir={copy}", "training.steps=1")
+    assert "train-00000" in line
+    assert main(["data", "verify", str(copy)]) == 2
+
+
+def test_another_tokenizer_than_the_shards(capsys, data: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    other = tiny.build_data(tmp_path / "other", vocab_size=310, seed=3)
+    shutil.copy(other / "tokenizer.model", copy / "tokenizer.model")
+    capsys.readouterr()  # the progress of building the other shards
+    assert "vocabulary mismatch" in refused(capsys, "train", config, f"data.dir={copy}")
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(capsys, config: Path) -> None:
+    assert main(["run", str(config), "--nproc", "2", "--dry-run", "parallel.tensor=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 processes = tensor 2 x data 1" in printed and "parameters" in printed
+    assert not (config.parent / "runs").exists()
+
+
+def test_unknown_options_and_commands_exit_with_2(config: Path) -> None:
+    for arguments in (["run", str(config), "--nproc", "1", "--fast"], ["fly"], ["plot"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+
+
+def test_plot_without_a_run(capsys, tmp_path: Path) -> None:
+    assert "metrics.jsonl" in refused(capsys, "plot", tmp_path)
