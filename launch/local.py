@@ -12,7 +12,8 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-PASSED_ON = (2, 75)  # exit codes with a meaning: bad input, stopped by a signal after a checkpoint
+# exit codes of a rank with a meaning: bad input, stopped by a signal after a checkpoint
+BAD_INPUT, STOPPED = 2, 75
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
@@ -25,6 +26,7 @@ def run_local(nproc: int, train_arguments: list[str]) -> int:
     """Start `nproc` ranks of `dla train ...`; returns the exit code of the first rank that failed, 0 if none did."""
     threads = max(1, (os.cpu_count() or 1) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ["DLA_LAUNCHED"] = "1"  # ranks hand their error to this process instead of printing it each
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -43,7 +45,9 @@ def run_local(nproc: int, train_arguments: list[str]) -> int:
         elastic_launch(config, sys.executable)("-m", "megatron_dla.cli", "train", *train_arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode in PASSED_ON:
+        if failure.exitcode == BAD_INPUT:
+            print(failure.message, file=sys.stderr)
+        if failure.exitcode in (BAD_INPUT, STOPPED):
             return failure.exitcode
         print(f"rank {rank} failed with exit code {failure.exitcode}; its output stands above", file=sys.stderr)
         return 1

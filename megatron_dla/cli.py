@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -69,6 +72,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _report(line: str) -> None:
+    """One line on stderr; a rank of `dla run` hands it to the launcher, which prints the first one only."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if os.environ.get("DLA_LAUNCHED") and path:
+        Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+    else:
+        print(line, file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad input, 75 stopped by a signal after a checkpoint, 1 anything else."""
     # Megatron warns at import that Apex and Transformer Engine are absent (its local spec needs neither), torch that
@@ -85,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.func(args)
     except UserError as error:
-        print(f"dla {args.command}: {error}", file=sys.stderr)
+        _report(f"dla {args.command}: {error}")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -71,3 +71,8 @@ def test_readme_names_only_what_exists() -> None:
 def test_configs_are_plain_yaml_mappings() -> None:
     for path in (ROOT / "configs").glob("*.yaml"):
         assert set(yaml.safe_load(path.read_text())) <= {"run", "data", "model", "parallel", "optimizer", "training"}
+
+
+def test_batch_scripts_parse() -> None:
+    for path in (ROOT / "slurm").glob("*.sbatch"):
+        subprocess.run(["bash", "-n", str(path)], check=True)

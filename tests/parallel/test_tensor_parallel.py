@@ -4,24 +4,8 @@ import dataclasses
 
 import pytest
 import workers
+from workers import BASE_SECTION as BASE
 
-from megatron_dla.config import ModelSection
-
-BASE = ModelSection(
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_groups=2,
-    key_dim=8,
-    value_dim=12,
-    capacity=3,
-    tau=1.2,
-    ffn_hidden_size=48,
-    attention_heads=4,
-    attention_groups=2,
-    init_std=0.2,
-    vocab_multiple=8,
-)
 BACKBONES = {
     "mamba2": BASE,
     "mamba2, one group for all heads": dataclasses.replace(BASE, num_groups=1),

@@ -19,6 +19,21 @@ from megatron_dla.model.spec import layer_spec  # noqa: E402
 from megatron_dla.parallel.groups import initialize_model_parallel, process_groups  # noqa: E402
 from megatron_dla.parallel.tags import get_tag  # noqa: E402
 
+BASE_SECTION = ModelSection(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_groups=2,
+    key_dim=8,
+    value_dim=12,
+    capacity=3,
+    tau=1.2,
+    ffn_hidden_size=48,
+    attention_heads=4,
+    attention_groups=2,
+    init_std=0.2,
+    vocab_multiple=8,
+)
 _LAYOUTS: dict[int, dict] = {}
 
 

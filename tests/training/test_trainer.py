@@ -1,6 +1,7 @@
 """The trainer over DeepSpeed equals plain single-process training; interrupted + resumed equals uninterrupted."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,3 +123,19 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(data, tmp_path) ->
     finals = [load_merged(tmp_path / name / "checkpoints" / "step_12")[0] for name in paths]
     for key, value in finals[0].items():
         assert torch.equal(value, finals[1][key]), key
+
+
+def test_a_shard_damaged_under_two_ranks_gives_one_line_and_exit_code_2(data, tmp_path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    for shard in (copy / "train").glob("*.tar"):
+        shard.write_bytes(shard.read_bytes()[:-1024] + bytes(1023) + b"x")
+    config = tmp_path / "damaged.yaml"
+    values = run_config(copy, tmp_path, "mamba2", parallel={"tensor": 2})
+    config.write_text(yaml.safe_dump(values))
+    process = start(config, stderr=subprocess.PIPE, text=True)
+    _, printed = process.communicate(timeout=200)
+    assert process.returncode == 2, printed
+    lines = [line for line in printed.splitlines() if "dla train:" in line]
+    assert len(lines) == 1 and "train-00000" in lines[0], printed
+    assert "Traceback" not in printed
