@@ -9,7 +9,7 @@ from .cache import EMPTY, Partition, SlotCache
 from .chunk import ChunkDLA, begin_of_document
 from .decode import decode_one, recurrent_partition
 from .naive import document_starts, naive_attention
-from .partition import lanes, torch_partition, unlanes
+from .partition import compute_dtype, lanes, torch_partition, unlanes
 
 BACKENDS = ("auto", "naive", "torch")
 MERGES = ("density", "ward")
@@ -21,8 +21,8 @@ def _check(k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, tau, capacit
     if v.ndim != 4 or k.ndim != 4 or k.shape[:2] != v.shape[:2]:
         raise ValueError(f"k and v must be [B, T, G, Dk] and [B, T, H, Dv], got {tuple(k.shape)}, {tuple(v.shape)}")
     B, T, H, _ = v.shape
-    if T == 0:
-        raise ValueError("the sequence is empty: T must be at least 1")
+    if B == 0 or T == 0:
+        raise ValueError(f"B and T must be at least 1, got {B} and {T}")
     if H % k.shape[2]:
         raise ValueError(f"heads ({H}) must be a multiple of the q/k groups ({k.shape[2]})")
     for name, x in (("g", g), ("beta", beta)):
@@ -50,6 +50,15 @@ def _check_cache(cache: SlotCache | None, batch: int, k: Tensor, v: Tensor, capa
     wanted = (batch, v.shape[2], capacity, k.shape[-1], v.shape[-1])
     if cache is not None and tuple(cache.states.shape) != wanted:
         raise ValueError(f"cache.states must be [B, H, capacity, Dk, Dv] = {wanted}, got {tuple(cache.states.shape)}")
+
+
+def _check_partition(part: Partition | None, v: Tensor, cache: SlotCache | None) -> None:
+    if part is None:
+        return
+    if part.start.shape != v.shape[:3]:
+        raise ValueError(f"partition.start must be [B, T, H] = {tuple(v.shape[:3])}, got {tuple(part.start.shape)}")
+    if cache is not None and part.cache_death is None:
+        raise ValueError("partition.cache_death is missing: compute the partition with the same cache")
 
 
 def partition(
@@ -105,6 +114,8 @@ def _by_document(tensors: list[Tensor | None], cu_seqlens: Tensor, cache: SlotCa
     flat = [None if x is None else x.reshape(1, B * T, *x.shape[2:]) for x in tensors]
     outs, caches = [], []
     ends = cu_seqlens.tolist()
+    if missing := set(range(0, B * T, T)) - set(ends):
+        raise ValueError(f"cu_seqlens must name every row start where a cache is used; {min(missing)} is missing")
     for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
         if a == b:
             raise ValueError(f"cu_seqlens: document {i} is empty; drop it, or call without a cache")
@@ -113,9 +124,7 @@ def _by_document(tensors: list[Tensor | None], cu_seqlens: Tensor, cache: SlotCa
         out, last = dla_attention(q, k, v, g, lam, beta, cache=one, return_cache=True, **kwargs)
         outs.append(out)
         caches.append(last)
-    names = ("states", "start", "count", "info", "live")
-    joined = {name: torch.cat([getattr(c, name) for c in caches]) for name in names}
-    return torch.cat(outs, 1).view(B, T, *outs[0].shape[2:]), SlotCache(**joined, position=caches[0].position)
+    return torch.cat(outs, 1).view(B, T, *outs[0].shape[2:]), SlotCache.concatenate(caches)
 
 
 def dla_attention(
@@ -169,6 +178,10 @@ def dla_attention(
     learned = isinstance(tau, Tensor) and tau.requires_grad
     if learned and (cache is not None or merge != "density"):
         raise ValueError("a tau that requires a gradient works with merge='density' and without an incoming cache")
+    if learned and backend == "naive":
+        raise ValueError("backend='naive' has no gradient for tau: use 'torch'")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if cu_seqlens is not None and (cache is not None or return_cache):
         if partition is not None:
             raise ValueError("with cu_seqlens and a cache the partition cannot be given")
@@ -179,9 +192,11 @@ def dla_attention(
         out, last = _by_document([q, k, v, g, slot_weights, beta], cu_seqlens, cache, kwargs)
         return out, last if return_cache else None
     _check_cache(cache, B, k, v, capacity)
+    _check_partition(partition, v, cache)
     if backend == "naive":
         args = dict(tau=tau, capacity=capacity, merge=merge, partition=partition, cu_seqlens=cu_seqlens, cache=cache)
         out, _, final = naive_attention(q, k, v, g, slot_weights, beta, **args)
+        final.states, final.info = final.states.to(compute_dtype(v)), final.info.to(compute_dtype(v))
         return out.to(v.dtype), final if return_cache else None
     if partition is None:
         rule = dict(tau=tau, capacity=capacity, merge=merge)
@@ -192,11 +207,9 @@ def dla_attention(
     slots, slot_death, states = _incoming(cache, partition, k, v, capacity)
     flat = [_flat(x) for x in (partition.start, partition.death, partition.score, partition.lo)]
     tau_lanes = torch.as_tensor(tau, device=v.device, dtype=states.dtype).expand(H).repeat(B)
-    beta_lanes = None if beta is None else lanes(beta, H)
-    out, final = ChunkDLA.apply(
-        lanes(q, H), lanes(k, H), lanes(v, H), lanes(g, H), lanes(slot_weights, H), beta_lanes, states, tau_lanes,
-        (*flat, resets, slots, slot_death), chunk_size, tau_temperature,
-    )  # fmt: skip
+    inputs = [None if x is None else lanes(x, H, states.dtype) for x in (q, k, v, g, slot_weights, beta)]
+    plan = (*flat, resets, slots, slot_death)
+    out, final = ChunkDLA.apply(*inputs, states, tau_lanes, plan, chunk_size, tau_temperature)
     out = unlanes(out, B).to(v.dtype)
     return out, _final_cache(final, partition, resets, slots, slot_death, cache) if return_cache else None
 
@@ -208,7 +221,7 @@ def _flat(x: Tensor | None) -> Tensor | None:
 def _incoming(cache: SlotCache | None, part: Partition, k: Tensor, v: Tensor, capacity: int):
     """The cache in lanes and recency order: positions (-1 = open, EMPTY = none) [N, K], deaths [N, K], states."""
     N, T, device = v.shape[0] * v.shape[2], v.shape[1], v.device
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(v)
     if cache is None:
         slots = torch.full((N, capacity), EMPTY, dtype=torch.int64, device=device)
         states = torch.zeros(N, capacity, k.shape[-1], v.shape[-1], dtype=dtype, device=device)
@@ -217,8 +230,6 @@ def _incoming(cache: SlotCache | None, part: Partition, k: Tensor, v: Tensor, ca
     source = cache.live.view(N, 1) - 1 - recency
     there, source = source >= 0, source.clamp(min=0)
     slots = torch.where(there, -1 - recency, EMPTY)
-    if part.cache_death is None:
-        raise ValueError("partition.cache_death is missing: compute the partition with the same cache")
     slot_death = torch.where(there, part.cache_death.view(N, capacity).long().gather(1, source), T)
     states = cache.states.flatten(0, 1).to(dtype)
     index = source[..., None, None].expand(-1, -1, *states.shape[2:])
@@ -232,7 +243,7 @@ def _final_cache(
     B, T, H = part.start.shape
     N, K = slots.shape
     device = final.device
-    before = 0 if cache is None else cache.position
+    before = part.start.new_zeros(B, dtype=torch.int64) if cache is None else cache.position
     begin = begin_of_document(resets)[:, -1:]
     old = slots.flip(1)  # oldest first; EMPTY ones lead
     old_alive = (slot_death.flip(1) >= T) & (old >= begin) & (old > EMPTY)
@@ -243,7 +254,7 @@ def _final_cache(
     weight = torch.cat([old > EMPTY, torch.ones_like(row, dtype=torch.bool)], 1)
     weight &= torch.cat([old, row], 1) >= begin
     counts, infos = torch.ones_like(slot), torch.cat([final.new_zeros(N, K), _flat(part.score).to(final.dtype)], 1)
-    starts = torch.cat([old, row + before], 1)
+    starts = torch.cat([old, row + before.repeat_interleave(H)[:, None]], 1)
     if cache is not None:
         source = (cache.live.view(N, 1) - K + torch.arange(K, device=device)).clamp(min=0)
         counts[:, :K] = cache.count.view(N, K).gather(1, source)
@@ -252,6 +263,8 @@ def _final_cache(
     slot = torch.where(weight, slot, K)
     count = counts.new_zeros(N, K + 1).scatter_add_(1, slot, counts)[:, :K]
     info = infos.new_zeros(N, K + 1).scatter_add_(1, slot, infos)[:, :K]
+    if part.final_info is not None:
+        info = part.final_info.view(N, K).to(final.dtype)
     start = torch.full_like(count, EMPTY)
     start = torch.nn.functional.pad(start, (0, 1)).scatter_(1, torch.where(alive, slot, K), starts)[:, :K]
     live = alive.sum(1)
@@ -285,6 +298,8 @@ def decode_step(
         ValueError: an argument does not fit; the message names it.
     """
     _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, backend="auto")
+    if q.shape != k.shape:
+        raise ValueError(f"q and k must have the same shape, got {tuple(q.shape)} and {tuple(k.shape)}")
     if v.shape[1] != 1:
         raise ValueError(f"decode_step takes one token (T = 1), got T = {v.shape[1]}; use dla_attention for more")
     if slot_weights.shape != (*v.shape[:3], capacity):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Partition:
         lo: int32 [B, T, H] or None; the oldest token that would move if a boundary at this token were toggled
             (with a full cache, the start that would die). Only the gradient of a learned threshold reads it.
         cache_death: int32 [B, H, K] or None; death of each slot of the incoming cache (chronological), T = never.
+        final_info: [B, H, K] or None; summed scores of the slots after the last token (chronological), as they were
+            summed for the decisions: a cache goes on with the same bits, so that ties break the same way.
     """
 
     start: Tensor
@@ -32,6 +35,7 @@ class Partition:
     score: Tensor
     lo: Tensor | None = None
     cache_death: Tensor | None = None
+    final_info: Tensor | None = None
 
     def boundary_rate(self) -> Tensor:
         """Share of tokens that open a slot, per head: fp32 [H]."""
@@ -50,7 +54,7 @@ class SlotCache:
         count: int64 [B, H, K], tokens held by each slot.
         info: [B, H, K], sum of the information scores of those tokens.
         live: int64 [B, H], number of slots in use.
-        position: tokens read so far.
+        position: int64 [B], tokens read so far.
     """
 
     states: Tensor
@@ -58,9 +62,9 @@ class SlotCache:
     count: Tensor
     info: Tensor
     live: Tensor
-    position: int = 0
+    position: Tensor
 
-    _TENSORS = ("states", "start", "count", "info", "live")
+    FIELDS: ClassVar[tuple[str, ...]] = ("states", "start", "count", "info", "live", "position")
 
     @classmethod
     def empty(
@@ -82,6 +86,7 @@ class SlotCache:
             count=torch.zeros(slots, dtype=torch.int64, device=device),
             info=torch.zeros(slots, dtype=dtype, device=device),
             live=torch.zeros(batch, heads, dtype=torch.int64, device=device),
+            position=torch.zeros(batch, dtype=torch.int64, device=device),
         )
 
     @property
@@ -91,33 +96,36 @@ class SlotCache:
     @property
     def nbytes(self) -> int:
         """Bytes held, constant over the life of the cache."""
-        return sum(getattr(self, name).nbytes for name in self._TENSORS)
+        return sum(getattr(self, name).nbytes for name in self.FIELDS)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All fields as tensors (the position too), ready for safetensors."""
-        state = {name: getattr(self, name) for name in self._TENSORS}
-        return state | {"position": torch.tensor(self.position, dtype=torch.int64)}
+        """All fields, ready for safetensors."""
+        return {name: getattr(self, name) for name in self.FIELDS}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy `state` in; raises ValueError where a field is missing or shapes differ."""
-        wanted = set(self._TENSORS) | {"position"}
-        if set(state) != wanted:
-            raise ValueError(f"SlotCache.load_state_dict: expected the fields {sorted(wanted)}, got {sorted(state)}")
-        for name in self._TENSORS:
+        if set(state) != set(self.FIELDS):
+            wanted = sorted(self.FIELDS)
+            raise ValueError(f"SlotCache.load_state_dict: expected the fields {wanted}, got {sorted(state)}")
+        for name in self.FIELDS:
             mine = getattr(self, name)
             if mine.shape != state[name].shape:
                 raise ValueError(
                     f"SlotCache.load_state_dict: {name} has shape {tuple(state[name].shape)}, "
                     f"this cache needs {tuple(mine.shape)}: make it with the same batch, heads and capacity"
                 )
-        for name in self._TENSORS:
+        for name in self.FIELDS:
             getattr(self, name).copy_(state[name])
-        self.position = int(state["position"])
 
     def clone(self) -> SlotCache:
         """An independent copy (fork a session)."""
-        return SlotCache(**{name: getattr(self, name).clone() for name in self._TENSORS}, position=self.position)
+        return SlotCache(**{name: getattr(self, name).clone() for name in self.FIELDS})
+
+    @classmethod
+    def concatenate(cls, caches: list[SlotCache]) -> SlotCache:
+        """One cache for all sequences of `caches`, in their order."""
+        return cls(**{name: torch.cat([getattr(cache, name) for cache in caches]) for name in cls.FIELDS})
 
     def select(self, index: Tensor) -> SlotCache:
         """The sequences `index` (int64 [B']) of the batch, copied: beam search, or one document of many."""
-        return SlotCache(**{name: getattr(self, name)[index] for name in self._TENSORS}, position=self.position)
+        return SlotCache(**{name: getattr(self, name)[index] for name in self.FIELDS})

@@ -80,7 +80,7 @@ def _advance(cache: SlotCache, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | N
     hot = torch.arange(cache.capacity, device=slot.device) == slot[..., None]
     s = write[..., None, None] * k[..., :, None] * v[..., None, :]
     cache.states += hot[..., None, None] * s[:, :, None]
-    cache.start.copy_(torch.where(hot & fired[..., None], cache.position, cache.start))
+    cache.start.copy_(torch.where(hot & fired[..., None], cache.position[:, None, None], cache.start))
     cache.count.copy_(torch.where(hot, torch.where(fired[..., None], 1, cache.count + 1), cache.count))
     fresh = torch.where(fired[..., None], 0, cache.info)
     cache.info.copy_(torch.where(hot, fresh + score[..., None], cache.info))
@@ -158,5 +158,6 @@ def recurrent_partition(
         slot = torch.where(in_cache, -2 - token.dying, capacity)
         cache_death.scatter_(2, slot[..., None], t)
     return Partition(
-        torch.stack(fired, 1), death[:, :T], torch.stack(score, 1).float(), cache_death=cache_death[..., :capacity]
-    )
+        torch.stack(fired, 1), death[:, :T], torch.stack(score, 1).float(), cache_death=cache_death[..., :capacity],
+        final_info=work.info,
+    )  # fmt: skip

@@ -102,7 +102,7 @@ def naive_attention(
     lo = torch.zeros(B, T, H, dtype=torch.int32)
     cache_death = torch.full((B, H, capacity), T, dtype=torch.int32)
     final = SlotCache.empty(B, H, capacity, k.shape[-1], Dv, dtype=torch.float64)
-    final.position = T + (cache.position if cache is not None else 0)
+    final.position += T if cache is None else T + cache.position
     final_states: dict[tuple[int, int], list[_Slot]] = {}
     out = []
     for b in range(B):
@@ -149,20 +149,20 @@ def naive_attention(
                 reads = [lam[b, t, h, r] * (q[b, t, h] @ slot.state) for r, slot in enumerate(reversed(slots))]
                 out.append(sum(reads))
             final_states[b, h] = slots
-    offset = cache.position if cache is not None else 0
+    offset = torch.zeros(B, dtype=torch.int64) if cache is None else cache.position
     states = []
     for (b, h), slots in final_states.items():
         final.live[b, h] = len(slots)
         for i, slot in enumerate(slots):
             inherited = slot.start < 0
-            final.start[b, h, i] = cache.start[b, h, -1 - slot.start] if inherited else slot.start + offset
+            final.start[b, h, i] = cache.start[b, h, -1 - slot.start] if inherited else slot.start + offset[b]
             final.count[b, h, i], final.info[b, h, i] = slot.count, slot.info
         empty = [torch.zeros(k.shape[-1], Dv, dtype=torch.float64)] * (capacity - len(slots))
         final.start[b, h, len(slots) :] = EMPTY
         states.append(torch.stack([slot.state for slot in slots] + empty))
     final.states = torch.stack(states).view(B, H, capacity, k.shape[-1], Dv)
     output = torch.stack(out).view(B, H, T, Dv).transpose(1, 2)
-    return output, Partition(start, death, score, lo, cache_death), final
+    return output, Partition(start, death, score, lo, cache_death, final.info), final
 
 
 def slot_of(partition: Partition, starts: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def lanes(x: Tensor, heads: int) -> Tensor:
-    """[B, T, G, ...] -> [B * heads, T, ...] in the compute dtype; groups are repeated for their heads."""
-    x = x.to(compute_dtype(x))
+def lanes(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """[B, T, G, ...] -> [B * heads, T, ...]; groups are repeated for their heads."""
+    x = x.to(dtype)
     if x.shape[2] != heads:
         x = x.repeat_interleave(heads // x.shape[2], dim=2)
     return x.transpose(1, 2).reshape(x.shape[0] * heads, x.shape[1], *x.shape[3:])
@@ -76,16 +76,20 @@ def detect(
     tau: Tensor,
     resets: Tensor,
     state: Tensor | None,
+    info: Tensor | None,
     chunk_size: int = 64,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Boundaries and scores over lanes.
 
     Args:
         k, v: [N, T, Dk], [N, T, Dv]. g, beta: [N, T]. tau: [N]. resets: bool [N, T], document starts.
-        state: [N, Dk, Dv], open state of the incoming cache, or None (then the first token opens a slot).
+        state, info: [N, Dk, Dv] and [N], open state of the incoming cache and its summed scores, or None (then the
+            first token opens a slot).
 
     Returns:
-        start bool [N, T] and score [N, T] in the compute dtype.
+        start bool [N, T]; score [N, T] and the summed scores of the open slot after each token [N, T] in the compute
+        dtype. The sum restarts at every boundary and is taken token by token, like the recurrence's: differences of
+        one long cumsum would break exact ties, lose digits with T, and carry one document's rounding into the next.
     """
     N, T, Dk = k.shape
     resets = resets.clone()
@@ -94,7 +98,8 @@ def detect(
         resets[:, :1] = True
     k, v, g = (chunked(x, chunk_size) for x in (k, v, g))
     beta = None if beta is None else chunked(beta, chunk_size)
-    starts, scores = [], []
+    running = k.new_zeros(N) if info is None else info
+    starts, scores, sums = [], [], []
     for n in range(k.shape[1]):
         rows = min(chunk_size, T - n * chunk_size)
         document = F.pad(resets[:, n * chunk_size :][:, :chunk_size], (0, chunk_size - rows)).long().cumsum(1)
@@ -104,8 +109,10 @@ def detect(
             fired, score = chunk.step(t, tau, resets[:, n * chunk_size + t])
             starts.append(fired)
             scores.append(score)
+            running = torch.where(fired, score, running + score)
+            sums.append(running)
         state = chunk.open_state()
-    return torch.stack(starts, 1), torch.stack(scores, 1)
+    return torch.stack(starts, 1), torch.stack(scores, 1), torch.stack(sums, 1)
 
 
 class _ChunkScan:
@@ -179,36 +186,36 @@ class _ChunkScan:
 
 def apply_capacity(
     start: Tensor,
-    score: Tensor,
+    running: Tensor,
     resets: Tensor,
     capacity: int,
     cache: SlotCache | None = None,
     *,
     want_lo: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Which starts die, by the density rule (eq 16); one vectorised step a boundary.
 
     Args:
-        start, resets: bool [N, T]; score: [N, T]; cache: slots already there, lanes as [B * H].
+        start, resets: bool [N, T]; running: [N, T], see `detect`; cache: slots already there, lanes as [B * H].
 
     Returns:
-        death int32 [N, T], cache_death int32 [N, K], lo int32 [N, T] or None.
+        death int32 [N, T], cache_death int32 [N, K], lo int32 [N, T] or None, and the slots' final sums [N, K].
     """
     N, T = start.shape
     device, rows = start.device, torch.arange(N, device=start.device)
-    table = _SlotTable(N, T, capacity, score, cache)
+    table = _SlotTable(N, T, capacity, running, cache)
     death = torch.full((N, T + 1), T, dtype=torch.int32, device=device)
     cache_death = torch.full((N, capacity), T, dtype=torch.int32, device=device)
     opens = start | resets
-    total = F.pad(score.cumsum(1), (1, 0))  # [N, T + 1]
+    before = F.pad(running, (1, 0))  # [N, T + 1]: the open slot's sum before each token
     # boundaries of every lane in order, padded with T: [N, M + 1]
     count = opens.sum(1)
     width = int(count.max()) if N else 0
     position = torch.where(opens, torch.arange(T, device=device), T).sort(1).values[:, : width + 1]
     position = F.pad(position, (0, width + 1 - position.shape[1]), value=T)
-    lo = _LowestMoved(N, T, score, total) if want_lo else None
+    lo = _LowestMoved(before[:, :-1]) if want_lo else None
     first = position[:, 0] if width else torch.full((N,), T, device=device)
-    table.grow(first, total[rows, first])  # tokens that still belong to the cache's open slot
+    table.grow(first, before[rows, first])  # tokens that still belong to the cache's open slot
     if lo is not None:
         lo.record(table, torch.full_like(first, -1), first, torch.zeros_like(first))
     document = torch.zeros(N, dtype=torch.int64, device=device)
@@ -223,11 +230,11 @@ def apply_capacity(
         death[rows, torch.where(in_row, dying, T)] = torch.where(in_row, at, T).int()
         lost = table.has & ~in_row
         cache_death[rows[lost], (-1 - dying)[lost]] = at[lost].int()
-        table.append(here, at, until - at, total[rows, until] - total[rows, at])
+        table.append(here, at, until - at, before[rows, until])
         if lo is not None:
             lo.record(table, torch.where(here, at, T), until, document)
     lowest = None if lo is None else torch.where(resets, torch.arange(T, device=device), lo.values).int()
-    return death[:, :T], cache_death, lowest
+    return death[:, :T], cache_death, lowest, torch.where(table.index < table.live[:, None], table.info, 0)
 
 
 class _SlotTable:
@@ -254,11 +261,11 @@ class _SlotTable:
         return torch.where(self.index[:-1] < last, cost, float("inf"))
 
     def grow(self, count: Tensor, info: Tensor) -> None:
-        """Give tokens to the open slot (lanes without one ignore it)."""
-        there = self.live > 0
+        """Give tokens to the open slot, whose sum becomes `info` (lanes without one, or without tokens, ignore it)."""
+        there = (self.live > 0) & (count > 0)
         slot = (self.live - 1).clamp(min=0)[:, None]
         self.count.scatter_add_(1, slot, torch.where(there, count, 0).to(self.count.dtype)[:, None])
-        self.info.scatter_add_(1, slot, torch.where(there, info, 0)[:, None])
+        self.info.scatter_(1, slot, torch.where(there[:, None], info[:, None], self.info.gather(1, slot)))
 
     def merge_cheapest(self, full: Tensor) -> Tensor:
         """Merge the cheapest pair in the lanes `full`; returns the start that dies (T: none, < 0: of the cache)."""
@@ -287,20 +294,19 @@ class _SlotTable:
 class _LowestMoved:
     """`Partition.lo`: with a full cache, toggling token p moves only the tokens from the start that would die to p."""
 
-    def __init__(self, N: int, T: int, score: Tensor, total: Tensor) -> None:
-        self.values = torch.zeros(N, T, dtype=torch.int32, device=score.device)
-        self.tokens = torch.arange(T, device=score.device)
-        self.total = total
+    def __init__(self, before: Tensor) -> None:
+        self.values = torch.zeros(before.shape, dtype=torch.int32, device=before.device)
+        self.tokens = torch.arange(before.shape[1], device=before.device)
+        self.before = before  # [N, T], sum of the open slot before each token
 
     def record(self, table: _SlotTable, at: Tensor, until: Tensor, document: Tensor) -> None:
         """Fill lo for the tokens in (at, until]: their open slot began at `at` (or in the cache) and is still open."""
-        capacity, rows = len(table.index), torch.arange(len(at), device=at.device)
+        rows = torch.arange(len(at), device=at.device)
         closed_cost, closed = table.pair_costs(skip_open=True).min(1)
         closed_start = table.start[rows, closed + 1]
-        full = table.live == capacity
+        full = table.live == len(table.index)
         # the pair with the open slot: its cost at token p counts only the tokens before p
-        after = self.total[rows, until][:, None] - self.total[:, :-1]
-        info = table.info[:, -2:].sum(1)[:, None] - after
+        info = table.info[:, -2:-1] + self.before
         count = table.count[:, -2:].sum(1)[:, None] - (until[:, None] - self.tokens)
         open_start = table.start[:, -1]
         low = torch.where(info / count < closed_cost[:, None], open_start[:, None], closed_start[:, None])
@@ -330,20 +336,24 @@ def torch_partition(
         B, T, H, _ = v.shape
         resets = document_starts(cu_seqlens, B, T, v.device).repeat_interleave(H, dim=0)
         lane_tau = torch.as_tensor(tau, dtype=compute_dtype(v), device=v.device).expand(H).repeat(B)
-        state = None
+        state, info, dtype = None, None, compute_dtype(v)
         if cache is not None:
-            open_slot = (cache.live - 1).clamp(min=0)[..., None, None, None].expand(B, H, 1, *cache.states.shape[3:])
-            state = cache.states.gather(2, open_slot).flatten(0, 2).to(compute_dtype(v))
+            last = (cache.live - 1).clamp(min=0)[..., None]
+            open_slot = last[..., None, None].expand(B, H, 1, *cache.states.shape[3:])
+            state = cache.states.gather(2, open_slot).flatten(0, 2).to(dtype)
+            info = cache.info.gather(2, last).flatten().to(dtype)
             resets[:, 0] |= cache.live.view(-1) == 0
-        start, score = detect(
-            lanes(k, H), lanes(v, H), lanes(g, H), None if beta is None else lanes(beta, H),
-            lane_tau, resets, state, chunk_size,
+        start, score, running = detect(
+            lanes(k, H, dtype), lanes(v, H, dtype), lanes(g, H, dtype),
+            None if beta is None else lanes(beta, H, dtype), lane_tau, resets, state, info, chunk_size,
         )  # fmt: skip
-        death, cache_death, lo = apply_capacity(start, score, resets, capacity, cache, want_lo=want_lo)
+        done = apply_capacity(start, running, resets, capacity, cache, want_lo=want_lo)
+        death, cache_death, lo, final_info = done
         return Partition(
             start=unlanes(start, B),
             death=unlanes(death, B),
             score=unlanes(score.float(), B),
             lo=None if lo is None else unlanes(lo, B),
             cache_death=cache_death.view(B, H, capacity),
+            final_info=final_info.view(B, H, capacity),
         )

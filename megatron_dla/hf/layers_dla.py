@@ -165,9 +165,8 @@ class DLAMixer(nn.Module):
                 slots.start = torch.where(slots.start > EMPTY, slots.start + skip, EMPTY)  # positions of the padded row
                 caches.append(slots)
         if caches:
-            names = ("states", "start", "count", "info", "live")
-            joined = {name: torch.cat([getattr(slots, name) for slots in caches]) for name in names}
-            memory.slots = SlotCache(**joined, position=tensors[2].shape[1])
+            memory.slots = SlotCache.concatenate(caches)
+            memory.slots.position.fill_(tensors[2].shape[1])
         return torch.cat(outs)
 
 

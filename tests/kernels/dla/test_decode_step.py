@@ -8,7 +8,7 @@ from test_dla_attention import assert_same
 from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention, partition
 from megatron_dla.kernels.dla.naive import naive_attention
 
-FIELDS = ("start", "count", "live")
+FIELDS = ("start", "count", "live", "position")
 
 
 def cases() -> list[Case]:
@@ -44,7 +44,7 @@ def test_prefill_then_decode_is_the_full_pass(case: Case, prefill: int) -> None:
         assert same is cache
         outs.append(out)
     assert_same(torch.cat(outs, 1), full, "output")
-    assert cache.nbytes == size and cache.position == case.T
+    assert cache.nbytes == size and (cache.position == case.T).all()
     for name in FIELDS:
         assert torch.equal(getattr(cache, name), getattr(want, name)), name
     assert_same(cache.states, want.states, "states")
@@ -113,7 +113,7 @@ def test_cache_saves_forks_and_refuses_other_shapes() -> None:
     copy.load_state_dict(cache.state_dict())
     outs = [decode_step(**cut(x, 20, 21), cache=c, **rule)[0] for c in (cache, fork, copy)]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-    assert copy.position == 21
+    assert (copy.position == 21).all()
     with pytest.raises(ValueError, match="states has shape"):
         SlotCache.empty(1, case.H, 3, case.Dk, case.Dv).load_state_dict(cache.state_dict())
     with pytest.raises(ValueError, match="expected the fields"):
@@ -122,3 +122,39 @@ def test_cache_saves_forks_and_refuses_other_shapes() -> None:
         decode_step(**cut(x, 20, 21), cache=cache.select(torch.tensor([0])), **rule)
     with pytest.raises(ValueError, match="one token"):
         decode_step(**cut(x, 20, 22), cache=cache, **rule)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_ties_break_alike_in_all_forms(delta: bool) -> None:
+    """One-hot keys give exact ties everywhere: every boundary and merge must still be the oldest pair's."""
+    gen = torch.Generator().manual_seed(3)
+    for capacity in (2, 4):
+        T = 40
+        k = torch.nn.functional.one_hot(torch.randint(0, 5, (2, T, 2), generator=gen), 5).double()
+        k[0, 7], k[1, 9] = 0, 0  # tokens that write nothing
+        x = {
+            "q": torch.randn(2, T, 2, 5, generator=gen).double(), "k": k,
+            "v": torch.nn.functional.one_hot(torch.randint(0, 3, (2, T, 2), generator=gen), 3).double(),
+            "g": torch.zeros(2, T, 2).double(),
+            "slot_weights": torch.rand(2, T, 2, capacity, generator=gen).double(),
+        }  # fmt: skip
+        if delta:
+            x["beta"] = torch.randint(0, 2, (2, T, 2), generator=gen).double()
+        rule = {"tau": 1.2, "capacity": capacity}
+        full, decided, _ = naive_attention(**x, **rule)
+        got = partition(x["k"], x["v"], x["g"], x.get("beta"), **rule)
+        assert torch.equal(got.start, decided.start) and torch.equal(got.death, decided.death)
+        first, cache = dla_attention(**cut(x, 0, 17), **rule, return_cache=True)
+        outs = [first] + [decode_step(**cut(x, t, t + 1), cache=cache, **rule)[0] for t in range(17, T)]
+        assert_same(torch.cat(outs, 1), full, "prefill + decode")
+
+
+def test_packed_rows_and_their_caches_agree_on_row_borders() -> None:
+    case = Case("rows", T=40, B=2, documents=(30, 40, 55), tau=1.0, capacity=3)
+    x = {name: t.detach() for name, t in case.make().items()}
+    plain, _ = dla_attention(**x, **case.rule)
+    cached, cache = dla_attention(**x, **case.rule, return_cache=True)
+    assert_same(cached, plain, "output")
+    assert cache.position.tolist() == [30, 10, 15, 25]
+    with pytest.raises(ValueError, match="name every row start"):
+        dla_attention(**x, **case.rule | {"cu_seqlens": torch.tensor([0, 30, 80])}, return_cache=True)

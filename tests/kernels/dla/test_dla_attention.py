@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import CASES, Case
 
-from megatron_dla.kernels.dla import dla_attention, partition
+from megatron_dla.kernels.dla import Partition, dla_attention, partition
 from megatron_dla.kernels.dla.naive import materialised_attention, naive_attention
 
 TOLERANCE = 1e-10
@@ -122,9 +122,13 @@ def test_documents_do_not_see_each_other(delta: bool) -> None:
     case = Case("leak", T=96, B=1, delta=delta, documents=(37, 64))
     x = {name: t.detach() for name, t in case.make().items()}
     before, _ = dla_attention(**x, **case.rule)
+    first = partition(x["k"], x["v"], x["g"], x.get("beta"), **case.rule)
     for name in ("k", "v", "q", "g"):
         x[name][:, 36] *= 1.5  # the last token of the first document
     after, _ = dla_attention(**x, **case.rule)
+    second = partition(x["k"], x["v"], x["g"], x.get("beta"), **case.rule)
+    for name in ("start", "death", "score"):
+        assert torch.equal(getattr(first, name)[:, 37:], getattr(second, name)[:, 37:]), name
     assert torch.equal(before[:, 37:], after[:, 37:])
     assert not torch.equal(before[:, 36], after[:, 36])
     separate = []
@@ -188,6 +192,8 @@ def test_ward_merges_agree(backend: str) -> None:
         ({"tau": torch.ones(3)}, "tau must be a number or a tensor"),
         ({"cu_seqlens": torch.tensor([0, 7])}, "cu_seqlens must rise from 0 to B"),
         ({"g": torch.zeros(2, 3)}, "g must be"),
+        ({"chunk_size": 0}, "chunk_size must be"),
+        ({"partition": Partition(*[torch.zeros(2, 9, 2)] * 3)}, r"partition.start must be"),
         ({"slot_weights": torch.ones(2, 20, 2, 4)}, "slot_weights must be"),
     ],
 )
