@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -41,6 +42,7 @@ def run_local(nproc: int, train_arguments: list[str]) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _forward)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what went wrong is said below
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_dla.cli", "train", *train_arguments)
     except ChildFailedError as error:

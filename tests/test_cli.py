@@ -50,6 +50,9 @@ def refused(capsys, *arguments: object) -> str:
         ("model.capacity=1", ["model.capacity = 1", "2 slots"]),
         ("optimizer.lr=-1", ["optimizer.lr"]),
         ("optimizer.lr=.nan", ["optimizer.lr", "nan"]),
+        ("optimizer.beta1=1.5", ["optimizer.beta1 = 1.5", "[0, 1)"]),
+        ("model.rope_theta=-1", ["model.rope_theta"]),
+        ("data.dir=[a: b: c", ["data.dir", "not valid YAML"]),
         ("nonsense", ["section.key=value"]),
     ],
 )
@@ -65,6 +68,8 @@ def test_missing_and_broken_config_files(capsys, tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("model: [1, 2")
     assert "not valid YAML" in refused(capsys, "train", broken)
+    broken.write_bytes(b"run: {name: \xff}")
+    assert "not UTF-8" in refused(capsys, "train", broken)
 
 
 @pytest.mark.skipif("torch" in sys.modules and sys.modules["torch"].cuda.is_available(), reason="this machine has CUDA")
@@ -92,6 +97,19 @@ def test_damaged_and_missing_shards(capsys, data: Path, config: Path, tmp_path: 
     assert main(["data", "verify", str(copy)]) == 2
 
 
+def test_one_missing_shard_is_found_before_the_start(capsys, data: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    shards = sorted((copy / "train").glob("*.tar"))
+    shards[3].unlink()
+    line = refused(capsys, "run", config, "--nproc", 1, "--dry-run", f"data.dir={copy}")
+    assert shards[3].name in line and "is missing" in line
+    shutil.copy(shards[2], shards[3])
+    assert "bytes instead of" in refused(capsys, "run", config, "--nproc", 1, "--dry-run", f"data.dir={copy}")
+    shards[2].unlink()
+    assert refused(capsys, "data", "verify", copy).count("train-0000") >= 2
+
+
 def test_another_tokenizer_than_the_shards(capsys, data: Path, config: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)
@@ -99,6 +117,12 @@ def test_another_tokenizer_than_the_shards(capsys, data: Path, config: Path, tmp
     shutil.copy(other / "tokenizer.model", copy / "tokenizer.model")
     capsys.readouterr()  # the progress of building the other shards
     assert "vocabulary mismatch" in refused(capsys, "train", config, f"data.dir={copy}")
+
+
+def test_no_processes_and_paths_that_are_files(capsys, config: Path) -> None:
+    assert "at least 1" in refused(capsys, "run", config, "--nproc", 0)
+    assert "at least 1" in refused(capsys, "run", config, "--nproc", -1, "--dry-run")
+    assert str(config) in refused(capsys, "train", config, f"run.dir={config}")
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(capsys, config: Path) -> None:

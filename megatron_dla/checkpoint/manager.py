@@ -17,8 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, Layout, save_weights
+from megatron_dla.checkpoint.weights import (
+    COMPLETE,
+    LAYOUT,
+    Layout,
+    load_merged,
+    parameter_tags,
+    save_weights,
+    split_merged,
+)
+from megatron_dla.config import layer_letters
 from megatron_dla.errors import CheckpointError
 
 DATA_STATE = "data_state.json"
@@ -58,6 +68,28 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _marker(path: Path) -> dict[str, Any]:
+    try:
+        marker = json.loads((path / COMPLETE).read_text())
+        return {"step": int(marker["step"])} | marker
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(path / COMPLETE)!r} is damaged ({error!r}): use another checkpoint") from error
+
+
+def is_weights_only(path: Path) -> bool:
+    """Whether a checkpoint has no optimizer state (`dla convert from-hf`): a run starts from its weights at step 0."""
+    return "zero_stage" not in _marker(path)
+
+
+@torch.no_grad()
+def load_weights(path: Path, model: nn.Module, tp: dist.ProcessGroup) -> None:
+    """Copy a checkpoint's weights into a model at any tensor-parallel size."""
+    merged, _ = load_merged(path)
+    local = split_merged(merged, parameter_tags(model), tp.rank(), tp.size())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(local[name])
 
 
 class Checkpointer:
@@ -125,13 +157,13 @@ class Checkpointer:
             CheckpointError: another model, tokenizer or layout; damaged files.
         """
         check_same_model(path, layout)
-        marker = json.loads((path / COMPLETE).read_text())
+        marker = _marker(path)
         mine = {
             "tensor_parallel": self.groups.tp.size(),
             "data_parallel": self.groups.dp.size(),
             "zero_stage": self.engine.zero_optimization_stage(),
         }
-        if different := [f"{k} {marker[k]} -> {v}" for k, v in mine.items() if marker[k] != v]:
+        if different := [f"{k} {marker.get(k)} -> {v}" for k, v in mine.items() if marker.get(k) != v]:
             raise CheckpointError(
                 f"{str(path)!r} was saved at another layout ({', '.join(different)}): resume with the same one "
                 "(changing it is not supported yet)"
@@ -140,7 +172,9 @@ class Checkpointer:
             loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
             data_state = json.loads((path / DATA_STATE).read_text())
             state = torch.load(path / f"random_{self.rank:05d}.pt", weights_only=True)
-        except (OSError, RuntimeError, json.JSONDecodeError) as error:
+            if not isinstance(data_state, dict):
+                raise ValueError(f"{DATA_STATE} is not a mapping")
+        except Exception as error:  # DeepSpeed and torch raise almost anything for a damaged file
             raise CheckpointError(
                 f"{str(path)!r} is damaged ({error}): delete it to resume from an older one"
             ) from error
@@ -159,7 +193,7 @@ def check_same_model(path: Path, layout: Layout) -> None:
             f"({saved.vocab_size} rows), data.dir has {layout.tokenizer_sha256[:12]} ({layout.vocab_size} rows): "
             "use the shards it was trained on, or another run.name"
         )
-    old, new = asdict(saved.model), asdict(layout.model)
+    old, new = ({**asdict(m), "pattern": layer_letters(m)} for m in (saved.model, layout.model))
     if different := [f"model.{k} {old[k]} -> {new[k]}" for k in new if old[k] != new[k]]:
         raise CheckpointError(
             f"{str(path)!r} holds another model ({', '.join(different)}): restore the config or use another run.name"

@@ -54,16 +54,16 @@ class Layout:
             )
         try:
             values: dict[str, Any] = json.loads((directory / LAYOUT).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{str(directory / LAYOUT)!r} cannot be read: {error}") from error
-        version = values.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f"{str(directory)!r} has format {version}, this version reads {FORMAT_VERSION}")
-        tags = {
-            name: Tag(tag["kind"], tag["dim"], tuple((s, n) for s, n in tag["sections"]))
-            for name, tag in values.pop("tags").items()
-        }
-        return cls(model=ModelSection(**values.pop("model")), tags=tags, **values)
+            version = values.pop("format_version", None)
+            if version != FORMAT_VERSION:
+                raise CheckpointError(f"{str(directory)!r} has format {version}, this version reads {FORMAT_VERSION}")
+            tags = {
+                name: Tag(tag["kind"], tag["dim"], tuple((s, n) for s, n in tag["sections"]))
+                for name, tag in values.pop("tags").items()
+            }
+            return cls(model=ModelSection(**values.pop("model")), tags=tags, **values)
+        except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{str(directory / LAYOUT)!r} cannot be read: {error!r}") from error
 
 
 def parameter_tags(model: nn.Module) -> dict[str, Tag]:

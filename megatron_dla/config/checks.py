@@ -29,6 +29,7 @@ def check_model(model: ModelSection) -> None:
     _positive(
         model, "model", "hidden_size", "num_layers", "num_heads", "num_groups", "key_dim", "value_dim", "conv_kernel",
         "ffn_hidden_size", "attention_heads", "attention_groups", "vocab_multiple", "norm_eps", "init_std",
+        "rope_theta",
     )  # fmt: skip
     if not model.pattern or set(model.pattern) - {"D", "A"}:
         raise ConfigError(f"model.pattern = {model.pattern!r}: use the letters D (DLA) and A (softmax attention)")
@@ -99,6 +100,8 @@ def check_config(config: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: the key, the value and the fix.
     """
+    if world_size < 1:
+        raise ConfigError(f"{world_size} processes: a run needs at least 1 (--nproc 1)")
     training, optimizer, parallel = config.training, config.optimizer, config.parallel
     check_model(config.model)
     _positive(config.data, "data", "seq_len", "num_streams")
@@ -133,6 +136,9 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _positive(optimizer, "optimizer", "lr", "eps")
     if not 0 <= optimizer.min_lr_ratio <= 1:
         raise ConfigError(f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio}: a share of lr, in [0, 1]")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, key) < 1:
+            raise ConfigError(f"optimizer.{key} = {getattr(optimizer, key)}: must be in [0, 1)")
     for key in ("warmup_steps", "weight_decay", "clip", "tau_lr_ratio"):
         if getattr(optimizer, key) < 0:
             raise ConfigError(f"optimizer.{key} = {getattr(optimizer, key)}: must not be negative")

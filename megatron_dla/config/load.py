@@ -95,6 +95,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(
             f"config {str(path)!r} cannot be read ({error.strerror}): give the path of a YAML file"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {str(path)!r} is not UTF-8 text ({error}): save it as UTF-8") from error
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

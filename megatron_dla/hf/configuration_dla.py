@@ -52,6 +52,7 @@ class DLAConfig(PretrainedConfig):
     a_max: float = 16.0
     vocab_multiple: int = 128
     max_position_embeddings: int = 2048
+    tokenizer_sha256: str = ""
     use_cache: bool = True
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1

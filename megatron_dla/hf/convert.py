@@ -24,9 +24,9 @@ from megatron_dla.config.checks import check_tensor_parallel
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.hf import mapping
 from megatron_dla.hf.card import model_card
+from megatron_dla.hf.load import TOKENIZER, check_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOKENIZER = "tokenizer.model"
 ENTRY_FILES = ("modeling_dla", "configuration_dla", "tokenization_dla")
 # where a module of the exported directory lies in this project, first match wins
 _SOURCES = ("megatron_dla.hf", "megatron_dla.kernels.dla", "megatron_dla.mixers")
@@ -136,6 +136,7 @@ def _config(layout: Layout, tokens: dict[str, int], dtype: torch.dtype) -> dict[
         "bos_token_id": tokens["bos"],
         "eos_token_id": tokens["eos"],
         "pad_token_id": tokens["eos"],
+        "tokenizer_sha256": layout.tokenizer_sha256,
     }
 
 
@@ -269,13 +270,12 @@ def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel:
     source, out = Path(hf_dir), Path(out_checkpoint_dir)
     section, config = read_section(source)
     check_tensor_parallel(section, tensor_parallel, False, config["max_position_embeddings"])
+    digest = check_tokenizer(source)
     with _fresh_directory(out, False, COMPLETE) as new:
         tags = mapping.parameter_tags(section, tensor_parallel)
         merged = mapping.from_hf_names(load_hf_state(source), section)
         for rank in range(tensor_parallel):
             save_weights(split_merged(merged, tags, rank, tensor_parallel), new, rank)
-        tokenizer = source / TOKENIZER
-        digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else ""
         Layout(
             model=section, vocab_size=config["vocab_size"], tokenizer_sha256=digest, tensor_parallel=tensor_parallel,
             seq_len=config["max_position_embeddings"], step=0, tags=tags,

@@ -74,6 +74,10 @@ def generate(
     Raises:
         UserError: a bad value, no exported model, no such device.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt is not valid UTF-8 text: check the terminal's encoding") from error
     if not prompt:
         raise UserError("--prompt is empty: give at least one character")
     if max_new_tokens < 1:

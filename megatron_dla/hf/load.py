@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_dla.errors import CheckpointError, UserError
+
+TOKENIZER = "tokenizer.model"
 
 
 def check_device(device: str) -> str:
@@ -32,6 +36,8 @@ def load_model(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", device:
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(str(hf_dir), trust_remote_code=True, dtype=dtype)
+    except Exception as error:  # transformers and safetensors raise almost anything for a damaged file
+        raise _damaged(hf_dir, error) from error
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -41,9 +47,34 @@ def load_model(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", device:
 def load_tokenizer(hf_dir: str | Path) -> Any:
     """The tokenizer of an exported directory. Raises CheckpointError where there is none."""
     _check_directory(hf_dir)
+    check_tokenizer(Path(hf_dir))
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(hf_dir), trust_remote_code=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(hf_dir), trust_remote_code=True)
+    except Exception as error:
+        raise _damaged(hf_dir, error) from error
+
+
+def check_tokenizer(hf_dir: Path) -> str:
+    """sha256 of the export's tokenizer.model. Raises CheckpointError if the model was trained with another one."""
+    try:
+        wanted = json.loads((hf_dir / "config.json").read_text())["tokenizer_sha256"]
+        found = hashlib.sha256((hf_dir / TOKENIZER).read_bytes()).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(hf_dir, error) from error
+    if found != wanted:
+        raise CheckpointError(
+            f"vocabulary mismatch: {str(hf_dir / TOKENIZER)!r} has sha256 {found[:12]}, the model was trained with "
+            f"{wanted[:12]}: restore the file, or export again"
+        )
+    return found
+
+
+def _damaged(hf_dir: str | Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{str(hf_dir)!r} is damaged ({error}): export it again with `dla convert to-hf --overwrite`"
+    )
 
 
 def _check_directory(hf_dir: str | Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_dla.checkpoint.weights import Layout, load_merged, split_merged
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.hf.convert import resolve_checkpoint
-from megatron_dla.hf.load import load_model
+from megatron_dla.hf.load import check_tokenizer, load_model
 
 
 def _largest(values: list[float]) -> float:
@@ -132,6 +132,7 @@ def verify(checkpoint_dir: str | Path, hf_dir: str | Path, *, tolerance: float =
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(hf_dir)
     Layout.load(checkpoint)  # before anything slow
     exported = load_model(out, dtype=torch.float32)
+    check_tokenizer(out)
     reference, layout = megatron_model(checkpoint)
     if exported.config.vocab_size != layout.vocab_size:
         raise CheckpointError(

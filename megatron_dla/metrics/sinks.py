@@ -51,5 +51,8 @@ def _step(line: str, resumed_step: int) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All objects of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    """All objects of a metrics.jsonl; a last line that a crash cut off is left out."""
+    lines = [line for line in path.read_text().splitlines() if line]
+    if lines and not lines[-1].endswith("}"):
+        lines.pop()
+    return [json.loads(line) for line in lines]

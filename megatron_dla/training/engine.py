@@ -50,16 +50,35 @@ def deepspeed_config(config: RunConfig, dp_size: int, bf16: bool) -> dict[str, A
     return settings
 
 
-def build_engine(model: nn.Module, config: RunConfig, groups: Any, bf16: bool) -> Any:
+def apply_optimizer_section(engine: Any, groups: list[dict[str, Any]], config: RunConfig) -> None:
+    """Make the config's learning rate, betas, eps and weight decay hold after a load, which brings back the old ones.
+
+    Args:
+        groups: `parameter_groups` of the model, in the order the optimizer was built with.
+    """
+    section, schedule = config.optimizer, engine.lr_scheduler
+    factor = lr_factor(schedule.last_epoch, section, config.training.steps)
+    for group, wanted in zip(schedule.optimizer.param_groups, groups, strict=True):
+        assert group["name"] == wanted["name"]
+        group["initial_lr"], group["lr"] = wanted["lr"], wanted["lr"] * factor
+        group["weight_decay"] = wanted["weight_decay"]
+        group["betas"], group["eps"] = (section.beta1, section.beta2), section.eps
+    schedule.base_lrs = [wanted["lr"] for wanted in groups]
+
+
+def build_engine(
+    model: nn.Module, optimizer_groups: list[dict[str, Any]], config: RunConfig, groups: Any, bf16: bool
+) -> Any:
     """A DeepSpeed engine; its gradients equal one process's, whatever the layout.
 
     Args:
-        model: a tagged model from `build_model`. groups: Megatron's ProcessGroupCollection.
+        model: a tagged model from `build_model`. optimizer_groups: of `parameter_groups`.
+        groups: Megatron's ProcessGroupCollection.
     """
     deepspeed = compat.import_deepspeed()
     section = config.optimizer
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config),
+        [dict(group) for group in optimizer_groups],  # the schedule scales the copies
         lr=section.lr,
         betas=(section.beta1, section.beta2),
         eps=section.eps,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dla.checkpoint.manager import Checkpointer, complete_checkpoints
+from megatron_dla.checkpoint.manager import Checkpointer, complete_checkpoints, is_weights_only, load_weights
 from megatron_dla.checkpoint.weights import Layout, parameter_tags
 from megatron_dla.config import RunConfig
 from megatron_dla.data import TokenLoader
@@ -21,8 +21,7 @@ from megatron_dla.metrics.meters import StepMeter, memory_gb
 from megatron_dla.metrics.sinks import JsonlSink, console_line
 from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence, padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, process_groups
-from megatron_dla.training.engine import build_engine
-from megatron_dla.training.schedule import lr_factor
+from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
 from megatron_dla.training.signals import STOPPED, StopRequest
 from megatron_dla.training.validation import validate
 
@@ -51,7 +50,12 @@ class Trainer:
         )  # fmt: skip
         self.mixers = dla_mixers(model)
         tags = parameter_tags(model)
-        self.engine = build_engine(model, config, self.groups, bf16)
+        found = complete_checkpoints(run_dir) if config.training.resume else []
+        newest = found[-1][1] if found else None
+        if newest is not None and is_weights_only(newest):
+            load_weights(newest, model, self.groups.tp)  # before ZeRO takes its copies
+        optimizer_groups = parameter_groups(model, config)
+        self.engine = build_engine(model, optimizer_groups, config, self.groups, bf16)
         self.loader = TokenLoader(
             config.data.dir, "train", seq_len=config.data.seq_len, num_streams=config.data.num_streams,
             global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.micro_batch_size,
@@ -63,27 +67,21 @@ class Trainer:
             tensor_parallel=self.groups.tp.size(), seq_len=config.data.seq_len, step=0, tags=tags,
         )  # fmt: skip
         self.checkpoints = Checkpointer(run_dir, self.engine, self.groups, config.training.keep_checkpoints)
-        self.step = self._resume()
-
-    def _resume(self) -> int:
-        """Go on from the newest complete checkpoint; returns the steps already done."""
-        found = complete_checkpoints(self.run_dir) if self.config.training.resume else []
-        if not found:
-            self.sink = JsonlSink(self.run_dir / "metrics.jsonl", None) if self.is_main else None
-            return 0
-        step, data_state = self.checkpoints.load(found[-1][1], self.layout)
-        self.loader.load_state_dict(data_state)
-        self.sink = JsonlSink(self.run_dir / "metrics.jsonl", step) if self.is_main else None
-        if self.is_main:
-            print(f"resumed from {found[-1][1]} at step {step}", flush=True)
-        return step
+        self.step = 0
+        if newest is not None and not is_weights_only(newest):
+            self.step, data_state = self.checkpoints.load(newest, self.layout)
+            self.loader.load_state_dict(data_state)
+            apply_optimizer_section(self.engine, optimizer_groups, config)
+        self.sink = JsonlSink(run_dir / "metrics.jsonl", self.step if newest else None) if self.is_main else None
+        if newest is not None:
+            self._say(f"going on from {newest} at step {self.step}")
 
     def run(self) -> int:
         training = self.config.training
         meter = StepMeter(self.step, training.steps)
-        if self.step == 0 and training.eval_every:
-            self._log({"step": 0, "tokens": 0, **self._validate()})
         with StopRequest(self.device) as stop:
+            if self.step == 0 and training.eval_every:
+                self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.step < training.steps:
                 started = time.monotonic()
                 loss = self._train_step()
@@ -116,6 +114,7 @@ class Trainer:
         # gradient that of the mean over all its tokens, whatever the layout
         scale = len(batches) * self.groups.dp.size() / counted.item()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.lr = self.engine.get_lr()[0]  # before the schedule moves on
         for batch in batches:
             tokens, labels, mask = (x.to(self.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
             cu_seqlens = batch.cu_seqlens.to(self.device) if self.config.data.reset_at_documents else None
@@ -134,12 +133,12 @@ class Trainer:
         return mean
 
     def _metrics(self, loss: float, meter: StepMeter) -> dict[str, Any]:
-        norm, section = self.engine.get_global_grad_norm(), self.config.optimizer
+        norm = self.engine.get_global_grad_norm()
         metrics: dict[str, Any] = {
             "step": self.step,
             "loss": loss,
             "grad_norm": None if norm is None else float(norm),
-            "lr": section.lr * lr_factor(self.step - 1, section, self.config.training.steps),
+            "lr": self.lr,
             "tokens": self.step * self.tokens_per_step,
             "tokens_per_s": meter.tokens_per_s(),
             "boundary_rate": None,

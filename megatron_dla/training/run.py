@@ -61,6 +61,12 @@ def check_run(config: RunConfig, world_size: int) -> ShardIndex:
             f"vocabulary mismatch: {config.data.dir}/{TOKENIZER_NAME} ({tokenizer.sha256[:12]}) is not the tokenizer "
             f"that the shards were made with ({index.tokenizer_sha256[:12]}): build the shards again"
         )
+    for shard in index.split("train") + (index.split("val") if config.training.eval_every else []):
+        path = Path(config.data.dir) / shard.path
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.bytes:
+            state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+            raise DataError(f"shard {str(path)!r} {state}: copy it again, or rebuild with dla data shards --overwrite")
     shards = len(index.split("train"))
     if config.data.num_streams > shards:
         raise ConfigError(

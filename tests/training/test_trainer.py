@@ -83,6 +83,45 @@ def test_bf16_keeps_the_scalars_of_the_recurrence_fp32(ranks, data, tmp_path, st
         assert dtypes["A_log"][1] and dtypes["slot_bias"][1], "an fp32 parameter is not trained"
 
 
+def test_changed_optimizer_settings_hold_after_a_resume(ranks, data, tmp_path) -> None:
+    values = run_config(data, tmp_path, "mamba2")
+    ranks(2).run(train_workers.train, values)
+    values["optimizer"] |= {"lr": 0.5, "weight_decay": 0.03, "min_lr_ratio": 1.0}
+    values["training"]["steps"] = 7
+    for groups in ranks(2).run(train_workers.resumed_optimizer, values):
+        assert groups == [("decay", 0.5, 0.03), ("plain", 0.5, 0.0)]
+    metrics = ranks(2).run(train_workers.train, values)[0]
+    assert [m["lr"] for m in metrics[5:]] == [0.5, 0.5]
+
+
+def test_a_run_starts_from_converted_weights_at_another_layout(ranks, data, plain, tmp_path) -> None:
+    from megatron_dla.hf.convert import from_hf, to_hf
+
+    values = run_config(data, tmp_path, "gdn")
+    ranks(2).run(train_workers.train, values)
+    trained = tmp_path / "tiny" / "checkpoints" / "step_5"
+    to_hf(trained, tmp_path / "hf", tokenizer=data)
+    values["run"]["name"] = "second"
+    from_hf(tmp_path / "hf", tmp_path / "second" / "checkpoints" / "step_0")
+    values["parallel"] = {"tensor": 2}
+    values["training"] |= {"steps": 1, "eval_every": 1, "eval_rows": 4}
+    metrics = ranks(2).run(train_workers.train, values)[0]
+    straight = plain["gdn"][0]
+    assert metrics[0]["step"] == 0 and metrics[0]["val_loss"] < straight[0] - 0.2  # trained weights, not fresh ones
+    assert load_merged(tmp_path / "second" / "checkpoints" / "step_1")[1].step == 1
+
+
+@pytest.mark.parametrize(
+    "damage", ["mp_rank_00_model_states.pt", "random_00000.pt", "data_state.json", "complete.json"]
+)
+def test_damaged_checkpoints_are_named(ranks, data, tmp_path, damage) -> None:
+    values = run_config(data, tmp_path, "mamba2", training={"steps": 1})
+    ranks(1).run(train_workers.train, values)
+    (tmp_path / "tiny" / "checkpoints" / "step_1" / damage).write_bytes(b"[]" if damage.endswith("json") else b"junk")
+    with pytest.raises(AssertionError, match=r"CheckpointError.*step_1.*is damaged"):
+        ranks(1).run(train_workers.train, values)
+
+
 def cli(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "megatron_dla.cli", *arguments]
 

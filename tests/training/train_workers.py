@@ -79,3 +79,12 @@ def scalar_dtypes(values: dict[str, Any]) -> dict[str, tuple[str, bool]]:
     before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
     assert trainer.run() == 0
     return {name: (str(p.dtype), not torch.equal(p, before[name])) for name, p in mixer.named_parameters()}
+
+
+def resumed_optimizer(values: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """After loading a checkpoint: (group, learning rate of the next step, weight decay)."""
+    config = from_dict(values)
+    trainer = Trainer(config, Path(config.run.dir) / config.run.name, "cpu", False)
+    assert trainer.step > 0
+    groups = trainer.engine.lr_scheduler.optimizer.param_groups
+    return [(g["name"], g["lr"], g["weight_decay"]) for g in groups]
