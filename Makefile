@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all the set-up; `make setup` alone builds .venv.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2

@@ -63,7 +63,9 @@ def main() -> int:
         "--max-new-tokens",
         "160",
         "--temperature",
-        "0.7",
+        "0.5",
+        "--top-p",
+        "0.9",
         "--seed",
         "1",
     )

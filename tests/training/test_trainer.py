@@ -15,6 +15,7 @@ import train_workers
 import yaml
 
 from megatron_dla.checkpoint.weights import load_merged
+from megatron_dla.cli import main
 from megatron_dla.metrics.sinks import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +121,19 @@ def test_damaged_checkpoints_are_named(ranks, data, tmp_path, damage) -> None:
     (tmp_path / "tiny" / "checkpoints" / "step_1" / damage).write_bytes(b"[]" if damage.endswith("json") else b"junk")
     with pytest.raises(AssertionError, match=r"CheckpointError.*step_1.*is damaged"):
         ranks(1).run(train_workers.train, values)
+
+
+def test_shards_of_another_tokenizer_than_the_checkpoint(ranks, capsys, data, tmp_path) -> None:
+    values = run_config(data, tmp_path, "mamba2", training={"steps": 1})
+    ranks(1).run(train_workers.train, values)
+    values["data"]["dir"] = str(tiny.build_data(tmp_path / "other", vocab_size=310, seed=3))
+    values["training"]["steps"] = 2
+    config = tmp_path / "other.yaml"
+    config.write_text(yaml.safe_dump(values))
+    capsys.readouterr()
+    assert main(["train", str(config)]) == 2
+    line = capsys.readouterr().err
+    assert len(line.splitlines()) == 1 and "vocabulary mismatch" in line and "step_1" in line
 
 
 def cli(*arguments: str) -> list[str]:
