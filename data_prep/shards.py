@@ -128,6 +128,8 @@ def build_shards(
     """
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction}: want at least 0 and less than 1")
+    if not 0 <= seed < 2**63:
+        raise DataError(f"seed={seed}: want a number in [0, 2^63)")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     for name, value, least in (
         ("shard_tokens", shard_tokens, 1), ("min_train_shards", min_train_shards, 1), ("workers", workers, 1),

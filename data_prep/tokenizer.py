@@ -219,7 +219,7 @@ def _train(sentences: list[str], vocab_size: int, character_coverage: float) -> 
             character_coverage=character_coverage, max_sentence_length=2 * _PIECE_BYTES, num_threads=1,
             unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=-1, minloglevel=2,
         )  # fmt: skip
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if match := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
             raise DataError(
                 f"vocab_size={vocab_size}: this text supports at most {match[1]}; lower --vocab-size or add text"
@@ -227,7 +227,6 @@ def _train(sentences: list[str], vocab_size: int, character_coverage: float) -> 
         if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
             raise DataError(
                 f"vocab_size={vocab_size}: the text's characters alone need {match[1]}; raise --vocab-size"
-                f" or lower character_coverage={character_coverage}"
             ) from error
         raise DataError(f"sentencepiece could not train vocab_size={vocab_size} on this text: {error}") from error
     return model.getvalue()

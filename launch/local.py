@@ -10,6 +10,7 @@ import uuid
 from types import FrameType
 
 import psutil
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -37,9 +38,9 @@ def run_local(nproc: int, train_arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.5,
+        # not SIGTERM: torch's agent would answer it by killing the ranks after 30 s, saved or not
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
-    # torch's agent would answer SIGTERM by killing the ranks after 30 s, saved or not
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _forward)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what went wrong is said below
@@ -53,4 +54,6 @@ def run_local(nproc: int, train_arguments: list[str]) -> int:
             return failure.exitcode
         print(f"rank {rank} failed with exit code {failure.exitcode}; its output stands above", file=sys.stderr)
         return 1
+    except SignalException as error:
+        return 128 + error.sigval
     return 0

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _report(line: str) -> None:
     """One line on stderr; a rank of `dla run` hands it to the launcher, which prints the first one only."""
-    line = "; ".join(part.strip() for part in line.splitlines() if part.strip())
+    line = "; ".join(part.strip() for part in line.splitlines() if part.strip()).replace(":;", ":")
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if os.environ.get("DLA_LAUNCHED") and path:
         Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
@@ -100,7 +100,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         _report(f"dla {args.command}: {error}")
         return 2
-    except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
         _report(f"dla {args.command}: {error.filename!r}: {error.strerror}")
         return 2
     except KeyboardInterrupt:

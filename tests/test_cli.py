@@ -9,6 +9,8 @@ import tiny
 import yaml
 
 from megatron_dla.cli import main
+from megatron_dla.config import load_config
+from megatron_dla.training.run import lock_run_directory
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,8 @@ def refused(capsys, *arguments: object) -> str:
         ("optimizer.beta1=1.5", ["optimizer.beta1 = 1.5", "[0, 1)"]),
         ("model.rope_theta=-1", ["model.rope_theta"]),
         ("data.dir=[a: b: c", ["data.dir", "not valid YAML"]),
+        ("run.name=a/b", ["run.name = 'a/b'"]),
+        ("run.seed=99999999999999", ["run.seed"]),
         ("nonsense", ["section.key=value"]),
     ],
 )
@@ -123,6 +127,12 @@ def test_no_processes_and_paths_that_are_files(capsys, config: Path) -> None:
     assert "at least 1" in refused(capsys, "run", config, "--nproc", 0)
     assert "at least 1" in refused(capsys, "run", config, "--nproc", -1, "--dry-run")
     assert str(config) in refused(capsys, "train", config, f"run.dir={config}")
+
+
+def test_a_run_directory_in_use(capsys, config: Path) -> None:
+    with lock_run_directory(load_config(config)):
+        assert "in use" in refused(capsys, "train", config)
+    assert not (config.parent / "runs" / "tiny" / "config.yaml").exists()
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(capsys, config: Path) -> None:

@@ -157,17 +157,9 @@ class Checkpointer:
             CheckpointError: another model, tokenizer or layout; damaged files.
         """
         check_same_model(path, layout)
-        marker = _marker(path)
-        mine = {
-            "tensor_parallel": self.groups.tp.size(),
-            "data_parallel": self.groups.dp.size(),
-            "zero_stage": self.engine.zero_optimization_stage(),
-        }
-        if different := [f"{k} {marker.get(k)} -> {v}" for k, v in mine.items() if marker.get(k) != v]:
-            raise CheckpointError(
-                f"{str(path)!r} was saved at another layout ({', '.join(different)}): resume with the same one "
-                "(changing it is not supported yet)"
-            )
+        step = _marker(path)["step"]
+        stage = self.engine.zero_optimization_stage()
+        check_same_layout(path, self.groups.tp.size(), self.groups.dp.size(), stage)
         try:
             loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
             data_state = json.loads((path / DATA_STATE).read_text())
@@ -181,7 +173,19 @@ class Checkpointer:
         if loaded is None:
             raise CheckpointError(f"{str(path)!r} is damaged (DeepSpeed found no state): delete it to resume earlier")
         _set_random_state(state)
-        return int(marker["step"]), data_state
+        return step, data_state
+
+
+def check_same_layout(path: Path, tensor: int, data: int, zero_stage: int) -> None:
+    """CheckpointError where a checkpoint with optimizer state was saved at another layout; weights alone fit any."""
+    marker = _marker(path)
+    mine = {"tensor_parallel": tensor, "data_parallel": data, "zero_stage": zero_stage}
+    different = [f"{k} {marker.get(k)} -> {v}" for k, v in mine.items() if marker.get(k) != v]
+    if different and not is_weights_only(path):
+        raise CheckpointError(
+            f"{str(path)!r} was saved at another layout ({', '.join(different)}): resume with the same one "
+            "(changing it is not supported yet)"
+        )
 
 
 def check_same_model(path: Path, layout: Layout) -> None:
@@ -192,6 +196,11 @@ def check_same_model(path: Path, layout: Layout) -> None:
             f"vocabulary mismatch: {str(path)!r} was trained with tokenizer {saved.tokenizer_sha256[:12]} "
             f"({saved.vocab_size} rows), data.dir has {layout.tokenizer_sha256[:12]} ({layout.vocab_size} rows): "
             "use the shards it was trained on, or another run.name"
+        )
+    if saved.seq_len != layout.seq_len and not is_weights_only(path):
+        raise CheckpointError(
+            f"{str(path)!r} was trained on rows of data.seq_len = {saved.seq_len}, not {layout.seq_len}: the data "
+            "position would be lost; keep it, or use another run.name"
         )
     old, new = ({**asdict(m), "pattern": layer_letters(m)} for m in (saved.model, layout.model))
     if different := [f"model.{k} {old[k]} -> {new[k]}" for k in new if old[k] != new[k]]:

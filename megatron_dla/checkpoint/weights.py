@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_dla.config import ModelSection
+from megatron_dla.config import ModelSection, check_model, from_dict
 from megatron_dla.errors import CheckpointError
 from megatron_dla.parallel.tags import Tag, get_tag
 
@@ -61,9 +61,14 @@ class Layout:
                 name: Tag(tag["kind"], tag["dim"], tuple((s, n) for s, n in tag["sections"]))
                 for name, tag in values.pop("tags").items()
             }
-            return cls(model=ModelSection(**values.pop("model")), tags=tags, **values)
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{str(directory / LAYOUT)!r} cannot be read: {error!r}") from error
+            model = from_dict({"model": values.pop("model")}).model
+            check_model(model)
+            return cls(model=model, tags=tags, **values)
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            message = f"{str(directory / LAYOUT)!r} is missing or damaged ({error}): restore it or use another step"
+            raise CheckpointError(message) from error
 
 
 def parameter_tags(model: nn.Module) -> dict[str, Tag]:

@@ -102,6 +102,11 @@ def check_config(config: RunConfig, world_size: int) -> None:
     """
     if world_size < 1:
         raise ConfigError(f"{world_size} processes: a run needs at least 1 (--nproc 1)")
+    name = config.run.name
+    if not name or len(name) > 100 or name in (".", "..") or "/" in name:
+        raise ConfigError(f"run.name = {name[:120]!r}: a directory name of 1 to 100 characters, without a slash")
+    if not 0 <= config.run.seed < 2**31:
+        raise ConfigError(f"run.seed = {config.run.seed}: must be in [0, 2^31)")
     training, optimizer, parallel = config.training, config.optimizer, config.parallel
     check_model(config.model)
     _positive(config.data, "data", "seq_len", "num_streams")

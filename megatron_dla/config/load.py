@@ -34,7 +34,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)  # YAML reads 1e-3 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number) and (hint is float or number.is_integer()):
             return hint(number)

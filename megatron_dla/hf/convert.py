@@ -20,11 +20,13 @@ from torch import Tensor
 
 from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, Layout, load_merged, save_weights, split_merged
 from megatron_dla.config import ModelSection, layer_letters
-from megatron_dla.config.checks import check_tensor_parallel
+from megatron_dla.config.checks import check_model, check_tensor_parallel
+from megatron_dla.config.load import from_dict
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.hf import mapping
 from megatron_dla.hf.card import model_card
 from megatron_dla.hf.load import TOKENIZER, check_tokenizer
+from megatron_dla.model.counts import count_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENTRY_FILES = ("modeling_dla", "configuration_dla", "tokenization_dla")
@@ -88,7 +90,7 @@ def _fresh_directory(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     """A temporary directory that becomes `out` if the body succeeds; an old one goes only then."""
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not overwrite:
-            raise UserError(f"{str(out)!r} exists: pass --overwrite or another directory")
+            raise UserError(f"{str(out)!r} exists: choose another directory (an earlier export: --overwrite)")
         if not (out / marker).is_file():
             raise UserError(
                 f"{str(out)!r} is no earlier export ({marker} is missing), not replaced: remove it yourself"
@@ -200,6 +202,7 @@ def to_hf(
     with _fresh_directory(out, overwrite, "config.json") as new:
         source = _tokenizer_file(checkpoint, tokenizer, Layout.load(checkpoint))
         merged, layout = load_merged(checkpoint)
+        _check_sizes(merged, layout.model, layout.vocab_size, checkpoint)
         state = _for_disk(mapping.to_hf_names(merged, layout.model), DTYPES[dtype] if dtype else None)
         del merged
         tokens = _write_tokenizer(new, source)
@@ -241,6 +244,14 @@ def load_hf_state(hf_dir: Path) -> dict[str, Tensor]:
     return state
 
 
+def _check_sizes(merged: dict[str, Tensor], section: ModelSection, vocab_size: int, path: Path) -> None:
+    held, wanted = sum(x.numel() for x in merged.values()), count_parameters(section, vocab_size)
+    if held != wanted:
+        raise CheckpointError(
+            f"{str(path)!r}: the weights hold {held:,} parameters, its configuration describes {wanted:,}: restore both"
+        )
+
+
 def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
     """Model section and raw config.json of an exported directory. Raises CheckpointError where it is not one."""
     try:
@@ -249,9 +260,14 @@ def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
             raise CheckpointError(f"{str(hf_dir)!r}: model_type is {config.get('model_type')!r}, this reads 'dla' only")
         names = {name: _RENAMED.get(name, name) for name in asdict(ModelSection()) if name != "pattern"}
         fields = {name: config[theirs] for name, theirs in names.items()}
-        return ModelSection(pattern=config["layer_letters"], **fields), config
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{str(hf_dir / 'config.json')!r} cannot be read: {error!r}") from error
+        section = from_dict({"model": {"pattern": config["layer_letters"], **fields}}).model
+        check_model(section)
+        return section, config
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{str(hf_dir / 'config.json')!r} is missing or damaged ({error}): export the model again"
+        raise CheckpointError(message) from error
 
 
 def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel: int = 1) -> Path:
@@ -274,6 +290,7 @@ def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel:
     with _fresh_directory(out, False, COMPLETE) as new:
         tags = mapping.parameter_tags(section, tensor_parallel)
         merged = mapping.from_hf_names(load_hf_state(source), section)
+        _check_sizes(merged, section, config["vocab_size"], source)
         for rank in range(tensor_parallel):
             save_weights(split_merged(merged, tags, rank, tensor_parallel), new, rank)
         Layout(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ def generate(
         raise UserError("--prompt is not valid UTF-8 text: check the terminal's encoding") from error
     if not prompt:
         raise UserError("--prompt is empty: give at least one character")
+    if not (math.isfinite(temperature) and 0 <= seed < 2**63):
+        raise UserError(f"--temperature {temperature}, --seed {seed}: want finite numbers, the seed in [0, 2^63)")
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: want at least 1")
     if temperature < 0 or not 0 < top_p <= 1:

@@ -127,8 +127,8 @@ def verify(checkpoint_dir: str | Path, hf_dir: str | Path, *, tolerance: float =
     Raises:
         UserError: a difference over the tolerance. CheckpointError: either side is missing or incomplete.
     """
-    if tokens < 1 or not tolerance > 0:
-        raise UserError(f"tokens = {tokens}, tolerance = {tolerance}: both must be positive")
+    if not 1 <= tokens <= 65536 or not tolerance > 0:
+        raise UserError(f"tokens = {tokens}, tolerance = {tolerance}: want 1 to 65536 tokens, a positive tolerance")
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(hf_dir)
     Layout.load(checkpoint)  # before anything slow
     exported = load_model(out, dtype=torch.float32)

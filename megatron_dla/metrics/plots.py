@@ -17,8 +17,11 @@ def plot_run(run_dir: Path) -> Path:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist: give the directory of a run (runs/NAME)")
-    metrics = read_metrics(path)
-    steps = [m for m in metrics if "loss" in m]
+    try:
+        metrics = read_metrics(path)
+        steps = [m for m in metrics if m.keys() >= {"step", "loss", "lr", "tokens_per_s"}]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{str(path)!r} is damaged ({error}): remove the broken line") from error
     if not steps:
         raise UserError(f"{str(path)!r} holds no training step yet")
     import matplotlib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -9,10 +10,11 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import torch
 
-from megatron_dla.checkpoint.manager import check_same_model, complete_checkpoints
+from megatron_dla.checkpoint.manager import check_same_layout, check_same_model, complete_checkpoints
 from megatron_dla.checkpoint.weights import Layout
 from megatron_dla.config import RunConfig, check_config, dump_config
 from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
@@ -80,8 +82,10 @@ def check_run(config: RunConfig, world_size: int) -> ShardIndex:
                 f"{str(run_dir)!r} already holds checkpoints: choose another run.name, or training.resume=true"
             )
         vocab = padded_vocab(index.vocab_size, config.model.vocab_multiple)
-        layout = Layout(config.model, vocab, index.tokenizer_sha256, 1, config.data.seq_len, 0, {})
+        tensor = config.parallel.tensor
+        layout = Layout(config.model, vocab, index.tokenizer_sha256, tensor, config.data.seq_len, 0, {})
         check_same_model(found[-1][1], layout)
+        check_same_layout(found[-1][1], tensor, world_size // tensor, config.training.zero_stage)
     return index
 
 
@@ -101,10 +105,26 @@ def _git_state() -> str | None:
     return result.stdout.strip() or None if result.returncode == 0 else None
 
 
-def prepare_run_directory(config: RunConfig, world_size: int) -> Path:
-    """Make runs/NAME with config.yaml, command.json and the tokenizer: what the run is, beside what it does."""
+def lock_run_directory(config: RunConfig) -> IO[str]:
+    """Make runs/NAME and hold it for this process; the lock goes with the returned file.
+
+    Raises:
+        CheckpointError: another process trains there.
+    """
     run_dir = run_directory(config)
     run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"{str(run_dir)!r} is in use by another run: wait for it, or choose another run.name"
+        raise CheckpointError(message) from error
+    return lock
+
+
+def describe_run(config: RunConfig, world_size: int) -> None:
+    """Write config.yaml, command.json and the tokenizer: what the run is, beside what it does."""
+    run_dir = run_directory(config)
     dump_config(config, run_dir / "config.yaml")
     command = {
         "argv": sys.argv,
@@ -117,7 +137,6 @@ def prepare_run_directory(config: RunConfig, world_size: int) -> Path:
     }
     (run_dir / "command.json").write_text(json.dumps(command, indent=1))
     (run_dir / TOKENIZER_NAME).write_bytes((Path(config.data.dir) / TOKENIZER_NAME).read_bytes())
-    return run_dir
 
 
 def describe(config: RunConfig, index: ShardIndex, world_size: int) -> str:
@@ -156,8 +175,15 @@ def train(config: RunConfig, *, dry_run: bool = False, world_size: int | None = 
     from megatron_dla.training.loop import Trainer
 
     initialize_distributed(device)
-    if torch.distributed.get_rank() == 0:
-        prepare_run_directory(config, world_size)
+    is_main = torch.distributed.get_rank() == 0
+    lock = lock_run_directory(config) if is_main else None
+    if is_main:
         print(describe(config, index, world_size), flush=True)
     torch.distributed.barrier()
-    return Trainer(config, run_directory(config), device, bf16).run()
+    trainer = Trainer(config, run_directory(config), device, bf16)
+    if is_main:
+        describe_run(config, world_size)  # only now: a refused resume leaves an earlier run as it was
+    code = trainer.run()
+    if lock is not None:
+        lock.close()
+    return code

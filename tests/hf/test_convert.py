@@ -165,7 +165,7 @@ def test_existing_output(exported, tmp_path):
     case = exported("gdn")
     out = to_hf(case.checkpoint, tmp_path / "out")
     (out / "stale").write_text("")
-    with pytest.raises(UserError, match="exists: pass --overwrite"):
+    with pytest.raises(UserError, match="exists: choose another directory"):
         to_hf(case.checkpoint, out)
     to_hf(case.checkpoint, out, overwrite=True)
     assert not (out / "stale").exists() and not list(tmp_path.glob(".out*"))

@@ -112,6 +112,19 @@ def test_a_run_starts_from_converted_weights_at_another_layout(ranks, data, plai
     assert load_merged(tmp_path / "second" / "checkpoints" / "step_1")[1].step == 1
 
 
+def test_a_refused_resume_leaves_the_run_as_it_was(ranks, capsys, data, tmp_path) -> None:
+    values = run_config(data, tmp_path, "mamba2", training={"steps": 1})
+    config = tmp_path / "tiny.yaml"
+    ranks(2).run(train_workers.train, values)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "tiny").iterdir() if p.is_file()}
+    for change, word in (({}, "data_parallel 2 -> 1"), ({"data": {"seq_len": 32}}, "data.seq_len = 64")):
+        config.write_text(yaml.safe_dump({k: v | change.get(k, {}) for k, v in values.items()}))
+        for arguments in (["train", str(config)], ["run", str(config), "--nproc", "1", "--dry-run"]):
+            assert main(arguments) == 2
+            assert word in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "tiny").iterdir() if p.is_file()} == before
+
+
 @pytest.mark.parametrize(
     "damage", ["mp_rank_00_model_states.pt", "random_00000.pt", "data_state.json", "complete.json"]
 )
@@ -161,7 +174,7 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(data, tmp_path) ->
     while not (log.exists() and '"step": 2,' in log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 75
     (saved,) = (tmp_path / "stopped" / "checkpoints").glob("step_*[0-9]")
     assert 2 <= int(saved.name.removeprefix("step_")) < 12
