@@ -61,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from megatron_dla.data_prep.cli import add_data_parser
     from megatron_dla.hf.cli import add_convert_parser, add_generate_parser
+    from megatron_dla.kernels.bench.cli import add_bench_parser
+    from megatron_dla.smoke.cli import add_smoke_parser
 
     parser = argparse.ArgumentParser(prog="dla", description="Pretraining with Dynamic Linear Attention.")
     parser.add_argument("--version", action="version", version=f"megatron-dla {__version__}")
@@ -69,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(subparsers)
     add_convert_parser(subparsers)
     add_generate_parser(subparsers)
+    add_smoke_parser(subparsers)
+    add_bench_parser(subparsers)
     return parser
 
 

@@ -1,10 +1,14 @@
-"""Shared fixtures: gloo rank pools, restarted where a test broke one."""
+"""Triton on the CPU where there is no GPU; shared fixtures: gloo rank pools, restarted where a test broke one."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import triton_interpreter
 from distributed import Ranks
+
+if not torch.cuda.is_available():
+    triton_interpreter.use_interpreter()  # before any test imports triton
 
 torch.set_num_threads(1)  # tests run side by side
 

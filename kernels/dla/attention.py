@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import cache as once
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -11,9 +15,34 @@ from .decode import decode_one, recurrent_partition
 from .naive import document_starts, naive_attention
 from .partition import compute_dtype, lanes, torch_partition, unlanes
 
-BACKENDS = ("auto", "naive", "torch")
+BACKENDS = ("auto", "naive", "torch", "triton")
 MERGES = ("density", "ward")
 TAU_TEMPERATURE = 0.1  # width of the surrogate sigmoid of a learned threshold
+
+
+@once
+def _kernels(name: str) -> ModuleType | str:
+    """A module of Triton kernels, or why it cannot be had.
+
+    By name, not by an import statement: these files also travel inside exported models, the kernels do not.
+    """
+    try:
+        return importlib.import_module(f"megatron_dla.kernels.dla.{name}")
+    except ImportError as error:
+        return str(error)
+
+
+def _choose(backend: str, k: Tensor, v: Tensor, capacity: int) -> str:
+    """`auto` resolved; ValueError where `triton` was asked for and cannot be had."""
+    if backend not in ("auto", "triton") or (backend == "auto" and not v.is_cuda):
+        return "torch" if backend == "auto" else backend
+    module = _kernels("triton_attention")
+    reason = module if isinstance(module, str) else module.unsupported(k, v, capacity)
+    if not reason:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend='triton' cannot be used here: {reason}; use backend='torch'")
+    return "torch"
 
 
 def _check(k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, tau, capacity: int, merge: str, backend: str):
@@ -35,7 +64,7 @@ def _check(k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, tau, capacit
     if merge not in MERGES:
         raise ValueError(f"merge must be one of {MERGES}, got {merge!r}")
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS} (triton kernels are not written yet), got {backend!r}")
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: int) -> None:
@@ -100,9 +129,10 @@ def partition(
         args = dict(tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache)
         return recurrent_partition(k, v, g, beta, **args)
     want_lo = isinstance(tau, Tensor) and tau.requires_grad
-    return torch_partition(
-        k, v, g, beta, tau=tau, capacity=capacity, cu_seqlens=cu_seqlens, cache=cache, want_lo=want_lo
-    )
+    decide = torch_partition
+    if _choose(backend, k, v, capacity) == "triton":
+        decide = _kernels("triton_partition").triton_partition
+    return decide(k, v, g, beta, tau=tau, capacity=capacity, cu_seqlens=cu_seqlens, cache=cache, want_lo=want_lo)
 
 
 _decide = partition  # `dla_attention` has an argument of that name
@@ -158,8 +188,9 @@ def dla_attention(
         cu_seqlens: int [n + 1], document borders over the flattened B * T tokens; memory is empty at each.
         cache: memory before the first token; with `cu_seqlens`, one entry a document, as is the returned one.
             Gradients flow into `cache.states` and out of the returned cache's.
-        backend: `naive` (float64 recurrence), `torch` (chunkwise), `auto` (the best one for the device).
-        chunk_size: tokens a chunk; changes the speed and the rounding, not the result.
+        backend: `naive` (float64 recurrence), `torch` (chunkwise), `triton` (GPU kernels; on a CPU only under Triton's
+            interpreter), `auto` (`triton` on a GPU where it takes the inputs, else `torch`).
+        chunk_size: tokens a chunk of the `torch` backend; changes the speed and the rounding, not the result.
 
     Returns:
         out [B, T, H, Dv] in v's dtype (states and decisions are fp32, or float64 for float64 inputs), and the final
@@ -198,13 +229,21 @@ def dla_attention(
         out, _, final = naive_attention(q, k, v, g, slot_weights, beta, **args)
         final.states, final.info = final.states.to(compute_dtype(v)), final.info.to(compute_dtype(v))
         return out.to(v.dtype), final if return_cache else None
+    backend = _choose(backend, k, v, capacity)
     if partition is None:
-        rule = dict(tau=tau, capacity=capacity, merge=merge)
+        rule = dict(tau=tau, capacity=capacity, merge=merge, backend=backend)
         partition = _decide(k, v, g, beta, cu_seqlens=cu_seqlens, cache=cache, **rule)
     if learned and partition.lo is None:
         raise ValueError("partition.lo is missing: compute the partition with the tau that requires a gradient")
     resets = document_starts(cu_seqlens, B, T, v.device).repeat_interleave(H, dim=0)
     slots, slot_death, states = _incoming(cache, partition, k, v, capacity)
+    if backend == "triton":
+        attend = _kernels("triton_attention").triton_attention
+        out, final = attend(
+            q, k, v, g, slot_weights, beta, part=partition, cu_seqlens=cu_seqlens, tau=tau,
+            temperature=tau_temperature, cache=cache, slot_death=slot_death, states=states, want_final=return_cache,
+        )  # fmt: skip
+        return out, _final_cache(final, partition, resets, slots, slot_death, cache) if return_cache else None
     flat = [_flat(x) for x in (partition.start, partition.death, partition.score, partition.lo)]
     tau_lanes = torch.as_tensor(tau, device=v.device, dtype=states.dtype).expand(H).repeat(B)
     inputs = [None if x is None else lanes(x, H, states.dtype) for x in (q, k, v, g, slot_weights, beta)]
@@ -289,15 +328,17 @@ def decode_step(
     tau: float | Tensor,
     capacity: int = 30,
     merge: str = "density",
+    backend: str = "auto",
 ) -> tuple[Tensor, SlotCache]:
     """One token (T = 1) on a cache, which is changed in place; cost and memory do not depend on the context.
 
-    Arguments as `dla_attention`. No gradient. Returns out [B, 1, H, Dv] and the same cache.
+    Arguments as `dla_attention` (`naive` is `torch` here: one step of the recurrence). No gradient. Returns out
+    [B, 1, H, Dv] and the same cache.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, backend="auto")
+    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, backend=backend)
     if q.shape != k.shape:
         raise ValueError(f"q and k must have the same shape, got {tuple(q.shape)} and {tuple(k.shape)}")
     if v.shape[1] != 1:
@@ -305,4 +346,6 @@ def decode_step(
     if slot_weights.shape != (*v.shape[:3], capacity):
         raise ValueError(f"slot_weights must be {(*v.shape[:3], capacity)}, got {tuple(slot_weights.shape)}")
     _check_cache(cache, v.shape[0], k, v, capacity)
+    if merge == "density" and _choose(backend, k, v, capacity) == "triton":
+        return _kernels("triton_decode").triton_decode(q, k, v, g, slot_weights, cache, beta, tau=tau), cache
     return decode_one(q, k, v, g, slot_weights, cache, beta, tau=tau, merge=merge), cache

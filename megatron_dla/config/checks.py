@@ -94,6 +94,22 @@ def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_
         )
 
 
+def check_tau_gate(config: RunConfig) -> None:
+    """The annealed soft gate's keys."""
+    training = config.training
+    if training.tau_gate == "annealed" and config.model.tau_mode != "learned":
+        raise ConfigError("training.tau_gate = annealed needs model.tau_mode = learned (a fixed tau has no gradient)")
+    if not 0 < training.tau_anneal_share < 1:
+        raise ConfigError(
+            f"training.tau_anneal_share = {training.tau_anneal_share}: must be between 0 and 1 (the end is hard)"
+        )
+    if not 0 < training.tau_temperature_end <= training.tau_temperature_start:
+        raise ConfigError(
+            f"training.tau_temperature_end = {training.tau_temperature_end}: must be positive and at most "
+            f"tau_temperature_start = {training.tau_temperature_start}"
+        )
+
+
 def check_config(config: RunConfig, world_size: int) -> None:
     """Everything that would make a real start fail, before anything is started or written.
 
@@ -138,6 +154,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
         raise ConfigError(f"training.zero_stage = {training.zero_stage}: must be 0, 1, 2 or 3")
     if training.zero_stage == 3 and parallel.tensor > 1:
         raise ConfigError("training.zero_stage = 3 with parallel.tensor > 1 is not supported yet: use stage 1 or 2")
+    check_tau_gate(config)
     _positive(optimizer, "optimizer", "lr", "eps")
     if not 0 <= optimizer.min_lr_ratio <= 1:
         raise ConfigError(f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio}: a share of lr, in [0, 1]")

@@ -122,6 +122,13 @@ class TrainingSection:
     """auto: bf16 on CUDA, fp32 on a CPU."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0, 1, 2 or 3 (3 only without tensor parallelism)."""
+    tau_gate: Literal["hard", "annealed"] = "hard"
+    """How a learned tau is trained: hard slots with a straight-through gradient, or soft gates that cool down first."""
+    tau_anneal_share: float = 0.8
+    """annealed: share of the steps with soft gates (quadratic in seq_len); the rest trains hard, as inference is."""
+    tau_temperature_start: float = 0.3
+    """annealed: width of the gate's sigmoid at the first step; falls geometrically to tau_temperature_end."""
+    tau_temperature_end: float = 0.03
     log_every: int = 10
     eval_every: int = 500
     """Steps between validations; the first is before step 1, the last after the end. 0 = never."""

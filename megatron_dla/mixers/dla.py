@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from megatron_dla.config import ModelSection
 from megatron_dla.kernels.dla import dla_attention, partition
 from megatron_dla.kernels.dla.naive import document_starts
+from megatron_dla.kernels.dla.soft import soft_attention
 from megatron_dla.mixers import functional
 from megatron_dla.mixers.norms import ones
 from megatron_dla.parallel.tags import Init, Tag, set_tag, sum_gradient
@@ -101,6 +102,7 @@ class DLAMixer(MegatronModule):
         self.delta = model.backbone == "gdn"
         self.boundaries: Tensor | None = None  # boundary counts since the last `take_boundary_rate`, [H local]
         self.tokens = 0
+        self.gate_temperature: float | None = None  # soft gates in training, set by the trainer each step; None = hard
         inner, qk = model.num_heads * model.value_dim, model.num_groups * model.key_dim
         sections = [("gate", inner), ("value", inner)]
         sections += [] if self.shared_groups else [("query", qk), ("key", qk)]
@@ -235,7 +237,12 @@ class DLAMixer(MegatronModule):
         rule = {"tau": tau, "capacity": m.capacity, "merge": m.merge, "cu_seqlens": cu_seqlens, "backend": self.backend}
         decided = partition(key, write, g, beta, **rule)
         self._count(decided.start)
-        out, _ = dla_attention(query, key, write, g, weights, beta, partition=decided, **rule)
+        inputs = query, key, write, g, weights, beta
+        if self.training and self.gate_temperature is not None:
+            soft = {"tau": tau, "temperature": self.gate_temperature, "cu_seqlens": cu_seqlens}
+            out, _ = soft_attention(*inputs, partition=decided, **soft)
+        else:
+            out, _ = dla_attention(*inputs, partition=decided, **rule)
         return out if self.delta else out + self.D[:, None].to(value.dtype) * value
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from megatron_dla.metrics.sinks import JsonlSink, console_line
 from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence, padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, process_groups
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
+from megatron_dla.training.schedule import gate_temperature
 from megatron_dla.training.signals import STOPPED, StopRequest
 from megatron_dla.training.validation import validate
 
@@ -115,6 +116,9 @@ class Trainer:
         scale = len(batches) * self.groups.dp.size() / counted.item()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.lr = self.engine.get_lr()[0]  # before the schedule moves on
+        self.gate_temperature = gate_temperature(self.step, self.config.training)
+        for mixer in self.mixers:
+            mixer.gate_temperature = self.gate_temperature
         for batch in batches:
             tokens, labels, mask = (x.to(self.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
             cu_seqlens = batch.cu_seqlens.to(self.device) if self.config.data.reset_at_documents else None
@@ -148,6 +152,8 @@ class Trainer:
             "data_wait_s": self.loader.last_wait_s,
             "data_crc32": self.data_crc32,  # of this rank's rows of the step: two runs read the same data
         }
+        if self.config.training.tau_gate == "annealed":
+            metrics["gate_temperature"] = self.gate_temperature
         if self.mixers:
             rates = self._boundary_rates()
             metrics |= {

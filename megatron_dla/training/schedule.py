@@ -1,16 +1,30 @@
-"""Learning-rate schedule: linear warm-up, then cosine decay."""
+"""What changes from step to step: the learning rate and the temperature of annealed soft gates."""
 
 from __future__ import annotations
 
 import math
 
-from megatron_dla.config import OptimizerSection
+from megatron_dla.config import OptimizerSection, TrainingSection
 
 
 def lr_factor(step: int, section: OptimizerSection, total_steps: int) -> float:
-    """Share of the peak learning rate for the optimizer step after `step` finished ones."""
+    """Share of the peak learning rate for the optimizer step after `step` finished ones: linear warm-up, then cosine
+    decay."""
     if step < section.warmup_steps:
         return (step + 1) / section.warmup_steps
     span = max(1, total_steps - section.warmup_steps)
     progress = min(1.0, (step - section.warmup_steps) / span)
     return section.min_lr_ratio + (1 - section.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def gate_temperature(step: int, section: TrainingSection) -> float | None:
+    """Temperature of the soft gates for the optimizer step after `step` finished ones; None: hard slots.
+
+    Geometric from start to end over the first `tau_anneal_share` of the steps, so that a step late in the phase is as
+    large a share of the temperature as an early one.
+    """
+    soft_steps = round(section.tau_anneal_share * section.steps)
+    if section.tau_gate != "annealed" or step >= soft_steps:
+        return None
+    ratio = section.tau_temperature_end / section.tau_temperature_start
+    return section.tau_temperature_start * ratio ** (step / max(1, soft_steps - 1))

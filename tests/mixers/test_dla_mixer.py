@@ -68,6 +68,31 @@ def test_it_starts_as_its_backbone(name: str) -> None:
     assert (log_linear.slot_bias == 0).all() and log_linear.in_proj.weight[-12:].abs().max() > 0
 
 
+@pytest.mark.parametrize("name", ["mamba2", "gdn"])
+def test_soft_gates_only_in_training(name: str) -> None:
+    """Warm gates change the training output and give tau its gradient; cold ones, and evaluation, are the hard form."""
+    net = model(SECTIONS[name], tau_mode="learned", tau=1.2, capacity=64)  # nothing merges in 40 tokens
+    perturb(net, SECTIONS[name])
+    ids = torch.randint(0, 90, (2, 40))
+    packed = packed_sequence(torch.tensor([0, 13, 40, 80], dtype=torch.int32), 40)
+
+    def logits(temperature: float | None) -> torch.Tensor:
+        for mixer in dla_mixers(net):
+            mixer.gate_temperature = temperature
+        return net(ids, None, None, packed_seq_params=packed)
+
+    hard = logits(None)
+    assert torch.equal(logits(0.3), hard)
+    net.train()
+    torch.testing.assert_close(logits(1e-9), hard, rtol=1e-9, atol=1e-9)
+    warm = logits(0.3)
+    assert (warm - hard).abs().max() > 1e-3
+    warm.square().sum().backward()
+    for mixer in dla_mixers(net):
+        assert mixer.tau.grad.abs().min() > 0
+    assert mixer.take_boundary_rate().shape == (4,)
+
+
 def test_boundary_rate_counts_and_starts_again() -> None:
     net = model(SECTIONS["gdn"], tau=0.0)
     net(torch.randint(0, 90, (2, 40)), None, None)

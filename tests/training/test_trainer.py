@@ -84,6 +84,25 @@ def test_bf16_keeps_the_scalars_of_the_recurrence_fp32(ranks, data, tmp_path, st
         assert dtypes["A_log"][1] and dtypes["slot_bias"][1], "an fp32 parameter is not trained"
 
 
+def test_annealed_gates_cool_down_and_end_hard(ranks, data, tmp_path) -> None:
+    model = {
+        "tau_mode": "learned",
+        "slot_weight_init": "log_linear",
+        "init_std": 0.3,
+    }  # from `backbone` all weights start at 1
+    training = {"tau_gate": "annealed", "tau_anneal_share": 0.6}
+    values = run_config(data, tmp_path, "mamba2", model=model, training=training)
+    metrics = ranks(2).run(train_workers.train, values)[0]
+    temperatures = [m["gate_temperature"] for m in metrics]
+    assert temperatures[3:] == [None, None]
+    assert temperatures[:3] == pytest.approx([0.3, 0.09487, 0.03], rel=1e-4)
+    values = run_config(data, tmp_path, "mamba2", model=model, run={"name": "hard"})
+    hard = ranks(2).run(train_workers.train, values)[0]
+    assert "gate_temperature" not in hard[0]
+    gap = abs(metrics[0]["loss"] / hard[0]["loss"] - 1)
+    assert 1e-6 < gap < 0.05
+
+
 def test_changed_optimizer_settings_hold_after_a_resume(ranks, data, tmp_path) -> None:
     values = run_config(data, tmp_path, "mamba2")
     ranks(2).run(train_workers.train, values)

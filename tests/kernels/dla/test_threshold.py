@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from cases import Case
-from test_dla_attention import assert_same
+from cases import CASES, Case
+from dense_threshold import dense_threshold_gradient, random_problem
+from test_dla_attention import assert_same, random_case
 
 from megatron_dla.kernels.dla import dla_attention, partition
+from megatron_dla.kernels.dla import threshold as threshold_module
 from megatron_dla.kernels.dla.naive import document_starts, naive_attention, slot_of
+from megatron_dla.kernels.dla.threshold import threshold_gradient
 
 
 def by_definition(case: Case, x: dict, decided, cotangent: torch.Tensor, tau: torch.Tensor, temperature: float):
@@ -59,6 +62,36 @@ def test_gradient_equals_its_definition(delta: bool, documents: tuple) -> None:
     assert_same(got, want, "dtau", 1e-6)  # the stored score is fp32
     alone, _ = dla_attention(**x, tau=tau, **rule, tau_temperature=0.2)
     assert torch.equal(alone, out)
+
+
+@pytest.mark.parametrize("case", [*CASES, *(random_case(i) for i in range(20))], ids=lambda c: c.name)
+def test_linear_pass_equals_the_dense_definition(case: Case) -> None:
+    args = random_problem(case)
+    assert_same(threshold_gradient(*args), dense_threshold_gradient(*args), "dtau", 1e-12)
+
+
+def test_cases_have_fired_and_unfired_toggles_and_partial_ranges() -> None:
+    """What the comparison above would be blind without."""
+    _, _, start, death, lo, _, begin, _, _ = random_problem(CASES[0])
+    T = start.shape[1]
+    assert (start & (death < T)).any() and (~start).any()
+    full = lo > begin.clamp(min=0)  # with a full cache only a part of the tokens moves
+    assert (full & start).any() and (full & ~start).any()
+
+
+def test_lanes_are_independent_of_their_grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = random_problem(Case("groups", T=60, B=3, documents=(40, 90)))
+    whole = threshold_gradient(*args)
+    monkeypatch.setattr(threshold_module, "ELEMENTS", 1)
+    assert_same(threshold_gradient(*args), whole, "dtau", 1e-13)
+
+
+def test_fp32_weights_cost_no_digits() -> None:
+    args = random_problem(Case("fp32", T=300, B=1, topic=5), torch.float32)
+    double = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    got = threshold_gradient(*args)
+    assert got.dtype == torch.float32
+    assert_same(got.double(), dense_threshold_gradient(*double), "dtau", 1e-6)
 
 
 @pytest.mark.parametrize("case", [Case("a", tau=1.0, T=120), Case("b", tau=1.1, T=90, documents=(30, 70, 140))])

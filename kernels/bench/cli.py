@@ -1,0 +1,47 @@
+"""`dla bench kernels`: arguments, and the order of what is done."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+LENGTHS = {"cuda": [2048 << i for i in range(7)], "cpu": [2048, 4096, 8192, 16384]}
+CONTEXTS = {"cuda": [1 << n for n in (10, 12, 14, 16, 18, 20)], "cpu": [1 << n for n in (10, 12, 14)]}
+DEFAULTS = {
+    "cuda": {"capacities": [15, 30], "dims": [64, 128], "heads": 16},
+    "cpu": {"capacities": [30], "dims": [64], "heads": 16},
+}
+
+
+def add_bench_parser(subparsers: Any) -> None:
+    """Add `bench kernels` to an argparse subparsers object; `func(args)` gives the exit code."""
+    parser = subparsers.add_parser("bench", help="measure speed and memory on this machine")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="kernels")
+    text = (
+        "Time DLA beside PyTorch's attention and fla's linear ones in one run, with memory and the share of the "
+        "floating-point and traffic floor. On a CPU: the chunkwise path against the token recurrence; exit code 1 "
+        "where a target is missed."
+    )
+    kernels = actions.add_parser("kernels", help="the attention kernels alone", description=text)
+    kernels.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    kernels.add_argument("--lengths", type=int, nargs="+", metavar="T", help="tokens (default: 2K..128K; CPU: 2K..16K)")
+    kernels.add_argument("--capacities", type=int, nargs="+", metavar="K", help="slots (default: 15 30; CPU: 30)")
+    kernels.add_argument("--dims", type=int, nargs="+", metavar="D", help="head dims (default: 64 128; CPU: 64)")
+    kernels.add_argument("--heads", type=int, metavar="H", help="default: 16")
+    kernels.add_argument("--backbones", nargs="+", choices=("mamba2", "gdn"), default=["mamba2", "gdn"])
+    kernels.add_argument("--seed", type=int, default=0)
+    kernels.add_argument(
+        "--budget", type=float, metavar="S", help="seconds of repeats a measurement (default: 0.5; CPU: 1.5)"
+    )
+    kernels.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
+    kernels.add_argument(
+        "--tune", action="store_true", help="CUDA only: find and write this GPU's launch configurations"
+    )
+    kernels.set_defaults(func=_kernels)
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from .run import bench_kernels
+
+    return bench_kernels(args)

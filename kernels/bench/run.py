@@ -1,0 +1,110 @@
+"""One run of `dla bench kernels`: checks the request, measures, prints, writes."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from megatron_dla.errors import UserError
+
+from ..common.tuned import gpu_slug
+from . import gates, report
+from .account import measure_ceilings
+from .cli import CONTEXTS, DEFAULTS, LENGTHS
+from .methods import usable_backend
+from .sweep import Record, Sweep, run_decode, run_sweep
+from .timing import Stopwatch
+
+
+def resolve_device(asked: str | None, option: str = "--device") -> torch.device:
+    """The device to measure on. Raises UserError where CUDA is asked for and absent."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{option} cuda: no CUDA device on this machine: use {option} cpu")
+    return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _numbers(args: argparse.Namespace, name: str, default: Any, least: int) -> Any:
+    value = getattr(args, name) or default
+    for x in value if isinstance(value, list) else [value]:
+        if x < least:
+            raise UserError(f"--{name} {x}: want at least {least}")
+    return sorted(set(value)) if isinstance(value, list) else value
+
+
+def make_sweep(args: argparse.Namespace, device: torch.device, backend: str) -> Sweep:
+    """The request with this device's defaults, ceilings measured. Raises UserError on a size that cannot be."""
+    default: dict[str, Any] = DEFAULTS[device.type]
+    asked = {
+        "lengths": _numbers(args, "lengths", LENGTHS[device.type], 2),
+        "capacities": _numbers(args, "capacities", default["capacities"], 2),
+        "dims": _numbers(args, "dims", default["dims"], 1),
+        "heads": _numbers(args, "heads", default["heads"], 1),
+    }
+    cuda = device.type == "cuda"
+    watch = Stopwatch(device, budget_s=args.budget or (0.5 if cuda else 1.5), least=3 if cuda else 2)
+    return Sweep(
+        device=device, backend=backend, seed=args.seed, backbones=args.backbones, watch=watch,
+        ceilings=measure_ceilings(watch), backward=cuda, dtype=torch.bfloat16 if cuda else torch.float32,
+        limit_s=20.0 if cuda else 60.0, **asked,
+    )  # fmt: skip
+
+
+def bench_kernels(args: argparse.Namespace) -> int:
+    """Exit code 0, or 1 where a CPU target is missed. Raises UserError for a request that cannot be measured."""
+    if args.tune and (args.device == "cpu" or not torch.cuda.is_available()):
+        raise UserError(
+            f"--tune --device {args.device or 'cpu'}: launch configurations are measured on a CUDA device only"
+        )
+    device = resolve_device(args.device)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} is a file: give a directory")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # see Stopwatch
+    backend, words = usable_backend(device)
+    facts = report.environment(device)
+    name = facts.get("gpu") or f"{facts['machine']}, {facts['threads']} threads"
+    print(f"{name} | torch {facts['torch']} triton {facts['triton']} fla {facts['fla']} | DLA backend: {words}")
+    sweep = make_sweep(args, device, backend)
+    print(f"measured here: {sweep.ceilings.tflops:.3g} TFLOP/s matrix product, {sweep.ceilings.tbytes:.3g} TB/s copy")
+    if args.tune:
+        from .tune import tune
+
+        return tune(sweep, facts)
+    return _measure(args, sweep, facts, name)
+
+
+def _measure(args: argparse.Namespace, sweep: Sweep, facts: dict[str, Any], name: str) -> int:
+    def show(record: Record, progress: str) -> None:
+        text = gates.recurrence_line(record) if record["kind"] == "recurrence" else report.table_line(record)
+        print(f"{text}  {progress}", flush=True)
+
+    begin, device = time.monotonic(), sweep.device
+    print(report.header())
+    run_sweep(sweep, show)
+    contexts = [c for c in CONTEXTS[device.type] if c <= 8 * max(sweep.lengths)]
+    run_decode(sweep, contexts, show)
+    verdicts = []
+    if device.type == "cpu":
+        gates.look_again(sweep)
+        sweep.records += gates.recurrence_records(sweep, show)
+        verdicts = gates.check_targets(sweep.records, sweep.lengths)
+    for passed, text in verdicts:
+        print(f"{'PASS' if passed else 'FAIL'} {text}")
+    stem = f"kernels_{gpu_slug(facts['gpu']) if device.type == 'cuda' else 'cpu'}"
+    facts |= {
+        "wall_s": round(time.monotonic() - begin, 1),
+        "config": {
+            "backend": sweep.backend, "seed": sweep.seed, "lengths": sweep.lengths, "capacities": sweep.capacities,
+            "dims": sweep.dims, "heads": sweep.heads, "backbones": sweep.backbones, "dtype": str(sweep.dtype),
+        },
+        "ceilings": sweep.ceilings.as_dict(), "targets": [{"passed": p, "text": t} for p, t in verdicts],
+        "records": sweep.records,
+    }  # fmt: skip
+    print(f"wrote {report.write_json(args.out / f'{stem}.json', facts)} ({facts['wall_s']:.0f} s)")
+    title = f"{name}, torch {facts['torch']}, {facts['date'][:10]}, H = {sweep.heads}, B = 1"
+    plot = report.draw(args.out / f"{stem}.png", sweep.records, title)
+    print(f"wrote {plot}" if plot else "plot left out: matplotlib is not installed")
+    return 0 if all(passed for passed, _ in verdicts) else 1

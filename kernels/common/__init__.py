@@ -1,0 +1,1 @@
+"""What the kernels share: ahead-of-time compilation and its resource report (`aot.py`)."""
