@@ -116,7 +116,7 @@ class Checkpointer:
             partial.mkdir(parents=True)
         dist.barrier()
         self.engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
-        if self.groups.dp.rank() == 0:
+        if self.groups.dp_cp.rank() == 0:
             state = dict(self.engine.module.named_parameters())
             save_weights(state, partial, self.groups.tp.rank())  # type: ignore[arg-type]
         torch.save(_random_state(), partial / f"random_{self.rank:05d}.pt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_dla.config.schema import ModelSection, RunConfig
+from megatron_dla.config.schema import ModelSection, ParallelSection, RunConfig
 from megatron_dla.errors import ConfigError
 
 
@@ -94,6 +94,42 @@ def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_
         )
 
 
+def check_context_parallel(model: ModelSection, parallel: ParallelSection, seq_len: int) -> None:
+    """What the context-parallel size must divide."""
+    size, tensor = parallel.context_parallel_size, parallel.tensor
+    if size < 1:
+        raise ConfigError(f"parallel.context_parallel_size = {size}: must be at least 1")
+    if size == 1:
+        return
+    pieces = size * (tensor if parallel.sequence else 1)
+    if seq_len % pieces:
+        raise ConfigError(
+            f"data.seq_len = {seq_len} is not divisible by parallel.context_parallel_size"
+            f"{' x tensor (parallel.sequence)' if parallel.sequence else ''} = {pieces}: use a multiple of {pieces}"
+        )
+    heads, groups = {}, {}
+    if "D" in layer_letters(model):
+        heads["num_heads"] = model.num_heads
+        groups["num_groups"] = max(1, model.num_groups // tensor)
+    if "A" in layer_letters(model):
+        heads["attention_heads"] = model.attention_heads
+        groups["attention_groups"] = model.attention_groups // tensor
+    valid = [n for n in range(1, math.gcd(*heads.values()) // tensor + 1) if _fits(n, tensor, heads, groups)]
+    if size not in valid:
+        named = ", ".join(f"model.{key} = {getattr(model, key)}" for key in (*heads, *groups))
+        raise ConfigError(
+            f"parallel.context_parallel_size = {size} with parallel.tensor = {tensor}: heads must be divisible by "
+            f"their product {size * tensor}, and a tensor-parallel rank's q/k groups must divide the size or be its "
+            f"multiple ({named}): use parallel.context_parallel_size in {{{', '.join(map(str, valid))}}}"
+        )
+
+
+def _fits(size: int, tensor: int, heads: dict[str, int], groups: dict[str, int]) -> bool:
+    return all(n % (tensor * size) == 0 for n in heads.values()) and all(
+        n % size == 0 or size % n == 0 for n in groups.values()
+    )
+
+
 def check_config(config: RunConfig, world_size: int) -> None:
     """Everything that would make a real start fail, before anything is started or written.
 
@@ -111,12 +147,16 @@ def check_config(config: RunConfig, world_size: int) -> None:
     check_model(config.model)
     _positive(config.data, "data", "seq_len", "num_streams")
     check_tensor_parallel(config.model, parallel.tensor, parallel.sequence, config.data.seq_len)
-    if world_size % parallel.tensor:
+    check_context_parallel(config.model, parallel, config.data.seq_len)
+    ranks, name = parallel.tensor, "parallel.tensor"
+    if parallel.context_parallel_size > 1:
+        ranks, name = ranks * parallel.context_parallel_size, "parallel.tensor x parallel.context_parallel_size"
+    if world_size % ranks:
         raise ConfigError(
-            f"parallel.tensor = {parallel.tensor} does not divide the {world_size} processes of this run: "
-            f"start a multiple of {parallel.tensor} (dla run --nproc {parallel.tensor} ...)"
+            f"{name} = {ranks} does not divide the {world_size} processes of this run: "
+            f"start a multiple of {ranks} (dla run --nproc {ranks} ...)"
         )
-    data_parallel = world_size // parallel.tensor
+    data_parallel = world_size // ranks
     _positive(training, "training", "steps", "global_batch_size", "micro_batch_size", "log_every")
     rows = training.micro_batch_size * data_parallel
     if training.global_batch_size % rows:
@@ -136,8 +176,6 @@ def check_config(config: RunConfig, world_size: int) -> None:
         )
     if training.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"training.zero_stage = {training.zero_stage}: must be 0, 1, 2 or 3")
-    if training.zero_stage == 3 and parallel.tensor > 1:
-        raise ConfigError("training.zero_stage = 3 with parallel.tensor > 1 is not supported yet: use stage 1 or 2")
     _positive(optimizer, "optimizer", "lr", "eps")
     if not 0 <= optimizer.min_lr_ratio <= 1:
         raise ConfigError(f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio}: a share of lr, in [0, 1]")

@@ -88,6 +88,10 @@ class ParallelSection:
     """Processes that share each layer, by heads and columns."""
     sequence: bool = False
     """Megatron sequence parallelism between the tensor-parallel regions (needs tensor > 1)."""
+    context_parallel_size: int = 1
+    """Processes that share each row: every one holds a contiguous part of its tokens."""
+    cp_scheme: Literal["heads", "chain"] = "heads"
+    """heads: all-to-all to heads around the recurrence. chain: the slot memory is handed from rank to rank."""
 
 
 @dataclass

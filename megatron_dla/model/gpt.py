@@ -28,6 +28,7 @@ def transformer_config(section: ModelSection, parallel: ParallelSection, dtype: 
         ffn_hidden_size=section.ffn_hidden_size,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context_parallel_size,
         normalization="RMSNorm",
         layernorm_epsilon=section.norm_eps,
         add_bias_linear=False,
@@ -62,11 +63,13 @@ def build_model(
     """A GPTModel with DLA layers, tagged and initialised; Megatron's groups must exist.
 
     `forward(input_ids [B, S], position_ids, attention_mask, labels=...)` gives the loss of each token [B, S], or
-    logits [B, S, vocab / TP] without labels. `vocab_size` is the tokenizer's; the model pads it.
+    logits [B, S, vocab / TP] without labels; under context parallelism S is this rank's part of the row.
+    `vocab_size` is the tokenizer's; the model pads it. `seq_len` counts whole rows.
     """
     config = transformer_config(section, parallel, dtype, device == "cpu")
     from megatron.core.models.gpt import GPTModel
 
+    from megatron_dla.mixers.softmax import ContiguousRotary
     from megatron_dla.model.init import initialise, tag_megatron_parameters
     from megatron_dla.model.spec import block_spec
     from megatron_dla.parallel.groups import process_groups
@@ -74,7 +77,7 @@ def build_model(
     groups = process_groups()
     model = GPTModel(
         config,
-        block_spec(section, backend),
+        block_spec(section, backend, parallel.cp_scheme),
         vocab_size=padded_vocab(vocab_size, section.vocab_multiple),
         max_sequence_length=seq_len,
         position_embedding_type="rope" if "A" in layer_letters(section) else "none",
@@ -82,6 +85,8 @@ def build_model(
         share_embeddings_and_output_weights=section.tie_embeddings,
         pg_collection=groups,
     )
+    if groups.cp.size() > 1 and "A" in layer_letters(section):
+        model.rotary_pos_emb = ContiguousRotary(model.rotary_pos_emb, groups.cp)
     tag_megatron_parameters(model, section)
     initialise(model, section, seed, groups.tp.rank(), groups.tp.size())
     return model
@@ -90,7 +95,8 @@ def build_model(
 def packed_sequence(cu_seqlens: torch.Tensor | None, seq_len: int):
     """Megatron's PackedSeqParams for rows of packed documents (sbhd), or None.
 
-    `cu_seqlens`: int32 [n + 1] over the flattened B * S tokens, every row start included.
+    `cu_seqlens`: int32 [n + 1] over the flattened B * S tokens of whole rows (at every context-parallel size), every
+    row start included.
     """
     if cu_seqlens is None:
         return None

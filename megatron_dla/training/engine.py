@@ -11,7 +11,7 @@ from torch import nn
 from megatron_dla import compat
 from megatron_dla.config import RunConfig
 from megatron_dla.mixers.dla import FP32_PARAMETERS
-from megatron_dla.parallel.mpu import TensorDataMpu
+from megatron_dla.parallel.mpu import make_mpu
 from megatron_dla.training.schedule import lr_factor
 
 
@@ -90,7 +90,7 @@ def build_engine(
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
         config=deepspeed_config(config, groups.dp.size(), bf16),
-        mpu=TensorDataMpu(groups.tp, groups.dp, groups.pp),
+        mpu=make_mpu(groups),
         dist_init_required=False,
     )
     return engine

@@ -19,10 +19,11 @@ from megatron_dla.data_prep.index import ShardIndex
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.metrics.meters import StepMeter, memory_gb
 from megatron_dla.metrics.sinks import JsonlSink, console_line
-from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence, padded_vocab
+from megatron_dla.model.gpt import build_model, dla_mixers, padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, process_groups
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
 from megatron_dla.training.signals import STOPPED, StopRequest
+from megatron_dla.training.step import train_step
 from megatron_dla.training.validation import validate
 
 
@@ -36,7 +37,7 @@ class Trainer:
     def __init__(self, config: RunConfig, run_dir: Path, device: str, bf16: bool) -> None:
         self.config, self.run_dir = config, run_dir
         initialize_distributed(device)
-        initialize_model_parallel(config.parallel.tensor, config.run.seed)
+        initialize_model_parallel(config.parallel.tensor, config.run.seed, config.parallel.context_parallel_size)
         self.groups = process_groups()
         self.is_main = dist.get_rank() == 0
         self.device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
@@ -108,24 +109,9 @@ class Trainer:
         """One optimizer step over the global batch; returns its mean loss (nats a token)."""
         batches = self.loader.next_step()
         self.data_crc32 = zlib.crc32(b"".join(b.tokens.numpy().tobytes() for b in batches))
-        counted = torch.stack([b.loss_mask.sum() for b in batches]).sum().double().to(self.device)
-        dist.all_reduce(counted, group=self.groups.dp)
-        # DeepSpeed averages over micro-batches and replicas; dividing by the batch's own count of tokens makes the
-        # gradient that of the mean over all its tokens, whatever the layout
-        scale = len(batches) * self.groups.dp.size() / counted.item()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.lr = self.engine.get_lr()[0]  # before the schedule moves on
-        for batch in batches:
-            tokens, labels, mask = (x.to(self.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
-            cu_seqlens = batch.cu_seqlens.to(self.device) if self.config.data.reset_at_documents else None
-            packed = packed_sequence(cu_seqlens, self.config.data.seq_len)
-            losses = self.engine(tokens, None, None, labels=labels, packed_seq_params=packed)
-            loss = (losses.float() * mask).sum()
-            self.engine.backward(loss * scale)
-            self.engine.step()
-            total += loss.detach()
-        dist.all_reduce(total, group=self.groups.dp)
-        mean = (total / counted).item()
+        data = self.config.data
+        mean = train_step(self.engine, batches, self.groups, self.device, data.seq_len, data.reset_at_documents)
         if not math.isfinite(mean):
             raise FloatingPointError(
                 f"the loss is {mean} at step {self.step + 1}: lower optimizer.lr or check the data"
@@ -159,13 +145,13 @@ class Trainer:
     def _boundary_rates(self) -> torch.Tensor:
         """[layers, H] over all tokens since the last call (a collective)."""
         local = torch.stack([mixer.take_boundary_rate() for mixer in self.mixers]).contiguous()
-        dist.all_reduce(local, group=self.groups.dp)
+        dist.all_reduce(local, group=self.groups.dp_cp)
         parts = [torch.empty_like(local) for _ in range(self.groups.tp.size())]
         dist.all_gather(parts, local, group=self.groups.tp)
         return torch.cat(parts, 1) / self.groups.dp.size()
 
     def _validate(self) -> dict[str, float]:
-        values = validate(self.engine, self.config, self.token_bytes, self.groups.dp)
+        values = validate(self.engine, self.config, self.token_bytes, self.groups)
         for mixer in self.mixers:
             mixer.take_boundary_rate()  # held-out tokens are not part of the training rate
         return values

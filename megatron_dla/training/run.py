@@ -85,7 +85,12 @@ def check_run(config: RunConfig, world_size: int) -> ShardIndex:
         tensor = config.parallel.tensor
         layout = Layout(config.model, vocab, index.tokenizer_sha256, tensor, config.data.seq_len, 0, {})
         check_same_model(found[-1][1], layout)
-        check_same_layout(found[-1][1], tensor, world_size // tensor, config.training.zero_stage)
+        check_same_layout(
+            found[-1][1],
+            tensor,
+            world_size // (tensor * config.parallel.context_parallel_size),
+            config.training.zero_stage,
+        )
     return index
 
 
@@ -141,18 +146,19 @@ def describe_run(config: RunConfig, world_size: int) -> None:
 
 def describe(config: RunConfig, index: ShardIndex, world_size: int) -> str:
     """What a start would do, in a few lines."""
-    training, tensor = config.training, config.parallel.tensor
+    training, tensor, context = config.training, config.parallel.tensor, config.parallel.context_parallel_size
+    data = world_size // (tensor * context)
     device, bf16 = resolve_device(config)
     vocab = padded_vocab(index.vocab_size, config.model.vocab_multiple)
     tokens = training.steps * training.global_batch_size * config.data.seq_len
     held = index.totals("train").tokens
-    accumulation = training.global_batch_size // (training.micro_batch_size * world_size // tensor)
+    accumulation = training.global_batch_size // (training.micro_batch_size * data)
     return "\n".join(
         [
             f"run          {run_directory(config)}",
             f"model        {count_parameters(config.model, vocab):,} parameters, "
             f"{flops_per_token(config.model, vocab, config.data.seq_len):.3g} FLOP a token (forward and backward)",
-            f"layout       {world_size} processes = tensor {tensor} x data {world_size // tensor}"
+            f"layout       {world_size} processes = tensor {tensor}{f' x context {context}' if context > 1 else ''} x data {data}"
             f"{', sequence parallel' if config.parallel.sequence else ''}, ZeRO-{training.zero_stage}, "
             f"{device}, {'bf16' if bf16 else 'fp32'}",
             f"batch        {training.global_batch_size} rows of {config.data.seq_len} tokens, "

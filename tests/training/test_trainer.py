@@ -62,6 +62,24 @@ def test_zero1_tp2_dp2_equals_one_process(ranks, data, plain, tmp_path, backbone
         torch.testing.assert_close(torch.cat([merged[k] for k in keys], layout.tags[name].dim), want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("backbone", ["mamba2", "gdn"])
+def test_context_parallel_equals_one_process(ranks, data, plain, tmp_path, backbone) -> None:
+    values = run_config(
+        data, tmp_path, backbone, parallel={"context_parallel_size": 2}, training={"eval_every": 5, "eval_rows": 4}
+    )
+    metrics = ranks(4).run(train_workers.train, values)[0]
+    losses, norms, _ = plain[backbone]
+    torch.testing.assert_close(torch.tensor([m["loss"] for m in metrics[1:]]), torch.tensor(losses), rtol=2e-5, atol=0)
+    got = torch.tensor([m["grad_norm"] for m in metrics[1:]])
+    torch.testing.assert_close(got, torch.tensor(norms), rtol=1e-4, atol=0)
+    values["run"]["name"], values["parallel"] = "alone", {}
+    alone = ranks(1).run(train_workers.train, values)[0]
+    for a, b in zip(alone, metrics, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() & {"val_loss", "val_bpb", "boundary_rate"}:
+            assert a[key] == (pytest.approx(b[key], rel=1e-5) if b[key] is not None else None), key
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_other_zero_stages_equal_one_process(ranks, data, plain, tmp_path, stage) -> None:
     values = run_config(data, tmp_path, "mamba2", training={"zero_stage": stage})
