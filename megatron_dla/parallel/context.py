@@ -1,8 +1,8 @@
 """Context parallelism by heads: each rank holds a part of every sequence, and for the recurrence all of it for a part
 of the heads. One all-to-all there, one back.
 
-The sequence is cut contiguously: rank r holds tokens [r S / cp, (r + 1) S / cp) of every row. Gradients of parameters
-are partial on every rank (its tokens, or its heads): summed over the group by the data-parallel reduction, see `mpu`.
+The sequence is cut contiguously: rank r holds tokens [r S / cp, (r + 1) S / cp) of every row. A parameter's
+gradient is partial on every rank (its tokens, or its heads) and summed over data x context ranks, see `mpu`.
 """
 
 from __future__ import annotations

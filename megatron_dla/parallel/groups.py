@@ -36,6 +36,12 @@ def initialize_model_parallel(tensor: int, seed: int, context: int = 1) -> None:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, context_parallel_size=context)
         model_parallel_cuda_manual_seed(seed)
+    made = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+    if made != (tensor, context):
+        raise RuntimeError(f"this process already has groups for tensor, context = {made}, not {(tensor, context)}")
 
 
 def process_groups():

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dla.checkpoint.manager import Checkpointer, complete_checkpoints, is_weights_only, load_weights
+from megatron_dla.checkpoint.optimizer import local_shapes
 from megatron_dla.checkpoint.weights import Layout, parameter_tags
 from megatron_dla.config import RunConfig
 from megatron_dla.data import TokenLoader
@@ -50,10 +51,10 @@ class Trainer:
             seed=config.run.seed, dtype=torch.bfloat16 if bf16 else torch.float32, device=device,
         )  # fmt: skip
         self.mixers = dla_mixers(model)
-        tags = parameter_tags(model)
+        tags, shapes = parameter_tags(model), local_shapes(model)
         found = complete_checkpoints(run_dir) if config.training.resume else []
         newest = found[-1][1] if found else None
-        if newest is not None and is_weights_only(newest):
+        if newest is not None:
             load_weights(newest, model, self.groups.tp)  # before ZeRO takes its copies
         optimizer_groups = parameter_groups(model, config)
         self.engine = build_engine(model, optimizer_groups, config, self.groups, bf16)
@@ -65,7 +66,7 @@ class Trainer:
         )  # fmt: skip
         self.layout = Layout(
             model=config.model, vocab_size=vocab_size, tokenizer_sha256=index.tokenizer_sha256,
-            tensor_parallel=self.groups.tp.size(), seq_len=config.data.seq_len, step=0, tags=tags,
+            tensor_parallel=self.groups.tp.size(), seq_len=config.data.seq_len, step=0, tags=tags, shapes=shapes,
         )  # fmt: skip
         self.checkpoints = Checkpointer(run_dir, self.engine, self.groups, config.training.keep_checkpoints)
         self.step = 0

@@ -14,7 +14,7 @@ from typing import IO
 
 import torch
 
-from megatron_dla.checkpoint.manager import check_same_layout, check_same_model, complete_checkpoints
+from megatron_dla.checkpoint.manager import check_same_model, complete_checkpoints
 from megatron_dla.checkpoint.weights import Layout
 from megatron_dla.config import RunConfig, check_config, dump_config
 from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
@@ -85,12 +85,6 @@ def check_run(config: RunConfig, world_size: int) -> ShardIndex:
         tensor = config.parallel.tensor
         layout = Layout(config.model, vocab, index.tokenizer_sha256, tensor, config.data.seq_len, 0, {})
         check_same_model(found[-1][1], layout)
-        check_same_layout(
-            found[-1][1],
-            tensor,
-            world_size // (tensor * config.parallel.context_parallel_size),
-            config.training.zero_stage,
-        )
     return index
 
 
@@ -158,7 +152,8 @@ def describe(config: RunConfig, index: ShardIndex, world_size: int) -> str:
             f"run          {run_directory(config)}",
             f"model        {count_parameters(config.model, vocab):,} parameters, "
             f"{flops_per_token(config.model, vocab, config.data.seq_len):.3g} FLOP a token (forward and backward)",
-            f"layout       {world_size} processes = tensor {tensor}{f' x context {context}' if context > 1 else ''} x data {data}"
+            f"layout       {world_size} processes = tensor {tensor}"
+            f"{f' x context {context}' if context > 1 else ''} x data {data}"
             f"{', sequence parallel' if config.parallel.sequence else ''}, ZeRO-{training.zero_stage}, "
             f"{device}, {'bf16' if bf16 else 'fp32'}",
             f"batch        {training.global_batch_size} rows of {config.data.seq_len} tokens, "

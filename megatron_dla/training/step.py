@@ -34,9 +34,9 @@ def train_step(
     """
     counted = torch.stack([b.loss_mask.sum() for b in batches]).sum().double().to(device)
     dist.all_reduce(counted, group=groups.dp)
-    # DeepSpeed averages over micro-batches and replicas and sums over context-parallel ranks; dividing by the batch's
-    # own count of tokens makes the gradient that of the mean over all its tokens, whatever the layout
-    scale = len(batches) * groups.dp.size() / counted.item()
+    # DeepSpeed averages over micro-batches and over data x context ranks; dividing by the batch's own count of tokens
+    # makes the gradient that of the mean over all its tokens, whatever the layout
+    scale = len(batches) * groups.dp_cp.size() / counted.item()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for number, batch in enumerate(batches):
         rows = (batch.tokens, batch.labels, batch.loss_mask)

@@ -135,7 +135,10 @@ def test_a_refused_resume_leaves_the_run_as_it_was(ranks, capsys, data, tmp_path
     config = tmp_path / "tiny.yaml"
     ranks(2).run(train_workers.train, values)
     before = {p.name: p.read_bytes() for p in (tmp_path / "tiny").iterdir() if p.is_file()}
-    for change, word in (({}, "data_parallel 2 -> 1"), ({"data": {"seq_len": 32}}, "data.seq_len = 64")):
+    for change, word in (
+        ({"model": {"capacity": 4}}, "model.capacity 3 -> 4"),
+        ({"data": {"seq_len": 32}}, "data.seq_len = 64"),
+    ):
         config.write_text(yaml.safe_dump({k: v | change.get(k, {}) for k, v in values.items()}))
         for arguments in (["train", str(config)], ["run", str(config), "--nproc", "1", "--dry-run"]):
             assert main(arguments) == 2
@@ -143,9 +146,16 @@ def test_a_refused_resume_leaves_the_run_as_it_was(ranks, capsys, data, tmp_path
     assert {p.name: p.read_bytes() for p in (tmp_path / "tiny").iterdir() if p.is_file()} == before
 
 
-@pytest.mark.parametrize(
-    "damage", ["mp_rank_00_model_states.pt", "random_00000.pt", "data_state.json", "complete.json"]
+FILES = (
+    "optimizer/tp_00_dp_0000.safetensors",
+    "weights/tp_00.safetensors",
+    "random_00000.pt",
+    "data_state.json",
+    "complete.json",
 )
+
+
+@pytest.mark.parametrize("damage", FILES)
 def test_damaged_checkpoints_are_named(ranks, data, tmp_path, damage) -> None:
     values = run_config(data, tmp_path, "mamba2", training={"steps": 1})
     ranks(1).run(train_workers.train, values)
