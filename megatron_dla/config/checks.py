@@ -108,12 +108,16 @@ def check_context_parallel(model: ModelSection, parallel: ParallelSection, seq_l
             f"{' x tensor (parallel.sequence)' if parallel.sequence else ''} = {pieces}: use a multiple of {pieces}"
         )
     heads, groups = {}, {}
-    if "D" in layer_letters(model):
+    if parallel.cp_scheme == "chain":
+        check_chain(model, size, seq_len)
+    elif "D" in layer_letters(model):
         heads["num_heads"] = model.num_heads
         groups["num_groups"] = max(1, model.num_groups // tensor)
     if "A" in layer_letters(model):
         heads["attention_heads"] = model.attention_heads
         groups["attention_groups"] = model.attention_groups // tensor
+    if not heads:
+        return
     valid = [n for n in range(1, math.gcd(*heads.values()) // tensor + 1) if _fits(n, tensor, heads, groups)]
     if size not in valid:
         named = ", ".join(f"model.{key} = {getattr(model, key)}" for key in (*heads, *groups))
@@ -124,10 +128,37 @@ def check_context_parallel(model: ModelSection, parallel: ParallelSection, seq_l
         )
 
 
+def check_chain(model: ModelSection, size: int, seq_len: int) -> None:
+    """What handing the slot memory from rank to rank cannot do."""
+    if model.tau_mode != "fixed":
+        raise ConfigError(
+            f"parallel.cp_scheme = chain with model.tau_mode = {model.tau_mode}: a threshold's gradient does not cross "
+            "a memory that was handed on; use parallel.cp_scheme=heads or model.tau_mode=fixed"
+        )
+    if seq_len // size < model.conv_kernel - 1:
+        raise ConfigError(
+            f"data.seq_len = {seq_len} over parallel.context_parallel_size = {size} gives {seq_len // size} tokens a "
+            f"rank, fewer than the convolution looks back (model.conv_kernel - 1 = {model.conv_kernel - 1})"
+        )
+
+
 def _fits(size: int, tensor: int, heads: dict[str, int], groups: dict[str, int]) -> bool:
     return all(n % (tensor * size) == 0 for n in heads.values()) and all(
         n % size == 0 or size % n == 0 for n in groups.values()
     )
+
+
+def check_precision(zero_stage: int, bf16: bool) -> None:
+    """What DeepSpeed cannot do in bf16 with scalars that stay fp32."""
+    reasons = {
+        0: "without ZeRO DeepSpeed neither keeps fp32 master weights nor accumulates fp32 gradients of a bf16 model",
+        3: "DeepSpeed cuts all parameters up as one dtype, and the recurrence's scalars (A_log, ...) must stay fp32",
+    }
+    if bf16 and zero_stage in reasons:
+        raise ConfigError(
+            f"training.zero_stage = {zero_stage} in bf16: {reasons[zero_stage]}; use training.zero_stage 1 or 2 "
+            "(or training.precision=fp32)"
+        )
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
@@ -176,6 +207,11 @@ def check_config(config: RunConfig, world_size: int) -> None:
         )
     if training.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"training.zero_stage = {training.zero_stage}: must be 0, 1, 2 or 3")
+    if training.offload_optimizer and training.zero_stage == 0:
+        raise ConfigError(
+            "training.offload_optimizer = true with training.zero_stage = 0: DeepSpeed offloads only an optimizer that "
+            "ZeRO has cut up; use training.zero_stage 1, 2 or 3"
+        )
     _positive(optimizer, "optimizer", "lr", "eps")
     if not 0 <= optimizer.min_lr_ratio <= 1:
         raise ConfigError(f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio}: a share of lr, in [0, 1]")
@@ -188,5 +224,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     for key in ("eval_every", "eval_rows", "save_every", "keep_checkpoints"):
         if getattr(training, key) < 0:
             raise ConfigError(f"training.{key} = {getattr(training, key)}: must not be negative")
+    if config.debug.check_replicas < 0:
+        raise ConfigError(f"debug.check_replicas = {config.debug.check_replicas}: must not be negative")
     if not config.data.dir:
         raise ConfigError("data.dir is empty: name the directory that `dla data shards` wrote")

@@ -125,7 +125,12 @@ class TrainingSection:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on CUDA, fp32 on a CPU."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage: 0, 1, 2 or 3 (3 only without tensor parallelism)."""
+    """DeepSpeed ZeRO stage: 0, 1, 2 or 3; 1 or 2 in bf16 (3 only without tensor parallelism)."""
+    offload_optimizer: bool = False
+    """Keep optimizer state and update in host memory (needs zero_stage >= 1): saves 12 bytes a parameter, slower."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing. selective: convolution, gates and recurrence of each mixer (and the softmax core);
+    full: whole layers. Decisions are kept, never taken again."""
     log_every: int = 10
     eval_every: int = 500
     """Steps between validations; the first is before step 1, the last after the end. 0 = never."""
@@ -140,6 +145,14 @@ class TrainingSection:
 
 
 @dataclass
+class DebugSection:
+    """Checks that cost time."""
+
+    check_replicas: int = 0
+    """At the start and every so many steps, parameters that several ranks hold must be equal bit for bit; 0 = off."""
+
+
+@dataclass
 class RunConfig:
     """A whole run."""
 
@@ -149,3 +162,4 @@ class RunConfig:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: TrainingSection = field(default_factory=TrainingSection)
+    debug: DebugSection = field(default_factory=DebugSection)

@@ -8,6 +8,7 @@ before the convolution and one after the recurrence; gate and norm follow the re
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron_dla.config import ModelSection
 from megatron_dla.kernels.dla import Partition, dla_attention, partition
 from megatron_dla.kernels.dla.naive import document_starts
 from megatron_dla.mixers import functional
+from megatron_dla.mixers.chain import Chain
 from megatron_dla.mixers.decisions import Decisions
 from megatron_dla.mixers.norms import ones
 from megatron_dla.parallel.context import HeadExchange
@@ -100,7 +102,9 @@ class DLAMixer(MegatronModule):
         self.layer_number, self.model, self.backend = layer_number, model, backend
         self.tp = pg_collection.tp
         size = self.tp.size()
-        self.exchange = HeadExchange(pg_collection.cp) if pg_collection.cp.size() > 1 else None
+        shared = pg_collection.cp.size() > 1  # the rows are
+        self.exchange = HeadExchange(pg_collection.cp) if shared and cp_scheme == "heads" else None
+        self.chain = Chain(pg_collection.cp) if shared and cp_scheme == "chain" else None
         self.selective = config.recompute_granularity == "selective"
         self.decisions = Decisions()
         self.heads = model.num_heads // size
@@ -108,7 +112,7 @@ class DLAMixer(MegatronModule):
         self.groups = 1 if self.shared_groups else model.num_groups // size
         self.delta = model.backbone == "gdn"
         self.boundaries: Tensor | None = None  # boundary counts since the last `take_boundary_rate`, [H local]
-        self.tokens = 0
+        self.tokens = torch.zeros(0)
         inner, qk = model.num_heads * model.value_dim, model.num_groups * model.key_dim
         sections = [("gate", inner), ("value", inner)]
         sections += [] if self.shared_groups else [("query", qk), ("key", qk)]
@@ -209,18 +213,21 @@ class DLAMixer(MegatronModule):
         return out if self.exchange is None else self.exchange.to_tokens(out)
 
     def _recur(self, part: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
-        """[B, S, local heads * Dv] from whole rows of this rank's heads."""
+        """[B, S, local heads * Dv] from whole rows of this rank's heads (chain: from its tokens of all heads)."""
         B, S = part["value"].shape[:2]
-        document = None
-        if cu_seqlens is not None:
-            document = document_starts(cu_seqlens, B, S, part["value"].device).cumsum(1)
         conv, m = functional.short_convolution, self.model
-        value = conv(part["value"], self._mine(self.conv_value), document).unflatten(-1, (-1, m.value_dim))
-        query, key = (
-            conv(part[name], self._mine(self._shared(weight), self.groups), document).unflatten(-1, (-1, m.key_dim))
-            for name, weight in (("query", self.conv_query), ("key", self.conv_key))
-        )
-        return self._mix(query, key, value, part, cu_seqlens).flatten(2)
+        xs = [part[name] for name in ("value", "query", "key")]
+        shared = (self._mine(self._shared(weight), self.groups) for weight in (self.conv_query, self.conv_key))
+        weights = [self._mine(self.conv_value), *shared]
+        if self.chain is not None:
+            starts = self.chain.documents(cu_seqlens, B, S, xs[0].device)
+            xs = self.chain.convolve(xs, weights, starts)
+        else:
+            starts = None if cu_seqlens is None else document_starts(cu_seqlens, B, S, xs[0].device)
+            document = None if starts is None else starts.cumsum(1)
+            xs = [conv(x, weight, document) for x, weight in zip(xs, weights, strict=True)]
+        value, query, key = (x.unflatten(-1, (-1, n)) for x, n in zip(xs, (m.value_dim, *2 * [m.key_dim]), strict=True))
+        return self._mix(query, key, value, part, cu_seqlens, starts).flatten(2)
 
     def _mine(self, weight: Tensor, units: int | None = None) -> Tensor:
         """The context-parallel rank's heads (or groups) of a parameter over the tensor-parallel rank's."""
@@ -251,7 +258,7 @@ class DLAMixer(MegatronModule):
     def _shared(self, weight: Tensor) -> Tensor:
         return self._my_group(sum_gradient(weight, self.tp)) if self.shared_groups else weight
 
-    def _mix(self, query: Tensor, key: Tensor, value: Tensor, part: dict[str, Tensor], cu_seqlens) -> Tensor:
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, part: dict[str, Tensor], cu_seqlens, starts) -> Tensor:
         """The recurrence: [B, S, H, Dv]."""
         m, mine = self.model, self._mine
         raw = part["slot"].unflatten(-1, (-1, m.capacity))
@@ -266,32 +273,44 @@ class DLAMixer(MegatronModule):
         if m.tau_mode == "learned":
             tau = functional.hold_tau(mine(self.tau))
             tau = tau if torch.is_grad_enabled() else tau.requires_grad_()  # a recomputation will need Partition.lo
-        rule = {"tau": tau, "capacity": m.capacity, "merge": m.merge, "cu_seqlens": cu_seqlens, "backend": self.backend}
-
-        def decide() -> Partition:
-            decided = partition(key, write, g, beta, **rule)
-            self._count(decided.start)
-            return decided
-
-        decided = self.decisions.get(decide)
-        out, _ = dla_attention(query, key, write, g, weights, beta, partition=decided, **rule)
+        rule = {"tau": tau, "capacity": m.capacity, "merge": m.merge, "backend": self.backend}
+        inputs = (query, key, write, g, weights, beta)
+        if self.chain is not None:
+            out = self.chain.attend(inputs, rule, starts, self._decide)
+        else:
+            rule["cu_seqlens"] = cu_seqlens
+            decided = self._decide(lambda: partition(key, write, g, beta, **rule))
+            out, _ = dla_attention(*inputs, partition=decided, **rule)
         return out if self.delta else out + mine(self.D)[:, None].to(value.dtype) * value
 
+    def _decide(self, decide: Callable[[], Partition], first_head: int = 0) -> Partition:
+        """A partition, or the one that was decided before this pass was recomputed."""
+
+        def counted() -> Partition:
+            decided = decide()
+            self._count(decided.start, first_head)
+            return decided
+
+        return self.decisions.get(counted)
+
     @torch.no_grad()
-    def _count(self, start: Tensor) -> None:
-        fired = torch.zeros(self.heads, dtype=torch.int64, device=start.device)
+    def _count(self, start: Tensor, first: int) -> None:
         mine = start.sum((0, 1))
-        first = 0 if self.exchange is None else self.exchange.rank * len(mine)
-        fired[first : first + len(mine)] = mine
-        self.boundaries = fired if self.boundaries is None else self.boundaries + fired
-        self.tokens += start.shape[0] * start.shape[1]
+        if self.exchange is not None:
+            first += self.exchange.rank * len(mine)
+        if self.boundaries is None:
+            self.boundaries = torch.zeros(self.heads, dtype=torch.int64, device=start.device)
+            self.tokens = torch.zeros_like(self.boundaries)
+        self.boundaries[first : first + len(mine)] += mine
+        self.tokens[first : first + len(mine)] += start.shape[0] * start.shape[1]
 
     def take_boundary_rate(self) -> Tensor:
         """Share of tokens that opened a slot since the last call, per local head: fp32 [H local].
 
-        Under context parallelism a rank knows its heads only, the others are 0: sum over the group.
+        Under context parallelism a share of the sum over the group: a rank counts its heads, or its tokens, only.
         """
         assert self.boundaries is not None, "no forward pass yet"
-        rate = self.boundaries.float() / self.tokens
-        self.boundaries, self.tokens = None, 0
+        ranks = 1 if self.chain is None else self.chain.near.size
+        rate = self.boundaries.float() / (self.tokens.clamp(min=1) * ranks)
+        self.boundaries = None
         return rate

@@ -14,7 +14,9 @@ def padded_vocab(vocab_size: int, multiple: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def transformer_config(section: ModelSection, parallel: ParallelSection, dtype: torch.dtype, on_cpu: bool):
+def transformer_config(
+    section: ModelSection, parallel: ParallelSection, dtype: torch.dtype, on_cpu: bool, recompute: str = "none"
+):
     """Megatron's TransformerConfig; every fusion is off (they need Transformer Engine or Apex)."""
     compat.install()
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -43,6 +45,9 @@ def transformer_config(section: ModelSection, parallel: ParallelSection, dtype: 
         gradient_accumulation_fusion=False,
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -59,6 +64,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     backend: str = "auto",
+    recompute: str = "none",
 ):
     """A GPTModel with DLA layers, tagged and initialised; Megatron's groups must exist.
 
@@ -66,7 +72,7 @@ def build_model(
     logits [B, S, vocab / TP] without labels; under context parallelism S is this rank's part of the row.
     `vocab_size` is the tokenizer's; the model pads it. `seq_len` counts whole rows.
     """
-    config = transformer_config(section, parallel, dtype, device == "cpu")
+    config = transformer_config(section, parallel, dtype, device == "cpu", recompute)
     from megatron.core.models.gpt import GPTModel
 
     from megatron_dla.mixers.softmax import ContiguousRotary

@@ -22,6 +22,7 @@ from megatron_dla.metrics.meters import StepMeter, memory_gb
 from megatron_dla.metrics.sinks import JsonlSink, console_line
 from megatron_dla.model.gpt import build_model, dla_mixers, padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, process_groups
+from megatron_dla.parallel.replicas import check_replicas
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
 from megatron_dla.training.signals import STOPPED, StopRequest
 from megatron_dla.training.step import train_step
@@ -49,6 +50,7 @@ class Trainer:
         model = build_model(
             config.model, config.parallel, vocab_size=index.vocab_size, seq_len=config.data.seq_len,
             seed=config.run.seed, dtype=torch.bfloat16 if bf16 else torch.float32, device=device,
+            recompute=config.training.recompute,
         )  # fmt: skip
         self.mixers = dla_mixers(model)
         tags, shapes = parameter_tags(model), local_shapes(model)
@@ -74,6 +76,9 @@ class Trainer:
             self.step, data_state = self.checkpoints.load(newest, self.layout)
             self.loader.load_state_dict(data_state)
             apply_optimizer_section(self.engine, optimizer_groups, config)
+        self.check_replicas = config.debug.check_replicas
+        if self.check_replicas:
+            check_replicas(self.engine.module, self.groups, "before the first step")
         self.sink = JsonlSink(run_dir / "metrics.jsonl", self.step if newest else None) if self.is_main else None
         if newest is not None:
             self._say(f"going on from {newest} at step {self.step}")
@@ -88,6 +93,8 @@ class Trainer:
                 started = time.monotonic()
                 loss = self._train_step()
                 self.step += 1
+                if self.check_replicas and self.step % self.check_replicas == 0:
+                    check_replicas(self.engine.module, self.groups, f"by step {self.step}")
                 meter.add(self.tokens_per_step, time.monotonic() - started)
                 last = self.step == training.steps
                 validating = training.eval_every and (last or self.step % training.eval_every == 0)

@@ -16,7 +16,7 @@ import torch
 
 from megatron_dla.checkpoint.manager import check_same_model, complete_checkpoints
 from megatron_dla.checkpoint.weights import Layout
-from megatron_dla.config import RunConfig, check_config, dump_config
+from megatron_dla.config import RunConfig, check_config, check_precision, dump_config
 from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import CheckpointError, ConfigError, DataError
@@ -55,7 +55,7 @@ def check_run(config: RunConfig, world_size: int) -> ShardIndex:
         UserError: one message with the key, the value and the fix.
     """
     check_config(config, world_size)
-    resolve_device(config)
+    check_precision(config.training.zero_stage, resolve_device(config)[1])
     index = ShardIndex.load(config.data.dir)
     tokenizer = Tokenizer(config.data.dir)
     if tokenizer.sha256 != index.tokenizer_sha256:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from workers import BASE_SECTION, gathered_over, lay_out, layout_free, perturb
 from megatron_dla import compat
 from megatron_dla.config import ModelSection, OptimizerSection, ParallelSection, RunConfig, TrainingSection
 from megatron_dla.data.packing import Batch
-from megatron_dla.model.gpt import build_model, packed_sequence
+from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence
 from megatron_dla.parallel.groups import process_groups
-from megatron_dla.parallel.replicas import drifted
+from megatron_dla.parallel.replicas import check_replicas, drifted
 from megatron_dla.training.engine import build_engine, parameter_groups
 from megatron_dla.training.schedule import lr_factor
 from megatron_dla.training.step import train_step
@@ -59,9 +60,9 @@ def rows(step: int, numbers: list[int], documents: bool) -> Batch:
     return Batch(*stacked, torch.tensor(borders, dtype=torch.int32), torch.tensor(numbers))
 
 
-def built(section: ModelSection, parallel: ParallelSection) -> torch.nn.Module:
+def built(section: ModelSection, parallel: ParallelSection, recompute: str = "none") -> torch.nn.Module:
     """The tiny model, off its special start; D small, or the norm after it leaves D no gradient but rounding."""
-    model = build_model(section, parallel, vocab_size=VOCAB, seq_len=SEQ, seed=4)
+    model = build_model(section, parallel, vocab_size=VOCAB, seq_len=SEQ, seed=4, recompute=recompute)
     perturb(model, section)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -104,7 +105,7 @@ def distributed(case: Case) -> dict[str, Any]:
 
     lay_out(case.parallel.tensor, case.parallel.context_parallel_size)
     groups, config = process_groups(), case.config(torch.distributed.get_world_size())
-    model = built(case.section, case.parallel)
+    model = built(case.section, case.parallel, config.training.recompute)
     engine = build_engine(model, parameter_groups(model, config), config, groups, bf16=False)
     result: dict[str, Any] = {"loss": [], "norm": [], "output": first_output(engine, groups, case)}
 
@@ -124,6 +125,7 @@ def distributed(case: Case) -> dict[str, Any]:
     full = {n: p.detach() if masters[n] is None else masters[n] for n, p in model.named_parameters()}
     result["parameters"] = layout_free(model, full)
     result["drifted"] = drifted(model, groups)
+    result["kept"] = sum(len(mixer.decisions) for mixer in dla_mixers(model))
     engine.destroy()
     return result
 
@@ -137,7 +139,7 @@ def first_output(engine, groups, case: Case) -> torch.Tensor:
         losses = engine(tokens, None, None, labels=labels, packed_seq_params=packed_sequence(batch.cu_seqlens, SEQ))
     for module in engine.module.modules():
         if hasattr(module, "boundaries"):
-            module.boundaries, module.tokens = None, 0
+            module.boundaries = None
     engine.train()
     return gathered_over(losses.detach(), groups.cp, 1)
 
@@ -158,3 +160,48 @@ def parity(case: Case, want: dict[str, Any]) -> tuple[dict[str, float], list[str
     """(relative errors, drifted parameters, gradient norms compared)."""
     got = distributed(case)
     return differences(got, want), got["drifted"], sum(norm is not None for norm in got["norm"])
+
+
+def recomputed(case: Case, want: dict[str, Any]) -> tuple[dict[str, float], int, int, int]:
+    """(errors, partition calls, recurrence calls, partitions kept after the last step): none is decided twice."""
+    from megatron_dla.mixers import chain, dla
+
+    module = dla if case.parallel.cp_scheme == "heads" else chain
+    originals, calls = {name: getattr(module, name) for name in ("partition", "dla_attention")}, Counter()
+
+    def counting(name: str):
+        def run(*args, **kwargs):
+            calls[name] += 1
+            return originals[name](*args, **kwargs)
+
+        return run
+
+    for name in originals:
+        setattr(module, name, counting(name))
+    try:
+        got = distributed(case)
+    finally:
+        for name, function in originals.items():
+            setattr(module, name, function)
+    return differences(got, want), calls["partition"], calls["dla_attention"], got["kept"]
+
+
+def drift(case: Case) -> tuple[str, str]:
+    """What `check_replicas` says of a fresh engine, and after one bit of one replica was changed on one rank."""
+    compat.import_deepspeed()
+    lay_out(case.parallel.tensor, case.parallel.context_parallel_size)
+    groups, config = process_groups(), case.config(torch.distributed.get_world_size())
+    model = built(case.section, case.parallel)
+    engine = build_engine(model, parameter_groups(model, config), config, groups, bf16=False)
+    said = []
+    for change in (0.0, 1e-6):
+        if torch.distributed.get_rank() == 1:
+            parameter = dict(model.named_parameters())["decoder.layers.1.self_attention.norm"]
+            getattr(parameter, "ds_tensor", parameter).data[0] *= 1 + change
+        try:
+            check_replicas(model, groups, "here")
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    engine.destroy()
+    return said[0], said[1]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 import workers
 from workers import BASE_SECTION as BASE
 from workers import check
@@ -25,6 +26,26 @@ DOCUMENTS = [0, 17, 24, 48, 60, 61, 96]  # 24 is where the second rank begins
 def test_dla_layer_by_heads(ranks, name: str) -> None:
     for documents in ([], DOCUMENTS):
         for errors in ranks(2).run(workers.layer_parity, SECTIONS[name], HEADS, "D", documents, 21):
+            check(errors, 1e-10)
+
+
+FIXED = {name: section for name, section in SECTIONS.items() if section.tau_mode == "fixed"}
+CHAIN = ParallelSection(context_parallel_size=2, cp_scheme="chain")
+# documents that begin where a rank's part does, one token earlier and later; rows with and without any
+CHAINED = [[], DOCUMENTS, [0, 48, 96], [0, 23, 25, 26, 48, 50, 96]]
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_dla_layer_by_chain(ranks, name: str) -> None:
+    for documents in CHAINED:
+        for errors in ranks(2).run(workers.layer_parity, FIXED[name], CHAIN, "D", documents, 25):
+            check(errors, 1e-10)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_dla_layer_by_chain_on_four_ranks(ranks, name: str) -> None:
+    for parallel in (ParallelSection(1, False, 4, "chain"), ParallelSection(2, True, 2, "chain")):
+        for errors in ranks(4).run(workers.layer_parity, FIXED[name], parallel, "D", [0, 5, 40, 48, 90, 96], 26):
             check(errors, 1e-10)
 
 
@@ -54,8 +75,9 @@ def test_hybrid_model_by_heads(ranks, name: str) -> None:
 def test_boundary_rates_are_those_of_one_process(ranks) -> None:
     alone = ranks(2).run(workers.boundary_rates, BASE, workers.ALONE, 14)[0]
     assert ((alone > 0.05) & (alone < 1)).all(), alone
-    for rates in ranks(2).run(workers.boundary_rates, BASE, HEADS, 14):
-        assert rates.tolist() == alone.tolist()
+    for parallel in (HEADS, CHAIN):
+        for rates in ranks(2).run(workers.boundary_rates, BASE, parallel, 14):
+            torch.testing.assert_close(rates, alone)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +87,8 @@ def test_boundary_rates_are_those_of_one_process(ranks) -> None:
         ({"num_heads": 48}, {"tensor": 8, "context_parallel_size": 4}, r"48.* in \{1, 2, 3, 6\}"),
         ({"num_heads": 12, "num_groups": 6}, {"context_parallel_size": 4}, r"num_groups = 6\).*\{1, 2, 3, 6, 12\}"),
         ({"pattern": "A", "attention_heads": 6, "attention_groups": 2}, {"context_parallel_size": 4}, r"\{1, 2, 6\}"),
+        ({"tau_mode": "learned"}, {"context_parallel_size": 2, "cp_scheme": "chain"}, "use parallel.cp_scheme=heads"),
+        ({"conv_kernel": 5}, {"context_parallel_size": 32, "cp_scheme": "chain"}, "gives 2 tokens a rank"),
         ({}, {"context_parallel_size": 0}, "must be at least 1"),
         ({}, {"context_parallel_size": 3}, "data.seq_len = 64 is not divisible"),
     ],
