@@ -16,6 +16,7 @@ from megatron_dla.data.packing import Batch
 from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence
 from megatron_dla.parallel.groups import process_groups
 from megatron_dla.parallel.replicas import check_replicas, drifted
+from megatron_dla.parallel.tags import get_tag
 from megatron_dla.training.engine import build_engine, parameter_groups
 from megatron_dla.training.schedule import lr_factor
 from megatron_dla.training.step import train_step
@@ -111,6 +112,7 @@ def distributed(case: Case) -> dict[str, Any]:
 
     def keep_gradients() -> None:
         full = {n: safe_get_full_grad(p).detach().clone() for n, p in model.named_parameters()}
+        result["counted"] = counted_in_the_norm(model, full, groups.tp)
         result["gradients"] = layout_free(model, full)
 
     mine = list(range(groups.dp.rank(), ROWS, groups.dp.size()))
@@ -128,6 +130,19 @@ def distributed(case: Case) -> dict[str, Any]:
     result["kept"] = sum(len(mixer.decisions) for mixer in dla_mixers(model))
     engine.destroy()
     return result
+
+
+def counted_in_the_norm(model, gradients: dict[str, torch.Tensor], tp) -> dict[str, float]:
+    """Squared norm of each parameter's gradient as DeepSpeed adds it up over the tensor-parallel ranks."""
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        square = gradients[name].double().square().sum()
+        square *= is_model_parallel_parameter(parameter) or tp.rank() == 0
+        torch.distributed.all_reduce(square, group=tp)
+        found[" ".join(get_tag(parameter).keys(name))] = square.item()
+    return found
 
 
 def first_output(engine, groups, case: Case) -> torch.Tensor:
@@ -149,6 +164,9 @@ def differences(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
     found = {f"gradient of {k}": e for k, e in workers.errors(got["gradients"], want["gradients"]).items()}
     found |= {f"parameter {k}": e for k, e in workers.errors(got["parameters"], want["parameters"]).items()}
     found |= workers.errors({"output": got["output"]}, {"output": want["output"]})
+    for keys, square in got["counted"].items():
+        real = sum(want["gradients"][key].double().square().sum().item() for key in keys.split())
+        found[f"counted {keys}"] = abs(square - real) / real / 2
     for key in ("loss", "norm"):
         for step, (a, b) in enumerate(zip(got[key], want[key], strict=True)):
             if a is not None:  # DeepSpeed's stage 0 reports no norm

@@ -199,3 +199,59 @@ def boundary_rates(section: ModelSection, parallel: ParallelSection, seed: int) 
     rates = torch.stack([mixer.take_boundary_rate() for mixer in dla_mixers(model)])
     dist.all_reduce(rates, group=group)
     return rates
+
+
+def meta_model(section: ModelSection, parallel: ParallelSection, vocab_size: int, monkeypatch) -> torch.nn.Module:
+    """The real module without memory: Megatron and the mixers ask the (shimmed) current device."""
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_dla.model.gpt import padded_vocab
+    from megatron_dla.model.spec import block_spec
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+    config = transformer_config(section, parallel, torch.float32, False)
+    return GPTModel(
+        config, block_spec(section), vocab_size=padded_vocab(vocab_size, section.vocab_multiple),
+        max_sequence_length=64, position_embedding_type="none",
+        share_embeddings_and_output_weights=section.tie_embeddings, pg_collection=process_groups(),
+    )  # fmt: skip
+
+
+def parameter_count(section: ModelSection, parallel: ParallelSection, vocab_size: int) -> int:
+    lay_out(parallel.tensor, parallel.context_parallel_size)
+    model = build_model(section, parallel, vocab_size=vocab_size, seq_len=16, seed=1)
+    return sum(p.numel() for p in model.parameters())
+
+
+def sent_forward(section: ModelSection, parallel: ParallelSection) -> dict[str, float]:
+    """Bytes that this rank sends to the others of its context-parallel group in one forward pass, and the plan's."""
+    from megatron_dla.config import DataSection, RunConfig, TrainingSection
+    from megatron_dla.training.plan import context_bytes
+
+    lay_out(parallel.tensor, parallel.context_parallel_size)
+    model = build_model(section, parallel, vocab_size=60, seq_len=48, seed=1)
+    sent = {"bytes": 0.0, "scalars": 0.0}
+    originals = {name: getattr(dist, name) for name in ("all_to_all_single", "send", "batch_isend_irecv")}
+
+    def all_to_all(out, x, group=None):
+        sent["bytes"] += x.nbytes * (group.size() - 1) / group.size()
+        return originals["all_to_all_single"](out, x, group=group)
+
+    def send(x, *args, **kwargs):
+        sent["bytes" if x.ndim == 5 else "scalars"] += x.nbytes
+        return originals["send"](x, *args, **kwargs)
+
+    def batch(ops):
+        sent["bytes"] += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
+        return originals["batch_isend_irecv"](ops)
+
+    dist.all_to_all_single, dist.send, dist.batch_isend_irecv = all_to_all, send, batch
+    try:
+        ids = torch.randint(0, 60, (2, 48), generator=torch.Generator().manual_seed(1))
+        model(context_slice(ids, parallel_state.get_context_parallel_group()), None, None)
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+    run = RunConfig(data=DataSection(seq_len=48), model=section, parallel=parallel)
+    run.training = TrainingSection(micro_batch_size=2)
+    return sent | {"planned": context_bytes(run, 4)}
