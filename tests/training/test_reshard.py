@@ -106,3 +106,19 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks, data, straight, tmp_path) ->
         for quantity in ("master", "exp_avg", "exp_avg_sq"):
             a, b = (end.parameter(name, tag, quantity) for end in ends)
             assert torch.equal(a, b) and a.abs().max() > 0, (name, quantity)
+
+
+def test_bf16_goes_on_from_its_fp32_master_weights(ranks, data, tmp_path) -> None:
+    def run(name: str, steps: int, stage: int, world: int = 2) -> list[dict]:
+        values = config(data, tmp_path, name, "mamba2", 1, stage, precision="bf16", steps=10, save_every=4)
+        values["optimizer"] |= {"warmup_steps": 1}
+        return ranks(world).run(train_workers.train, values | {"training": values["training"] | {"steps": steps}})[0]
+
+    whole = run("whole", 8, 1)
+    assert [m["step"] for m in whole] == list(range(1, 9))
+    for name, stage, world, limit in (("same", 1, 2, 0), ("stage2", 2, 2, 2e-3), ("alone", 1, 1, 2e-3)):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step_8")
+        got = run(name, 8, stage, world)
+        for a, b in zip(got, whole, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=limit, abs=0), (name, a["step"])
