@@ -18,7 +18,9 @@ def _train(args: argparse.Namespace) -> int:
     from megatron_dla.config import load_config
     from megatron_dla.training.run import train
 
-    return train(load_config(args.config, args.overrides), dry_run=args.dry_run)
+    if args.world_size and not args.dry_run:
+        raise UserError("--world-size is for --dry-run: a real run has as many processes as its launcher starts")
+    return train(load_config(args.config, args.overrides), dry_run=args.dry_run, world_size=args.world_size)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -49,6 +51,8 @@ def _add_training(subparsers) -> None:
         parser.add_argument("config", help="YAML file, see configs/")
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the config")
         parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+        if name == "train":
+            parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
         if name == "run":
             parser.add_argument("--nproc", type=int, required=True, help="number of processes")
         parser.set_defaults(func=function)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_dla.checkpoint.optimizer import load_optimizer, save_optimizer
 from megatron_dla.checkpoint.weights import (
     COMPLETE,
     LAYOUT,
@@ -115,10 +116,11 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        self.engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
-        if self.groups.dp.rank() == 0:
-            state = dict(self.engine.module.named_parameters())
-            save_weights(state, partial, self.groups.tp.rank())  # type: ignore[arg-type]
+        tensor_rank, data_rank = self.groups.tp.rank(), self.groups.dp_cp.rank()
+        updates = save_optimizer(self.engine, partial, tensor_rank, data_rank)
+        weights = self._weights()
+        if data_rank == 0:
+            save_weights(weights, partial, tensor_rank)
         torch.save(_random_state(), partial / f"random_{self.rank:05d}.pt")
         dist.barrier()
         if self.rank == 0:
@@ -128,7 +130,9 @@ class Checkpointer:
                 "step": layout.step,
                 "tensor_parallel": self.groups.tp.size(),
                 "data_parallel": self.groups.dp.size(),
+                "context_parallel": self.groups.cp.size(),
                 "zero_stage": self.engine.zero_optimization_stage(),
+                "optimizer_updates": updates,
             }
             with (partial / COMPLETE).open("w") as file:
                 json.dump(marker, file)
@@ -141,6 +145,20 @@ class Checkpointer:
         dist.barrier()
         return final
 
+    def _weights(self) -> dict[str, Tensor]:
+        """This tensor-parallel rank's parameters (a collective under ZeRO-3: one is whole at a time)."""
+        parameters: dict[str, Tensor] = dict(self.engine.module.named_parameters())
+        if self.engine.zero_optimization_stage() < 3:
+            return parameters
+        from deepspeed.runtime.zero import GatheredParameters
+
+        whole = {}
+        for name, parameter in parameters.items():
+            with GatheredParameters([parameter]):
+                if self.groups.dp_cp.rank() == 0:
+                    whole[name] = parameter.detach().cpu().clone()
+        return whole
+
     def _prune(self) -> None:
         if self.keep:
             for _, path in complete_checkpoints(self.run_dir)[: -self.keep]:
@@ -148,44 +166,42 @@ class Checkpointer:
                 shutil.rmtree(path)
 
     def load(self, path: Path, layout: Layout) -> tuple[int, dict[str, Any]]:
-        """Restore engine and random state (a collective); returns the step and the loader's state.
+        """Restore optimizer, schedule and random state; returns the step and the loader's state.
+
+        The weights must be in the model already (`load_weights`, before ZeRO takes its copies). The layout may be
+        another one than the checkpoint's; random states (dropout is off) come back where the ranks are the same.
 
         Args:
             layout: what this run would save; model, vocabulary and tokenizer must be the same.
 
         Raises:
-            CheckpointError: another model, tokenizer or layout; damaged files.
+            CheckpointError: another model or tokenizer; damaged files.
         """
         check_same_model(path, layout)
-        step = _marker(path)["step"]
-        stage = self.engine.zero_optimization_stage()
-        check_same_layout(path, self.groups.tp.size(), self.groups.dp.size(), stage)
+        marker = _marker(path)
+        step, random_file = marker["step"], path / f"random_{self.rank:05d}.pt"
         try:
-            loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+            load_optimizer(self.engine, path, marker["optimizer_updates"], self.groups.tp.rank(), self.groups.tp.size())
             data_state = json.loads((path / DATA_STATE).read_text())
-            state = torch.load(path / f"random_{self.rank:05d}.pt", weights_only=True)
+            same_ranks = all(
+                marker.get(f"{kind}_parallel") == group.size()
+                for kind, group in (("tensor", self.groups.tp), ("context", self.groups.cp), ("data", self.groups.dp))
+            )
+            state = torch.load(random_file, weights_only=True) if same_ranks else None
             if not isinstance(data_state, dict):
                 raise ValueError(f"{DATA_STATE} is not a mapping")
-        except Exception as error:  # DeepSpeed and torch raise almost anything for a damaged file
+        except CheckpointError:
+            raise
+        except Exception as error:  # safetensors and torch raise almost anything for a damaged file
             raise CheckpointError(
                 f"{str(path)!r} is damaged ({error}): delete it to resume from an older one"
             ) from error
-        if loaded is None:
-            raise CheckpointError(f"{str(path)!r} is damaged (DeepSpeed found no state): delete it to resume earlier")
-        _set_random_state(state)
+        if state is not None:
+            _set_random_state(state)
+        self.engine.global_steps = step
+        self.engine.lr_scheduler.last_epoch = step
+        self.engine.lr_scheduler._step_count = step + 1
         return step, data_state
-
-
-def check_same_layout(path: Path, tensor: int, data: int, zero_stage: int) -> None:
-    """CheckpointError where a checkpoint with optimizer state was saved at another layout; weights alone fit any."""
-    marker = _marker(path)
-    mine = {"tensor_parallel": tensor, "data_parallel": data, "zero_stage": zero_stage}
-    different = [f"{k} {marker.get(k)} -> {v}" for k, v in mine.items() if marker.get(k) != v]
-    if different and not is_weights_only(path):
-        raise CheckpointError(
-            f"{str(path)!r} was saved at another layout ({', '.join(different)}): resume with the same one "
-            "(changing it is not supported yet)"
-        )
 
 
 def check_same_model(path: Path, layout: Layout) -> None:

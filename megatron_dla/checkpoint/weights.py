@@ -2,13 +2,14 @@
 
 step_N/layout.json            model section, vocabulary, tokenizer, and one tag a parameter
 step_N/weights/tp_00.safetensors ...   each tensor-parallel rank's part
+step_N/optimizer/...          see `checkpoint.optimizer`
 step_N/complete.json          written last: without it the checkpoint does not exist
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Layout:
         model: the model section of the run's config. vocab_size: padded rows of the embedding.
         tokenizer_sha256: of the sentencepiece model it was trained with.
         tensor_parallel: number of weight files. tags: parameter name -> how it is cut. step: optimizer steps done.
+        shapes: parameter name -> its shape on a tensor-parallel rank (needed for optimizer state only).
     """
 
     model: ModelSection
@@ -41,6 +43,7 @@ class Layout:
     seq_len: int
     step: int
     tags: dict[str, Tag]
+    shapes: dict[str, list[int]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1))

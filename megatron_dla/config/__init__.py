@@ -1,9 +1,17 @@
 """Typed run configuration: sections, loading with overrides, cross-checks."""
 
-from megatron_dla.config.checks import check_config, check_model, check_tensor_parallel, layer_letters
+from megatron_dla.config.checks import (
+    check_config,
+    check_context_parallel,
+    check_model,
+    check_precision,
+    check_tensor_parallel,
+    layer_letters,
+)
 from megatron_dla.config.load import dump_config, from_dict, load_config, to_dict
 from megatron_dla.config.schema import (
     DataSection,
+    DebugSection,
     ModelSection,
     OptimizerSection,
     ParallelSection,
@@ -14,6 +22,7 @@ from megatron_dla.config.schema import (
 
 __all__ = [
     "DataSection",
+    "DebugSection",
     "ModelSection",
     "OptimizerSection",
     "ParallelSection",
@@ -21,7 +30,9 @@ __all__ = [
     "RunSection",
     "TrainingSection",
     "check_config",
+    "check_context_parallel",
     "check_model",
+    "check_precision",
     "check_tensor_parallel",
     "dump_config",
     "from_dict",

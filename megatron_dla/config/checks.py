@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_dla.config.schema import ModelSection, RunConfig
+from megatron_dla.config.schema import ModelSection, ParallelSection, RunConfig
 from megatron_dla.errors import ConfigError
 
 
@@ -110,6 +110,73 @@ def check_tau_gate(config: RunConfig) -> None:
         )
 
 
+def check_context_parallel(model: ModelSection, parallel: ParallelSection, seq_len: int) -> None:
+    """What the context-parallel size must divide."""
+    size, tensor = parallel.context_parallel_size, parallel.tensor
+    if size < 1:
+        raise ConfigError(f"parallel.context_parallel_size = {size}: must be at least 1")
+    if size == 1:
+        return
+    pieces = size * (tensor if parallel.sequence else 1)
+    if seq_len % pieces:
+        raise ConfigError(
+            f"data.seq_len = {seq_len} is not divisible by parallel.context_parallel_size"
+            f"{' x tensor (parallel.sequence)' if parallel.sequence else ''} = {pieces}: use a multiple of {pieces}"
+        )
+    heads, groups = {}, {}
+    if parallel.cp_scheme == "chain":
+        check_chain(model, size, seq_len)
+    elif "D" in layer_letters(model):
+        heads["num_heads"] = model.num_heads
+        groups["num_groups"] = max(1, model.num_groups // tensor)
+    if "A" in layer_letters(model):
+        heads["attention_heads"] = model.attention_heads
+        groups["attention_groups"] = model.attention_groups // tensor
+    if not heads:
+        return
+    valid = [n for n in range(1, math.gcd(*heads.values()) // tensor + 1) if _fits(n, tensor, heads, groups)]
+    if size not in valid:
+        named = ", ".join(f"model.{key} = {getattr(model, key)}" for key in (*heads, *groups))
+        raise ConfigError(
+            f"parallel.context_parallel_size = {size} with parallel.tensor = {tensor}: heads must be divisible by "
+            f"their product {size * tensor}, and a tensor-parallel rank's q/k groups must divide the size or be its "
+            f"multiple ({named}): use parallel.context_parallel_size in {{{', '.join(map(str, valid))}}}"
+        )
+
+
+def check_chain(model: ModelSection, size: int, seq_len: int) -> None:
+    """What handing the slot memory from rank to rank cannot do."""
+    if model.tau_mode != "fixed":
+        raise ConfigError(
+            f"parallel.cp_scheme = chain with model.tau_mode = {model.tau_mode}: a threshold's gradient does not cross "
+            "a memory that was handed on; use parallel.cp_scheme=heads or model.tau_mode=fixed"
+        )
+    if seq_len // size < model.conv_kernel - 1:
+        raise ConfigError(
+            f"data.seq_len = {seq_len} over parallel.context_parallel_size = {size} gives {seq_len // size} tokens a "
+            f"rank, fewer than the convolution looks back (model.conv_kernel - 1 = {model.conv_kernel - 1})"
+        )
+
+
+def _fits(size: int, tensor: int, heads: dict[str, int], groups: dict[str, int]) -> bool:
+    return all(n % (tensor * size) == 0 for n in heads.values()) and all(
+        n % size == 0 or size % n == 0 for n in groups.values()
+    )
+
+
+def check_precision(zero_stage: int, bf16: bool) -> None:
+    """What DeepSpeed cannot do in bf16 with scalars that stay fp32."""
+    reasons = {
+        0: "without ZeRO DeepSpeed neither keeps fp32 master weights nor accumulates fp32 gradients of a bf16 model",
+        3: "DeepSpeed cuts all parameters up as one dtype, and the recurrence's scalars (A_log, ...) must stay fp32",
+    }
+    if bf16 and zero_stage in reasons:
+        raise ConfigError(
+            f"training.zero_stage = {zero_stage} in bf16: {reasons[zero_stage]}; use training.zero_stage 1 or 2 "
+            "(or training.precision=fp32)"
+        )
+
+
 def check_config(config: RunConfig, world_size: int) -> None:
     """Everything that would make a real start fail, before anything is started or written.
 
@@ -127,12 +194,16 @@ def check_config(config: RunConfig, world_size: int) -> None:
     check_model(config.model)
     _positive(config.data, "data", "seq_len", "num_streams")
     check_tensor_parallel(config.model, parallel.tensor, parallel.sequence, config.data.seq_len)
-    if world_size % parallel.tensor:
+    check_context_parallel(config.model, parallel, config.data.seq_len)
+    ranks, name = parallel.tensor, "parallel.tensor"
+    if parallel.context_parallel_size > 1:
+        ranks, name = ranks * parallel.context_parallel_size, "parallel.tensor x parallel.context_parallel_size"
+    if world_size % ranks:
         raise ConfigError(
-            f"parallel.tensor = {parallel.tensor} does not divide the {world_size} processes of this run: "
-            f"start a multiple of {parallel.tensor} (dla run --nproc {parallel.tensor} ...)"
+            f"{name} = {ranks} does not divide the {world_size} processes of this run: "
+            f"start a multiple of {ranks} (dla run --nproc {ranks} ...)"
         )
-    data_parallel = world_size // parallel.tensor
+    data_parallel = world_size // ranks
     _positive(training, "training", "steps", "global_batch_size", "micro_batch_size", "log_every")
     rows = training.micro_batch_size * data_parallel
     if training.global_batch_size % rows:
@@ -152,9 +223,12 @@ def check_config(config: RunConfig, world_size: int) -> None:
         )
     if training.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"training.zero_stage = {training.zero_stage}: must be 0, 1, 2 or 3")
-    if training.zero_stage == 3 and parallel.tensor > 1:
-        raise ConfigError("training.zero_stage = 3 with parallel.tensor > 1 is not supported yet: use stage 1 or 2")
     check_tau_gate(config)
+    if training.offload_optimizer and training.zero_stage == 0:
+        raise ConfigError(
+            "training.offload_optimizer = true with training.zero_stage = 0: DeepSpeed offloads only an optimizer that "
+            "ZeRO has cut up; use training.zero_stage 1, 2 or 3"
+        )
     _positive(optimizer, "optimizer", "lr", "eps")
     if not 0 <= optimizer.min_lr_ratio <= 1:
         raise ConfigError(f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio}: a share of lr, in [0, 1]")
@@ -167,5 +241,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     for key in ("eval_every", "eval_rows", "save_every", "keep_checkpoints"):
         if getattr(training, key) < 0:
             raise ConfigError(f"training.{key} = {getattr(training, key)}: must not be negative")
+    if config.debug.check_replicas < 0:
+        raise ConfigError(f"debug.check_replicas = {config.debug.check_replicas}: must not be negative")
     if not config.data.dir:
         raise ConfigError("data.dir is empty: name the directory that `dla data shards` wrote")

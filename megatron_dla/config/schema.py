@@ -88,6 +88,10 @@ class ParallelSection:
     """Processes that share each layer, by heads and columns."""
     sequence: bool = False
     """Megatron sequence parallelism between the tensor-parallel regions (needs tensor > 1)."""
+    context_parallel_size: int = 1
+    """Processes that share each row: every one holds a contiguous part of its tokens."""
+    cp_scheme: Literal["heads", "chain"] = "heads"
+    """heads: all-to-all to heads around the recurrence. chain: the slot memory is handed from rank to rank."""
 
 
 @dataclass
@@ -121,7 +125,7 @@ class TrainingSection:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on CUDA, fp32 on a CPU."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage: 0, 1, 2 or 3 (3 only without tensor parallelism)."""
+    """DeepSpeed ZeRO stage: 0, 1, 2 or 3; 1 or 2 in bf16."""
     tau_gate: Literal["hard", "annealed"] = "hard"
     """How a learned tau is trained: hard slots with a straight-through gradient, or soft gates that cool down first."""
     tau_anneal_share: float = 0.8
@@ -129,6 +133,11 @@ class TrainingSection:
     tau_temperature_start: float = 0.3
     """annealed: width of the gate's sigmoid at the first step; falls geometrically to tau_temperature_end."""
     tau_temperature_end: float = 0.03
+    offload_optimizer: bool = False
+    """Keep optimizer state and update in host memory (needs zero_stage >= 1): saves 12 bytes a parameter, slower."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing. selective: convolution, gates and recurrence of each mixer (and the softmax core);
+    full: whole layers. Decisions are kept, never taken again."""
     log_every: int = 10
     eval_every: int = 500
     """Steps between validations; the first is before step 1, the last after the end. 0 = never."""
@@ -143,6 +152,14 @@ class TrainingSection:
 
 
 @dataclass
+class DebugSection:
+    """Checks that cost time."""
+
+    check_replicas: int = 0
+    """At the start and every so many steps, parameters that several ranks hold must be equal bit for bit; 0 = off."""
+
+
+@dataclass
 class RunConfig:
     """A whole run."""
 
@@ -152,3 +169,4 @@ class RunConfig:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: TrainingSection = field(default_factory=TrainingSection)
+    debug: DebugSection = field(default_factory=DebugSection)

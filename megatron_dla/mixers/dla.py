@@ -1,17 +1,20 @@
 """The DLA mixer as a Megatron-Core module: takes the self_attention slot of a TransformerLayer by ModuleSpec.
 
 Tensor parallel by heads: column-parallel in, row-parallel out, and no collective between. Decisions are per sequence
-and head, so they need no communication and do not depend on the layout.
+and head, so they need no communication and do not depend on the layout. Context parallel by heads too: an all-to-all
+before the convolution and one after the recurrence; gate and norm follow the return trip, so that the gate stays home.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
+    checkpoint,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -21,11 +24,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megatron_dla.config import ModelSection
-from megatron_dla.kernels.dla import dla_attention, partition
+from megatron_dla.kernels.dla import Partition, dla_attention, partition
 from megatron_dla.kernels.dla.naive import document_starts
 from megatron_dla.kernels.dla.soft import soft_attention
 from megatron_dla.mixers import functional
+from megatron_dla.mixers.chain import Chain
+from megatron_dla.mixers.decisions import Decisions
 from megatron_dla.mixers.norms import ones
+from megatron_dla.parallel.context import HeadExchange
 from megatron_dla.parallel.tags import Init, Tag, set_tag, sum_gradient
 
 FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau")
@@ -89,6 +95,7 @@ class DLAMixer(MegatronModule):
         pg_collection=None,
         cp_comm_type: str | None = None,
         backend: str = "auto",
+        cp_scheme: str = "heads",
         **_: object,
     ) -> None:
         super().__init__(config)
@@ -96,12 +103,17 @@ class DLAMixer(MegatronModule):
         self.layer_number, self.model, self.backend = layer_number, model, backend
         self.tp = pg_collection.tp
         size = self.tp.size()
+        shared = pg_collection.cp.size() > 1  # the rows are
+        self.exchange = HeadExchange(pg_collection.cp) if shared and cp_scheme == "heads" else None
+        self.chain = Chain(pg_collection.cp) if shared and cp_scheme == "chain" else None
+        self.selective = config.recompute_granularity == "selective"
+        self.decisions = Decisions()
         self.heads = model.num_heads // size
         self.shared_groups = model.num_groups % size != 0  # fewer groups than ranks: replicated
         self.groups = 1 if self.shared_groups else model.num_groups // size
         self.delta = model.backbone == "gdn"
         self.boundaries: Tensor | None = None  # boundary counts since the last `take_boundary_rate`, [H local]
-        self.tokens = 0
+        self.tokens = torch.zeros(0)
         self.gate_temperature: float | None = None  # soft gates in training, set by the trainer each step; None = hard
         inner, qk = model.num_heads * model.value_dim, model.num_groups * model.key_dim
         sections = [("gate", inner), ("value", inner)]
@@ -179,22 +191,49 @@ class DLAMixer(MegatronModule):
         part = dict(zip((name for name, _ in self.sections), self._project(hidden_states), strict=True))
         if self.shared_groups:
             part |= self._shared_query_key(hidden_states)
-        B, S = part["value"].shape[:2]
-        cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
-        document = None
-        if cu_seqlens is not None:
-            document = document_starts(cu_seqlens, B, S, hidden_states.device).cumsum(1)
-        conv = functional.short_convolution
-        value = conv(part["value"], self.conv_value, document).unflatten(-1, (self.heads, -1))
-        query, key = (
-            conv(part[name], weight, document).unflatten(-1, (self.groups, -1))
-            for name, weight in (("query", self._shared(self.conv_query)), ("key", self._shared(self.conv_key)))
-        )
-        out = self._mix(query, key, value, part, cu_seqlens)
-        gate = part["gate"].unflatten(-1, (self.heads, -1))
+        gate = part.pop("gate").unflatten(-1, (self.heads, -1))
+        out = self._core(part, None if packed_seq_params is None else packed_seq_params.cu_seqlens_q)
         weight = sum_gradient(self.norm, self.tp)
-        out = functional.gated_head_norm(out, gate, weight, self.model.norm_eps, gate_first=not self.delta)
+        out = functional.gated_head_norm(
+            out.unflatten(-1, (self.heads, -1)), gate, weight, self.model.norm_eps, gate_first=not self.delta
+        )
         return self.out_proj(out.flatten(2).transpose(0, 1).to(hidden_states.dtype))
+
+    def _core(self, part: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
+        """Convolution and recurrence: the projections [B, S, local size] -> [B, S, H Dv]."""
+        if self.exchange is not None:
+            units = [self.groups if name in ("query", "key") else self.heads for name in part]
+            part = dict(zip(part, self.exchange.to_heads(list(part.values()), units), strict=True))
+
+        def run(*tensors: Tensor) -> Tensor:
+            return self._recur(dict(zip(part, tensors, strict=True)), cu_seqlens)
+
+        if self.selective and self.training and torch.is_grad_enabled():
+            out = checkpoint(run, False, *part.values())
+        else:
+            out = run(*part.values())
+        return out if self.exchange is None else self.exchange.to_tokens(out)
+
+    def _recur(self, part: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
+        """[B, S, local heads * Dv] from whole rows of this rank's heads (chain: from its tokens of all heads)."""
+        B, S = part["value"].shape[:2]
+        conv, m = functional.short_convolution, self.model
+        xs = [part[name] for name in ("value", "query", "key")]
+        shared = (self._mine(self._shared(weight), self.groups) for weight in (self.conv_query, self.conv_key))
+        weights = [self._mine(self.conv_value), *shared]
+        if self.chain is not None:
+            starts = self.chain.documents(cu_seqlens, B, S, xs[0].device)
+            xs = self.chain.convolve(xs, weights, starts)
+        else:
+            starts = None if cu_seqlens is None else document_starts(cu_seqlens, B, S, xs[0].device)
+            document = None if starts is None else starts.cumsum(1)
+            xs = [conv(x, weight, document) for x, weight in zip(xs, weights, strict=True)]
+        value, query, key = (x.unflatten(-1, (-1, n)) for x, n in zip(xs, (m.value_dim, *2 * [m.key_dim]), strict=True))
+        return self._mix(query, key, value, part, cu_seqlens, starts).flatten(2)
+
+    def _mine(self, weight: Tensor, units: int | None = None) -> Tensor:
+        """The context-parallel rank's heads (or groups) of a parameter over the tensor-parallel rank's."""
+        return weight if self.exchange is None else self.exchange.mine(weight, units or self.heads)
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """The sections of in_proj, each [B, S, local size]."""
@@ -221,39 +260,63 @@ class DLAMixer(MegatronModule):
     def _shared(self, weight: Tensor) -> Tensor:
         return self._my_group(sum_gradient(weight, self.tp)) if self.shared_groups else weight
 
-    def _mix(self, query: Tensor, key: Tensor, value: Tensor, part: dict[str, Tensor], cu_seqlens) -> Tensor:
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, part: dict[str, Tensor], cu_seqlens, starts) -> Tensor:
         """The recurrence: [B, S, H, Dv]."""
-        m = self.model
-        raw = part["slot"].unflatten(-1, (self.heads, m.capacity))
-        weights = functional.slot_weights(raw, self.slot_scale, self.slot_bias)
+        m, mine = self.model, self._mine
+        raw = part["slot"].unflatten(-1, (-1, m.capacity))
+        weights = functional.slot_weights(raw, mine(self.slot_scale), mine(self.slot_bias))
         beta, write = None, value
+        scalars = mine(self.A_log), mine(self.dt_bias)
         if self.delta:
-            query, key, g, beta = functional.gdn_inputs(
-                query, key, part["step"], part["strength"], self.A_log, self.dt_bias
-            )
+            query, key, g, beta = functional.gdn_inputs(query, key, part["step"], part["strength"], *scalars)
         else:
-            write, g = functional.mamba2_inputs(value, part["step"], self.A_log, self.dt_bias)
-        tau = functional.hold_tau(self.tau) if m.tau_mode == "learned" else m.tau
-        rule = {"tau": tau, "capacity": m.capacity, "merge": m.merge, "cu_seqlens": cu_seqlens, "backend": self.backend}
-        decided = partition(key, write, g, beta, **rule)
-        self._count(decided.start)
-        inputs = query, key, write, g, weights, beta
-        if self.training and self.gate_temperature is not None:
-            soft = {"tau": tau, "temperature": self.gate_temperature, "cu_seqlens": cu_seqlens}
-            out, _ = soft_attention(*inputs, partition=decided, **soft)
+            write, g = functional.mamba2_inputs(value, part["step"], *scalars)
+        tau: float | Tensor = m.tau
+        if m.tau_mode == "learned":
+            tau = functional.hold_tau(mine(self.tau))
+            tau = tau if torch.is_grad_enabled() else tau.requires_grad_()  # a recomputation will need Partition.lo
+        rule = {"tau": tau, "capacity": m.capacity, "merge": m.merge, "backend": self.backend}
+        inputs = (query, key, write, g, weights, beta)
+        if self.chain is not None:
+            out = self.chain.attend(inputs, rule, starts, self._decide)
         else:
-            out, _ = dla_attention(*inputs, partition=decided, **rule)
-        return out if self.delta else out + self.D[:, None].to(value.dtype) * value
+            rule["cu_seqlens"] = cu_seqlens
+            decided = self._decide(lambda: partition(key, write, g, beta, **rule))
+            if self.training and self.gate_temperature is not None:
+                soft = {"tau": tau, "temperature": self.gate_temperature, "cu_seqlens": cu_seqlens}
+                out, _ = soft_attention(*inputs, partition=decided, **soft)
+            else:
+                out, _ = dla_attention(*inputs, partition=decided, **rule)
+        return out if self.delta else out + mine(self.D)[:, None].to(value.dtype) * value
+
+    def _decide(self, decide: Callable[[], Partition], first_head: int = 0) -> Partition:
+        """A partition, or the one that was decided before this pass was recomputed."""
+
+        def counted() -> Partition:
+            decided = decide()
+            self._count(decided.start, first_head)
+            return decided
+
+        return self.decisions.get(counted)
 
     @torch.no_grad()
-    def _count(self, start: Tensor) -> None:
-        fired = start.sum((0, 1))
-        self.boundaries = fired if self.boundaries is None else self.boundaries + fired
-        self.tokens += start.shape[0] * start.shape[1]
+    def _count(self, start: Tensor, first: int) -> None:
+        mine = start.sum((0, 1))
+        if self.exchange is not None:
+            first += self.exchange.rank * len(mine)
+        if self.boundaries is None:
+            self.boundaries = torch.zeros(self.heads, dtype=torch.int64, device=start.device)
+            self.tokens = torch.zeros_like(self.boundaries)
+        self.boundaries[first : first + len(mine)] += mine
+        self.tokens[first : first + len(mine)] += start.shape[0] * start.shape[1]
 
     def take_boundary_rate(self) -> Tensor:
-        """Share of tokens that opened a slot since the last call, per local head: fp32 [H local]."""
+        """Share of tokens that opened a slot since the last call, per local head: fp32 [H local].
+
+        Under context parallelism a share of the sum over the group: a rank counts its heads, or its tokens, only.
+        """
         assert self.boundaries is not None, "no forward pass yet"
-        rate = self.boundaries.float() / self.tokens
-        self.boundaries, self.tokens = None, 0
+        ranks = 1 if self.chain is None else self.chain.near.size
+        rate = self.boundaries.float() / (self.tokens.clamp(min=1) * ranks)
+        self.boundaries = None
         return rate

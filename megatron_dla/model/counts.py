@@ -29,6 +29,15 @@ def count_parameters(m: ModelSection, vocab_size: int) -> int:
     return mixers + layers + embeddings + m.hidden_size
 
 
+def parameters_per_rank(m: ModelSection, vocab_size: int, tensor: int) -> int:
+    """Parameters of one tensor-parallel rank (context- and data-parallel ranks hold the same)."""
+    letters = layer_letters(m)
+    replicated = (2 * len(letters) + 1) * m.hidden_size + letters.count("D") * m.value_dim  # norms
+    if m.num_groups % tensor:  # fewer groups than ranks
+        replicated += letters.count("D") * 2 * m.num_groups * m.key_dim * (m.hidden_size + m.conv_kernel)
+    return replicated + (count_parameters(m, vocab_size) - replicated) // tensor
+
+
 def flops_per_token(m: ModelSection, vocab_size: int, seq_len: int) -> float:
     """Model FLOPs of forward and backward for one token (multiply-add = 2), recomputation not counted.
 

@@ -14,7 +14,9 @@ def padded_vocab(vocab_size: int, multiple: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def transformer_config(section: ModelSection, parallel: ParallelSection, dtype: torch.dtype, on_cpu: bool):
+def transformer_config(
+    section: ModelSection, parallel: ParallelSection, dtype: torch.dtype, on_cpu: bool, recompute: str = "none"
+):
     """Megatron's TransformerConfig; every fusion is off (they need Transformer Engine or Apex)."""
     compat.install()
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,6 +30,7 @@ def transformer_config(section: ModelSection, parallel: ParallelSection, dtype: 
         ffn_hidden_size=section.ffn_hidden_size,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context_parallel_size,
         normalization="RMSNorm",
         layernorm_epsilon=section.norm_eps,
         add_bias_linear=False,
@@ -42,6 +45,9 @@ def transformer_config(section: ModelSection, parallel: ParallelSection, dtype: 
         gradient_accumulation_fusion=False,
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -58,15 +64,18 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     backend: str = "auto",
+    recompute: str = "none",
 ):
     """A GPTModel with DLA layers, tagged and initialised; Megatron's groups must exist.
 
     `forward(input_ids [B, S], position_ids, attention_mask, labels=...)` gives the loss of each token [B, S], or
-    logits [B, S, vocab / TP] without labels. `vocab_size` is the tokenizer's; the model pads it.
+    logits [B, S, vocab / TP] without labels; under context parallelism S is this rank's part of the row.
+    `vocab_size` is the tokenizer's; the model pads it. `seq_len` counts whole rows.
     """
-    config = transformer_config(section, parallel, dtype, device == "cpu")
+    config = transformer_config(section, parallel, dtype, device == "cpu", recompute)
     from megatron.core.models.gpt import GPTModel
 
+    from megatron_dla.mixers.softmax import ContiguousRotary
     from megatron_dla.model.init import initialise, tag_megatron_parameters
     from megatron_dla.model.spec import block_spec
     from megatron_dla.parallel.groups import process_groups
@@ -74,7 +83,7 @@ def build_model(
     groups = process_groups()
     model = GPTModel(
         config,
-        block_spec(section, backend),
+        block_spec(section, backend, parallel.cp_scheme),
         vocab_size=padded_vocab(vocab_size, section.vocab_multiple),
         max_sequence_length=seq_len,
         position_embedding_type="rope" if "A" in layer_letters(section) else "none",
@@ -82,6 +91,8 @@ def build_model(
         share_embeddings_and_output_weights=section.tie_embeddings,
         pg_collection=groups,
     )
+    if groups.cp.size() > 1 and "A" in layer_letters(section):
+        model.rotary_pos_emb = ContiguousRotary(model.rotary_pos_emb, groups.cp)
     tag_megatron_parameters(model, section)
     initialise(model, section, seed, groups.tp.rank(), groups.tp.size())
     return model
@@ -90,7 +101,8 @@ def build_model(
 def packed_sequence(cu_seqlens: torch.Tensor | None, seq_len: int):
     """Megatron's PackedSeqParams for rows of packed documents (sbhd), or None.
 
-    `cu_seqlens`: int32 [n + 1] over the flattened B * S tokens, every row start included.
+    `cu_seqlens`: int32 [n + 1] over the flattened B * S tokens of whole rows (at every context-parallel size), every
+    row start included.
     """
     if cu_seqlens is None:
         return None

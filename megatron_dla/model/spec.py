@@ -13,25 +13,27 @@ from megatron_dla.mixers.norms import RMSNorm
 from megatron_dla.mixers.softmax import CoreAttention
 
 
-def dla_mixer_spec(model: ModelSection, backend: str = "auto") -> ModuleSpec:
+def dla_mixer_spec(model: ModelSection, backend: str = "auto", cp_scheme: str = "heads") -> ModuleSpec:
     """The DLA mixer for the self_attention slot."""
     submodules = DLAMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
-    return ModuleSpec(module=DLAMixer, params={"model": model, "backend": backend}, submodules=submodules)
+    return ModuleSpec(
+        module=DLAMixer, params={"model": model, "backend": backend, "cp_scheme": cp_scheme}, submodules=submodules
+    )
 
 
-def layer_spec(model: ModelSection, letter: str = "D", backend: str = "auto") -> ModuleSpec:
+def layer_spec(model: ModelSection, letter: str = "D", backend: str = "auto", cp_scheme: str = "heads") -> ModuleSpec:
     """One TransformerLayer: `D` = DLA mixer, `A` = softmax attention; SwiGLU MLP in both."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     if letter == "D":
-        spec.submodules.self_attention = dla_mixer_spec(model, backend)
+        spec.submodules.self_attention = dla_mixer_spec(model, backend, cp_scheme)
     else:
         spec.submodules.self_attention.submodules.core_attention = CoreAttention
     return spec
 
 
-def block_spec(model: ModelSection, backend: str = "auto") -> TransformerBlockSubmodules:
+def block_spec(model: ModelSection, backend: str = "auto", cp_scheme: str = "heads") -> TransformerBlockSubmodules:
     """All layers, by the pattern string."""
-    layers = [layer_spec(model, letter, backend) for letter in layer_letters(model)]
+    layers = [layer_spec(model, letter, backend, cp_scheme) for letter in layer_letters(model)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -27,15 +27,21 @@ def initialize_distributed(device: str) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world)
 
 
-def initialize_model_parallel(tensor: int, seed: int) -> None:
-    """Megatron's groups (tensor innermost, then data) and its random-state tracker."""
+def initialize_model_parallel(tensor: int, seed: int, context: int = 1) -> None:
+    """Megatron's groups (tensor innermost, then context, then data) and its random-state tracker."""
     compat.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, context_parallel_size=context)
         model_parallel_cuda_manual_seed(seed)
+    made = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+    if made != (tensor, context):
+        raise RuntimeError(f"this process already has groups for tensor, context = {made}, not {(tensor, context)}")
 
 
 def process_groups():

@@ -1,6 +1,9 @@
 """What DeepSpeed asks of an `mpu`, answered from process groups that are passed in.
 
-Context parallelism is not in here yet: DeepSpeed must not see sequence-parallel methods while there is none.
+Data parallelism in DeepSpeed's sense is every rank with its own tokens: data x context. It averages gradients over them
+and shards its states over them; `training.step` scales the loss to match. The other way, DeepSpeed's sequence-parallel
+methods, is wrong at ZeRO-3 (0.19.8): parameters are cut over `get_data_parallel_group` alone, so gradients are never
+summed over context, and its reduce-scatter does not undo the averaging.
 """
 
 from __future__ import annotations
@@ -9,7 +12,10 @@ import torch.distributed as dist
 
 
 class TensorDataMpu:
-    """Tensor parallelism ("model parallel" in DeepSpeed's words) times data parallelism; pipeline is always 1."""
+    """Tensor parallelism ("model parallel" in DeepSpeed's words) times data parallelism; pipeline is always 1.
+
+    `dp`: all ranks that hold the same parameters and read other tokens.
+    """
 
     def __init__(self, tp: dist.ProcessGroup, dp: dist.ProcessGroup, pp: dist.ProcessGroup) -> None:
         assert pp.size() == 1, "pipeline parallelism is not supported"
@@ -41,7 +47,7 @@ class TensorDataMpu:
     def get_pipeline_model_parallel_world_size(self) -> int:
         return 1
 
-    # data parallel: replicas that read different rows
+    # data parallel: replicas that read different tokens
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._dp
 
@@ -53,3 +59,8 @@ class TensorDataMpu:
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return dist.get_process_group_ranks(self._dp)
+
+
+def make_mpu(groups) -> TensorDataMpu:
+    """The mpu of a layout (`groups`: Megatron's ProcessGroupCollection)."""
+    return TensorDataMpu(groups.tp, groups.dp_cp, groups.pp)

@@ -11,7 +11,7 @@ from torch import nn
 from megatron_dla import compat
 from megatron_dla.config import RunConfig
 from megatron_dla.mixers.dla import FP32_PARAMETERS
-from megatron_dla.parallel.mpu import TensorDataMpu
+from megatron_dla.parallel.mpu import make_mpu
 from megatron_dla.training.schedule import lr_factor
 
 
@@ -44,6 +44,9 @@ def deepspeed_config(config: RunConfig, dp_size: int, bf16: bool) -> dict[str, A
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": training.zero_stage},
     }
+    if training.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW: DeepSpeed's would need a compiler
     if bf16:
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -82,7 +85,7 @@ def build_engine(
         lr=section.lr,
         betas=(section.beta1, section.beta2),
         eps=section.eps,
-        fused=next(model.parameters()).is_cuda,
+        fused=next(model.parameters()).is_cuda and not config.training.offload_optimizer,
     )
     factor = partial(lr_factor, section=section, total_steps=config.training.steps)
     engine, *_ = deepspeed.initialize(
@@ -90,7 +93,7 @@ def build_engine(
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
         config=deepspeed_config(config, groups.dp.size(), bf16),
-        mpu=TensorDataMpu(groups.tp, groups.dp, groups.pp),
+        mpu=make_mpu(groups),
         dist_init_required=False,
     )
     return engine

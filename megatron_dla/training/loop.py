@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dla.checkpoint.manager import Checkpointer, complete_checkpoints, is_weights_only, load_weights
+from megatron_dla.checkpoint.optimizer import local_shapes
 from megatron_dla.checkpoint.weights import Layout, parameter_tags
 from megatron_dla.config import RunConfig
 from megatron_dla.data import TokenLoader
@@ -19,11 +20,13 @@ from megatron_dla.data_prep.index import ShardIndex
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.metrics.meters import StepMeter, memory_gb
 from megatron_dla.metrics.sinks import JsonlSink, console_line
-from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence, padded_vocab
+from megatron_dla.model.gpt import build_model, dla_mixers, padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, process_groups
+from megatron_dla.parallel.replicas import check_replicas
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
 from megatron_dla.training.schedule import gate_temperature
 from megatron_dla.training.signals import STOPPED, StopRequest
+from megatron_dla.training.step import train_step
 from megatron_dla.training.validation import validate
 
 
@@ -37,7 +40,7 @@ class Trainer:
     def __init__(self, config: RunConfig, run_dir: Path, device: str, bf16: bool) -> None:
         self.config, self.run_dir = config, run_dir
         initialize_distributed(device)
-        initialize_model_parallel(config.parallel.tensor, config.run.seed)
+        initialize_model_parallel(config.parallel.tensor, config.run.seed, config.parallel.context_parallel_size)
         self.groups = process_groups()
         self.is_main = dist.get_rank() == 0
         self.device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
@@ -48,12 +51,13 @@ class Trainer:
         model = build_model(
             config.model, config.parallel, vocab_size=index.vocab_size, seq_len=config.data.seq_len,
             seed=config.run.seed, dtype=torch.bfloat16 if bf16 else torch.float32, device=device,
+            recompute=config.training.recompute,
         )  # fmt: skip
         self.mixers = dla_mixers(model)
-        tags = parameter_tags(model)
+        tags, shapes = parameter_tags(model), local_shapes(model)
         found = complete_checkpoints(run_dir) if config.training.resume else []
         newest = found[-1][1] if found else None
-        if newest is not None and is_weights_only(newest):
+        if newest is not None:
             load_weights(newest, model, self.groups.tp)  # before ZeRO takes its copies
         optimizer_groups = parameter_groups(model, config)
         self.engine = build_engine(model, optimizer_groups, config, self.groups, bf16)
@@ -65,7 +69,7 @@ class Trainer:
         )  # fmt: skip
         self.layout = Layout(
             model=config.model, vocab_size=vocab_size, tokenizer_sha256=index.tokenizer_sha256,
-            tensor_parallel=self.groups.tp.size(), seq_len=config.data.seq_len, step=0, tags=tags,
+            tensor_parallel=self.groups.tp.size(), seq_len=config.data.seq_len, step=0, tags=tags, shapes=shapes,
         )  # fmt: skip
         self.checkpoints = Checkpointer(run_dir, self.engine, self.groups, config.training.keep_checkpoints)
         self.step = 0
@@ -73,6 +77,9 @@ class Trainer:
             self.step, data_state = self.checkpoints.load(newest, self.layout)
             self.loader.load_state_dict(data_state)
             apply_optimizer_section(self.engine, optimizer_groups, config)
+        self.check_replicas = config.debug.check_replicas
+        if self.check_replicas:
+            check_replicas(self.engine.module, self.groups, "before the first step")
         self.sink = JsonlSink(run_dir / "metrics.jsonl", self.step if newest else None) if self.is_main else None
         if newest is not None:
             self._say(f"going on from {newest} at step {self.step}")
@@ -87,6 +94,8 @@ class Trainer:
                 started = time.monotonic()
                 loss = self._train_step()
                 self.step += 1
+                if self.check_replicas and self.step % self.check_replicas == 0:
+                    check_replicas(self.engine.module, self.groups, f"by step {self.step}")
                 meter.add(self.tokens_per_step, time.monotonic() - started)
                 last = self.step == training.steps
                 validating = training.eval_every and (last or self.step % training.eval_every == 0)
@@ -109,27 +118,12 @@ class Trainer:
         """One optimizer step over the global batch; returns its mean loss (nats a token)."""
         batches = self.loader.next_step()
         self.data_crc32 = zlib.crc32(b"".join(b.tokens.numpy().tobytes() for b in batches))
-        counted = torch.stack([b.loss_mask.sum() for b in batches]).sum().double().to(self.device)
-        dist.all_reduce(counted, group=self.groups.dp)
-        # DeepSpeed averages over micro-batches and replicas; dividing by the batch's own count of tokens makes the
-        # gradient that of the mean over all its tokens, whatever the layout
-        scale = len(batches) * self.groups.dp.size() / counted.item()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.lr = self.engine.get_lr()[0]  # before the schedule moves on
         self.gate_temperature = gate_temperature(self.step, self.config.training)
         for mixer in self.mixers:
             mixer.gate_temperature = self.gate_temperature
-        for batch in batches:
-            tokens, labels, mask = (x.to(self.device) for x in (batch.tokens, batch.labels, batch.loss_mask))
-            cu_seqlens = batch.cu_seqlens.to(self.device) if self.config.data.reset_at_documents else None
-            packed = packed_sequence(cu_seqlens, self.config.data.seq_len)
-            losses = self.engine(tokens, None, None, labels=labels, packed_seq_params=packed)
-            loss = (losses.float() * mask).sum()
-            self.engine.backward(loss * scale)
-            self.engine.step()
-            total += loss.detach()
-        dist.all_reduce(total, group=self.groups.dp)
-        mean = (total / counted).item()
+        data = self.config.data
+        mean = train_step(self.engine, batches, self.groups, self.device, data.seq_len, data.reset_at_documents)
         if not math.isfinite(mean):
             raise FloatingPointError(
                 f"the loss is {mean} at step {self.step + 1}: lower optimizer.lr or check the data"
@@ -165,13 +159,13 @@ class Trainer:
     def _boundary_rates(self) -> torch.Tensor:
         """[layers, H] over all tokens since the last call (a collective)."""
         local = torch.stack([mixer.take_boundary_rate() for mixer in self.mixers]).contiguous()
-        dist.all_reduce(local, group=self.groups.dp)
+        dist.all_reduce(local, group=self.groups.dp_cp)
         parts = [torch.empty_like(local) for _ in range(self.groups.tp.size())]
         dist.all_gather(parts, local, group=self.groups.tp)
         return torch.cat(parts, 1) / self.groups.dp.size()
 
     def _validate(self) -> dict[str, float]:
-        values = validate(self.engine, self.config, self.token_bytes, self.groups.dp)
+        values = validate(self.engine, self.config, self.token_bytes, self.groups)
         for mixer in self.mixers:
             mixer.take_boundary_rate()  # held-out tokens are not part of the training rate
         return values

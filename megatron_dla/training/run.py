@@ -14,16 +14,18 @@ from typing import IO
 
 import torch
 
-from megatron_dla.checkpoint.manager import check_same_layout, check_same_model, complete_checkpoints
+from megatron_dla.checkpoint.manager import check_same_model, complete_checkpoints
 from megatron_dla.checkpoint.weights import Layout
-from megatron_dla.config import RunConfig, check_config, dump_config
+from megatron_dla.config import RunConfig, check_config, check_precision, dump_config
 from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.data_prep.tokenizer import Tokenizer
-from megatron_dla.errors import CheckpointError, ConfigError, DataError
+from megatron_dla.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_dla.model.counts import count_parameters, flops_per_token
 from megatron_dla.model.gpt import padded_vocab
+from megatron_dla.training.plan import make_plan, render
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "triton", "webdataset", "sentencepiece", "transformers", "numpy")
+ASSUMED_VOCABULARY = 32_000  # the paper's, for plans made where there is no data
 
 
 def resolve_device(config: RunConfig) -> tuple[str, bool]:
@@ -48,14 +50,24 @@ def run_directory(config: RunConfig) -> Path:
     return Path(config.run.dir) / config.run.name
 
 
-def check_run(config: RunConfig, world_size: int) -> ShardIndex:
+def planned_device(config: RunConfig) -> tuple[str, bool]:
+    """(device, bf16?) that a config asks for, whether this machine has it or not."""
+    if config.training.device != "cuda" or torch.cuda.is_available():
+        return resolve_device(config)
+    return "cuda", config.training.precision != "fp32"
+
+
+def check_run(config: RunConfig, world_size: int, device: tuple[str, bool] | None = None) -> ShardIndex:
     """Everything a start would trip over: config, device, shards, tokenizer, an older run in the same directory.
+
+    Args:
+        device: of `planned_device`, for a run on another machine.
 
     Raises:
         UserError: one message with the key, the value and the fix.
     """
     check_config(config, world_size)
-    resolve_device(config)
+    check_precision(config.training.zero_stage, (device or resolve_device(config))[1])
     index = ShardIndex.load(config.data.dir)
     tokenizer = Tokenizer(config.data.dir)
     if tokenizer.sha256 != index.tokenizer_sha256:
@@ -85,7 +97,6 @@ def check_run(config: RunConfig, world_size: int) -> ShardIndex:
         tensor = config.parallel.tensor
         layout = Layout(config.model, vocab, index.tokenizer_sha256, tensor, config.data.seq_len, 0, {})
         check_same_model(found[-1][1], layout)
-        check_same_layout(found[-1][1], tensor, world_size // tensor, config.training.zero_stage)
     return index
 
 
@@ -139,37 +150,60 @@ def describe_run(config: RunConfig, world_size: int) -> None:
     (run_dir / TOKENIZER_NAME).write_bytes((Path(config.data.dir) / TOKENIZER_NAME).read_bytes())
 
 
-def describe(config: RunConfig, index: ShardIndex, world_size: int) -> str:
-    """What a start would do, in a few lines."""
-    training, tensor = config.training, config.parallel.tensor
-    device, bf16 = resolve_device(config)
-    vocab = padded_vocab(index.vocab_size, config.model.vocab_multiple)
+def describe(config: RunConfig, index: ShardIndex | None, world_size: int) -> str:
+    """What a start would do, in a few lines; without an index (no data here) of a vocabulary that is assumed."""
+    training, tensor, context = config.training, config.parallel.tensor, config.parallel.context_parallel_size
+    data = world_size // (tensor * context)
+    device, bf16 = planned_device(config)
+    vocab = _vocabulary(config, index)
     tokens = training.steps * training.global_batch_size * config.data.seq_len
-    held = index.totals("train").tokens
-    accumulation = training.global_batch_size // (training.micro_batch_size * world_size // tensor)
+    held = index.totals("train").tokens if index else 0
+    epochs = f"{tokens / held:.2f} epochs of {held:,}" if index else f"no data here, {vocab:,} vocabulary rows assumed"
+    accumulation = training.global_batch_size // (training.micro_batch_size * data)
     return "\n".join(
         [
             f"run          {run_directory(config)}",
             f"model        {count_parameters(config.model, vocab):,} parameters, "
             f"{flops_per_token(config.model, vocab, config.data.seq_len):.3g} FLOP a token (forward and backward)",
-            f"layout       {world_size} processes = tensor {tensor} x data {world_size // tensor}"
+            f"layout       {world_size} processes = tensor {tensor}"
+            f"{f' x context {context}' if context > 1 else ''} x data {data}"
             f"{', sequence parallel' if config.parallel.sequence else ''}, ZeRO-{training.zero_stage}, "
             f"{device}, {'bf16' if bf16 else 'fp32'}",
             f"batch        {training.global_batch_size} rows of {config.data.seq_len} tokens, "
             f"{accumulation} micro-batch(es) of {training.micro_batch_size}",
-            f"length       {training.steps} steps, {tokens:,} tokens = {tokens / held:.2f} epochs of {held:,}",
+            f"length       {training.steps} steps, {tokens:,} tokens = {epochs}",
         ]
     )
+
+
+def _vocabulary(config: RunConfig, index: ShardIndex | None) -> int:
+    return padded_vocab(index.vocab_size if index else ASSUMED_VOCABULARY, config.model.vocab_multiple)
+
+
+def plan_run(config: RunConfig, world_size: int) -> int:
+    """Print what a run would do and need; then raise what its start would trip over, if anything."""
+    device = planned_device(config)
+    check_config(config, world_size)
+    check_precision(config.training.zero_stage, device[1])
+    try:
+        index = ShardIndex.load(config.data.dir)
+    except UserError:
+        index = None
+    print(describe(config, index, world_size))
+    print(render(make_plan(config, world_size, _vocabulary(config, index), device[1])), flush=True)
+    if device[0] == "cuda" and not torch.cuda.is_available():
+        print("note         no CUDA device on this machine: the plan is for one that has them")
+    check_run(config, world_size, device)
+    return 0
 
 
 def train(config: RunConfig, *, dry_run: bool = False, world_size: int | None = None) -> int:
     """Check and train; returns the exit code. `world_size` defaults to torchrun's."""
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    index = check_run(config, world_size)
     if dry_run:
-        print(describe(config, index, world_size))
-        return 0
+        return plan_run(config, world_size)
+    index = check_run(config, world_size)
     device, bf16 = resolve_device(config)
     from megatron_dla.parallel.groups import initialize_distributed
     from megatron_dla.training.loop import Trainer

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dla.config import RunConfig, check_config, dump_config, from_dict, load_config, to_dict
+from megatron_dla.config import RunConfig, check_config, check_precision, dump_config, from_dict, load_config, to_dict
 from megatron_dla.config.docs import render
 from megatron_dla.errors import ConfigError
 
@@ -30,7 +30,6 @@ def test_empty_sections_are_defaults(tmp_path) -> None:
     [
         ({"model": {"num_groups": 5}}, "model.num_groups = 5 does not divide model.num_heads = 48"),
         ({"parallel": {"tensor": 5}}, r"parallel.tensor in \{1, 2, 4, 8, 16\}"),
-        ({"training": {"zero_stage": 3}, "parallel": {"tensor": 2}}, "zero_stage = 3 with parallel.tensor > 1"),
         ({"model": {"tau_mode": "learned", "merge": "ward"}}, "needs model.merge = density"),
         ({"training": {"tau_gate": "annealed"}}, "needs model.tau_mode = learned"),
         ({"training": {"tau_anneal_share": 1.0}}, "tau_anneal_share = 1.0: must be between 0 and 1"),
@@ -44,6 +43,14 @@ def test_cross_checks_name_key_value_and_fix(change: dict, message: str) -> None
     values = {"data": {"dir": "x"}} | change
     with pytest.raises(ConfigError, match=message):
         check_config(from_dict(values), 4 if "parallel" not in change else change["parallel"]["tensor"] * 2)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_zero_stages_that_cannot_train_in_bf16(stage: int) -> None:
+    with pytest.raises(ConfigError, match=rf"zero_stage = {stage} in bf16: .*use training.zero_stage 1 or 2"):
+        check_precision(stage, True)
+    check_precision(stage, False)
+    check_precision(1, True)
 
 
 def test_the_generated_page_is_up_to_date() -> None:

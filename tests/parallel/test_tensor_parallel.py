@@ -5,6 +5,9 @@ import dataclasses
 import pytest
 import workers
 from workers import BASE_SECTION as BASE
+from workers import check
+
+from megatron_dla.config import ParallelSection
 
 BACKBONES = {
     "mamba2": BASE,
@@ -16,29 +19,26 @@ BACKBONES = {
 DOCUMENTS = [0, 17, 48, 60, 61, 96]
 
 
-def check(errors: dict[str, float], limit: float) -> None:
-    bad = {key: f"{e:.1e}" for key, e in errors.items() if not e <= limit}
-    assert not bad, f"over {limit:.0e}: {bad}"
-
-
 @pytest.mark.parametrize("sequence", [False, True], ids=["", "sp"])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_dla_layer_tp2(ranks, name: str, sequence: bool) -> None:
     for documents in ([], DOCUMENTS):
-        for errors in ranks(2).run(workers.layer_parity, BACKBONES[name], 2, sequence, "D", documents, 11):
+        for errors in ranks(2).run(
+            workers.layer_parity, BACKBONES[name], ParallelSection(2, sequence), "D", documents, 11
+        ):
             check(errors, 1e-10)
 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["", "sp"])
 def test_softmax_layer_tp2(ranks, sequence: bool) -> None:
     for documents in ([], DOCUMENTS):
-        for errors in ranks(2).run(workers.layer_parity, BASE, 2, sequence, "A", documents, 12):
+        for errors in ranks(2).run(workers.layer_parity, BASE, ParallelSection(2, sequence), "A", documents, 12):
             check(errors, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["mamba2, one group for all heads", "gdn"])
 def test_dla_layer_tp4(ranks, name: str) -> None:
-    for errors in ranks(4).run(workers.layer_parity, BACKBONES[name], 4, True, "D", DOCUMENTS, 13):
+    for errors in ranks(4).run(workers.layer_parity, BACKBONES[name], ParallelSection(4, True), "D", DOCUMENTS, 13):
         check(errors, 1e-10)
 
 
@@ -48,11 +48,11 @@ def test_model_tp2(ranks, name: str, sequence: bool) -> None:
     hybrid = dataclasses.replace(BASE, pattern="DA", tie_embeddings=True)
     section = hybrid if name == "tied hybrid" else BACKBONES[name]
     for documents in ([], DOCUMENTS):
-        for errors in ranks(2).run(workers.model_parity, section, 2, sequence, documents, 14):
+        for errors in ranks(2).run(workers.model_parity, section, ParallelSection(2, sequence), documents, 14):
             check(errors, 1e-6)  # Megatron returns the token losses in fp32
 
 
 def test_boundaries_fire_in_the_parity_model(ranks) -> None:
-    rates = ranks(2).run(workers.boundary_rates, BASE, 2, 14)
+    rates = ranks(2).run(workers.boundary_rates, BASE, ParallelSection(2), 14)
     for rate in rates:
         assert ((rate > 0.05) & (rate < 1)).all(), rate

@@ -13,9 +13,11 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.spec_utils import build_module  # noqa: E402
 
 from megatron_dla.config import ModelSection, ParallelSection  # noqa: E402
+from megatron_dla.mixers.softmax import ContiguousRotary  # noqa: E402
 from megatron_dla.model.gpt import build_model, packed_sequence, transformer_config  # noqa: E402
 from megatron_dla.model.init import initialise, tag_megatron_parameters  # noqa: E402
 from megatron_dla.model.spec import layer_spec  # noqa: E402
+from megatron_dla.parallel.context import context_slice  # noqa: E402
 from megatron_dla.parallel.groups import initialize_model_parallel, process_groups  # noqa: E402
 from megatron_dla.parallel.tags import get_tag  # noqa: E402
 
@@ -34,18 +36,26 @@ BASE_SECTION = ModelSection(
     init_std=0.2,
     vocab_multiple=8,
 )
-_LAYOUTS: dict[int, dict] = {}
+ALONE = ParallelSection()
+_LAYOUTS: dict[tuple[int, int], dict] = {}
 
 
-def lay_out(tensor: int) -> None:
-    """Switch Megatron's groups to a tensor-parallel size; groups are made once (each costs gloo threads)."""
-    state = vars(parallel_state)
-    if tensor not in _LAYOUTS:
+def lay_out(tensor: int, context: int = 1) -> None:
+    """Switch Megatron's groups to a layout; groups are made once (each costs gloo threads)."""
+    state, key = vars(parallel_state), (tensor, context)
+    if key not in _LAYOUTS:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
-        initialize_model_parallel(tensor, 1)
-        _LAYOUTS[tensor] = {k: v for k, v in state.items() if k.startswith("_") and not k.startswith("__")}
-    state.update(_LAYOUTS[tensor])
+        initialize_model_parallel(tensor, 1, context)
+        _LAYOUTS[key] = {k: v for k, v in state.items() if k.startswith("_") and not k.startswith("__")}
+    state.update(_LAYOUTS[key])
+
+
+def gathered_over(x: torch.Tensor, group, dim: int) -> torch.Tensor:
+    """The parts of all ranks of a group, joined along `dim`."""
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim)
 
 
 def whole(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
@@ -70,6 +80,16 @@ def layout_free(model: torch.nn.Module, values: dict[str, torch.Tensor | None]) 
     return out
 
 
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """Summed over the context-parallel ranks, as DeepSpeed does."""
+    group, found = parallel_state.get_context_parallel_group(), {}
+    for name, parameter in model.named_parameters():
+        found[name] = parameter.grad
+        if parameter.grad is not None and group.size() > 1:
+            dist.all_reduce(parameter.grad, group=group)
+    return found
+
+
 def perturb(model: torch.nn.Module, section: ModelSection) -> None:
     """Move every parameter off its special start (ones, zeros), alike at every layout."""
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
@@ -85,13 +105,14 @@ def perturb(model: torch.nn.Module, section: ModelSection) -> None:
             p += 0.05 * tag.shard(torch.cat(pieces, tag.dim), rank, size).to(p.dtype)
 
 
-def run_layer(section: ModelSection, tensor: int, sequence: bool, letter: str, documents: list[int], seed: int):
+def run_layer(section: ModelSection, parallel: ParallelSection, letter: str, documents: list[int], seed: int):
     """One TransformerLayer in float64: (output [S, B, hidden], input gradient, {key: gradient}), whole tensors."""
-    lay_out(tensor)
-    parallel = ParallelSection(tensor=tensor, sequence=sequence)
+    tensor = parallel.tensor
+    lay_out(tensor, parallel.context_parallel_size)
     config = transformer_config(section, parallel, torch.float64, True)
     groups = process_groups()
-    layer = build_module(layer_spec(section, letter), config=config, layer_number=1, pg_collection=groups)
+    spec = layer_spec(section, letter, cp_scheme=parallel.cp_scheme)
+    layer = build_module(spec, config=config, layer_number=1, pg_collection=groups)
     tag_megatron_parameters(layer, section)
     initialise(layer, section, 3, groups.tp.rank(), tensor)
     perturb(layer, section)
@@ -100,24 +121,24 @@ def run_layer(section: ModelSection, tensor: int, sequence: bool, letter: str, d
     full = torch.randn(S, B, section.hidden_size, generator=gen, dtype=torch.float64)
     cotangent = torch.randn(full.shape, generator=gen, dtype=torch.float64)
     packed = packed_sequence(torch.tensor(documents, dtype=torch.int32) if documents else None, S)
-    rank = groups.tp.rank()
-    mine = slice(rank * S // tensor, (rank + 1) * S // tensor) if sequence else slice(None)
-    x = full[mine].clone().requires_grad_()
+    owners = [groups.cp] + ([groups.tp] if parallel.sequence else [])  # who holds which part of the sequence
+    mine = [full, cotangent]
+    for group in owners:
+        mine = [context_slice(t, group, 0) for t in mine]
+    x = mine[0].clone().requires_grad_()
     rotary = None
     if letter == "A":
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
         rope = RotaryEmbedding(config.kv_channels, 1.0, use_cpu_initialization=True, cp_group=groups.cp)
-        rotary = rope(S)
+        rotary = ContiguousRotary(rope, groups.cp)(S)
     out, _ = layer(x, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
-    out.backward(cotangent[mine])
-    grads = layout_free(layer, {n: p.grad for n, p in layer.named_parameters()})
+    out.backward(mine[1])
+    grads = layout_free(layer, gradients(layer))
     gathered = []
     for t in (out.detach(), x.grad):
-        if sequence:
-            parts = [torch.empty_like(t) for _ in range(tensor)]
-            dist.all_gather(parts, t.contiguous(), group=groups.tp)
-            t = torch.cat(parts)
+        for group in reversed(owners):
+            t = gathered_over(t, group, 0)
         gathered.append(t)
     return (*gathered, grads)
 
@@ -128,43 +149,109 @@ def errors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[
     return {k: ((got[k] - want[k]).abs().max() / want[k].abs().max().clamp(min=1e-30)).item() for k in want}
 
 
-def layer_parity(section: ModelSection, tensor: int, sequence: bool, letter: str, documents: list[int], seed: int):
-    """Errors of a tensor-parallel layer against the same layer in one process."""
-    want = run_layer(section, 1, False, letter, documents, seed)
-    got = run_layer(section, tensor, sequence, letter, documents, seed)
+def check(errors: dict[str, float], limit: float) -> None:
+    bad = {key: f"{e:.1e}" for key, e in errors.items() if not e <= limit}
+    assert not bad, f"over {limit:.0e}: {bad}"
+
+
+def layer_parity(section: ModelSection, parallel: ParallelSection, letter: str, documents: list[int], seed: int):
+    """Errors of a layer at a layout against the same layer in one process."""
+    want = run_layer(section, ALONE, letter, documents, seed)
+    got = run_layer(section, parallel, letter, documents, seed)
     named = [{"output": o, "input gradient": i} | g for o, i, g in (got, want)]
     assert all(float(g.abs().max()) > 0 for g in named[1].values()), "a gradient is zero: the test sees nothing there"
     return errors(*named)
 
 
-def run_model(section: ModelSection, tensor: int, sequence: bool, documents: list[int], seed: int):
+def run_model(section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int):
     """The whole model in float64 with a random cotangent on the token losses: (losses, {key: gradient})."""
-    lay_out(tensor)
+    lay_out(parallel.tensor, parallel.context_parallel_size)
     S, B, vocab = 48, 2, 200
-    model = build_model(
-        section, ParallelSection(tensor, sequence), vocab_size=vocab, seq_len=S, seed=seed, dtype=torch.float64
-    )
+    model = build_model(section, parallel, vocab_size=vocab, seq_len=S, seed=seed, dtype=torch.float64)
     perturb(model, section)
     gen = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab, (B, S + 1), generator=gen)
     packed = packed_sequence(torch.tensor(documents, dtype=torch.int32) if documents else None, S)
-    losses = model(ids[:, :-1], None, None, labels=ids[:, 1:].contiguous(), packed_seq_params=packed)
-    losses.backward(torch.rand(B, S, generator=gen))
-    return losses.detach(), layout_free(model, {n: p.grad for n, p in model.named_parameters()})
+    group = parallel_state.get_context_parallel_group()
+    rows = ids[:, :-1], ids[:, 1:], torch.rand(B, S, generator=gen)
+    tokens, labels, cotangent = (context_slice(x, group) for x in rows)
+    losses = model(tokens, None, None, labels=labels.contiguous(), packed_seq_params=packed)
+    losses.backward(cotangent)
+    return gathered_over(losses.detach(), group, 1), layout_free(model, gradients(model))
 
 
-def model_parity(section: ModelSection, tensor: int, sequence: bool, documents: list[int], seed: int):
-    want_loss, want = run_model(section, 1, False, documents, seed)
-    got_loss, got = run_model(section, tensor, sequence, documents, seed)
+def model_parity(section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int):
+    want_loss, want = run_model(section, ALONE, documents, seed)
+    got_loss, got = run_model(section, parallel, documents, seed)
     return errors({"loss": got_loss} | got, {"loss": want_loss} | want)
 
 
-def boundary_rates(section: ModelSection, tensor: int, seed: int) -> torch.Tensor:
+def boundary_rates(section: ModelSection, parallel: ParallelSection, seed: int) -> torch.Tensor:
     """Boundary rate of each local head over the layers [layers, H local]: the parity cases must merge and not merge."""
     from megatron_dla.model.gpt import dla_mixers
 
-    lay_out(tensor)
-    model = build_model(section, ParallelSection(tensor=tensor), vocab_size=200, seq_len=48, seed=seed)
+    lay_out(parallel.tensor, parallel.context_parallel_size)
+    model = build_model(section, parallel, vocab_size=200, seq_len=48, seed=seed)
     perturb(model, section)
-    model(torch.randint(0, 200, (2, 48), generator=torch.Generator().manual_seed(seed)), None, None)
-    return torch.stack([mixer.take_boundary_rate() for mixer in dla_mixers(model)])
+    tokens = torch.randint(0, 200, (2, 48), generator=torch.Generator().manual_seed(seed))
+    group = parallel_state.get_context_parallel_group()
+    model(context_slice(tokens, group), None, None)
+    rates = torch.stack([mixer.take_boundary_rate() for mixer in dla_mixers(model)])
+    dist.all_reduce(rates, group=group)
+    return rates
+
+
+def meta_model(section: ModelSection, parallel: ParallelSection, vocab_size: int, monkeypatch) -> torch.nn.Module:
+    """The real module without memory: Megatron and the mixers ask the (shimmed) current device."""
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_dla.model.gpt import padded_vocab
+    from megatron_dla.model.spec import block_spec
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+    config = transformer_config(section, parallel, torch.float32, False)
+    return GPTModel(
+        config, block_spec(section), vocab_size=padded_vocab(vocab_size, section.vocab_multiple),
+        max_sequence_length=64, position_embedding_type="none",
+        share_embeddings_and_output_weights=section.tie_embeddings, pg_collection=process_groups(),
+    )  # fmt: skip
+
+
+def parameter_count(section: ModelSection, parallel: ParallelSection, vocab_size: int) -> int:
+    lay_out(parallel.tensor, parallel.context_parallel_size)
+    model = build_model(section, parallel, vocab_size=vocab_size, seq_len=16, seed=1)
+    return sum(p.numel() for p in model.parameters())
+
+
+def sent_forward(section: ModelSection, parallel: ParallelSection) -> dict[str, float]:
+    """Bytes that this rank sends to the others of its context-parallel group in one forward pass, and the plan's."""
+    from megatron_dla.config import DataSection, RunConfig, TrainingSection
+    from megatron_dla.training.plan import context_bytes
+
+    lay_out(parallel.tensor, parallel.context_parallel_size)
+    model = build_model(section, parallel, vocab_size=60, seq_len=48, seed=1)
+    sent = {"bytes": 0.0, "scalars": 0.0}
+    originals = {name: getattr(dist, name) for name in ("all_to_all_single", "send", "batch_isend_irecv")}
+
+    def all_to_all(out, x, group=None):
+        sent["bytes"] += x.nbytes * (group.size() - 1) / group.size()
+        return originals["all_to_all_single"](out, x, group=group)
+
+    def send(x, *args, **kwargs):
+        sent["bytes" if x.ndim == 5 else "scalars"] += x.nbytes
+        return originals["send"](x, *args, **kwargs)
+
+    def batch(ops):
+        sent["bytes"] += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
+        return originals["batch_isend_irecv"](ops)
+
+    dist.all_to_all_single, dist.send, dist.batch_isend_irecv = all_to_all, send, batch
+    try:
+        ids = torch.randint(0, 60, (2, 48), generator=torch.Generator().manual_seed(1))
+        model(context_slice(ids, parallel_state.get_context_parallel_group()), None, None)
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+    run = RunConfig(data=DataSection(seq_len=48), model=section, parallel=parallel)
+    run.training = TrainingSection(micro_batch_size=2)
+    return sent | {"planned": context_bytes(run, 4)}

@@ -62,6 +62,24 @@ def test_zero1_tp2_dp2_equals_one_process(ranks, data, plain, tmp_path, backbone
         torch.testing.assert_close(torch.cat([merged[k] for k in keys], layout.tags[name].dim), want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("backbone", ["mamba2", "gdn"])
+def test_context_parallel_equals_one_process(ranks, data, plain, tmp_path, backbone) -> None:
+    values = run_config(
+        data, tmp_path, backbone, parallel={"context_parallel_size": 2}, training={"eval_every": 5, "eval_rows": 4}
+    )
+    metrics = ranks(4).run(train_workers.train, values)[0]
+    losses, norms, _ = plain[backbone]
+    torch.testing.assert_close(torch.tensor([m["loss"] for m in metrics[1:]]), torch.tensor(losses), rtol=2e-5, atol=0)
+    got = torch.tensor([m["grad_norm"] for m in metrics[1:]])
+    torch.testing.assert_close(got, torch.tensor(norms), rtol=1e-4, atol=0)
+    values["run"]["name"], values["parallel"] = "alone", {}
+    alone = ranks(1).run(train_workers.train, values)[0]
+    for a, b in zip(alone, metrics, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() & {"val_loss", "val_bpb", "boundary_rate"}:
+            assert a[key] == (pytest.approx(b[key], rel=1e-5) if b[key] is not None else None), key
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_other_zero_stages_equal_one_process(ranks, data, plain, tmp_path, stage) -> None:
     values = run_config(data, tmp_path, "mamba2", training={"zero_stage": stage})
@@ -136,7 +154,10 @@ def test_a_refused_resume_leaves_the_run_as_it_was(ranks, capsys, data, tmp_path
     config = tmp_path / "tiny.yaml"
     ranks(2).run(train_workers.train, values)
     before = {p.name: p.read_bytes() for p in (tmp_path / "tiny").iterdir() if p.is_file()}
-    for change, word in (({}, "data_parallel 2 -> 1"), ({"data": {"seq_len": 32}}, "data.seq_len = 64")):
+    for change, word in (
+        ({"model": {"capacity": 4}}, "model.capacity 3 -> 4"),
+        ({"data": {"seq_len": 32}}, "data.seq_len = 64"),
+    ):
         config.write_text(yaml.safe_dump({k: v | change.get(k, {}) for k, v in values.items()}))
         for arguments in (["train", str(config)], ["run", str(config), "--nproc", "1", "--dry-run"]):
             assert main(arguments) == 2
@@ -144,14 +165,21 @@ def test_a_refused_resume_leaves_the_run_as_it_was(ranks, capsys, data, tmp_path
     assert {p.name: p.read_bytes() for p in (tmp_path / "tiny").iterdir() if p.is_file()} == before
 
 
-@pytest.mark.parametrize(
-    "damage", ["mp_rank_00_model_states.pt", "random_00000.pt", "data_state.json", "complete.json"]
+FILES = (
+    "optimizer/tp_00_dp_0000.safetensors",
+    "weights/tp_00.safetensors",
+    "random_00000.pt",
+    "data_state.json",
+    "complete.json",
 )
+
+
+@pytest.mark.parametrize("damage", FILES)
 def test_damaged_checkpoints_are_named(ranks, data, tmp_path, damage) -> None:
     values = run_config(data, tmp_path, "mamba2", training={"steps": 1})
     ranks(1).run(train_workers.train, values)
     (tmp_path / "tiny" / "checkpoints" / "step_1" / damage).write_bytes(b"[]" if damage.endswith("json") else b"junk")
-    with pytest.raises(AssertionError, match=r"CheckpointError.*step_1.*is damaged"):
+    with pytest.raises(AssertionError, match=r"CheckpointError.*step_1.*is (missing or )?damaged"):
         ranks(1).run(train_workers.train, values)
 
 

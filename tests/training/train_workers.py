@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from workers import lay_out
 
 from megatron_dla import compat
 
@@ -15,22 +16,28 @@ from megatron_dla.config import from_dict  # noqa: E402
 from megatron_dla.data import TokenLoader  # noqa: E402
 from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
 from megatron_dla.model.gpt import build_model, packed_sequence  # noqa: E402
-from megatron_dla.parallel.groups import initialize_model_parallel  # noqa: E402
 from megatron_dla.training.engine import parameter_groups  # noqa: E402
 from megatron_dla.training.loop import Trainer  # noqa: E402
 from megatron_dla.training.run import check_run  # noqa: E402
 from megatron_dla.training.schedule import lr_factor  # noqa: E402
 
 
-def train(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """The real trainer; returns the metrics."""
+def make_trainer(values: dict[str, Any]) -> Trainer:
+    """The real trainer; the pool's groups are switched to the config's layout first."""
     config = from_dict(values)
+    lay_out(config.parallel.tensor, config.parallel.context_parallel_size)
     check_run(config, torch.distributed.get_world_size())
     run_dir = Path(config.run.dir) / config.run.name
     run_dir.mkdir(parents=True, exist_ok=True)
-    assert Trainer(config, run_dir, "cpu", config.training.precision == "bf16").run() == 0
+    return Trainer(config, run_dir, "cpu", config.training.precision == "bf16")
+
+
+def train(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs to the end; returns the metrics."""
+    trainer = make_trainer(values)
+    assert trainer.run() == 0
     torch.distributed.barrier()
-    return read_metrics(run_dir / "metrics.jsonl")
+    return read_metrics(trainer.run_dir / "metrics.jsonl")
 
 
 def plain_training(values: dict[str, Any]) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
@@ -39,7 +46,7 @@ def plain_training(values: dict[str, Any]) -> tuple[list[float], list[float], di
     Returns losses, gradient norms and the final parameters.
     """
     config = from_dict(values)
-    initialize_model_parallel(1, config.run.seed)
+    lay_out(1)
     index_vocab = TokenLoader(
         config.data.dir, "train", seq_len=config.data.seq_len, num_streams=config.data.num_streams,
         global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.global_batch_size,
@@ -71,10 +78,7 @@ def plain_training(values: dict[str, Any]) -> tuple[list[float], list[float], di
 
 def scalar_dtypes(values: dict[str, Any]) -> dict[str, tuple[str, bool]]:
     """After bf16 training: {parameter: (dtype, moved away from its start)} of one mixer's scalars."""
-    config = from_dict(values)
-    run_dir = Path(config.run.dir) / config.run.name
-    run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, run_dir, "cpu", True)
+    trainer = make_trainer(values)
     mixer = trainer.mixers[0]
     before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
     assert trainer.run() == 0
@@ -83,8 +87,7 @@ def scalar_dtypes(values: dict[str, Any]) -> dict[str, tuple[str, bool]]:
 
 def resumed_optimizer(values: dict[str, Any]) -> list[tuple[str, float, float]]:
     """After loading a checkpoint: (group, learning rate of the next step, weight decay)."""
-    config = from_dict(values)
-    trainer = Trainer(config, Path(config.run.dir) / config.run.name, "cpu", False)
+    trainer = make_trainer(values)
     assert trainer.step > 0
     groups = trainer.engine.lr_scheduler.optimizer.param_groups
     return [(g["name"], g["lr"], g["weight_decay"]) for g in groups]

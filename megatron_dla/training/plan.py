@@ -1,0 +1,148 @@
+"""What a run will need, from its config alone: parameters, memory and traffic of each rank. Nothing is started.
+
+Parameter counts are exact. Memory and traffic are estimates from shapes: allocator, buckets and workspaces come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dla.config import ModelSection, RunConfig, layer_letters
+from megatron_dla.model.counts import parameters_per_rank
+
+CHUNK = 64  # tokens between two kept slot states in the backward pass of one layer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes are of one rank; traffic is what one rank sends in one optimizer step.
+
+    Attributes:
+        parameters: of one tensor-parallel rank, before ZeRO cuts them up.
+        memory: {what: bytes} on the device. host: bytes of offloaded optimizer state. traffic: {what: bytes}.
+    """
+
+    tensor: int
+    context: int
+    data: int
+    parameters: int
+    memory: dict[str, float]
+    host: float
+    traffic: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+def make_plan(config: RunConfig, world_size: int, vocab_size: int, bf16: bool) -> Plan:
+    """The plan of a config that `check_config` has accepted; `vocab_size` is the padded one."""
+    tensor, context = config.parallel.tensor, config.parallel.context_parallel_size
+    data = world_size // (tensor * context)
+    parameters = parameters_per_rank(config.model, vocab_size, tensor)
+    memory, host = _states(config, parameters, data * context, bf16)
+    memory |= _activations(config, vocab_size, 2 if bf16 else 4)
+    traffic = _traffic(config, parameters, data, 2 if bf16 else 4)
+    return Plan(tensor, context, data, parameters, memory, host, traffic)
+
+
+def _states(config: RunConfig, parameters: int, replicas: int, bf16: bool) -> tuple[dict[str, float], float]:
+    """Weights, gradients, optimizer; what ZeRO cuts up lies over data x context ranks."""
+    stage, element = config.training.zero_stage, 2 if bf16 else 4
+    cut = {name: replicas if stage >= least else 1 for name, least in (("weights", 3), ("grads", 2), ("optimizer", 1))}
+    optimizer = parameters * (12 if bf16 or stage else 8) / cut["optimizer"]  # master weights and two moments, fp32
+    offload = config.training.offload_optimizer
+    memory = {
+        "weights": parameters * element / cut["weights"],
+        "gradients": parameters * 4 / cut["grads"] + (parameters * 2 if bf16 else 0),  # accumulated in fp32
+        "optimizer": 0.0 if offload else optimizer,
+    }
+    return memory, optimizer if offload else 0.0
+
+
+def mixer_widths(m: ModelSection, tensor: int) -> tuple[int, int]:
+    """Channels a token has in (the projections of a tensor-parallel rank, those of them that move by heads)."""
+    inner, groups = m.num_heads * m.value_dim // tensor, max(1, m.num_groups // tensor)
+    heads = m.num_heads // tensor
+    moving = inner + 2 * groups * m.key_dim + heads * (1 + (m.backbone == "gdn") + m.capacity)
+    return inner + moving, moving
+
+
+def _activations(config: RunConfig, vocab_size: int, element: int) -> dict[str, float]:
+    """Kept for the backward pass of one micro-batch."""
+    m, parallel, training = config.model, config.parallel, config.training
+    tensor, context = parallel.tensor, parallel.context_parallel_size
+    tokens = training.micro_batch_size * config.data.seq_len / context
+    residual = m.hidden_size * element / (tensor if parallel.sequence else 1)
+    projected, _ = mixer_widths(m, tensor)
+    inner, heads = m.num_heads * m.value_dim // tensor, m.num_heads // tensor
+    core = (projected + inner) * element + 4 * (projected + heads * m.capacity)  # conv outputs, fp32 inputs
+    if training.recompute == "selective":
+        core = projected * element
+    mlp = 3 * m.ffn_hidden_size // tensor * element
+    layer = 4 * residual + core + inner * element + mlp
+    kept = residual * m.num_layers + layer if training.recompute == "full" else layer * m.num_layers
+    states = 0.0
+    if "D" in layer_letters(m):
+        chunks = config.data.seq_len / CHUNK / (context if parallel.cp_scheme == "chain" else 1)
+        held = heads / (context if parallel.cp_scheme == "heads" else 1)
+        states = training.micro_batch_size * chunks * held * m.capacity * m.key_dim * m.value_dim * 4
+    return {
+        "activations": tokens * kept,
+        "logits": tokens * vocab_size / tensor * (element + 8),
+        "slot states": states,
+    }
+
+
+def _traffic(config: RunConfig, parameters: int, data: int, element: int) -> dict[str, float]:
+    m, parallel, training = config.model, config.parallel, config.training
+    tensor, context = parallel.tensor, parallel.context_parallel_size
+    letters, replicas = layer_letters(m), data * context
+    micro_batches = training.global_batch_size // (training.micro_batch_size * data)
+    tokens = training.micro_batch_size * config.data.seq_len / context
+    passes = 3 if training.recompute == "full" else 2  # forward, backward, and forward again
+    share = (tensor - 1) / tensor
+    traffic = {"tensor": micro_batches * passes * len(letters) * 2 * 2 * share * tokens * m.hidden_size * element}
+    if context > 1:
+        traffic["context"] = micro_batches * passes * context_bytes(config, element)
+    moved = parameters * (replicas - 1) / replicas
+    gradients = 1 if training.zero_stage < 2 else micro_batches  # stages 2 and 3 reduce every micro-batch
+    gathers = {0: 1, 1: 1, 2: 1, 3: 2 * micro_batches}[training.zero_stage]
+    traffic["data"] = moved * element * (gradients + gathers)
+    return traffic
+
+
+def context_bytes(config: RunConfig, element: int) -> float:
+    """Sent by one rank in one forward pass of one micro-batch, over all layers."""
+    m, parallel = config.model, config.parallel
+    tensor, context = parallel.tensor, parallel.context_parallel_size
+    batch, letters = config.training.micro_batch_size, layer_letters(m)
+    tokens, share = batch * config.data.seq_len / context, (context - 1) / context
+    inner = m.num_heads * m.value_dim // tensor
+    if parallel.cp_scheme == "heads":
+        groups = max(1, m.num_groups // tensor)
+        repeated = max(groups, context) - groups  # groups that several ranks need
+        mixer = tokens * share * (mixer_widths(m, tensor)[1] + 2 * repeated * m.key_dim + inner) * element
+    else:
+        halo = (inner + 2 * max(1, m.num_groups // tensor) * m.key_dim) * (m.conv_kernel - 1) * element
+        mixer = batch * (m.num_heads // tensor * m.capacity * m.key_dim * m.value_dim * 4 + halo)
+    head = m.hidden_size // m.attention_heads
+    units = 2 * m.attention_heads // tensor + 2 * max(m.attention_groups // tensor, context)
+    softmax = tokens * share * units * head * element
+    return letters.count("D") * mixer + letters.count("A") * softmax
+
+
+def _size(n: float) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"
+
+
+def render(plan: Plan) -> str:
+    """The lines that `--dry-run` adds."""
+    lines = [f"a rank       {plan.parameters:,} parameters (tensor {plan.tensor})"]
+    parts = ", ".join(f"{name} {_size(n)}" for name, n in plan.memory.items())
+    lines.append(f"memory       about {_size(plan.total)} a rank: {parts}")
+    if plan.host:
+        lines.append(f"host memory  {_size(plan.host)} a rank: optimizer")
+    parts = ", ".join(f"{name} {_size(n)}" for name, n in plan.traffic.items())
+    lines.append(f"traffic      about {_size(sum(plan.traffic.values()))} sent by a rank each step: {parts}")
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""`--dry-run`: exact parameter counts of a rank, traffic as it really is, the errors of a real start."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import pytest
+import workers
+from engine_workers import BASE
+
+from megatron_dla.cli import main
+from megatron_dla.config import ParallelSection, load_config
+from megatron_dla.model.counts import count_parameters, parameters_per_rank
+from megatron_dla.model.gpt import padded_vocab
+from megatron_dla.parallel.groups import initialize_distributed
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize("name", ["dla_mamba2_780m", "dla_gdn_1b3"])
+def test_counts_equal_the_real_module(name: str, monkeypatch) -> None:
+    section = load_config(CONFIGS / f"{name}.yaml").model
+    initialize_distributed("cpu")
+    workers.lay_out(1)
+    model = workers.meta_model(section, ParallelSection(), 32_000, monkeypatch)
+    real = sum(p.numel() for p in model.parameters())
+    vocab = padded_vocab(32_000, section.vocab_multiple)
+    assert count_parameters(section, vocab) == parameters_per_rank(section, vocab, 1) == real
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("change", [{"num_groups": 1}, {"backbone": "gdn", "num_groups": 4}], ids=str)
+def test_counts_of_a_rank_equal_the_real_module(ranks, tensor: int, change: dict) -> None:
+    section = dataclasses.replace(BASE, **change)
+    want = parameters_per_rank(section, padded_vocab(60, section.vocab_multiple), tensor)
+    assert set(ranks(tensor).run(workers.parameter_count, section, ParallelSection(tensor), 60)) == {want}
+
+
+@pytest.mark.parametrize("scheme", ["heads", "chain"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_context_traffic_is_what_is_sent(ranks, scheme: str, groups: int) -> None:
+    section = dataclasses.replace(BASE, backbone="gdn", num_groups=groups, pattern="DA")
+    parallel = ParallelSection(context_parallel_size=2, cp_scheme=scheme)
+    sent = ranks(2).run(workers.sent_forward, section, parallel)
+    scalars = sent[0].pop("scalars", 0)  # counts and positions of the slots, not part of the plan
+    assert sent[0]["bytes"] == sent[0]["planned"] and scalars < sent[0]["bytes"]
+
+
+@pytest.mark.parametrize("name", ["dla_mamba2_780m", "dla_gdn_1b3"])
+def test_dry_run_of_the_big_configs_on_32_gpus(capsys, name: str) -> None:
+    started = time.monotonic()
+    overrides = ["training.recompute=full", "parallel.tensor=2"] if name == "dla_gdn_1b3" else []
+    assert main(["train", str(CONFIGS / f"{name}.yaml"), "--dry-run", "--world-size", "32", *overrides]) == 2
+    assert time.monotonic() - started < 30
+    printed = capsys.readouterr()
+    for word in ("32 processes", "parameters (tensor", "memory       about", "slot states", "traffic", "FLOP a token"):
+        assert word in printed.out, word
+    assert len(printed.err.splitlines()) == 1 and "data/shards" in printed.err  # a real start would stop there
+
+
+def test_world_size_is_for_plans_only(capsys) -> None:
+    assert main(["train", str(CONFIGS / "demo_cpu.yaml"), "--world-size", "4"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_zero_recomputation_and_offload_lower_the_estimate() -> None:
+    from megatron_dla.training.plan import make_plan
+
+    config = load_config(CONFIGS / "dla_mamba2_780m.yaml")
+
+    def plan(**training):
+        changed = dataclasses.replace(config.training, **training)
+        return make_plan(dataclasses.replace(config, training=changed), 32, 32_000, True)
+
+    base = plan(zero_stage=1)
+    assert base.memory["weights"] == 2 * base.parameters and base.memory["optimizer"] == 12 * base.parameters / 32
+    assert plan(zero_stage=2).memory["gradients"] < base.memory["gradients"]
+    assert plan(zero_stage=3).memory["weights"] == base.memory["weights"] / 32
+    assert plan(recompute="full").memory["activations"] < plan(recompute="selective").memory["activations"]
+    assert plan(recompute="selective").memory["activations"] < base.memory["activations"]
+    offloaded = plan(offload_optimizer=True)
+    assert offloaded.memory["optimizer"] == 0 and offloaded.host == base.memory["optimizer"]
