@@ -22,6 +22,9 @@ from .cache import EMPTY
 from .partition import causal_decay, chunked, delta_rule_inverse, document_cumsum
 from .threshold import threshold_gradient
 
+WINDOW = 32  # chunks whose arrays are in memory at once: time and memory a token do not grow with T
+NEVER = 2**30  # death of a start that lives to the end
+
 
 def begin_of_document(resets: Tensor) -> Tensor:
     """int64 [N, T]: position of the last document start at or before t; EMPTY + 1 while the row continues a cache."""
@@ -36,34 +39,29 @@ class SlotTable:
     Attributes:
         slot: int64 [N, n, C, C], slot of token j at time t (in one chunk).
         idx: int64 [n][N, C, K], slot of the i-th inherited state at time t; valid: bool [n][N, K].
-        start, live: int64 [N, K] recency, bool [N, K]: the slots at the end of the row.
+        start, death, live: [N, K] recency: the slots at the end of the range.
     """
 
     slot: Tensor
     idx: list[Tensor]
     valid: list[Tensor]
     start: Tensor
+    death: Tensor
     live: Tensor
 
 
 def slot_table(
-    start: Tensor, death: Tensor, begin: Tensor, chunk_size: int, slots: Tensor, slot_death: Tensor
+    start: Tensor, death: Tensor, begin: Tensor, first: int, chunk_size: int, slots: Tensor, slot_death: Tensor
 ) -> SlotTable:
     """Index tables from the partition.
 
     Args:
-        start, death, begin: [N, T] (begin: `begin_of_document`).
-        slots, slot_death: [N, K] recency: positions (negative; EMPTY = none) and deaths of the incoming cache.
+        start, death, begin: [N, T] (begin: `begin_of_document`; deaths are NEVER where they are none), whole chunks,
+            from position `first` of the row.
+        slots, slot_death: [N, K] recency: positions (EMPTY = none) and deaths of the slots there before.
     """
     T, K = start.shape[1], slots.shape[1]
-    pad = -T % chunk_size
-    if pad:  # padding belongs to the last document and opens nothing
-        start = torch.nn.functional.pad(start, (0, pad))
-        death = torch.nn.functional.pad(death, (0, pad), value=T)
-        begin = torch.cat([begin, begin[:, -1:].expand(-1, pad)], 1)
-    death = torch.where(death >= T, T + pad, death).long()
-    slot_death = torch.where(slot_death >= T, T + pad, slot_death).long()
-    position = torch.arange(T + pad, device=start.device).view(-1, chunk_size)  # [n, C]
+    position = first + torch.arange(T, device=start.device).view(-1, chunk_size)  # [n, C]
     start, death, begin = (x.view(x.shape[0], -1, chunk_size) for x in (start, death, begin))
     t = position[:, :, None]
     alive = start[:, :, None, :] & (position[:, None, :] <= t) & (death[:, :, None, :] > t)
@@ -86,7 +84,7 @@ def slot_table(
         where = torch.where(lives, where, EMPTY)
         slots, order = where.topk(K, dim=1)
         slot_death = ends.gather(1, order)
-    return SlotTable(slot, idx, valid, slots, slots > EMPTY)
+    return SlotTable(slot, idx, valid, slots, slot_death, slots > EMPTY)
 
 
 class _Local:
@@ -177,23 +175,55 @@ def _one_hot(index: Tensor, width: int, keep: Tensor | None, like: Tensor) -> Te
     return (hot if keep is None else hot & keep[..., None]).to(like.dtype)
 
 
-class _Pass:
-    """Everything shared by forward and backward, rebuilt from the inputs and the saved partition."""
+@dataclass
+class _Row:
+    """All tokens, in lanes and whole chunks. Padding belongs to the last document and opens nothing."""
 
-    def __init__(self, q, k, v, g, lam, beta, start, death, resets, slots, slot_death, chunk_size) -> None:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    lam: Tensor
+    beta: Tensor | None
+    start: Tensor
+    death: Tensor
+    begin: Tensor
+    chunk_size: int
+
+    @classmethod
+    def of(cls, q, k, v, g, lam, beta, start, death, resets, chunk_size) -> _Row:
+        T = start.shape[1]
+        pad = -T % chunk_size
+        death = torch.where(death >= T, NEVER, death).long()
         begin = begin_of_document(resets)
-        self.T, self.C = v.shape[1], chunk_size
-        self.table = slot_table(start, death, begin, chunk_size, slots, slot_death)
-        begin = torch.cat([begin, begin[:, -1:].expand(-1, -self.T % chunk_size)], 1)
-        self.v, self.lam = chunked(v, chunk_size), chunked(lam, chunk_size)
-        chunk = torch.arange(begin.shape[1], device=v.device).view(-1, chunk_size)
-        beta = None if beta is None else chunked(beta, chunk_size)
-        begin = begin.view(begin.shape[0], -1, chunk_size)
-        self.local = _Local(chunked(q, chunk_size), chunked(k, chunk_size), chunked(g, chunk_size), beta, begin, chunk)
+        if pad:
+            start = torch.nn.functional.pad(start, (0, pad))
+            death = torch.nn.functional.pad(death, (0, pad), value=NEVER)
+            begin = torch.cat([begin, begin[:, -1:].expand(-1, pad)], 1)
+        return cls(q, k, v, g, lam, beta, start, death, begin, chunk_size)
+
+    def windows(self) -> list[slice]:
+        size = WINDOW * self.chunk_size
+        return [slice(at, min(at + size, self.start.shape[1])) for at in range(0, self.start.shape[1], size)]
+
+
+class _Pass:
+    """What forward and backward share of one window, rebuilt from the inputs and the saved partition."""
+
+    def __init__(self, row: _Row, at: slice, slots: Tensor, slot_death: Tensor) -> None:
+        size = row.chunk_size
+        begin = row.begin[:, at]
+        self.table = slot_table(row.start[:, at], row.death[:, at], begin, at.start, size, slots, slot_death)
+        q, k, v, g, lam = (chunked(x[:, at], size) for x in (row.q, row.k, row.v, row.g, row.lam))
+        beta = None if row.beta is None else chunked(row.beta[:, at], size)
+        self.v, self.lam = v, lam
+        chunk = torch.arange(at.start, at.stop, device=v.device).view(-1, size)
+        self.local = _Local(q, k, g, beta, begin.view(begin.shape[0], -1, size), chunk)
         self.M = self.lam.gather(-1, self.table.slot)  # [N, n, C, C]
         # only as many slots as ever live at once are worked on
         used = [int(x.sum(1).max()) for x in [*self.table.valid, self.table.live]]
         self.K = max([1, *used])
+        self.widths = [min(self.K, 1 + w) for w in self.table.slot[:, :, -1].amax((0, 2)).tolist()]
 
     def reads(self, n: int) -> tuple[Tensor, Tensor]:
         """Slot index and weight with which each query of chunk n reads each inherited state: [N, C, K]."""
@@ -201,17 +231,22 @@ class _Pass:
         return idx, self.lam[:, n].gather(-1, idx) * self.table.valid[n][:, None, : self.K]
 
     def moves(self, n: int) -> tuple[Tensor, Tensor]:
-        """Where the inherited states [N, K, K] (from, to) and the tokens [N, C, K] of chunk n are at its end."""
+        """Where the inherited states [N, K, K] (from, to) and the tokens [N, C, W] of chunk n are at its end.
+
+        Tokens end in the newest slots: W is no larger than the oldest of theirs asks for.
+        """
         to = self.table.idx[n][:, -1, : self.K]
         kept = _one_hot(to, self.K, self.table.valid[n][:, : self.K], self.v)
-        return kept, _one_hot(self.table.slot[:, n, -1], self.K, None, self.v)
+        return kept, _one_hot(self.table.slot[:, n, -1], self.widths[n], None, self.v)
 
     def step(self, n: int, states: Tensor) -> Tensor:
         """States at the end of chunk n: [N, K, Dk, Dv]."""
         kept, tokens = self.moves(n)
         moved = (kept.transpose(1, 2) @ states.flatten(2)).view_as(states)
-        keys = (tokens[..., None] * self.local.Kh[:, n, :, None]).flatten(2)  # [N, C, K * Dk]
-        return self.local.advance(n, moved) + (keys.transpose(1, 2) @ self.v[:, n]).view_as(states)
+        keys = (tokens[..., None] * self.local.Kh[:, n, :, None]).flatten(2)  # [N, C, W * Dk]
+        after = self.local.advance(n, moved)
+        after[:, : tokens.shape[-1]] += (keys.transpose(1, 2) @ self.v[:, n]).unflatten(1, (tokens.shape[-1], -1))
+        return after
 
 
 class ChunkDLA(torch.autograd.Function):
@@ -233,59 +268,80 @@ class ChunkDLA(torch.autograd.Function):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         start, death, score, lo, resets, slots, slot_death = plan
-        work = _Pass(q, k, v, g, lam, beta, start, death, resets, slots, slot_death, chunk_size)
-        S = states[:, : work.K]
-        o = (work.local.At * work.M) @ work.v
-        for n in range(o.shape[1]):
-            _, weight = work.reads(n)
-            queries = (weight[..., None] * work.local.Qt[:, n, :, None]).flatten(2)  # [N, C, K * Dk]
-            o[:, n] += queries @ S.flatten(1, 2)
-            S = work.step(n, S)
-        ctx.save_for_backward(q, k, v, g, lam, beta, states, tau)
+        row = _Row.of(q, k, v, g, lam, beta, start, death, resets, chunk_size)
+        slot_death = torch.where(slot_death >= start.shape[1], NEVER, slot_death).long()
+        states = states.clone()
+        outs, before = [], []
+        for at in row.windows():
+            work = _Pass(row, at, slots, slot_death)
+            before += [states, slots, slot_death]
+            S = states[:, : work.K]
+            o = (work.local.At * work.M) @ work.v
+            for n in range(o.shape[1]):
+                _, weight = work.reads(n)
+                queries = (weight[..., None] * work.local.Qt[:, n, :, None]).flatten(2)  # [N, C, K * Dk]
+                o[:, n] += queries @ S.flatten(1, 2)
+                S = work.step(n, S)
+            outs.append(o.flatten(1, 2))
+            states = torch.zeros_like(states)
+            states[:, : work.K] = S
+            slots, slot_death = work.table.start, work.table.death
+        ctx.save_for_backward(q, k, v, g, lam, beta, tau, *before)
         ctx.plan, ctx.chunk_size, ctx.temperature = plan, chunk_size, temperature
-        final = torch.zeros_like(states)
-        final[:, : work.K] = S
-        return o.flatten(1, 2)[:, : work.T], final
+        return torch.cat(outs, 1)[:, : start.shape[1]], states
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dfinal: Tensor):
-        q, k, v, g, lam, beta, states, tau = ctx.saved_tensors
-        start, death, score, lo, resets, slots, slot_death = ctx.plan
-        work = _Pass(q, k, v, g, lam, beta, start, death, resets, slots, slot_death, ctx.chunk_size)
-        local, table, V, K = work.local, work.table, work.v, work.K
-        S = [states[:, :K]]
-        for n in range(V.shape[1] - 1):
-            S.append(work.step(n, S[-1]))
-        dO = chunked(do, ctx.chunk_size)
-        dlam = torch.zeros_like(work.lam)
-        X = dO @ V.transpose(-1, -2)
-        dAt = (X * work.M).tril()
-        dlam.scatter_add_(-1, table.slot, (X * local.At))
-        dV = (local.At * work.M).transpose(-1, -2) @ dO
-        dQt, dKh, dPhi = torch.empty_like(local.Qt), torch.empty_like(local.Kh), torch.empty_like(local.Phi)
-        dS = dfinal[:, :K]
-        for n in reversed(range(V.shape[1])):
-            kept, tokens = work.moves(n)
-            keys = (tokens[..., None] * local.Kh[:, n, :, None]).flatten(2)
-            dV[:, n] += keys @ dS.flatten(1, 2)
-            written = (V[:, n] @ dS.flatten(1, 2).transpose(1, 2)).unflatten(-1, (K, -1))  # [N, C, K, Dk]
-            dKh[:, n] = (tokens[..., None] * written).sum(2)
-            moved = (kept @ dS.flatten(2)).view_as(dS)
-            dPhi[:, n] = local.phi_gradient(S[n], moved)
-            idx, weight = work.reads(n)
-            y = (dO[:, n] @ S[n].flatten(1, 2).transpose(1, 2)).unflatten(-1, (K, -1))  # dO S_i^T: [N, C, K, Dk]
-            dQt[:, n] = (weight[..., None] * y).sum(2)
-            dweight = (y * local.Qt[:, n, :, None]).sum(-1) * table.valid[n][:, None, :K]
-            dlam[:, n].scatter_add_(-1, idx, dweight)
-            queries = (weight[..., None] * local.Qt[:, n, :, None]).flatten(2)
-            dS = (queries.transpose(1, 2) @ dO[:, n]).view_as(moved) + local.advance_t(n, moved)
-        dq, dk, dg, dbeta = local.backward(dAt, dQt, dKh, dPhi)
-        trim = [None if x is None else x.flatten(1, 2)[:, : work.T] for x in (dq, dk, dV, dg, dlam, dbeta)]
+        q, k, v, g, lam, beta, tau, *before = ctx.saved_tensors
+        start, death, score, lo, resets, *_ = ctx.plan
+        row = _Row.of(q, k, v, g, lam, beta, start, death, resets, ctx.chunk_size)
+        parts: list[tuple] = []
+        dstates = dfinal
+        for n, at in reversed(list(enumerate(row.windows()))):
+            states, slots, slot_death = before[3 * n : 3 * n + 3]
+            grads, dstates = _backward(_Pass(row, at, slots, slot_death), states, do[:, at], dstates, ctx.chunk_size)
+            parts.insert(0, grads)
+        T = start.shape[1]
+        joined = [None if x[0] is None else torch.cat(x, 1)[:, :T] for x in zip(*parts, strict=True)]
         dtau = None
         if ctx.needs_input_grad[7]:
-            dtau = threshold_gradient(
-                trim[4], lam, start, death, lo, score, begin_of_document(resets), tau, ctx.temperature
-            )
-        dstates = torch.zeros_like(states)
-        dstates[:, :K] = dS
-        return *trim, dstates, dtau, None, None, None
+            begin = begin_of_document(resets)
+            dtau = threshold_gradient(joined[4], lam, start, death, lo, score, begin, tau, ctx.temperature)
+        return *joined, dstates, dtau, None, None, None
+
+
+def _backward(work: _Pass, states: Tensor, do: Tensor, dfinal: Tensor, chunk_size: int) -> tuple[tuple, Tensor]:
+    """One window: gradients of q, k, v, g, lam, beta ([N, tokens, ...]) and of the states before it."""
+    local, table, V, K = work.local, work.table, work.v, work.K
+    S = [states[:, :K]]
+    for n in range(V.shape[1] - 1):
+        S.append(work.step(n, S[-1]))
+    dO = chunked(do, chunk_size)
+    dlam = torch.zeros_like(work.lam)
+    X = dO @ V.transpose(-1, -2)
+    dAt = (X * work.M).tril()
+    dlam.scatter_add_(-1, table.slot, (X * local.At))
+    dV = (local.At * work.M).transpose(-1, -2) @ dO
+    dQt, dKh, dPhi = torch.empty_like(local.Qt), torch.empty_like(local.Kh), torch.empty_like(local.Phi)
+    dS = dfinal[:, :K]
+    for n in reversed(range(V.shape[1])):
+        kept, tokens = work.moves(n)
+        W = tokens.shape[-1]
+        keys = (tokens[..., None] * local.Kh[:, n, :, None]).flatten(2)
+        dV[:, n] += keys @ dS[:, :W].flatten(1, 2)
+        written = (V[:, n] @ dS[:, :W].flatten(1, 2).transpose(1, 2)).unflatten(-1, (W, -1))  # [N, C, W, Dk]
+        dKh[:, n] = (tokens[..., None] * written).sum(2)
+        moved = (kept @ dS.flatten(2)).view_as(dS)
+        dPhi[:, n] = local.phi_gradient(S[n], moved)
+        idx, weight = work.reads(n)
+        y = (dO[:, n] @ S[n].flatten(1, 2).transpose(1, 2)).unflatten(-1, (K, -1))  # dO S_i^T: [N, C, K, Dk]
+        dQt[:, n] = (weight[..., None] * y).sum(2)
+        dweight = (y * local.Qt[:, n, :, None]).sum(-1) * table.valid[n][:, None, :K]
+        dlam[:, n].scatter_add_(-1, idx, dweight)
+        queries = (weight[..., None] * local.Qt[:, n, :, None]).flatten(2)
+        dS = (queries.transpose(1, 2) @ dO[:, n]).view_as(moved) + local.advance_t(n, moved)
+    dq, dk, dg, dbeta = local.backward(dAt, dQt, dKh, dPhi)
+    dstates = torch.zeros_like(states)
+    dstates[:, :K] = dS
+    flat = tuple(None if x is None else x.flatten(1, 2) for x in (dq, dk, dV, dg, dlam, dbeta))
+    return flat, dstates
