@@ -1,0 +1,423 @@
+"""DLA on Triton kernels: forward and backward over windows of the sequence (the `triton` backend).
+
+The forward pass keeps, for the backward one, its inputs, the partition and the K-slot cache at every window's start;
+snapshots of the slot states exist for one window at a time, so the workspace does not grow with T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .triton_backward import (
+    decay_gradient_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+    state_gradient_kernel,
+    value_gradient_kernel,
+)
+from .triton_forward import output_kernel
+from .triton_launch import PRECISION, Plan, ceil_div
+from .triton_layout import Layout, Window
+from .triton_local import (
+    dphi_kernel,
+    inverse_kernel,
+    local_dkh_kernel,
+    local_forward_kernel,
+    local_inverse_backward_kernel,
+    local_key_kernel,
+    local_pairs_kernel,
+    local_query_kernel,
+    transition_kernel,
+)
+from .triton_scan import reverse_scan_kernel, state_scan_kernel
+from .triton_tables import decay_cumsum_kernel, live_table_kernel, tile_counts_kernel
+
+
+@dataclass
+class Inputs:
+    """Contiguous inputs in line order: q, k [T, G, DK]; v [T, H, DV]; g, beta [T, H]; lam [T, H, K]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    lam: Tensor
+    beta: Tensor | None
+
+
+@dataclass
+class Tables:
+    """Lookups shared by all kernels; see `triton_tables.py`."""
+
+    life: Tensor  # int32 [H, T]
+    cg: Tensor  # fp32 [H, T]
+    counts: Tensor  # int32 [H, TILES, T]
+    pos: Tensor  # int32 [rows, H, K]
+    death: Tensor
+    live: Tensor  # int32 [rows, H]
+
+
+def block_decay(g: Tensor, layout: Layout) -> Tensor:
+    """Cumulative log-decay inside each block: fp32 [H, T] from [T, H]."""
+    T, H = g.shape
+    cg = torch.empty(H, T, dtype=torch.float32, device=g.device)
+    decay_cumsum_kernel[(len(layout.blocks), H)](g, cg, layout.blocks, T, H, BLOCK=layout.block, num_warps=4)
+    return cg
+
+
+def make_tables(plan: Plan, layout: Layout, g: Tensor, life: Tensor, cache: tuple[Tensor, Tensor] | None) -> Tables:
+    """`cache`: live slots [B, H] and their deaths [B, H, K] by recency, int32."""
+    T, H, K = layout.tokens, plan.H, plan.K
+    new = dict(dtype=torch.int32, device=g.device)
+    tables = Tables(
+        life=life,
+        cg=block_decay(g, layout),
+        counts=torch.empty(H, plan.block // plan.tile, T, **new),
+        pos=torch.empty(len(layout.rows), H, K, **new),
+        death=torch.empty(len(layout.rows), H, K, **new),
+        live=torch.empty(len(layout.rows), H, **new),
+    )
+    cache_live, cache_death = cache if cache is not None else (life, life)
+    live_table_kernel[(len(layout.rows), H)](
+        life, layout.rows, cache_live, cache_death, tables.pos, tables.death, tables.live, T, H, K,
+        HAS_CACHE=cache is not None, TILE=min(1024, max(64, plan.block)), KP=plan.slots_padded, num_warps=4,
+    )  # fmt: skip
+    tiles = plan.block // plan.tile
+    tile_counts_kernel[(len(layout.blocks) * tiles, H)](
+        life, layout.blocks, tables.counts, T, C=plan.tile, TILES=tiles, num_warps=4
+    )
+    return tables
+
+
+class WindowPass:
+    """One window: its chunk-local arrays and state snapshots, and the kernels over them."""
+
+    def __init__(self, plan: Plan, layout: Layout, window: Window, x: Inputs, tables: Tables) -> None:
+        self.plan, self.layout, self.window, self.x, self.tables = plan, layout, window, x, tables
+        self.blocks = window.block_hi - window.block_lo
+        self.token_lo = layout.firsts[window.block_lo]
+        self.tokens = layout.firsts[window.block_hi] - self.token_lo
+        self.tiles = self.blocks * (plan.block // plan.tile)
+        self.at: Tensor = x.v
+        self.qt, self.kh, self.r_matrix = x.q, x.k, x.v
+        self.inv: Tensor = x.v
+        if plan.gdn:
+            self._local()
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.x.v.device)
+
+    def states(self, dtype: torch.dtype | None = None, rows: int | None = None) -> Tensor:
+        """[rows, H, K, DK, DV], uninitialised."""
+        plan = self.plan
+        return self.new(rows or self.window.rows, plan.H, plan.K, plan.DK, plan.DV, dtype=dtype or plan.state_dtype)
+
+    def _where(self) -> tuple[Tensor, int, int]:
+        return self.layout.blocks, self.window.block_lo, self.token_lo
+
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.layout.tokens, self.plan.H, self.plan.group
+
+    def _local(self) -> None:
+        plan, x, cg = self.plan, self.x, self.tables.cg
+        shape = (self.tokens, plan.H)
+        self.at = self.new(*shape, plan.tile)
+        self.qt, self.kh = self.new(*shape, plan.DK), self.new(*shape, plan.DK)
+        self.r_matrix = self.new(self.blocks, plan.H, plan.DK, plan.DK, dtype=plan.state_dtype)
+        self.inv = chunk_inverse(plan, x.k, x.beta, cg, self.layout, window=self)
+        meta = local_launch(plan, x.k.device)
+        grid = (self.blocks, plan.H)
+        local_forward_kernel[grid](
+            x.q,
+            x.k,
+            x.beta,
+            cg,
+            self.inv,
+            self.at,
+            self.qt,
+            self.kh,
+            *self._where(),
+            *self._sizes(),
+            **meta,
+        )
+        transition_kernel[(*grid, ceil_div(plan.DK, meta["BK"]) ** 2)](
+            x.k, self.kh, cg, self.r_matrix, *self._where(), *self._sizes(), **meta
+        )
+
+    def scan(self, incoming: Tensor) -> tuple[Tensor, Tensor]:
+        """Snapshots [rows, H, K, DK, DV] and final states [segments, H, K, DK, DV] fp32.
+
+        `incoming`: [segments, 2, H, K, DK, DV] fp32, [:, 0] filled where a segment begins with slots; overwritten.
+        """
+        plan, tables, segments = self.plan, self.tables, len(self.window.segments)
+        snap, final = self.states(), self.states(torch.float32, segments)
+        dims = scan_launch(plan, self.x.v.device)
+        grid = (segments * plan.H, 1 if plan.gdn else ceil_div(plan.DK, dims["BK"]), ceil_div(plan.DV, dims["BV"]))
+        state_scan_kernel[grid](
+            self.kh, self.x.v, tables.cg, self.r_matrix, self.layout.blocks, self.window.segments, tables.pos,
+            tables.death, tables.live, incoming, snap, final, *self._sizes(), plan.K, self.window.block_lo,
+            self.window.row_lo, self.token_lo, **dims,  C=plan.tile, KP=plan.slots_padded, **plan.math(),
+        )  # fmt: skip
+        return snap, final
+
+    def output(self, snap: Tensor, o: Tensor) -> None:
+        plan, x, tables = self.plan, self.x, self.tables
+        dims = plan.launch("output", o.device)
+        output_kernel[(self.tiles, plan.H, ceil_div(plan.DV, dims["BV"]))](
+            self.qt, x.k, x.v, tables.cg, self.at, x.lam, tables.life, tables.counts, self.layout.blocks, tables.death,
+            tables.live, snap, o, *self._sizes(), plan.K, self.window.block_lo, self.window.row_lo, self.token_lo,
+            **dims, **plan.tiled(), **plan.math(),
+        )  # fmt: skip
+
+
+def scan_launch(plan: Plan, device: torch.device) -> dict[str, int]:
+    """Launch of the two scans; `STAGED` where a program goes over tiles of key dims in memory."""
+    launch = plan.launch("scan_gdn" if plan.gdn else "scan", device)
+    return {**launch, "STAGED": plan.gdn and (plan.wide or launch["BK"] < plan.DK)}
+
+
+def local_launch(plan: Plan, device: torch.device, kernel: str = "local") -> dict:
+    """Launch of the chunk-local kernels, which know no value dims: BV is the width of a slab of a C x C matrix."""
+    found = plan.launch(kernel, device)
+    slab = {"SLAB": min(found["BV"], plan.tile)} if kernel == "local" else {}
+    return {**{k: x for k, x in found.items() if k not in ("DV", "BV")}, **slab, "C": plan.tile, "PREC": PRECISION}
+
+
+def chunk_inverse(plan: Plan, k: Tensor, beta: Tensor, cg: Tensor, layout: Layout, window: WindowPass | None = None):
+    """(I + diag(beta) stril(K K^T .* D))^-1 of every block: fp32 [tokens, H, C], of all tokens or one window's."""
+    lo, blocks, tokens = 0, len(layout.blocks), layout.tokens
+    first = 0
+    if window is not None:
+        lo, blocks, tokens, first = window.window.block_lo, window.blocks, window.tokens, window.token_lo
+    inv = torch.empty(tokens, plan.H, plan.tile, dtype=torch.float32, device=k.device)
+    sub = min(16, plan.tile)
+    inverse_kernel[(blocks, plan.H)](
+        k, beta, cg, inv, layout.blocks, lo, first, layout.tokens, plan.H, plan.group, SUB=sub,
+        LEVELS=(plan.tile // sub).bit_length() - 1, **local_launch(plan, k.device, "inverse"),
+    )  # fmt: skip
+    return inv
+
+
+def _incoming(work: WindowPass, states: Tensor | None, resumed: Tensor | None) -> Tensor:
+    """Scan scratch with the states that the window's segments begin with."""
+    plan, window = work.plan, work.window
+    n = len(window.segments)
+    carry = work.new(n, 2, plan.H, plan.K, plan.DK, plan.DV)
+    if states is not None:
+        carry[:, 0] = states[window.segment_lo : window.segment_lo + n]
+    if resumed is not None:
+        carry[0, 0] = resumed
+    return carry
+
+
+class TritonDLA(torch.autograd.Function):
+    """See `dla_attention`. Inputs as in `Inputs`; states [B, H, K, DK, DV] fp32 by recency, or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        lam: Tensor,
+        beta: Tensor | None,
+        states: Tensor | None,
+        tau: Tensor | None,
+        plan: Plan,
+        layout: Layout,
+        life: Tensor,
+        cache: tuple[Tensor, Tensor] | None,
+        threshold: Any,
+        want_final: bool,
+    ) -> tuple[Tensor, Tensor]:
+        x = Inputs(q, k, v, g, lam, beta)
+        tables = make_tables(plan, layout, g, life, cache)
+        o = torch.empty_like(v)
+        carries: list[Tensor] = []
+        finals = []
+        resumed = None
+        for window in layout.windows:
+            work = WindowPass(plan, layout, window, x, tables)
+            snap, final = work.scan(_incoming(work, states, resumed))
+            work.output(snap, o)
+            if want_final:
+                finals.append(final[: -1 if window.continues else None])
+            if window.continues:
+                resumed = final[-1].clone()
+                carries.append(resumed)
+            else:
+                resumed = None
+        ctx.save_for_backward(q, k, v, g, lam, beta, states, tau, life, *carries)
+        ctx.plan, ctx.layout, ctx.cache, ctx.threshold = plan, layout, cache, threshold
+        final = torch.cat(finals) if finals else v.new_zeros(0, dtype=torch.float32)
+        return o, final
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor):
+        q, k, v, g, lam, beta, states, tau, life, *carries = ctx.saved_tensors
+        plan, layout = ctx.plan, ctx.layout
+        x = Inputs(q, k, v, g, lam, beta)
+        tables = make_tables(plan, layout, g, life, ctx.cache)
+        grads = Gradients.empty(plan, x, len(layout.windows))
+        do = do.contiguous()
+        carried = list(carries)
+        resumed_grad = None
+        dstates = None if states is None else torch.zeros_like(states)
+        for window in reversed(layout.windows):
+            work = WindowPass(plan, layout, window, x, tables)
+            snap, _ = work.scan(_incoming(work, states, carried.pop() if window.resumes else None))
+            n = len(window.segments)
+            carry = work.new(n, 2, plan.H, plan.K, plan.DK, plan.DV)
+            if dfinal.numel():
+                carry[:, 0] = dfinal[window.segment_lo : window.segment_lo + n]
+            else:
+                carry[:, 0] = 0
+            if window.continues:
+                carry[-1, 0] = resumed_grad
+            initial = backward_window(work, snap, carry, do, grads)
+            resumed_grad = initial[0] if window.resumes else None
+            if dstates is not None:
+                own = slice(1 if window.resumes else 0, None)
+                dstates[window.segment_lo : window.segment_lo + n][own] = initial[own]
+        if dstates is not None:  # slots that were never live were never written
+            there = torch.arange(plan.K, device=v.device) < ctx.cache[0][..., None]
+            dstates = torch.where(there[..., None, None], dstates, 0)
+        dq, dk, dlam = grads.finish(plan, x)
+        dtau = None
+        if ctx.needs_input_grad[7]:
+            dtau = ctx.threshold(dlam, lam, tau)
+        return dq, dk, grads.dv, grads.dg, dlam, grads.dbeta, dstates, dtau, *(None,) * 6
+
+
+@dataclass
+class Gradients:
+    """Outputs of the backward kernels over the whole line."""
+
+    dq: Tensor  # [T, splits, DK]
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor
+    dlam: Tensor  # [parts, T, H, K]
+    dbeta: Tensor | None
+    heads: int  # heads of one group that a program adds up
+
+    @classmethod
+    def empty(cls, plan: Plan, x: Inputs, windows: int) -> Gradients:
+        T, dev = x.v.shape[0], x.v.device
+        heads = 1 if plan.gdn else heads_per_program(plan, T // max(windows, 1))
+        splits = plan.H // heads
+        dtype = x.q.dtype if splits == plan.G else torch.float32
+        parts = ceil_div(plan.DK, plan.launch("query_gradient", dev)["BK"])
+        return cls(
+            dq=torch.empty(T, splits, plan.DK, dtype=dtype, device=dev),
+            dk=torch.empty(T, splits, plan.DK, dtype=dtype, device=dev),
+            dv=torch.empty_like(x.v),
+            dg=torch.empty_like(x.g),
+            dlam=torch.empty(parts, *x.lam.shape, dtype=x.lam.dtype if parts == 1 else torch.float32, device=dev),
+            dbeta=None if x.beta is None else torch.empty_like(x.beta),
+            heads=heads,
+        )
+
+    def finish(self, plan: Plan, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dlam in the shapes and dtypes of their inputs."""
+        T = x.v.shape[0]
+        dq, dk = (y.view(T, plan.G, -1, plan.DK) for y in (self.dq, self.dk))
+        dq, dk = (y[:, :, 0] if y.shape[2] == 1 else y.sum(2) for y in (dq, dk))
+        dlam = self.dlam[0] if len(self.dlam) == 1 else self.dlam.sum(0)
+        return dq.to(x.q.dtype), dk.to(x.k.dtype), dlam.to(x.lam.dtype)
+
+
+def heads_per_program(plan: Plan, tokens: int) -> int:
+    """Heads whose dq and dk one program adds up: all of a group if that leaves enough programs for a GPU."""
+    heads = plan.group
+    while heads > 1 and heads % 2 == 0 and ceil_div(tokens, plan.tile) * (plan.H // heads) < 264:
+        heads //= 2
+    return heads
+
+
+def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, grads: Gradients) -> Tensor:
+    """Gradients of one window's tokens; returns the gradient of the states its segments began with."""
+    plan, x, tables, window = work.plan, work.x, work.tables, work.window
+    T, H, K, C = work.layout.tokens, plan.H, plan.K, plan.tile
+    sizes = (*work._sizes(), K, window.block_lo, window.row_lo, work.token_lo)
+    blocks, math = work.layout.blocks, plan.math()
+    dstates = work.states()
+    dims = plan.launch("state_gradient", do.device)
+    state_gradient_kernel[(work.blocks, H * K, ceil_div(plan.DK, dims["BK"]) * ceil_div(plan.DV, dims["BV"]))](
+        work.qt, do, tables.cg, x.lam, tables.counts, blocks, tables.death, tables.live, dstates, *sizes, **dims,
+        **plan.tiled(), **math,
+    )  # fmt: skip
+    dims = scan_launch(plan, do.device)
+    programs = (1 if plan.gdn else ceil_div(plan.DK, dims["BK"]), ceil_div(plan.DV, dims["BV"]))
+    initial = work.states(torch.float32, len(window.segments))
+    dkeep = work.new(programs[0] * programs[1], work.blocks, H)
+    reverse_scan_kernel[(len(window.segments) * H, *programs)](
+        tables.cg, work.r_matrix, blocks, window.segments, tables.pos, tables.death, tables.live, snap, dstates, carry,
+        initial, dkeep, T, H, K, work.blocks, window.block_lo, window.row_lo, **dims, 
+        KP=plan.slots_padded, **math,
+    )  # fmt: skip
+    dims = plan.launch("query_gradient", do.device)
+    parts = ceil_div(plan.DK, dims["BK"])
+    splits = H // grads.heads
+    rows, cols, ends = (work.new(parts, H, T) for _ in range(3))
+    dqt = work.new(work.tokens, H, plan.DK) if plan.gdn else grads.dq
+    dkh = work.new(work.tokens, H, plan.DK) if plan.gdn else grads.dk
+    dat = work.new(work.tokens, H, C) if plan.gdn else x.v
+    query_gradient_kernel[(work.tiles, splits, parts)](
+        work.qt, x.k, x.v, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, tables.death,
+        tables.live, snap, dqt, dat, grads.dlam, rows, *sizes, HEADS=grads.heads, **dims, **plan.tiled(),
+        KP=plan.slots_padded, **math,
+    )  # fmt: skip
+    dims = {**plan.launch("key_gradient", do.device), "BK": dims["BK"]}  # same parts
+    key_gradient_kernel[(work.tiles, splits, parts)](
+        x.q, x.k, x.v, do, tables.cg, x.lam, tables.life, tables.counts, blocks, dstates, dkh, cols, ends, *sizes,
+        HEADS=grads.heads, **dims, **plan.tiled(), **math,
+    )  # fmt: skip
+    dims = plan.launch("value_gradient", do.device)
+    value_gradient_kernel[(work.tiles, H, ceil_div(plan.DV, dims["BV"]))](
+        x.q, work.kh, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, dstates, grads.dv, *sizes,
+        **dims, **plan.tiled(), **math,
+    )  # fmt: skip
+    if plan.gdn:
+        rows, cols, ends, dkeep = _local_backward(work, snap, dstates, dat, dqt, dkh, grads)
+    else:
+        dkeep = dkeep.sum(0)
+    decay_gradient_kernel[(work.blocks, H)](
+        tables.cg, rows, cols, ends, dkeep, grads.dg, blocks, window.block_lo, T, H, ROWS=len(rows), PARTS=len(cols),
+        BLOCK=plan.block, num_warps=4,
+    )  # fmt: skip
+    return initial
+
+
+def _local_backward(
+    work: WindowPass, snap: Tensor, dstates: Tensor, dat: Tensor, dqt: Tensor, dkh: Tensor, grads: Gradients
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From dAt, dQt, dKh and dPhi of Gated DeltaNet to dq, dk, dbeta; returns what the decay gradient is made of."""
+    plan, x, tables, window = work.plan, work.x, work.tables, work.window
+    H, dims = plan.H, plan.launch("dphi", snap.device)
+    dphi = work.new(work.blocks, H, plan.DK, plan.DK)
+    dphi_kernel[(work.blocks, H, ceil_div(plan.DK, dims["BK"]) ** 2)](
+        snap, dstates, tables.pos, tables.death, tables.live, work.layout.blocks, dphi, H, plan.K, window.block_lo,
+        window.row_lo, **dims, KP=plan.slots_padded, PREC=PRECISION,
+    )  # fmt: skip
+    meta = local_launch(plan, snap.device)
+    parts = ceil_div(plan.DK, meta["BK"])
+    where = (*work._where(), *work._sizes())
+    local_dkh_kernel[(work.blocks, H, parts)](x.k, tables.cg, dphi, dkh, *where, **meta)
+    db = torch.empty_like(dat)
+    rows = work.new(2 + parts, H, work.layout.tokens)
+    cols, ends = (work.new(parts, H, work.layout.tokens) for _ in range(2))
+    inputs = (x.q, x.k, x.beta, tables.cg, work.inv)
+    grid = (work.blocks, H)
+    local_pairs_kernel[grid](*inputs, dat, dqt, dkh, db, rows[0], *where, **meta)
+    local_inverse_backward_kernel[grid](*inputs[1:], db, rows[1], grads.dbeta, *where, **meta)
+    local_query_kernel[(*grid, parts)](x.q, x.k, tables.cg, dat, dqt, grads.dq, rows[2:], *where, **meta)
+    local_key_kernel[(*grid, parts)](
+        *inputs, work.at, work.kh, dat, db, dqt, dkh, dphi, grads.dk, cols, ends, *where, **meta
+    )
+    return rows, cols, ends, dphi.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -1,0 +1,136 @@
+"""Tiles and warps of every kernel, by dtype and head dims: fixed tables, never tuned at run time."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common.tuned import launch_config, register
+
+TILE = 64  # tokens a tile
+PRECISION = "tf32x3"  # of products of fp32 operands: as good as fp32
+WIDE_TILE = 32  # with operands of 4 bytes
+TILES = 4  # tiles a block
+DETECT_TILE = 32  # tokens a chunk of the detection pass: its C x C arrays stay in registers
+WINDOW_ROWS = 64  # blocks (and segment ends) whose slot states are in memory at once
+
+# kernel (`.256`: for dk > 128; `.sm80`: on GPUs before Hopper, where operands take up registers): (BK, BV, warps,
+# stages) for bf16 and for operands of 4 bytes, and its operation
+LAUNCH = {
+    "scan": ((64, 64, 4, 2), (64, 64, 8, 1), "forward"),
+    "scan_gdn": ((128, 64, 8, 1), (32, 32, 4, 1), "forward"),
+    "scan_gdn.sm80": ((128, 32, 8, 1), (32, 32, 4, 1), "forward"),
+    "scan_gdn.256": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
+    "output": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
+    "state_gradient": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
+    "query_gradient": ((64, 32, 8, 1), (64, 64, 8, 1), "backward"),
+    "query_gradient.sm80": ((32, 32, 8, 1), (64, 64, 8, 1), "backward"),
+    "query_gradient.256": ((32, 64, 8, 1), (32, 64, 8, 1), "backward"),
+    "key_gradient": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
+    "value_gradient": ((64, 128, 8, 2), (64, 64, 8, 1), "backward"),
+    "dphi": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
+    "inverse": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
+    "local": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
+    "local.sm80": ((32, 16, 8, 1), (32, 16, 8, 1), "forward"),
+    "detect_pairs": ((64, 64, 4, 1), (64, 64, 8, 1), "partition"),
+    "detect": ((64, 64, 8, 1), (32, 32, 8, 1), "partition"),
+    "detect_gdn": ((32, 64, 8, 1), (32, 32, 8, 1), "partition"),
+}
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two >= max(n, least)."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def compute_capability(device: torch.device) -> int:
+    """90 for Hopper; of what is compiled for if the tensors are on the CPU, and 90 in the interpreter."""
+    if device.type == "cuda":
+        return _capability(torch.cuda.current_device() if device.index is None else device.index)
+    if triton.knobs.runtime.interpret:
+        return 90
+    return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one problem is cut and launched.
+
+    bf16 inputs are multiplied in bf16 with fp32 accumulation. fp16 has too little range for sums over a document, and a
+    TF32 product truncates: fp16 inputs are multiplied as fp32 ones, in three TF32 products.
+    """
+
+    dtype: torch.dtype
+    DK: int
+    DV: int
+    H: int
+    G: int
+    K: int
+    gdn: bool
+    tile: int = TILE
+    tiles: int = TILES  # Gated DeltaNet always 1
+
+    @property
+    def group(self) -> int:
+        return self.H // self.G
+
+    @property
+    def block(self) -> int:
+        return self.tile * (1 if self.gdn else self.tiles)
+
+    @property
+    def dot(self):
+        """Operand type of the matrix units."""
+        return tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Type of the state snapshots."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def wide(self) -> bool:
+        """Operands of 4 bytes: smaller tiles."""
+        return self.dtype != torch.bfloat16
+
+    @property
+    def slots_padded(self) -> int:
+        return power_of_two(self.K, 2)
+
+    def launch(self, kernel: str, device: torch.device) -> dict[str, int]:
+        """Head dims, tiles, warps and stages of one kernel."""
+        name = f"{kernel}.256" if self.DK > 128 and f"{kernel}.256" in LAUNCH else kernel
+        if f"{name}.sm80" in LAUNCH and compute_capability(device) < 90:
+            name += ".sm80"
+        name += ".fp32" if self.wide else ""
+        found = launch_config(name, dtype=self.dtype, dk=self.DK, dv=self.DV, capacity=self.K, device=device)
+        found["BK"] = min(found["BK"], power_of_two(self.DK))
+        found["BV"] = min(found["BV"], power_of_two(self.DV))
+        return {"DK": self.DK, "DV": self.DV, **found}
+
+    def math(self) -> dict:
+        return {"GDN": self.gdn, "DOT": self.dot, "PREC": PRECISION}
+
+    def tiled(self) -> dict[str, int]:
+        return {"C": self.tile, "TILES": self.block // self.tile}
+
+
+for _name, (_bf16, _wide, _operation) in LAUNCH.items():
+    for _suffix, _default in (("", _bf16), (".fp32", _wide)):
+        _keys = dict(zip(("BK", "BV", "num_warps", "num_stages"), _default, strict=True))
+        _candidates = [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3)]
+        register(_name + _suffix, _keys, _candidates, operation=_operation)

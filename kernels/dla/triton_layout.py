@@ -1,0 +1,130 @@
+"""How a packed batch is cut for the Triton kernels: segments, blocks, rows of slot tables, windows.
+
+All B * T tokens lie in one line. A *segment* is a document, or the part of one inside a row; a *block* is `block`
+consecutive tokens of one segment (the last may be shorter: no block straddles two documents, so no kernel needs a
+document mask); a *row* is a moment between blocks: before each block and after a segment's last. A *window* is a run of
+blocks whose slot states are in memory at the same time, so that the workspace does not grow with T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+SIZES = ["T", "block_lo", "row_lo", "token_lo"]  # arguments whose value must not compile another kernel
+NEVER = 2**30  # death of a start that lives to the end, in line coordinates
+
+
+@dataclass(frozen=True)
+class Window:
+    """Blocks [block_lo, block_hi) with the rows [row_lo, row_hi] around them.
+
+    Attributes:
+        segments: int32 [n, 4] on the device: first block, blocks, segment, and whether the segment began earlier.
+        resumes, continues: the first segment began in an earlier window; the last one goes on in the next.
+    """
+
+    block_lo: int
+    block_hi: int
+    row_lo: int
+    row_hi: int
+    segments: Tensor
+    segment_lo: int
+    resumes: bool
+    continues: bool
+
+    @property
+    def rows(self) -> int:
+        return self.row_hi - self.row_lo + 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tables on the device (int32), and the windows.
+
+    Attributes:
+        blocks: [n, 4]: first token, end, row before it, segment. rows: [n, 3]: token it lies before, first token of
+            the segment, segment. segments: [n, 2]: first token, end.
+    """
+
+    tokens: int
+    block: int
+    firsts: tuple[int, ...]  # first token of each block, and the end
+    blocks: Tensor
+    rows: Tensor
+    segments: Tensor
+    blocks_of_segment: tuple[tuple[int, int], ...]  # (first block, blocks)
+    last_segments: tuple[int, ...]  # of each row of the batch
+    windows: tuple[Window, ...]
+
+
+def make_layout(batch: int, length: int, cu_seqlens: Tensor | None, block: int, window_rows: int, device) -> Layout:
+    """The layout of [batch, length] tokens; `cu_seqlens` int [n + 1] over the flattened tokens, or None.
+
+    Empty documents are dropped; every row start begins a segment. Reads `cu_seqlens` on the host (one synchronisation
+    where it lies on a GPU).
+    """
+    ends = None if cu_seqlens is None else tuple(int(x) for x in cu_seqlens.tolist())
+    return _layout(batch, length, ends, block, window_rows, torch.device(device))
+
+
+@lru_cache(maxsize=64)
+def _layout(batch: int, length: int, ends: tuple | None, block: int, window_rows: int, device: torch.device) -> Layout:
+    cuts = sorted({*range(0, batch * length + 1, length), *(ends or ())})
+    segments = list(zip(cuts, cuts[1:], strict=False))
+    blocks, rows, first_block = [], [], []
+    for s, (begin, end) in enumerate(segments):
+        first_block.append(len(blocks))
+        for first in range(begin, end, block):
+            blocks.append((first, min(first + block, end), len(rows), s))
+            rows.append((first, begin, s))
+        rows.append((end, begin, s))
+    first_block.append(len(blocks))
+    windows = tuple(_windows(blocks, first_block, window_rows, device))
+
+    def table(x: list) -> Tensor:
+        return torch.tensor(x, dtype=torch.int32, device=device)
+
+    last = tuple(s for s, (_, end) in enumerate(segments) if end % length == 0)
+    spans = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))
+    firsts = (*(x[0] for x in blocks), batch * length)
+    return Layout(batch * length, block, firsts, table(blocks), table(rows), table(segments), spans, last, windows)
+
+
+def _windows(blocks: list, first_block: list[int], window_rows: int, device: torch.device):
+    lo = 0
+    while lo < len(blocks):
+        hi = lo + 1
+        while hi < len(blocks) and blocks[hi][2] + 1 - blocks[lo][2] < window_rows:
+            hi += 1
+        segment_lo, segment_hi = blocks[lo][3], blocks[hi - 1][3]
+        table = []
+        for s in range(segment_lo, segment_hi + 1):
+            first, last = max(lo, first_block[s]), min(hi, first_block[s + 1])
+            table.append((first, last - first, s, int(first > first_block[s])))
+        yield Window(
+            block_lo=lo,
+            block_hi=hi,
+            row_lo=blocks[lo][2],
+            row_hi=blocks[hi - 1][2] + 1,
+            segments=torch.tensor(table, dtype=torch.int32, device=device),
+            segment_lo=segment_lo,
+            resumes=lo > first_block[segment_lo],
+            continues=hi < first_block[segment_hi + 1],
+        )
+        lo = hi
+
+
+def to_line(death: Tensor, start: Tensor) -> Tensor:
+    """Partition -> int32 [H, B * T]: death in line coordinates, NEVER, or 0 where no slot starts.
+
+    Args:
+        death: int32 [B, T, H], position in the row, >= T for never. start: bool [B, T, H].
+    """
+    B, T, H = death.shape
+    offset = torch.arange(B, dtype=torch.int32, device=death.device).view(B, 1, 1) * T
+    line = torch.where(death >= T, NEVER, death.to(torch.int32) + offset)
+    return torch.where(start, line, 0).to(torch.int32).permute(2, 0, 1).reshape(H, B * T).contiguous()

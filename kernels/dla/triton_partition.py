@@ -1,0 +1,137 @@
+"""The partition on Triton kernels: detection (in shards where batch x heads is small), then the capacity rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import triton_launch
+from .cache import Partition, SlotCache
+from .triton_capacity import capacity_kernel
+from .triton_chunk import block_decay, chunk_inverse
+from .triton_detect import detect_kernel, detect_pairs_kernel, repair_kernel
+from .triton_launch import PRECISION, Plan, ceil_div
+from .triton_layout import NEVER, Layout, make_layout
+
+PROGRAMS = 132  # as many as a large GPU has processors: fewer segments x heads than this are cut into shards
+SHARD_BLOCKS = 32  # least blocks a shard: a shard is run again for about two slots' tokens
+
+
+def _shards(layout: Layout, heads: int, shard_blocks: int | None) -> tuple[list, list]:
+    """[first block, blocks] of every shard, [first shard, shards] of every segment."""
+    blocks = layout.blocks_of_segment
+    if shard_blocks is None:
+        wanted = ceil_div(PROGRAMS, heads * len(blocks))
+        shard_blocks = max(SHARD_BLOCKS, ceil_div(max(n for _, n in blocks), wanted))
+    shards, of_segment = [], []
+    for first, n in blocks:
+        cuts = range(first, first + n, shard_blocks)
+        of_segment.append((len(shards), len(cuts)))
+        shards += [(at, min(shard_blocks, first + n - at)) for at in cuts]
+    return shards, of_segment
+
+
+def triton_partition(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    *,
+    tau: float | Tensor,
+    capacity: int,
+    cu_seqlens: Tensor | None = None,
+    cache: SlotCache | None = None,
+    want_lo: bool = False,
+    tile: int | None = None,
+    shard_blocks: int | None = None,
+) -> Partition:
+    """The density-rule partition; arguments as `partition`, no gradient.
+
+    `shard_blocks`: chunks that one program runs in a row; None chooses by the number of segments and heads. The
+    decisions do not depend on it.
+    """
+    with torch.no_grad():
+        if v.dtype == torch.float16:  # no exact split of fp32 into fp16 terms
+            k, v = k.float(), v.float()
+        B, T, H, Dv = v.shape
+        G, Dk = k.shape[2:]
+        device, tile = v.device, tile or triton_launch.DETECT_TILE
+        plan = Plan(
+            torch.promote_types(k.dtype, v.dtype), Dk, Dv, H, G, capacity, True, tile=tile
+        )  # blocks of one tile, for both backbones
+        gdn = beta is not None
+        layout = make_layout(B, T, cu_seqlens, tile, 2**30, device)
+        k, v, g, beta = (None if x is None else x.contiguous().flatten(0, 1) for x in (k, v, g, beta))
+        cg = block_decay(g, layout)
+        inv = chunk_inverse(plan, k, beta, cg, layout) if gdn else cg
+        shards, of_segment = _shards(layout, H, shard_blocks)
+        starts = torch.zeros(H, B * T, dtype=torch.int8, device=device)
+        scores, sums = (torch.empty(H, B * T, device=device) for _ in range(2))
+        fresh = torch.ones(len(shards), H, dtype=torch.int32, device=device)
+        state = torch.empty(len(shards), H, Dk, Dv, device=device)
+        infos = torch.zeros(len(shards), H, device=device)
+        if cache is not None:
+            heads = torch.tensor([first for first, _ in of_segment], device=device)
+            last = (cache.live - 1).clamp(min=0)[..., None]
+            open_slot = last[..., None, None].expand(B, H, 1, Dk, Dv)
+            state[heads] = cache.states.gather(2, open_slot).squeeze(2).float()
+            infos[heads] = cache.info.gather(2, last).squeeze(2).float()
+            fresh[heads] = (cache.live == 0).int()
+        sizes = (B * T, H, H // G)
+        meta = dict(C=tile, GDN=gdn, PREC=PRECISION)
+        effect = torch.empty(B * T, H, tile, device=device)
+        pairs = torch.empty_like(effect) if gdn else effect
+        k2, written = (torch.empty(H, B * T, device=device) for _ in range(2))
+        detect_pairs_kernel[(len(layout.blocks), H)](
+            k, v, g if beta is None else beta, cg, inv, effect, pairs, k2, written, layout.blocks, *sizes, **meta,
+            **plan.launch("detect_pairs", device),
+        )  # fmt: skip
+        taus = torch.as_tensor(tau, dtype=torch.float32, device=device).expand(H).contiguous()
+        shard_table = torch.tensor(shards, dtype=torch.int32, device=device)
+        args = (k, v, g if beta is None else beta, cg, inv, effect, pairs, k2, written, taus, state, infos)
+        meta |= plan.launch("detect_gdn" if gdn else "detect", device)
+        detect_kernel[(len(shards), H)](*args, fresh, starts, scores, sums, layout.blocks, shard_table, *sizes, **meta)
+        if len(shards) > len(of_segment):
+            segment_shards = torch.tensor(of_segment, dtype=torch.int32, device=device)
+            repair_kernel[(len(of_segment), H)](
+                *args, starts, scores, sums, layout.blocks, shard_table, segment_shards, *sizes, **meta
+            )
+        return _capacity(plan, layout, starts, scores, sums, cache, B, want_lo)
+
+
+def _capacity(
+    plan: Plan, layout: Layout, starts: Tensor, scores: Tensor, sums: Tensor, cache: SlotCache | None, B: int, want_lo
+) -> Partition:
+    H, K, device = plan.H, plan.K, starts.device
+    n, T = len(layout.segments), layout.tokens // B
+    life = starts.to(torch.int32) * NEVER
+    lo = torch.empty_like(life) if want_lo else life
+    cache_death = torch.full((n, H, K), NEVER, dtype=torch.int32, device=device)
+    final_info = torch.empty(n, H, K, device=device)
+    incoming = (life, sums, sums)
+    if cache is not None:
+        incoming = (cache.live.int().contiguous(), cache.count.float().contiguous(), cache.info.float().contiguous())
+    capacity_kernel[(n, H)](
+        starts, sums, layout.segments, *incoming, life, cache_death, lo, final_info, layout.tokens, H, K,
+        HAS_CACHE=cache is not None, WANT_LO=want_lo, TILE=64, KP=plan.slots_padded, num_warps=1,
+    )  # fmt: skip
+    offset = (torch.arange(B, device=device) * T).int()
+
+    def rows(x: Tensor) -> Tensor:
+        return x.view(H, B, T).permute(1, 2, 0)
+
+    start = rows(starts) > 0
+    death = rows(life)
+    death = torch.where(start & (death < NEVER), death - offset.view(B, 1, 1), T)
+    last = torch.tensor(layout.last_segments, device=device)
+    cache_death = (
+        torch.where(cache_death < NEVER, cache_death - offset.view(B, 1, 1), T) if n == B else cache_death[last]
+    )
+    return Partition(
+        start=start.contiguous(),
+        death=death.int().contiguous(),
+        score=rows(scores).contiguous(),
+        lo=(rows(lo) - offset.view(B, 1, 1)).int().contiguous() if want_lo else None,
+        cache_death=cache_death.clamp(max=T).int(),
+        final_info=final_info[last],
+    )

@@ -1,0 +1,232 @@
+"""The Triton kernels under the interpreter (on a GPU: compiled), decisions given: outputs and every gradient.
+
+Tiles are shrunk so that a hundred tokens cross tiles, blocks and windows; `test_real_tiles` keeps the shipped ones.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import gates
+import pytest
+import torch
+import triton_interpreter
+from cases import Case
+
+from megatron_dla.kernels.dla import SlotCache, dla_attention, partition
+
+triton = pytest.importorskip("triton")
+from megatron_dla.kernels.dla import triton_attention, triton_chunk, triton_launch  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BASE = Case("topics with merges", T=75, B=1, capacity=4, topic=6)
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles of 16 tokens, blocks of 2 tiles, windows of 3 rows."""
+    for name, value in (("TILE", 16), ("WIDE_TILE", 16), ("TILES", 2), ("WINDOW_ROWS", 3)):
+        monkeypatch.setattr(triton_launch, name, value)
+    yield
+
+
+def inputs_of(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: x.detach().to(dtype).to(DEVICE) for name, x in case.make().items()}
+
+
+def cotangent(case: Case, dtype: torch.dtype) -> torch.Tensor:
+    gen = torch.Generator().manual_seed(case.seed + 77)
+    return torch.randn(case.B, case.T, case.H, case.Dv, generator=gen).to(dtype).to(DEVICE)
+
+
+def compare(case: Case, dtype: torch.dtype, **more) -> None:
+    x = inputs_of(case, dtype)
+    decide = {name: x[name].float() for name in ("k", "v", "g", "beta") if name in x}
+    part = partition(**decide, **case.rule, cache=more.get("cache"), backend="torch")
+    rule = dict(case.rule, partition=part) | more
+    gates.check_all(x, cotangent(case, dtype), dtype=dtype, backend="triton", **rule)
+
+
+def both(case: Case) -> list[Case]:
+    return [replace(case, delta=delta, name=f"{case.name} ({'gdn' if delta else 'mamba2'})") for delta in (False, True)]
+
+
+FULL = [
+    *both(BASE),
+    *both(replace(BASE, name="documents, strong decay", documents=(1, 20, 37, 52), decay=4.0, capacity=2)),
+    *both(replace(BASE, name="every token a boundary", tau=0.0, T=40)),
+    *both(replace(BASE, name="no boundary", tau=2.5, T=40, B=2, H=1)),
+    *both(replace(BASE, name="three tokens", T=3, B=4)),
+    *both(replace(BASE, name="shared keys, odd dims", H=4, G=2, Dk=20, Dv=19, T=40)),
+]
+
+
+@pytest.mark.parametrize("case", FULL, ids=lambda case: case.name)
+def test_all_gradients_fp32(small_tiles: None, case: Case) -> None:
+    compare(case, FP32)
+
+
+LOW = [*both(replace(BASE, Dk=32, Dv=32)), *both(replace(BASE, name="documents", documents=(20, 37), Dk=32, Dv=24))]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("case", LOW, ids=lambda case: case.name)
+def test_all_gradients_16_bit(small_tiles: None, case: Case, dtype: torch.dtype) -> None:
+    compare(case, dtype)
+
+
+@pytest.mark.parametrize("case", both(replace(BASE, name="wide", H=1, Dk=160, Dv=72, T=36)), ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_head_dims_over_several_tiles(small_tiles: None, case: Case, dtype: torch.dtype) -> None:
+    compare(case, dtype)
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_real_tiles(delta: bool) -> None:
+    compare(replace(BASE, T=300 if not delta else 140, H=1, Dk=64, Dv=64, delta=delta, topic=25, tau=1.2), BF16)
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_cache_in_and_out(small_tiles: None, delta: bool) -> None:
+    case = replace(BASE, T=90, B=2, H=1, delta=delta)
+    x = inputs_of(case, FP32)
+    rule = dict(tau=case.tau, capacity=case.capacity)
+    head = {name: y[:, :50] for name, y in x.items()}
+    tail = {name: y[:, 50:].contiguous() for name, y in x.items()}
+    want, mid = dla_attention(**head, **rule, return_cache=True, backend="torch")
+    got, cache = dla_attention(**head, **rule, return_cache=True, backend="triton")
+    for name in ("start", "count", "live", "position"):
+        assert torch.equal(getattr(mid, name), getattr(cache, name)), name
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cache.states, mid.states, atol=1e-5, rtol=1e-4)
+    part = partition(**{n: tail[n] for n in ("k", "v", "g", "beta") if n in tail}, **rule, cache=mid, backend="torch")
+    weights = torch.randn(mid.states.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    gates.check_all(
+        tail, cotangent(case, FP32)[:, 50:], dtype=FP32, backend="triton", **rule, partition=part, cache=mid,
+        states_cotangent=weights,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_learned_threshold(small_tiles: None, delta: bool) -> None:
+    case = replace(BASE, documents=(30,), T=60, capacity=3, delta=delta)
+    tau = torch.full((case.H,), case.tau, device=DEVICE, requires_grad=True)
+    x = inputs_of(case, FP32)
+    decide = {name: x[name] for name in ("k", "v", "g", "beta") if name in x}
+    rule = dict(case.rule, tau=tau)
+    part = partition(**decide, **rule, backend="triton")
+    gates.check_all(x, cotangent(case, FP32), dtype=FP32, backend="triton", **rule, partition=part)
+
+
+def test_fp32_keys_beside_bf16_values(small_tiles: None) -> None:
+    """Queries and keys leave an L2 norm in fp32: they are rounded to the values' type, gradients come back in fp32."""
+    case = replace(BASE, delta=True, T=40)
+    x = inputs_of(case, BF16)
+    part = partition(x["k"], x["v"], x["g"], x["beta"], **case.rule, backend="torch")
+    plain = gates.run(x, cotangent(case, BF16), backend="triton", partition=part, **case.rule)
+    mixed = x | {name: x[name].float() for name in ("q", "k")}
+    got = gates.run(mixed, cotangent(case, BF16), backend="triton", partition=part, **case.rule)
+    assert got["dq"].dtype == FP32 and torch.equal(got["o"], plain["o"])
+    torch.testing.assert_close(got["dk"].to(BF16), plain["dk"])
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_same_bits_in_every_run_and_order(small_tiles: None, delta: bool) -> None:
+    case = replace(BASE, T=50, delta=delta, documents=(20,))
+    x = inputs_of(case, BF16)
+    rule = dict(case.rule, partition=partition(**{n: x[n] for n in ("k", "v", "g", "beta") if n in x}, **case.rule))
+    first = gates.run(x, cotangent(case, BF16), backend="triton", **rule)
+    if DEVICE == "cpu":
+        with triton_interpreter.reversed_programs():
+            second = gates.run(x, cotangent(case, BF16), backend="triton", **rule)
+    else:
+        second = gates.run(x, cotangent(case, BF16), backend="triton", **rule)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def drop_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = triton_attention.to_line
+
+    def broken(death: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        line = real(death, start)
+        dead = ((line > 0) & (line < triton_attention.NEVER)).nonzero()[0]
+        line[tuple(dead)] = triton_attention.NEVER
+        return line
+
+    monkeypatch.setattr(triton_attention, "to_line", broken)
+
+
+def shift_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = triton_chunk.make_tables
+
+    def broken(*args):
+        tables = real(*args)
+        tables.counts[0, 0, 5] += 1
+        return tables
+
+    monkeypatch.setattr(triton_chunk, "make_tables", broken)
+
+
+def skip_a_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = triton_chunk.block_decay
+
+    def broken(g, layout):
+        g = g.clone()
+        g[33] = 0
+        return real(g, layout)
+
+    monkeypatch.setattr(triton_chunk, "block_decay", broken)
+
+
+def forget_the_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States do not cross a window's border."""
+    real = triton_chunk._incoming
+    monkeypatch.setattr(
+        triton_chunk,
+        "_incoming",
+        lambda work, states, resumed: real(work, states, None if resumed is None else 0 * resumed),
+    )
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+@pytest.mark.parametrize(
+    "mutate", [drop_a_merge, shift_a_slot, skip_a_decay, forget_the_carry], ids=lambda f: f.__name__
+)
+def test_a_broken_kernel_is_found(small_tiles: None, monkeypatch: pytest.MonkeyPatch, mutate, delta: bool) -> None:
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError, match="failed"):
+        compare(replace(BASE, H=1, delta=delta, decay=0.3), FP32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(dtype=torch.float64), "float64"),
+        (dict(Dk=300), "at most 256"),
+        (dict(capacity=70), "at most 64"),
+    ],
+)
+def test_what_the_kernels_cannot_take(change: dict, message: str) -> None:
+    dtype = change.pop("dtype", FP32)
+    case = replace(BASE, T=4, **change)
+    with pytest.raises(ValueError, match=f"backend='triton'.*{message}"):
+        dla_attention(**inputs_of(case, dtype), **case.rule, backend="triton")
+
+
+def test_merge_by_ward_uses_the_kernels_for_the_output(small_tiles: None) -> None:
+    case = replace(BASE, T=40)
+    x = inputs_of(case, FP32)
+    got, _ = dla_attention(**x, **case.rule, merge="ward", backend="triton")
+    want, _ = dla_attention(**x, **case.rule, merge="ward", backend="torch")
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_a_cache_is_left_alone(small_tiles: None) -> None:
+    case = replace(BASE, T=20, H=1)
+    x = inputs_of(case, FP32)
+    cache = SlotCache.empty(1, 1, case.capacity, case.Dk, case.Dv, device=DEVICE)
+    before = cache.clone()
+    dla_attention(**x, tau=case.tau, capacity=case.capacity, cache=cache, return_cache=True, backend="triton")
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, getattr(cache, name)), name

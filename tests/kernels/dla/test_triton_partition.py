@@ -1,0 +1,93 @@
+"""The partition kernels: every decision by forced replay with margins; shards and chunk sizes change none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES, Case
+from replay import forced_replay
+
+from megatron_dla.kernels.dla import dla_attention, partition
+
+pytest.importorskip("triton")
+from megatron_dla.kernels.dla import triton_capacity, triton_partition
+
+decide = triton_partition.triton_partition
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs_of(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
+    x = {"beta": None} | case.make()
+    return {
+        name: None if x[name] is None else x[name].detach().to(dtype).to(DEVICE) for name in ("k", "v", "g", "beta")
+    }
+
+
+def small(case: Case) -> Case:
+    """One row, half the tokens: the interpreter is slow."""
+    inside = tuple(end for end in case.documents if end < case.T // 2)
+    return replace(case, B=1, T=max(1, case.T // 2), documents=inside)
+
+
+@pytest.mark.parametrize("case", [small(case) for case in CASES], ids=lambda case: case.name)
+def test_every_decision(case: Case) -> None:
+    x = inputs_of(case, torch.float32)
+    found = decide(**x, **case.rule, tile=16, want_lo=True)
+    assert forced_replay(**x, partition=found, **case.rule) == []
+    x = {name: None if y is None else y.double() for name, y in x.items()}
+    want = partition(**x, **case.rule, backend="torch")
+    near = (want.score - case.tau).abs().min() < 1e-4  # a near tie may fall either way
+    assert near or torch.equal(found.start, want.start)
+    if torch.equal(found.start, want.start) and torch.equal(found.death, want.death):
+        torch.testing.assert_close(found.score, want.score.float(), atol=2e-5, rtol=0)
+        torch.testing.assert_close(found.final_info, want.final_info.float(), atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_16_bit_inputs_are_scored_in_fp32(dtype: torch.dtype, delta: bool) -> None:
+    case = Case("wide", T=70, B=1, Dk=70, Dv=40, tau=1.25, delta=delta)
+    x = inputs_of(case, dtype)
+    found = decide(**x, **case.rule, tile=16)
+    assert forced_replay(**x, partition=found, **case.rule, score_margin=1e-5) == []
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith(("topics", "packed d"))], ids=lambda c: c.name)
+def test_shards_and_chunks_change_nothing(case: Case) -> None:
+    case = small(replace(case, H=1, topic=6, T=160))
+    x = inputs_of(case, torch.float32)
+    whole = decide(**x, **case.rule, tile=16, shard_blocks=1000)
+    for shard in (1, 3):
+        parts = decide(**x, **case.rule, tile=16, shard_blocks=shard)
+        for name in ("start", "death", "score", "final_info"):
+            assert torch.equal(getattr(whole, name), getattr(parts, name)), (shard, name)
+    real = decide(**x, **case.rule)
+    assert torch.equal(whole.start, real.start) and torch.equal(whole.death, real.death)
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_goes_on_from_a_cache(delta: bool) -> None:
+    case = Case("topics", T=90, B=2, H=1, capacity=3, topic=6, delta=delta)
+    x = {name: y.detach().float().to(DEVICE) for name, y in case.make().items()}
+    rule = dict(tau=case.tau, capacity=case.capacity)
+    _, cache = dla_attention(**{n: y[:, :50] for n, y in x.items()}, **rule, return_cache=True, backend="torch")
+    tail = {"beta": None} | {name: x[name][:, 50:] for name in ("k", "v", "g", "beta") if name in x}
+    for shard in (None, 1):
+        found = decide(**tail, **rule, cache=cache, tile=16, shard_blocks=shard)
+        assert forced_replay(**tail, partition=found, **rule, cache=cache) == []
+    want = partition(**tail, **rule, cache=cache, backend="torch")
+    assert torch.equal(found.cache_death, want.cache_death) and bool((found.cache_death < 40).any())
+
+
+def test_a_wrong_victim_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The capacity kernel fed with sums of another head merges other pairs: the replay must say so."""
+    real = triton_capacity.capacity_kernel
+
+    class Broken:
+        def __getitem__(self, grid):
+            return lambda starts, sums, *rest, **meta: real[grid](starts, sums.flip(0).contiguous(), *rest, **meta)
+
+    monkeypatch.setattr(triton_partition, "capacity_kernel", Broken())
+    case = Case("topics", T=75, B=1, capacity=4, topic=6)
+    x = inputs_of(case, torch.float32)
+    assert forced_replay(**x, partition=decide(**x, **case.rule, tile=16), **case.rule) != []
