@@ -47,7 +47,9 @@ def run_local(nproc: int, train_arguments: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_dla.cli", "train", *train_arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # the agent ends the other ranks with SIGTERM: theirs is never the cause, whatever the clocks say
+        failures = error.failures.items()
+        rank, failure = min(failures, key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
         if failure.exitcode == BAD_INPUT:
             print(failure.message, file=sys.stderr)
         if failure.exitcode in (BAD_INPUT, STOPPED):

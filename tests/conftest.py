@@ -32,3 +32,13 @@ def ranks(pools: dict[int, Ranks]) -> Callable[[int], Ranks]:
         return pools[world_size]
 
     return get
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The resource tables of the compiled kernels (tests/kernels/test_aot.py), which a passing test would hide."""
+    if hasattr(config, "workerinput") or config.cache is None:
+        return
+    for table in sorted(config.cache.mkdir("aot").glob("*.txt")):
+        terminalreporter.section(f"kernel resources, {table.stem}")
+        terminalreporter.write_line(table.read_text())
+        table.unlink()

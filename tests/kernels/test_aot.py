@@ -59,6 +59,9 @@ def test_a_process_that_interprets_is_refused() -> None:
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no triton backend yet")
 @pytest.mark.parametrize("arch", aot.ARCHS)
-def test_dla_kernels_fit(arch: int) -> None:
+def test_dla_kernels_fit(arch: int, pytestconfig: pytest.Config) -> None:
     done = run("-m", "megatron_dla.kernels.common.aot", "--arch", str(arch))
+    assert pytestconfig.cache is not None
+    table = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("["))
+    pytestconfig.cache.mkdir("aot").joinpath(f"sm_{arch}.txt").write_text(table)  # shown at the session's end
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
