@@ -32,4 +32,5 @@ def test_a_rank_that_was_ended_is_not_the_cause(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(local, "elastic_launch", launch)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert local.run_local(2, ["config.yaml"]) == 2
-    assert capsys.readouterr().err.strip() == "shard train-00000 is damaged"
+    printed = capsys.readouterr().err
+    assert "shard train-00000 is damaged" in printed and "failed with exit code" not in printed
