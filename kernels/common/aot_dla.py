@@ -50,6 +50,8 @@ CONFIGS = (
     Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, cached=True),
     Config("mamba2-bf16-128x64-K64-cache", BF16, 128, 64, False, capacity=64, cached=True),
     Config("gdn-mixed-128", BF16, 128, 128, True, mixed=True),
+    Config("mamba2-bf16-128-long", BF16, 128, 128, False, tokens=8704),  # heads of a group added up, shards repaired
+    Config("gdn-bf16-64-shards", BF16, 64, 64, True, tokens=4096),
     Config("gdn-fp16-64", FP16, 64, 64, True, documents=(70, 133)),
     Config("mamba2-fp16-128", FP16, 128, 128, False),
     Config("mamba2-fp32-64", FP32, 64, 64, False, archs=ALL),

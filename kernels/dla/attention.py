@@ -263,7 +263,7 @@ def _incoming(cache: SlotCache | None, part: Partition, k: Tensor, v: Tensor, ca
     dtype = compute_dtype(v)
     if cache is None:
         slots = torch.full((N, capacity), EMPTY, dtype=torch.int64, device=device)
-        states = torch.zeros(N, capacity, k.shape[-1], v.shape[-1], dtype=dtype, device=device)
+        states = torch.zeros((), dtype=dtype, device=device).expand(N, capacity, k.shape[-1], v.shape[-1])
         return slots, torch.full_like(slots, T), states
     recency = torch.arange(capacity, device=device).expand(N, -1)
     source = cache.live.view(N, 1) - 1 - recency
@@ -311,8 +311,9 @@ def _final_cache(
     states = final.gather(1, source.clamp(min=0)[..., None, None].expand_as(final)) * (source >= 0)[..., None, None]
     shape = (B, H, K)
     return SlotCache(
-        states=states.view(*shape, *final.shape[2:]), start=start.view(shape), count=count.view(shape),
-        info=info.view(shape), live=live.view(B, H), position=before + T,
+        states=states.view(*shape, *final.shape[2:]), start=start.reshape(shape).contiguous(),
+        count=count.reshape(shape).contiguous(), info=info.reshape(shape).contiguous(),
+        live=live.view(B, H), position=before + T,
     )  # fmt: skip
 
 

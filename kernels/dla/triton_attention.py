@@ -9,7 +9,7 @@ from . import triton_launch
 from .cache import Partition, SlotCache
 from .naive import document_starts
 from .triton_chunk import TritonDLA
-from .triton_launch import Plan
+from .triton_launch import Plan, on_device
 from .triton_layout import NEVER, make_layout, to_line
 from .triton_threshold import threshold_gradient
 
@@ -84,16 +84,20 @@ def triton_attention(
         begin = begin.cummax(1).values.repeat_interleave(H, dim=0)
 
         def lanes(x: Tensor) -> Tensor:
-            return x.view(B, T, H, *x.shape[2 if x.shape[0] == B * T else 3 :]).transpose(1, 2).flatten(0, 1)
+            return x.transpose(1, 2).flatten(0, 1)
 
-        flat = [lanes(x) for x in (dlam.float(), lam.float(), part.start, part.death, part.lo, part.score)]
+        weights = [x.float().view(B, T, H, K) for x in (dlam, lam)]
+        flat = [lanes(x) for x in (*weights, part.start, part.death, part.lo, part.score)]
         per_lane = threshold_gradient(*flat, begin, tau.float().expand(H).repeat(B), temperature)
         per_head = per_lane.view(B, H).sum(0)
         return (per_head if tau.ndim else per_head.sum()).to(tau.dtype)
 
-    out, final = TritonDLA.apply(
+    inputs = (
         _line(q, v.dtype), _line(k, v.dtype), _line(v), _line(g), _line(slot_weights), _line(beta),
-        states if cache is not None else None, learned, plan, layout, to_line(part.death, part.start), incoming,
-        threshold, want_final,
+        states if cache is not None else None, learned,
     )  # fmt: skip
+    with on_device(v):
+        out, final = TritonDLA.apply(
+            *inputs, plan, layout, to_line(part.death, part.start), incoming, threshold, want_final
+        )
     return out.view(B, T, H, Dv), final.flatten(0, 1) if want_final else final

@@ -32,9 +32,9 @@ def query_gradient_kernel(
     live_death,
     live_count,
     snap,  # [rows of the window, H, K, DK, DV]
-    dq,  # [T, H / HEADS, DK] out: dq (Mamba-2), or dQt [T, H, DK] fp32
+    dq,  # [tokens of the window, H, DK] fp32 out: dq of each head (Mamba-2), or dQt
     dat,  # [T, H, C] fp32 out: dAt (Gated DeltaNet only)
-    dlam,  # [NK, T, H, K] out
+    dlam,  # [NK, tokens of the window, H, K] out
     dcg,  # [NK, H, T] fp32 out: the queries' part of the decay gradient (Mamba-2 only)
     T,
     H,
@@ -43,7 +43,7 @@ def query_gradient_kernel(
     block_lo,
     row_lo,
     token_lo,
-    HEADS: tl.constexpr,  # heads of one group that this program adds up
+    N_TOKENS,  # of the window
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
@@ -68,104 +68,98 @@ def query_gradient_kernel(
         a = part * BK + tl.arange(0, BK)
         stride_q = (H if GDN else H // GROUP) * DK
         dquery = tl.zeros([C, BK], tl.float32)
-        for head in range(HEADS):
-            h = tl.program_id(1).to(tl.int64) * HEADS + head
-            g = h - skip if GDN else h // GROUP
-            q_h, k_h, v_h, do_h = q + g * DK, k + g * DK, v + h * DV, do + h * DV
-            at_h, lam_h = at + (h - skip) * C, lam + h * K
-            cg_h, counts_h, life_h = cg + h * T, counts + h * TILES * T, life + h * T
-            dweight = tl.zeros([C, KP], tl.float32)
-            decay_row = tl.zeros([C], tl.float32)
-            base = tl.zeros([C], tl.int32)
-            for back in range(own + 1):
-                tile = own - back
-                p = first + tile * C + i
-                x = tl.zeros([C, C], tl.float32)
-                for at_v in range(0, DV, BV):
-                    b = at_v + tl.arange(0, BV)
-                    grad = tl.load(
-                        do_h + t64[:, None] * H * DV + b[None, :],
-                        mask=(t < end)[:, None] & (b < DV)[None, :],
-                        other=0.0,
-                    )
-                    value = tl.load(
-                        v_h + p.to(tl.int64)[None, :] * H * DV + b[:, None],
-                        mask=(p < end)[None, :] & (b < DV)[:, None],
-                        other=0.0,
-                    )
-                    x = tl.dot(grad.to(DOT), value.to(DOT), x, input_precision=PREC)
-                score, decay = pair_tile(
-                    q_h, k_h, cg_h, at_h, t, p, end, first, stride_q, H * C, DK, BK, C, GDN, DOT, PREC
+        h = tl.program_id(1).to(tl.int64)
+        g = h - skip if GDN else h // GROUP
+        q_h, k_h, v_h, do_h = q + g * DK, k + g * DK, v + h * DV, do + h * DV
+        at_h, lam_h = at + (h - skip) * C, lam + h * K
+        cg_h, counts_h, life_h = cg + h * T, counts + h * TILES * T, life + h * T
+        dweight = tl.zeros([C, KP], tl.float32)
+        decay_row = tl.zeros([C], tl.float32)
+        base = tl.zeros([C], tl.int32)
+        for back in range(own + 1):
+            tile = own - back
+            p = first + tile * C + i
+            x = tl.zeros([C, C], tl.float32)
+            for at_v in range(0, DV, BV):
+                b = at_v + tl.arange(0, BV)
+                grad = tl.load(
+                    do_h + t64[:, None] * H * DV + b[None, :],
+                    mask=(t < end)[:, None] & (b < DV)[None, :],
+                    other=0.0,
                 )
-                count = tl.load(counts_h + tile.to(tl.int64) * T + t, mask=t < end, other=0)
-                weight, alive = slot_weights_tile(lam_h, life_h, base, count, t, p, end, H * K, K)
-                dscore = x * weight
+                value = tl.load(
+                    v_h + p.to(tl.int64)[None, :] * H * DV + b[:, None],
+                    mask=(p < end)[None, :] & (b < DV)[:, None],
+                    other=0.0,
+                )
+                x = tl.dot(grad.to(DOT), value.to(DOT), x, input_precision=PREC)
+            score, decay = pair_tile(q_h, k_h, cg_h, at_h, t, p, end, first, stride_q, H * C, DK, BK, C, GDN, DOT, PREC)
+            count = tl.load(counts_h + tile.to(tl.int64) * T + t, mask=t < end, other=0)
+            weight, alive = slot_weights_tile(lam_h, life_h, base, count, t, p, end, H * K, K)
+            dscore = x * weight
+            if part == 0:
+                # tokens between two starts of the tile share a slot: one masked row sum each
+                both = x * score
+                piece = tl.cumsum((tl.load(life_h + p, mask=p < end, other=0) > 0).to(tl.int32), 0)
+                for n in range(tl.max(piece, 0) + 1):
+                    share = tl.sum(tl.where(piece[None, :] == n, both, 0.0), 1)
+                    slot = base + tl.sum(tl.where(piece[None, :] > n, alive, 0), 1)
+                    slot = tl.minimum(slot, K - 1)
+                    dweight += tl.where(slots[None, :] == slot[:, None], share[:, None], 0.0)
+            if GDN:
                 if part == 0:
-                    # tokens between two starts of the tile share a slot: one masked row sum each
-                    both = x * score
-                    piece = tl.cumsum((tl.load(life_h + p, mask=p < end, other=0) > 0).to(tl.int32), 0)
-                    for n in range(tl.max(piece, 0) + 1):
-                        share = tl.sum(tl.where(piece[None, :] == n, both, 0.0), 1)
-                        slot = base + tl.sum(tl.where(piece[None, :] > n, alive, 0), 1)
-                        slot = tl.minimum(slot, K - 1)
-                        dweight += tl.where(slots[None, :] == slot[:, None], share[:, None], 0.0)
-                if GDN:
-                    if part == 0:
-                        tl.store(
-                            dat + (t64[:, None] * H + h - skip) * C + (p - first)[None, :],
-                            dscore,
-                            mask=(t < end)[:, None] & (p >= first)[None, :],
-                        )
-                else:
-                    decay_row += tl.sum(dscore * score, 1)
-                    key = tl.load(
-                        k_h + p.to(tl.int64)[:, None] * stride_q + a[None, :],
-                        mask=(p < end)[:, None] & (a < DK)[None, :],
-                        other=0.0,
+                    tl.store(
+                        dat + (t64[:, None] * H + h - skip) * C + (p - first)[None, :],
+                        dscore,
+                        mask=(t < end)[:, None] & (p >= first)[None, :],
                     )
-                    dquery = tl.dot((dscore * decay).to(DOT), key.to(DOT), dquery, input_precision=PREC)
-                base += count
-            if part > 0:
-                decay_row = tl.zeros([C], tl.float32)
-            m = tl.load(live_count + row * H + h)
-            deaths = live_death + (row.to(tl.int64) * H + h) * K
-            states = snap + ((row - row_lo).to(tl.int64) * H + h) * K * DK * DV
-            scale = tl.full([C], 1.0, tl.float32)
-            if not GDN:
-                scale = tl.exp(tl.load(cg_h + t, mask=t < end, other=0.0))
-            for n in range(m):
-                index = tl.minimum(base, K - 1)
-                w = tl.load(lam_h + t64 * H * K + index, mask=t < end, other=0.0).to(tl.float32)
-                y = tl.zeros([C, BK], tl.float32)
-                for at_v in range(0, DV, BV):
-                    b = at_v + tl.arange(0, BV)
-                    grad = tl.load(
-                        do_h + t64[:, None] * H * DV + b[None, :],
-                        mask=(t < end)[:, None] & (b < DV)[None, :],
-                        other=0.0,
-                    )
-                    state = tl.load(
-                        states + n.to(tl.int64) * DK * DV + a[None, :] * DV + b[:, None],
-                        mask=(a < DK)[None, :] & (b < DV)[:, None],
-                        other=0.0,
-                    )
-                    y = tl.dot(grad.to(DOT), state, y, input_precision=PREC)
-                query = tl.load(
-                    q_h + t64[:, None] * stride_q + a[None, :], mask=(t < end)[:, None] & (a < DK)[None, :], other=0.0
+            else:
+                decay_row += tl.sum(dscore * score, 1)
+                key = tl.load(
+                    k_h + p.to(tl.int64)[:, None] * stride_q + a[None, :],
+                    mask=(p < end)[:, None] & (a < DK)[None, :],
+                    other=0.0,
                 )
-                dw = scale * tl.sum(y * query.to(tl.float32), 1)
-                decay_row += w * dw
-                dquery += (w * scale)[:, None] * y
-                dweight += tl.where(slots[None, :] == index[:, None], dw[:, None], 0.0)
-                base += (tl.load(deaths + n) > t).to(tl.int32)
-            out = dlam + ((part.to(tl.int64) * T + t64)[:, None] * H + h) * K + slots[None, :]
-            tl.store(out, dweight.to(dlam.dtype.element_ty), mask=(t < end)[:, None] & (slots < K)[None, :])
-            if not GDN:
-                tl.store(dcg + (part * H + h) * T + t, decay_row, mask=t < end)
-        width = H // HEADS
-        line = t64 * width + tl.program_id(1)
-        if GDN:
-            line -= skip
+                dquery = tl.dot((dscore * decay).to(DOT), key.to(DOT), dquery, input_precision=PREC)
+            base += count
+        if part > 0:
+            decay_row = tl.zeros([C], tl.float32)
+        m = tl.load(live_count + row * H + h)
+        deaths = live_death + (row.to(tl.int64) * H + h) * K
+        states = snap + ((row - row_lo).to(tl.int64) * H + h) * K * DK * DV
+        scale = tl.full([C], 1.0, tl.float32)
+        if not GDN:
+            scale = tl.exp(tl.load(cg_h + t, mask=t < end, other=0.0))
+        for n in range(m):
+            index = tl.minimum(base, K - 1)
+            w = tl.load(lam_h + t64 * H * K + index, mask=t < end, other=0.0).to(tl.float32)
+            y = tl.zeros([C, BK], tl.float32)
+            for at_v in range(0, DV, BV):
+                b = at_v + tl.arange(0, BV)
+                grad = tl.load(
+                    do_h + t64[:, None] * H * DV + b[None, :],
+                    mask=(t < end)[:, None] & (b < DV)[None, :],
+                    other=0.0,
+                )
+                state = tl.load(
+                    states + n.to(tl.int64) * DK * DV + a[None, :] * DV + b[:, None],
+                    mask=(a < DK)[None, :] & (b < DV)[:, None],
+                    other=0.0,
+                )
+                y = tl.dot(grad.to(DOT), state, y, input_precision=PREC)
+            query = tl.load(
+                q_h + t64[:, None] * stride_q + a[None, :], mask=(t < end)[:, None] & (a < DK)[None, :], other=0.0
+            )
+            dw = scale * tl.sum(y * query.to(tl.float32), 1)
+            decay_row += w * dw
+            dquery += (w * scale)[:, None] * y
+            dweight += tl.where(slots[None, :] == index[:, None], dw[:, None], 0.0)
+            base += (tl.load(deaths + n) > t).to(tl.int32)
+        out = dlam + ((part.to(tl.int64) * N_TOKENS + t64 - token_lo)[:, None] * H + h) * K + slots[None, :]
+        tl.store(out, dweight.to(dlam.dtype.element_ty), mask=(t < end)[:, None] & (slots < K)[None, :])
+        if not GDN:
+            tl.store(dcg + (part * H + h) * T + t, decay_row, mask=t < end)
+        line = t64 * H + tl.program_id(1) - skip
         tl.store(
             dq + line[:, None] * DK + a[None, :],
             dquery.to(dq.dtype.element_ty),

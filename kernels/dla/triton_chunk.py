@@ -287,24 +287,24 @@ class TritonDLA(torch.autograd.Function):
         if dstates is not None:  # slots that were never live were never written
             there = torch.arange(plan.K, device=v.device) < ctx.cache[0][..., None]
             dstates = torch.where(there[..., None, None], dstates, 0)
-        dq, dk, dlam = grads.finish(plan, x)
+        dq, dk = grads.finish(plan, x)
         dtau = None
         if ctx.needs_input_grad[7]:
-            dtau = ctx.threshold(dlam, lam, tau)
-        return dq, dk, grads.dv, grads.dg, dlam, grads.dbeta, dstates, dtau, *(None,) * 6
+            dtau = ctx.threshold(grads.dlam, lam, tau)
+        return dq, dk, grads.dv, grads.dg, grads.dlam, grads.dbeta, dstates, dtau, *(None,) * 6
 
 
 @dataclass
 class Gradients:
     """Outputs of the backward kernels over the whole line."""
 
-    dq: Tensor  # [T, splits, DK]
-    dk: Tensor
+    dq: Tensor  # [T, G, DK], or each head's [T, H, DK] (Gated DeltaNet)
+    dk: Tensor  # [T, H / heads, DK]
     dv: Tensor
     dg: Tensor
-    dlam: Tensor  # [parts, T, H, K]
+    dlam: Tensor  # [T, H, K]
     dbeta: Tensor | None
-    heads: int  # heads of one group that a program adds up
+    heads: int  # heads of one group whose dk one program adds up
 
     @classmethod
     def empty(cls, plan: Plan, x: Inputs, windows: int) -> Gradients:
@@ -312,28 +312,28 @@ class Gradients:
         heads = 1 if plan.gdn else heads_per_program(plan, T // max(windows, 1))
         splits = plan.H // heads
         dtype = x.q.dtype if splits == plan.G else torch.float32
-        parts = ceil_div(plan.DK, plan.launch("query_gradient", dev)["BK"])
         return cls(
-            dq=torch.empty(T, splits, plan.DK, dtype=dtype, device=dev),
+            dq=torch.empty(
+                T, plan.H if plan.gdn else plan.G, plan.DK, dtype=dtype if plan.gdn else x.q.dtype, device=dev
+            ),
             dk=torch.empty(T, splits, plan.DK, dtype=dtype, device=dev),
             dv=torch.empty_like(x.v),
             dg=torch.empty_like(x.g),
-            dlam=torch.empty(parts, *x.lam.shape, dtype=x.lam.dtype if parts == 1 else torch.float32, device=dev),
+            dlam=torch.empty_like(x.lam),
             dbeta=None if x.beta is None else torch.empty_like(x.beta),
             heads=heads,
         )
 
-    def finish(self, plan: Plan, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dlam in the shapes and dtypes of their inputs."""
+    def finish(self, plan: Plan, x: Inputs) -> tuple[Tensor, Tensor]:
+        """dq, dk in the shapes and dtypes of their inputs."""
         T = x.v.shape[0]
         dq, dk = (y.view(T, plan.G, -1, plan.DK) for y in (self.dq, self.dk))
         dq, dk = (y[:, :, 0] if y.shape[2] == 1 else y.sum(2) for y in (dq, dk))
-        dlam = self.dlam[0] if len(self.dlam) == 1 else self.dlam.sum(0)
-        return dq.to(x.q.dtype), dk.to(x.k.dtype), dlam.to(x.lam.dtype)
+        return dq.to(x.q.dtype), dk.to(x.k.dtype)
 
 
 def heads_per_program(plan: Plan, tokens: int) -> int:
-    """Heads whose dq and dk one program adds up: all of a group if that leaves enough programs for a GPU."""
+    """Heads whose dk one program adds up: all of a group if that leaves enough programs for a GPU."""
     heads = plan.group
     while heads > 1 and heads % 2 == 0 and ceil_div(tokens, plan.tile) * (plan.H // heads) < 264:
         heads //= 2
@@ -364,16 +364,24 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
     dims = plan.launch("query_gradient", do.device)
     parts = ceil_div(plan.DK, dims["BK"])
     splits = H // grads.heads
-    rows, cols, ends = (work.new(parts, H, T) for _ in range(3))
-    dqt = work.new(work.tokens, H, plan.DK) if plan.gdn else grads.dq
+    rows = work.new(parts, H, T)
+    dqt = work.new(work.tokens, H, plan.DK)
     dkh = work.new(work.tokens, H, plan.DK) if plan.gdn else grads.dk
     dat = work.new(work.tokens, H, C) if plan.gdn else x.v
-    query_gradient_kernel[(work.tiles, splits, parts)](
+    mine = grads.dlam[work.token_lo : work.token_lo + work.tokens]
+    dlam = mine if parts == 1 else work.new(parts, *mine.shape)
+    query_gradient_kernel[(work.tiles, H, parts)](
         work.qt, x.k, x.v, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, tables.death,
-        tables.live, snap, dqt, dat, grads.dlam, rows, *sizes, HEADS=grads.heads, **dims, **plan.tiled(),
-        KP=plan.slots_padded, **math,
+        tables.live, snap, dqt, dat, dlam, rows, *sizes, work.tokens, **dims, **plan.tiled(), KP=plan.slots_padded,
+        **math,
     )  # fmt: skip
-    dims = {**plan.launch("key_gradient", do.device), "BK": dims["BK"]}  # same parts
+    if not plan.gdn:  # heads that share a query
+        grads.dq[work.token_lo : work.token_lo + work.tokens] = dqt.view(work.tokens, plan.G, -1, plan.DK).sum(2)
+    if parts > 1:
+        mine.copy_(dlam.sum(0))
+    dims = plan.launch("key_gradient", do.device)
+    parts = ceil_div(plan.DK, dims["BK"])
+    cols, ends = (work.new(parts, H, T) for _ in range(2))
     key_gradient_kernel[(work.tiles, splits, parts)](
         x.q, x.k, x.v, do, tables.cg, x.lam, tables.life, tables.counts, blocks, dstates, dkh, cols, ends, *sizes,
         HEADS=grads.heads, **dims, **plan.tiled(), **math,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cache import SlotCache
-from .triton_launch import ceil_div, power_of_two
+from .triton_launch import ceil_div, head_values, on_device, power_of_two
 
 PLAN_FIELDS = 3  # slot that absorbs its younger neighbour (or -1), slot written, 1 where it is a new one
 
@@ -197,20 +197,24 @@ def triton_decode(
     K, device = cache.capacity, v.device
     q, k, v, g, lam = (x.squeeze(1).contiguous() for x in (q, k, v, g, slot_weights))
     write = g if beta is None else beta.squeeze(1).contiguous()
-    taus = torch.as_tensor(tau, dtype=torch.float32, device=device).expand(H).contiguous()
-    plan = torch.empty(B, H, PLAN_FIELDS, dtype=torch.int32, device=device)
-    sizes = (H, H // G, K)
-    block = dict(BK=min(64, power_of_two(DK)), BV=min(64, power_of_two(DV)))
-    meta = dict(DK=DK, DV=DV, GDN=beta is not None)
-    decode_decide_kernel[(B * H,)](
-        k, v, write, taus, cache.states, cache.start, cache.count, cache.info, cache.live, cache.position, plan, *sizes,
-        **meta, **block, KP=power_of_two(K, 2), num_warps=4,
-    )  # fmt: skip
-    out = torch.empty(B, 1, H, DV, dtype=v.dtype, device=device)
-    BV = 16
-    decode_states_kernel[(B * H, ceil_div(DV, BV))](
-        q, k, v, g, lam, write, cache.states, cache.live, plan, out, *sizes, **meta, BK=block["BK"], BV=BV,
-        NK=ceil_div(DK, block["BK"]), num_warps=4,
-    )  # fmt: skip
+    taus = head_values(tau, H, device)
+    for name in ("states", "start", "count", "info", "live", "position"):  # the kernels work on them in place
+        setattr(cache, name, getattr(cache, name).contiguous())
+    with on_device(v):
+        plan = torch.empty(B, H, PLAN_FIELDS, dtype=torch.int32, device=device)
+        sizes = (H, H // G, K)
+        block = dict(BK=min(64, power_of_two(DK)), BV=min(64, power_of_two(DV)))
+        meta = dict(DK=DK, DV=DV, GDN=beta is not None)
+        decode_decide_kernel[(B * H,)](
+            k, v, write, taus, cache.states, cache.start, cache.count, cache.info, cache.live, cache.position, plan,
+            *sizes,
+            **meta, **block, KP=power_of_two(K, 2), num_warps=4,
+        )  # fmt: skip
+        out = torch.empty(B, 1, H, DV, dtype=v.dtype, device=device)
+        BV = 16
+        decode_states_kernel[(B * H, ceil_div(DV, BV))](
+            q, k, v, g, lam, write, cache.states, cache.live, plan, out, *sizes, **meta, BK=block["BK"], BV=BV,
+            NK=ceil_div(DK, block["BK"]), num_warps=4,
+        )  # fmt: skip
     cache.position += 1
     return out

@@ -207,7 +207,7 @@ def detect_chunk(
         spread = (i[None, :] < i[:, None]) & (i[None, :] >= at)
         spread = tl.exp(tl.where(spread, 2 * (before[:, None] - decays[None, :]), float("-inf")))
         state2 = tl.sum(spread * grow[None, :], 1) + norm * tl.exp(2 * tl.minimum(before - at_decay, 0.0))
-        size = tl.sqrt(write2 * tl.maximum(state2, 0.0))
+        size = tl.sqrt(write2) * tl.sqrt(tl.maximum(state2, 0.0))  # the product could underflow
         cosine = tl.where(size > 0, dot / tl.where(size > 0, size, 1.0), 0.0)
         score = tl.sqrt(tl.maximum(2 - 2 * cosine, 0.0))
         fire = (i >= at) & valid & ((score >= tau) | ((i == 0) & (fresh > 0)))

@@ -40,7 +40,7 @@ def pair_tile(
     """At[t, p] fp32 [C, C], zero where p > t or outside the block; and the decay D[t, p] (Mamba-2, else ones)."""
     causal = (p[None, :] <= t[:, None]) & (t < end)[:, None]
     if GDN:
-        score = tl.load(at + t.to(tl.int64)[:, None] * stride_at + (p - first)[None, :], mask=causal, other=0.0).to(
+        score = tl.load((at + t.to(tl.int64) * stride_at)[:, None] + (p - first)[None, :], mask=causal, other=0.0).to(
             tl.float32
         )
         decay = tl.where(causal, 1.0, 0.0)
@@ -49,12 +49,12 @@ def pair_tile(
         for x in range(0, DK, BK):
             a = x + tl.arange(0, BK)
             qt = tl.load(
-                q + t.to(tl.int64)[:, None] * stride_q + a[None, :],
+                (q + t.to(tl.int64) * stride_q)[:, None] + a[None, :],
                 mask=(t < end)[:, None] & (a < DK)[None, :],
                 other=0.0,
             )
             kt = tl.load(
-                k + p.to(tl.int64)[None, :] * stride_q + a[:, None],
+                (k + p.to(tl.int64) * stride_q)[None, :] + a[:, None],
                 mask=(p < end)[None, :] & (a < DK)[:, None],
                 other=0.0,
             )
@@ -83,7 +83,7 @@ def slot_weights_tile(
     alive = ((death[None, :] > t[:, None]) & causal).to(tl.int32)
     slot = base[:, None] + count[:, None] - tl.cumsum(alive, 1)
     slot = tl.minimum(tl.maximum(slot, 0), K - 1)
-    weight = tl.load(lam + t.to(tl.int64)[:, None] * stride_lam + slot, mask=causal, other=0.0)
+    weight = tl.load((lam + t.to(tl.int64) * stride_lam)[:, None] + slot, mask=causal, other=0.0)
     return weight.to(tl.float32), alive
 
 
@@ -146,7 +146,7 @@ def output_kernel(
             count = tl.load(counts + tile.to(tl.int64) * T + t, mask=t < end, other=0)
             weight, _ = slot_weights_tile(lam, life, base, count, t, p, end, stride_lam, K)
             value = tl.load(
-                v + p.to(tl.int64)[:, None] * stride_v + b[None, :],
+                (v + p.to(tl.int64) * stride_v)[:, None] + b[None, :],
                 mask=(p < end)[:, None] & (b < DV)[None, :],
                 other=0.0,
             )
@@ -164,7 +164,7 @@ def output_kernel(
             for x in range(0, DK, BK):
                 a = x + tl.arange(0, BK)
                 query = tl.load(
-                    q + t.to(tl.int64)[:, None] * stride_q + a[None, :],
+                    (q + t.to(tl.int64) * stride_q)[:, None] + a[None, :],
                     mask=(t < end)[:, None] & (a < DK)[None, :],
                     other=0.0,
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ LAUNCH = {
     "scan_gdn.256": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "output": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
     "state_gradient": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
-    "query_gradient": ((64, 32, 8, 1), (64, 64, 8, 1), "backward"),
+    "query_gradient": ((64, 32, 8, 1), (32, 32, 8, 1), "backward"),
     "query_gradient.sm80": ((32, 32, 8, 1), (64, 64, 8, 1), "backward"),
     "query_gradient.256": ((32, 64, 8, 1), (32, 64, 8, 1), "backward"),
     "key_gradient": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
@@ -40,6 +41,18 @@ LAUNCH = {
     "detect": ((64, 64, 8, 1), (32, 32, 8, 1), "partition"),
     "detect_gdn": ((32, 64, 8, 1), (32, 32, 8, 1), "partition"),
 }
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager:
+    """Launch on the tensor's GPU, whichever is the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def head_values(x: float | torch.Tensor, heads: int, device: torch.device) -> torch.Tensor:
+    """A number, or one a head, as contiguous fp32 [H]; a number costs no copy from the host."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device, torch.float32).expand(heads).contiguous()
+    return torch.full((heads,), x, dtype=torch.float32, device=device)
 
 
 def ceil_div(a: int, b: int) -> int:

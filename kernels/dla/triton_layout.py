@@ -14,7 +14,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-SIZES = ["T", "block_lo", "row_lo", "token_lo"]  # arguments whose value must not compile another kernel
+SIZES = [
+    "T",
+    "N_TOKENS",
+    "head",
+    "block_lo",
+    "row_lo",
+    "token_lo",
+]  # arguments whose value must not compile another kernel
 NEVER = 2**30  # death of a start that lives to the end, in line coordinates
 
 
@@ -57,7 +64,7 @@ class Layout:
     rows: Tensor
     segments: Tensor
     blocks_of_segment: tuple[tuple[int, int], ...]  # (first block, blocks)
-    last_segments: tuple[int, ...]  # of each row of the batch
+    last_segments: Tensor  # int64 [B]: of each row of the batch
     windows: tuple[Window, ...]
 
 
@@ -89,33 +96,39 @@ def _layout(batch: int, length: int, ends: tuple | None, block: int, window_rows
         return torch.tensor(x, dtype=torch.int32, device=device)
 
     last = tuple(s for s, (_, end) in enumerate(segments) if end % length == 0)
+    last_segments = torch.tensor(last, device=device)
     spans = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))
     firsts = (*(x[0] for x in blocks), batch * length)
-    return Layout(batch * length, block, firsts, table(blocks), table(rows), table(segments), spans, last, windows)
+    return Layout(
+        batch * length, block, firsts, table(blocks), table(rows), table(segments), spans, last_segments, windows
+    )
 
 
 def _windows(blocks: list, first_block: list[int], window_rows: int, device: torch.device):
+    cuts, table = [], []
     lo = 0
     while lo < len(blocks):
         hi = lo + 1
         while hi < len(blocks) and blocks[hi][2] + 1 - blocks[lo][2] < window_rows:
             hi += 1
-        segment_lo, segment_hi = blocks[lo][3], blocks[hi - 1][3]
-        table = []
-        for s in range(segment_lo, segment_hi + 1):
+        begin = len(table)
+        for s in range(blocks[lo][3], blocks[hi - 1][3] + 1):
             first, last = max(lo, first_block[s]), min(hi, first_block[s + 1])
             table.append((first, last - first, s, int(first > first_block[s])))
+        cuts.append((lo, hi, begin, len(table)))
+        lo = hi
+    segments = torch.tensor(table, dtype=torch.int32, device=device)  # one copy to the device for all windows
+    for lo, hi, begin, end in cuts:
         yield Window(
             block_lo=lo,
             block_hi=hi,
             row_lo=blocks[lo][2],
             row_hi=blocks[hi - 1][2] + 1,
-            segments=torch.tensor(table, dtype=torch.int32, device=device),
-            segment_lo=segment_lo,
-            resumes=lo > first_block[segment_lo],
-            continues=hi < first_block[segment_hi + 1],
+            segments=segments[begin:end],
+            segment_lo=blocks[lo][3],
+            resumes=lo > first_block[blocks[lo][3]],
+            continues=hi < first_block[blocks[hi - 1][3] + 1],
         )
-        lo = hi
 
 
 def to_line(death: Tensor, start: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -10,25 +12,31 @@ from .cache import Partition, SlotCache
 from .triton_capacity import capacity_kernel
 from .triton_chunk import block_decay, chunk_inverse
 from .triton_detect import detect_kernel, detect_pairs_kernel, repair_kernel
-from .triton_launch import PRECISION, Plan, ceil_div
+from .triton_launch import PRECISION, Plan, ceil_div, head_values, on_device
 from .triton_layout import NEVER, Layout, make_layout
 
 PROGRAMS = 132  # as many as a large GPU has processors: fewer segments x heads than this are cut into shards
 SHARD_BLOCKS = 32  # least blocks a shard: a shard is run again for about two slots' tokens
 
 
-def _shards(layout: Layout, heads: int, shard_blocks: int | None) -> tuple[list, list]:
-    """[first block, blocks] of every shard, [first shard, shards] of every segment."""
-    blocks = layout.blocks_of_segment
+@lru_cache(maxsize=64)
+def _shards(
+    spans: tuple[tuple[int, int], ...], heads: int, shard_blocks: int | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """int32 [n, 2]: first block and blocks of every shard; first shard and shards of every segment.
+
+    `spans`: first block and blocks of every segment. Cached: a copy to the device waits for the device.
+    """
     if shard_blocks is None:
-        wanted = ceil_div(PROGRAMS, heads * len(blocks))
-        shard_blocks = max(SHARD_BLOCKS, ceil_div(max(n for _, n in blocks), wanted))
+        wanted = ceil_div(PROGRAMS, heads * len(spans))
+        shard_blocks = max(SHARD_BLOCKS, ceil_div(max(n for _, n in spans), wanted))
     shards, of_segment = [], []
-    for first, n in blocks:
+    for first, n in spans:
         cuts = range(first, first + n, shard_blocks)
         of_segment.append((len(shards), len(cuts)))
         shards += [(at, min(shard_blocks, first + n - at)) for at in cuts]
-    return shards, of_segment
+    tables = (torch.tensor(x, dtype=torch.int32, device=device) for x in (shards, of_segment))
+    return next(tables), next(tables)
 
 
 def triton_partition(
@@ -50,7 +58,7 @@ def triton_partition(
     `shard_blocks`: chunks that one program runs in a row; None chooses by the number of segments and heads. The
     decisions do not depend on it.
     """
-    with torch.no_grad():
+    with torch.no_grad(), on_device(v):
         if v.dtype == torch.float16:  # no exact split of fp32 into fp16 terms
             k, v = k.float(), v.float()
         B, T, H, Dv = v.shape
@@ -64,14 +72,14 @@ def triton_partition(
         k, v, g, beta = (None if x is None else x.contiguous().flatten(0, 1) for x in (k, v, g, beta))
         cg = block_decay(g, layout)
         inv = chunk_inverse(plan, k, beta, cg, layout) if gdn else cg
-        shards, of_segment = _shards(layout, H, shard_blocks)
+        shards, of_segment = _shards(layout.blocks_of_segment, H, shard_blocks, device)
         starts = torch.zeros(H, B * T, dtype=torch.int8, device=device)
         scores, sums = (torch.empty(H, B * T, device=device) for _ in range(2))
         fresh = torch.ones(len(shards), H, dtype=torch.int32, device=device)
         state = torch.empty(len(shards), H, Dk, Dv, device=device)
         infos = torch.zeros(len(shards), H, device=device)
         if cache is not None:
-            heads = torch.tensor([first for first, _ in of_segment], device=device)
+            heads = of_segment[:, 0].long()
             last = (cache.live - 1).clamp(min=0)[..., None]
             open_slot = last[..., None, None].expand(B, H, 1, Dk, Dv)
             state[heads] = cache.states.gather(2, open_slot).squeeze(2).float()
@@ -86,15 +94,13 @@ def triton_partition(
             k, v, g if beta is None else beta, cg, inv, effect, pairs, k2, written, layout.blocks, *sizes, **meta,
             **plan.launch("detect_pairs", device),
         )  # fmt: skip
-        taus = torch.as_tensor(tau, dtype=torch.float32, device=device).expand(H).contiguous()
-        shard_table = torch.tensor(shards, dtype=torch.int32, device=device)
+        taus = head_values(tau, H, device)
         args = (k, v, g if beta is None else beta, cg, inv, effect, pairs, k2, written, taus, state, infos)
         meta |= plan.launch("detect_gdn" if gdn else "detect", device)
-        detect_kernel[(len(shards), H)](*args, fresh, starts, scores, sums, layout.blocks, shard_table, *sizes, **meta)
+        detect_kernel[(len(shards), H)](*args, fresh, starts, scores, sums, layout.blocks, shards, *sizes, **meta)
         if len(shards) > len(of_segment):
-            segment_shards = torch.tensor(of_segment, dtype=torch.int32, device=device)
             repair_kernel[(len(of_segment), H)](
-                *args, starts, scores, sums, layout.blocks, shard_table, segment_shards, *sizes, **meta
+                *args, starts, scores, sums, layout.blocks, shards, of_segment, *sizes, **meta
             )
         return _capacity(plan, layout, starts, scores, sums, cache, B, want_lo)
 
@@ -123,7 +129,7 @@ def _capacity(
     start = rows(starts) > 0
     death = rows(life)
     death = torch.where(start & (death < NEVER), death - offset.view(B, 1, 1), T)
-    last = torch.tensor(layout.last_segments, device=device)
+    last = layout.last_segments
     cache_death = (
         torch.where(cache_death < NEVER, cache_death - offset.view(B, 1, 1), T) if n == B else cache_death[last]
     )

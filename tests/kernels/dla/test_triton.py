@@ -107,6 +107,14 @@ def test_cache_in_and_out(small_tiles: None, delta: bool) -> None:
     )  # fmt: skip
 
 
+def test_learned_threshold_of_one_token(small_tiles: None) -> None:
+    case = replace(BASE, T=1, B=2)
+    tau = torch.full((case.H,), case.tau, device=DEVICE, requires_grad=True)
+    out, _ = dla_attention(**inputs_of(case, FP32), capacity=case.capacity, tau=tau, backend="triton")
+    out.sum().backward()
+    assert tau.grad is not None and not tau.grad.any()  # a first token always fires
+
+
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
 def test_learned_threshold(small_tiles: None, delta: bool) -> None:
     case = replace(BASE, documents=(30,), T=60, capacity=3, delta=delta)

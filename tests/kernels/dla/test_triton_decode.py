@@ -47,6 +47,22 @@ def test_follows_torch(case: Case, delta: bool) -> None:
     assert int(cache.count.sum(-1).min()) == case.T  # every token is in some slot: merges happened and lost none
 
 
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_goes_on_from_a_prefill(delta: bool) -> None:
+    """The cache as `dla_attention` returns it, several sequences and heads."""
+    case = replace(BASE, T=20, delta=delta)
+    x = inputs_of(case)
+    rule = dict(tau=case.tau, capacity=case.capacity)
+    want, _ = dla_attention(**x, **rule, backend="torch")
+    head = {name: y[:, :15] for name, y in x.items()}
+    _, cache = dla_attention(**head, **rule, backend="torch", return_cache=True)
+    assert cache is not None and cache.count.is_contiguous()
+    cache.count = cache.count.transpose(0, 1).contiguous().transpose(0, 1)  # a view must do as well
+    outs = [decode_step(**token(x, t), cache=cache, **rule, backend="triton")[0] for t in range(15, 20)]
+    torch.testing.assert_close(torch.cat(outs, 1), want[:, 15:], atol=1e-4, rtol=1e-4)
+    assert int(cache.count.sum(-1).min()) == int(cache.count.sum(-1).max()) == case.T
+
+
 def test_bf16_tokens_and_a_threshold_a_head() -> None:
     case = replace(BASE, T=12, delta=True)
     x = inputs_of(case, torch.bfloat16)

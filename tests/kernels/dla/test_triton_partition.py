@@ -54,7 +54,7 @@ def test_16_bit_inputs_are_scored_in_fp32(dtype: torch.dtype, delta: bool) -> No
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith(("topics", "packed d"))], ids=lambda c: c.name)
 def test_shards_and_chunks_change_nothing(case: Case) -> None:
-    case = small(replace(case, H=1, topic=6, T=160))
+    case = small(replace(case, H=1, topic=22, T=260, capacity=3))  # slots that span chunks
     x = inputs_of(case, torch.float32)
     whole = decide(**x, **case.rule, tile=16, shard_blocks=1000)
     for shard in (1, 3):
