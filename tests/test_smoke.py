@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ BLOCKED = (
 )  # fmt: skip
 BLOCKER = f"""
 import sys
+from collections.abc import Iterator
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {BLOCKED!r}:
@@ -121,12 +124,23 @@ def test_a_loss_that_does_not_fall_is_a_failure() -> None:
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Exported code is copied here, and not into the user's cache."""
+def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Exported code is copied here, not into the user's cache, and imported from here: other tests have used theirs."""
     import transformers.dynamic_module_utils as dynamic
 
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    def forget() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    cache = tmp_path / "modules"
+    cache.mkdir()
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(cache))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(cache))
+    monkeypatch.syspath_prepend(str(cache))
+    before = forget()
+    yield
+    forget()
+    sys.modules.update(before)
 
 
 def test_model_stages_without_megatron(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, modules: None) -> None:
