@@ -14,8 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-# exit codes of a rank with a meaning: bad input, stopped by a signal after a checkpoint
-BAD_INPUT, STOPPED = 2, 75
+from megatron_dla.errors import BAD_INPUT, STOPPED
 
 
 def _forward(number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,8 @@
 """Errors that a user can cause: the command line prints them as one line and exits with code 2."""
 
+# exit codes with a meaning: bad input; stopped by a signal after a checkpoint, start me again
+BAD_INPUT, STOPPED = 2, 75
+
 
 class UserError(ValueError):
     """Bad input; the message names the key or file, the value and the fix."""

@@ -132,17 +132,7 @@ class WindowPass:
         meta = local_launch(plan, x.k.device)
         grid = (self.blocks, plan.H)
         local_forward_kernel[grid](
-            x.q,
-            x.k,
-            x.beta,
-            cg,
-            self.inv,
-            self.at,
-            self.qt,
-            self.kh,
-            *self._where(),
-            *self._sizes(),
-            **meta,
+            x.q, x.k, x.beta, cg, self.inv, self.at, self.qt, self.kh, *self._where(), *self._sizes(), **meta
         )
         transition_kernel[(*grid, ceil_div(plan.DK, meta["BK"]) ** 2)](
             x.k, self.kh, cg, self.r_matrix, *self._where(), *self._sizes(), **meta
@@ -160,7 +150,7 @@ class WindowPass:
         state_scan_kernel[grid](
             self.kh, self.x.v, tables.cg, self.r_matrix, self.layout.blocks, self.window.segments, tables.pos,
             tables.death, tables.live, incoming, snap, final, *self._sizes(), plan.K, self.window.block_lo,
-            self.window.row_lo, self.token_lo, **dims,  C=plan.tile, KP=plan.slots_padded, **plan.math(),
+            self.window.row_lo, self.token_lo, **dims, C=plan.tile, KP=plan.slots_padded, **plan.math(),
         )  # fmt: skip
         return snap, final
 
@@ -358,7 +348,7 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
     dkeep = work.new(programs[0] * programs[1], work.blocks, H)
     reverse_scan_kernel[(len(window.segments) * H, *programs)](
         tables.cg, work.r_matrix, blocks, window.segments, tables.pos, tables.death, tables.live, snap, dstates, carry,
-        initial, dkeep, T, H, K, work.blocks, window.block_lo, window.row_lo, **dims, 
+        initial, dkeep, T, H, K, work.blocks, window.block_lo, window.row_lo, **dims,
         KP=plan.slots_padded, **math,
     )  # fmt: skip
     dims = plan.launch("query_gradient", do.device)

@@ -246,7 +246,7 @@ def detect_chunk(
                 read = read_state(k, state, t, b, end, stride_k, DK, DV, BK, BV, C, PREC)
                 value -= tl.where(valid, tl.exp(decays), 0.0)[:, None] * read
             tl.debug_barrier()
-            # B^T first: [C, C] times [C, BV], then the keys
+            # Kh^T V = ck^T (B V): [C, C] times [C, BV] first, then the keys
             value = tl.dot(rows_of(inv, t, i, end, H * C, C), write[:, None] * value, input_precision=PREC)
         for x in range(0, DK, BK):
             a = x + tl.arange(0, BK)

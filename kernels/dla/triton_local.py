@@ -16,22 +16,19 @@ import triton
 import triton.language as tl
 
 from .triton_layout import SIZES
+from .triton_scan import slots_opened
 
 
 @triton.jit
 def rows_of(x, t, a, end, stride, D: tl.constexpr):
     """x[t, a] as fp32 [len(t), len(a)], zero outside."""
-    return tl.load(
-        x + t.to(tl.int64)[:, None] * stride + a[None, :], mask=(t < end)[:, None] & (a < D)[None, :], other=0.0
-    ).to(tl.float32)
+    return raw_rows(x, t, a, end, stride, D).to(tl.float32)
 
 
 @triton.jit
 def columns_of(x, t, a, end, stride, D: tl.constexpr):
     """x[t, a] transposed: fp32 [len(a), len(t)]."""
-    return tl.load(
-        x + t.to(tl.int64)[None, :] * stride + a[:, None], mask=(t < end)[None, :] & (a < D)[:, None], other=0.0
-    ).to(tl.float32)
+    return raw_columns(x, t, a, end, stride, D).to(tl.float32)
 
 
 @triton.jit
@@ -270,15 +267,10 @@ def dphi_kernel(
     NK: tl.constexpr = (DK + BK - 1) // BK
     n, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block = block_lo + n
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    row = tl.load(blocks + 4 * block + 2)
+    row, _, end, m, _, to = slots_opened(live_pos, live_count, blocks, block, h, H, K, KP)
     a = tl.program_id(2) // NK * BK + tl.arange(0, BK)
     b = tl.program_id(2) % NK * BK + tl.arange(0, BK)
-    slots = tl.arange(0, KP)
-    m, m_next = tl.load(live_count + row * H + h), tl.load(live_count + (row + 1) * H + h)
-    here, after = (row.to(tl.int64) * H + h) * K, ((row + 1).to(tl.int64) * H + h) * K
-    opened = tl.load(live_pos + after + slots, mask=slots < m_next, other=-1)
-    to = tl.sum(((opened >= first) & (slots < m_next)).to(tl.int32), 0)
+    here = (row.to(tl.int64) * H + h) * K
     states = snap + ((row - row_lo).to(tl.int64) * H + h) * K * DK * DV
     grads = grad + ((row + 1 - row_lo).to(tl.int64) * H + h) * K * DK * DV
     acc = tl.zeros([BK, BK], tl.float32)

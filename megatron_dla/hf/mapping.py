@@ -13,9 +13,8 @@ from torch import Tensor
 
 from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.errors import CheckpointError
+from megatron_dla.mixers.functional import FP32_PARAMETERS as FP32_PARAMETERS
 from megatron_dla.parallel.tags import Tag
-
-FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau")
 
 
 @dataclass(frozen=True)

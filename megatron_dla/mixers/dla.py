@@ -34,8 +34,6 @@ from megatron_dla.mixers.norms import ones
 from megatron_dla.parallel.context import HeadExchange
 from megatron_dla.parallel.tags import Init, Tag, set_tag, sum_gradient
 
-FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau")
-
 
 @dataclass
 class DLAMixerSubmodules:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 TAU_RANGE = (0.5, 1.41)  # a learned threshold is held here; outside, slots open always or never
 
+# parameters that stay fp32 in a bf16 model: they sit in exponentials and thresholds
+FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau")
+
 
 def short_convolution(x: Tensor, weight: Tensor, document: Tensor | None = None, tail: Tensor | None = None) -> Tensor:
     """Causal depthwise convolution and SiLU that does not look across documents.

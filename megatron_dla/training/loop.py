@@ -18,6 +18,7 @@ from megatron_dla.config import RunConfig
 from megatron_dla.data import TokenLoader
 from megatron_dla.data_prep.index import ShardIndex
 from megatron_dla.data_prep.tokenizer import Tokenizer
+from megatron_dla.errors import STOPPED
 from megatron_dla.metrics.meters import StepMeter, memory_gb
 from megatron_dla.metrics.sinks import JsonlSink, console_line
 from megatron_dla.model.gpt import build_model, dla_mixers, padded_vocab
@@ -25,7 +26,7 @@ from megatron_dla.parallel.groups import initialize_distributed, initialize_mode
 from megatron_dla.parallel.replicas import check_replicas
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
 from megatron_dla.training.schedule import gate_temperature
-from megatron_dla.training.signals import STOPPED, StopRequest
+from megatron_dla.training.signals import StopRequest
 from megatron_dla.training.step import train_step
 from megatron_dla.training.validation import validate
 

@@ -8,8 +8,6 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-STOPPED = 75  # exit code: stopped by a signal after a checkpoint, start me again
-
 
 class StopRequest:
     """Catches SIGTERM and SIGUSR1 for as long as it is entered."""

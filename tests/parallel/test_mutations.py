@@ -32,22 +32,6 @@ COMMUNICATION = {
 }
 
 
-@pytest.fixture(scope="module")
-def references():
-    from distributed import Ranks
-
-    pool, found = Ranks(1), {}
-
-    def get(case: Case):
-        key = (repr(case.section), case.documents)
-        if key not in found:
-            (found[key],) = pool.run(engine_workers.reference, case)
-        return found[key]
-
-    yield get
-    pool.stop()
-
-
 def fails(ranks, references, case: Case, kind: str, target: str) -> bool:
     want = references(case)
     results = ranks(2).run(mutation_workers.broken, case, want, kind, target)

@@ -39,23 +39,6 @@ MATRIX = {
 }
 
 
-@pytest.fixture(scope="module")
-def references():
-    """Reference runs by (section, documents), each computed once."""
-    from distributed import Ranks
-
-    pool, found = Ranks(1), {}
-
-    def get(case: Case):
-        key = (repr(case.section), case.documents, case.steps)
-        if key not in found:
-            (found[key],) = pool.run(engine_workers.reference, case)
-        return found[key]
-
-    yield get
-    pool.stop()
-
-
 @pytest.mark.parametrize("name", MATRIX)
 def test_training_equals_one_process(ranks, references, name: str) -> None:
     world, case = MATRIX[name]

@@ -22,22 +22,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def references():
-    from distributed import Ranks
-
-    pool, found = Ranks(1), {}
-
-    def get(case: Case):
-        key = (repr(case.section), case.documents)
-        if key not in found:
-            (found[key],) = pool.run(engine_workers.reference, case)
-        return found[key]
-
-    yield get
-    pool.stop()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_recomputation_changes_nothing_and_decides_once(ranks, references, name: str) -> None:
     case = dataclasses.replace(CASES[name], steps=STEPS)
