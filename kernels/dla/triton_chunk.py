@@ -253,7 +253,8 @@ class TritonDLA(torch.autograd.Function):
         plan, layout = ctx.plan, ctx.layout
         x = Inputs(q, k, v, g, lam, beta)
         tables = make_tables(plan, layout, g, life, ctx.cache)
-        grads = Gradients.empty(plan, x, len(layout.windows))
+        learned = ctx.needs_input_grad[7]
+        grads = Gradients.empty(plan, x, len(layout.windows), learned)
         do = do.contiguous()
         carried = list(carries)
         resumed_grad = None
@@ -279,9 +280,9 @@ class TritonDLA(torch.autograd.Function):
             dstates = torch.where(there[..., None, None], dstates, 0)
         dq, dk = grads.finish(plan, x)
         dtau = None
-        if ctx.needs_input_grad[7]:
+        if learned:
             dtau = ctx.threshold(grads.dlam, lam, tau)
-        return dq, dk, grads.dv, grads.dg, grads.dlam, grads.dbeta, dstates, dtau, *(None,) * 6
+        return dq, dk, grads.dv, grads.dg, grads.dlam.to(lam.dtype), grads.dbeta, dstates, dtau, *(None,) * 6
 
 
 @dataclass
@@ -292,12 +293,12 @@ class Gradients:
     dk: Tensor  # [T, H / heads, DK]
     dv: Tensor
     dg: Tensor
-    dlam: Tensor  # [T, H, K]
+    dlam: Tensor  # [T, H, K]; fp32 where tau is learned: its gradient is made of differences of these
     dbeta: Tensor | None
     heads: int  # heads of one group whose dk one program adds up
 
     @classmethod
-    def empty(cls, plan: Plan, x: Inputs, windows: int) -> Gradients:
+    def empty(cls, plan: Plan, x: Inputs, windows: int, learned: bool) -> Gradients:
         T, dev = x.v.shape[0], x.v.device
         heads = 1 if plan.gdn else heads_per_program(plan, T // max(windows, 1))
         splits = plan.H // heads
@@ -309,7 +310,7 @@ class Gradients:
             dk=torch.empty(T, splits, plan.DK, dtype=dtype, device=dev),
             dv=torch.empty_like(x.v),
             dg=torch.empty_like(x.g),
-            dlam=torch.empty_like(x.lam),
+            dlam=torch.empty_like(x.lam, dtype=torch.float32 if learned else x.lam.dtype),
             dbeta=None if x.beta is None else torch.empty_like(x.beta),
             heads=heads,
         )

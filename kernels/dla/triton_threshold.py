@@ -1,7 +1,8 @@
 """The gradient of a learned threshold on CUDA: `threshold.threshold_gradient`, where the mathematics stands.
 
 A slot carries the weighted tokens `moved` in it that the toggles so far would move; a merge adds two of them, so there
-is no difference of long sums and fp32 does. Two kernels: one program a lane walks over the boundaries (tokens between
+is no difference of long sums. The terms of the gradient cancel (a kernel's rounding would show), so what is summed is
+summed in float64: a few numbers a token. Two kernels: one program a lane walks over the boundaries (tokens between
 them at once) and stores the slots at the start of each block; then one program a block goes over its tokens with them.
 Slots stand in no order; `nx`, the start of the next younger one (FAR: none, it is open), gives each its end.
 No atomics: the same bits in every run.
@@ -40,8 +41,8 @@ def _next_start(b):
 
 @triton.jit
 def _overlap(low, high, b, nx):
-    """Tokens of [low, high) in each slot, as fp32; 0 where there is no slot."""
-    return tl.where(b >= 0, tl.maximum(tl.minimum(high, nx) - tl.maximum(low, b), 0), 0).to(tl.float32)
+    """Tokens of [low, high) in each slot, as fp64; 0 where there is no slot."""
+    return tl.where(b >= 0, tl.maximum(tl.minimum(high, nx) - tl.maximum(low, b), 0), 0).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -49,9 +50,9 @@ def walk_kernel(
     life,  # [N, T] int32: death of the start at each token, 0 = no start
     begin,  # [N, T] int32: first token of the document
     lo,  # [N, T] int32
-    weight,  # [N, T] fp32: w_p of the threshold's gradient
+    weight,  # [N, T] fp64: w_p of the threshold's gradient
     slots,  # [N, blocks, KP] int32 out: starts of the live slots at each block's first token, -1 = none
-    carried,  # [N, blocks, KP] fp32 out: `moved` of each
+    carried,  # [N, blocks, KP] fp64 out: `moved` of each
     T,
     KP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,7 +63,7 @@ def walk_kernel(
     b = tl.full([KP], -1, tl.int32)
     nx = tl.full([KP], FAR, tl.int32)
     death = tl.full([KP], 0, tl.int32)
-    moved = tl.zeros([KP], tl.float32)
+    moved = tl.zeros([KP], tl.float64)
     blocks = tl.cdiv(T, BLOCK)
     for block in range(0, blocks):
         out = (lane * blocks + block) * KP + slot
@@ -106,7 +107,7 @@ def gradient_kernel(
     weight,
     slots,
     carried,
-    partial,  # [N, blocks] fp32 out: sum of w_p dg_p over t in the block
+    partial,  # [N, blocks] fp64 out: sum of w_p dg_p over t in the block
     T,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -124,7 +125,7 @@ def gradient_kernel(
     death = tl.load(life + row + b, mask=b >= 0, other=0)
     age = tl.sum((b[:, None] > b[None, :]).to(tl.int32), 0)  # slot index by recency
     fired = _fired(weight + row, lo + row, b, nx)
-    total = tl.zeros([KP], tl.float32)
+    total = tl.zeros([KP], tl.float64)
     for t in range(first, tl.minimum(first + BLOCK, T)):
         life_t = tl.load(life + row + t)
         reset = tl.load(begin + row + t) == t
@@ -136,12 +137,12 @@ def gradient_kernel(
             moved += tl.load(weight + row + t) * _overlap(tl.load(lo + row + t), t, b, nx)
         live = b >= 0
         cell = (row + t) * K + age
-        mine = tl.load(lam + cell, mask=live, other=0.0)
+        mine = tl.load(lam + cell, mask=live, other=0.0).to(tl.float64)
         older = tl.load(lam + cell + 1, mask=live & (age + 1 < K), other=0.0)
         newer = tl.load(lam + cell - 1, mask=live & (age > 0), other=0.0)
         forward = tl.where(age + 1 < K, older - mine, 0.0) * moved
         backward = tl.where(age > 0, mine - newer, 0.0) * fired
-        tokens = tl.where(live, tl.minimum(nx, t + 1) - b, 1).to(tl.float32)
+        tokens = tl.where(live, tl.minimum(nx, t + 1) - b, 1).to(tl.float64)
         total += tl.load(dlam + cell, mask=live, other=0.0) * (forward + backward) / tokens
     tl.store(partial + program, tl.sum(total, 0))
 
@@ -166,13 +167,13 @@ def threshold_gradient(
     begin = begin.clamp(min=0).to(torch.int32).contiguous()
     low = lo.to(torch.int32).contiguous()
     life = torch.where(start, death.to(torch.int32), 0).contiguous()
-    soft = torch.sigmoid((score.float() - tau.float()[:, None]) / temperature)
+    soft = torch.sigmoid((score.double() - tau.double()[:, None]) / temperature)
     weight = torch.where(begin == position, 0, soft * (1 - soft)).contiguous()
     blocks, width = triton.cdiv(T, block), triton.next_power_of_2(K)
     slots = torch.empty(N, blocks, width, dtype=torch.int32, device=lam.device)
-    carried, partial = torch.empty_like(slots, dtype=torch.float32), lam.new_empty(N, blocks)
+    carried, partial = torch.empty_like(slots, dtype=torch.float64), lam.new_empty(N, blocks, dtype=torch.float64)
     sizes = dict(KP=width, BLOCK=block, num_warps=max(1, width // 32))
     walk_kernel[(N,)](life, begin, low, weight, slots, carried, T, **sizes)
     lane = life, begin, low, weight, slots, carried
     gradient_kernel[(N * blocks,)](dlam, lam, *lane, partial, T, K=K, **sizes)
-    return (-partial.double().sum(1) / temperature).float()
+    return (-partial.sum(1) / temperature).float()

@@ -42,8 +42,9 @@ def cotangent(case: Case, dtype: torch.dtype) -> torch.Tensor:
 def compare(case: Case, dtype: torch.dtype, **more) -> None:
     x = inputs_of(case, dtype)
     decide = {name: x[name].float() for name in ("k", "v", "g", "beta") if name in x}
-    part = partition(**decide, **case.rule, cache=more.get("cache"), backend="torch")
-    rule = dict(case.rule, partition=part) | more
+    rule = case.rule | more
+    part = partition(**decide, **rule, backend="torch")
+    rule = dict(partition=part) | rule
     gates.check_all(x, cotangent(case, dtype), dtype=dtype, backend="triton", **rule)
 
 
@@ -124,6 +125,14 @@ def test_learned_threshold(small_tiles: None, delta: bool) -> None:
     rule = dict(case.rule, tau=tau)
     part = partition(**decide, **rule, backend="triton")
     gates.check_all(x, cotangent(case, FP32), dtype=FP32, backend="triton", **rule, partition=part)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_learned_threshold_of_many_inputs(small_tiles: None, seed: int, dtype: torch.dtype) -> None:
+    """Its gradient is a sum of differences: what a kernel rounds too early shows on some inputs and not on others."""
+    case = replace(BASE, T=24, Dv=6, capacity=2 + seed % 3, topic=3, noise=1.0, tau=1.1, delta=seed % 2 == 1, seed=seed)
+    compare(case, dtype, tau=torch.full((case.H,), case.tau, device=DEVICE, requires_grad=True))
 
 
 def test_fp32_keys_beside_bf16_values(small_tiles: None) -> None:
