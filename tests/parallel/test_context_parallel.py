@@ -42,6 +42,13 @@ def test_dla_layer_by_chain(ranks, name: str) -> None:
             check(errors, 1e-10)
 
 
+def test_a_convolution_of_one_token_has_no_halo(ranks) -> None:
+    for name in ("mamba2, one group", "gdn"):
+        section = dataclasses.replace(SECTIONS[name], conv_kernel=1)
+        for errors in ranks(2).run(workers.layer_parity, section, CHAIN, "D", DOCUMENTS, 27):
+            check(errors, 1e-10)
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_dla_layer_by_chain_on_four_ranks(ranks, name: str) -> None:
     for parallel in (ParallelSection(1, False, 4, "chain"), ParallelSection(2, True, 2, "chain")):
