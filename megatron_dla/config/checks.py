@@ -78,9 +78,14 @@ def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_
                 f"use parallel.tensor in {{{_divisors(math.gcd(*sizes.values()))}}}"
             )
     if model.num_groups % tensor and tensor % model.num_groups:
+        common = math.gcd(*sizes.values())
+        fits = (
+            n for n in range(1, common + 1) if common % n == 0 and not (model.num_groups % n and n % model.num_groups)
+        )
         raise ConfigError(
             f"model.num_groups = {model.num_groups} and parallel.tensor = {tensor}: one must divide the other "
-            "(whole groups a rank, or one group replicated over several ranks)"
+            "(whole groups a rank, or one group replicated over several ranks): "
+            f"use parallel.tensor in {{{', '.join(map(str, fits))}}}"
         )
     if model.vocab_multiple % tensor:
         raise ConfigError(
@@ -110,8 +115,10 @@ def check_tau_gate(config: RunConfig) -> None:
         )
 
 
-def check_context_parallel(model: ModelSection, parallel: ParallelSection, seq_len: int) -> None:
-    """What the context-parallel size must divide."""
+def check_context_parallel(
+    model: ModelSection, parallel: ParallelSection, seq_len: int, world_size: int | None = None
+) -> None:
+    """What the context-parallel size must divide; sizes that are named also divide `world_size` processes, if given."""
     size, tensor = parallel.context_parallel_size, parallel.tensor
     if size < 1:
         raise ConfigError(f"parallel.context_parallel_size = {size}: must be at least 1")
@@ -134,8 +141,11 @@ def check_context_parallel(model: ModelSection, parallel: ParallelSection, seq_l
         groups["attention_groups"] = model.attention_groups // tensor
     if not heads:
         return
-    valid = [n for n in range(1, math.gcd(*heads.values()) // tensor + 1) if _fits(n, tensor, heads, groups)]
-    if size not in valid:
+    if not _fits(size, tensor, heads, groups):
+        ranks, least = (world_size or 0) // tensor, tensor if parallel.sequence else 1
+        largest = math.gcd(*heads.values()) // tensor
+        sizes = (n for n in range(1, largest + 1) if ranks % n == 0 and seq_len % (n * least) == 0)
+        valid = [n for n in sizes if _fits(n, tensor, heads, groups)]
         named = ", ".join(f"model.{key} = {getattr(model, key)}" for key in (*heads, *groups))
         raise ConfigError(
             f"parallel.context_parallel_size = {size} with parallel.tensor = {tensor}: heads must be divisible by "
@@ -194,7 +204,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     check_model(config.model)
     _positive(config.data, "data", "seq_len", "num_streams")
     check_tensor_parallel(config.model, parallel.tensor, parallel.sequence, config.data.seq_len)
-    check_context_parallel(config.model, parallel, config.data.seq_len)
+    check_context_parallel(config.model, parallel, config.data.seq_len, world_size)
     ranks, name = parallel.tensor, "parallel.tensor"
     if parallel.context_parallel_size > 1:
         ranks, name = ranks * parallel.context_parallel_size, "parallel.tensor x parallel.context_parallel_size"
@@ -209,7 +219,8 @@ def check_config(config: RunConfig, world_size: int) -> None:
     if training.global_batch_size % rows:
         raise ConfigError(
             f"training.global_batch_size = {training.global_batch_size} is not a multiple of micro_batch_size x "
-            f"data-parallel size = {training.micro_batch_size} x {data_parallel} = {rows}"
+            f"data-parallel size = {training.micro_batch_size} x {data_parallel} = {rows}: "
+            f"use a multiple of {rows}, or another micro_batch_size"
         )
     if config.data.num_streams % data_parallel:
         raise ConfigError(

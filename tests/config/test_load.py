@@ -34,7 +34,11 @@ def test_empty_sections_are_defaults(tmp_path) -> None:
         ({"training": {"tau_gate": "annealed"}}, "needs model.tau_mode = learned"),
         ({"training": {"tau_anneal_share": 1.0}}, "tau_anneal_share = 1.0: must be between 0 and 1"),
         ({"training": {"tau_temperature_end": 0.5}}, "tau_temperature_end = 0.5: must be positive and at most"),
-        ({"model": {"num_groups": 3, "num_heads": 48}, "parallel": {"tensor": 2}}, "one must divide the other"),
+        (
+            {"model": {"num_groups": 3, "num_heads": 48}, "parallel": {"tensor": 2}},
+            r"one must divide the other.*in \{1\}",
+        ),
+        ({"training": {"global_batch_size": 30, "micro_batch_size": 4}}, "= 4 x 4 = 16: use a multiple of 16"),
         ({"data": {"num_streams": 12, "dir": "x"}}, "not a multiple of data.num_streams = 12"),
         ({"data": {"dir": ""}}, "data.dir is empty"),
     ],

@@ -8,7 +8,7 @@ import workers
 from workers import BASE_SECTION as BASE
 from workers import check
 
-from megatron_dla.config import ParallelSection, check_context_parallel, from_dict
+from megatron_dla.config import ParallelSection, check_config, check_context_parallel, from_dict
 from megatron_dla.errors import ConfigError
 
 HEADS = ParallelSection(context_parallel_size=2)
@@ -87,20 +87,30 @@ def test_boundary_rates_are_those_of_one_process(ranks) -> None:
             torch.testing.assert_close(rates, alone)
 
 
+CP4 = {"context_parallel_size": 4}
+
+
 @pytest.mark.parametrize(
-    "model,parallel,words",
+    "model,parallel,seq_len,words",
     [
-        ({"num_heads": 6, "num_groups": 6}, {"context_parallel_size": 4}, r"context_parallel_size in \{1, 2, 3, 6\}"),
-        ({"num_heads": 48}, {"tensor": 8, "context_parallel_size": 4}, r"48.* in \{1, 2, 3, 6\}"),
-        ({"num_heads": 12, "num_groups": 6}, {"context_parallel_size": 4}, r"num_groups = 6\).*\{1, 2, 3, 6, 12\}"),
-        ({"pattern": "A", "attention_heads": 6, "attention_groups": 2}, {"context_parallel_size": 4}, r"\{1, 2, 6\}"),
-        ({"tau_mode": "learned"}, {"context_parallel_size": 2, "cp_scheme": "chain"}, "use parallel.cp_scheme=heads"),
-        ({"conv_kernel": 5}, {"context_parallel_size": 32, "cp_scheme": "chain"}, "gives 2 tokens a rank"),
-        ({}, {"context_parallel_size": 0}, "must be at least 1"),
-        ({}, {"context_parallel_size": 3}, "data.seq_len = 64 is not divisible"),
+        ({"num_heads": 6, "num_groups": 6}, CP4, 96, r"context_parallel_size in \{1, 2, 3, 6\}"),
+        ({"num_heads": 48}, {"tensor": 8, "context_parallel_size": 4}, 96, r"48.* in \{1, 2, 3, 6\}"),
+        ({"num_heads": 12, "num_groups": 6}, CP4, 96, r"num_groups = 6\).*\{1, 2, 3, 6, 12\}"),
+        ({"pattern": "A", "attention_heads": 6, "attention_groups": 2}, CP4, 96, r"\{1, 2, 6\}"),
+        ({"tau_mode": "learned"}, {"context_parallel_size": 2, "cp_scheme": "chain"}, 64, "parallel.cp_scheme=heads"),
+        ({"conv_kernel": 5}, {"context_parallel_size": 32, "cp_scheme": "chain"}, 64, "gives 2 tokens a rank"),
+        ({}, {"context_parallel_size": 0}, 64, "must be at least 1"),
+        ({"num_heads": 6, "num_groups": 6}, CP4, 64, r"context_parallel_size in \{1, 2\}"),
+        ({}, {"context_parallel_size": 3}, 64, "data.seq_len = 64 is not divisible"),
     ],
 )  # fmt: skip
-def test_sizes_that_do_not_divide_are_named(model: dict, parallel: dict, words: str) -> None:
+def test_sizes_that_do_not_divide_are_named(model: dict, parallel: dict, seq_len: int, words: str) -> None:
     config = from_dict({"model": model, "parallel": parallel})
     with pytest.raises(ConfigError, match=words):
-        check_context_parallel(config.model, config.parallel, 64)
+        check_context_parallel(config.model, config.parallel, seq_len)
+
+
+def test_named_sizes_divide_the_processes() -> None:
+    changes = {"model": {"num_heads": 48, "num_groups": 1}, "parallel": {"tensor": 8, "context_parallel_size": 4}}
+    with pytest.raises(ConfigError, match=r"use parallel.context_parallel_size in \{1, 2\}"):
+        check_config(from_dict(changes | {"data": {"seq_len": 96, "dir": "x"}}), 32)
