@@ -31,6 +31,21 @@ from megatron_dla.training.step import train_step
 from megatron_dla.training.validation import validate
 
 
+def batch_note(data_state: dict[str, Any], rows: int) -> str:
+    """What a resumed run says where its steps have more or fewer rows than the checkpoint's ('' where they do not).
+
+    Args:
+        data_state: of the checkpoint; one written before the number was kept has none. rows: of this run's steps.
+    """
+    before = data_state.get("global_batch_size", rows)
+    if before == rows:
+        return ""
+    return (
+        f"note: training.global_batch_size was {before} and is {rows} from step {data_state['steps'] + 1} on: steps "
+        "have other rows, and training.steps and the learning rate's schedule still count steps"
+    )
+
+
 class Trainer:
     """One run: `Trainer(config, run_dir, device, bf16).run()` returns the exit code (0 done, 75 stopped by a signal).
 
@@ -77,6 +92,8 @@ class Trainer:
         if newest is not None and not is_weights_only(newest):
             self.step, data_state = self.checkpoints.load(newest, self.layout)
             self.loader.load_state_dict(data_state)
+            if text := batch_note(data_state, config.training.global_batch_size):
+                self._say(text)
             apply_optimizer_section(self.engine, optimizer_groups, config)
         self.check_replicas = config.debug.check_replicas
         if self.check_replicas:
@@ -138,7 +155,7 @@ class Trainer:
             "loss": loss,
             "grad_norm": None if norm is None else float(norm),
             "lr": self.lr,
-            "tokens": self.step * self.tokens_per_step,
+            "tokens": self.loader.tokens_seen,
             "tokens_per_s": meter.tokens_per_s(),
             "boundary_rate": None,
             "memory_gb": memory_gb(self.device),
@@ -175,7 +192,8 @@ class Trainer:
         states: list[Any] = [None] * self.groups.dp.size()
         dist.all_gather_object(states, self.loader.state_dict(), group=self.groups.dp)
         self.layout.step = self.step
-        path = self.checkpoints.save(self.layout, TokenLoader.merge_states(states))
+        rows = {"global_batch_size": self.config.training.global_batch_size}
+        path = self.checkpoints.save(self.layout, TokenLoader.merge_states(states) | rows)
         self._say(f"saved {path}")
 
     def _log(self, metrics: dict[str, Any]) -> None:

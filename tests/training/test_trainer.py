@@ -132,6 +132,19 @@ def test_changed_optimizer_settings_hold_after_a_resume(ranks, data, tmp_path) -
     assert [m["lr"] for m in metrics[5:]] == [0.5, 0.5]
 
 
+def test_another_batch_size_at_a_resume_is_said(ranks, data, tmp_path) -> None:
+    values = run_config(data, tmp_path, "mamba2")
+    before = ranks(2).run(train_workers.train, values)[0]
+    assert "global_batch_size" not in ranks(2).run(train_workers.resume_note, values)[0]
+    rows = values["training"]["global_batch_size"]
+    values["training"] |= {"steps": 6, "global_batch_size": rows // 2}
+    note = ranks(2).run(train_workers.resume_note, values)[0]
+    assert f"global_batch_size was {rows} and is {rows // 2} from step 6 on" in note
+    after = ranks(2).run(train_workers.train, values)[0]
+    step = before[-1]["tokens"] // 5
+    assert [m["tokens"] for m in after] == [step, 2 * step, 3 * step, 4 * step, 5 * step, 5 * step + step // 2]
+
+
 def test_a_run_starts_from_converted_weights_at_another_layout(ranks, data, plain, tmp_path) -> None:
     from megatron_dla.hf.convert import from_hf, to_hf
 

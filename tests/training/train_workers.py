@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +93,10 @@ def resumed_optimizer(values: dict[str, Any]) -> list[tuple[str, float, float]]:
     assert trainer.step > 0
     groups = trainer.engine.lr_scheduler.optimizer.param_groups
     return [(g["name"], g["lr"], g["weight_decay"]) for g in groups]
+
+
+def resume_note(values: dict[str, Any]) -> str:
+    """What the trainer prints when it finds a checkpoint."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert make_trainer(values).step > 0
+    return printed.getvalue()
