@@ -1,14 +1,21 @@
-"""The configurations of the DLA operator that `aot.py` compiles: forward, backward, partition and decode."""
+"""The configurations of the DLA operator that `aot.py` compiles: forward, backward, partition and decode.
+
+First what `configs/*.yaml` launch, read from the files: their head dims and capacity, the dtypes that the mixer feeds,
+and a rank's share of the heads under tensor parallelism. A kernel is compiled anew for a number of heads that 16
+divides, for one, and for any other, so one share of each kind a backbone is enough. Then shapes that users may choose.
+"""
 
 from __future__ import annotations
 
 import inspect
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from megatron_dla.kernels.dla import Partition, SlotCache, decode_step, dla_attention, partition
@@ -16,6 +23,8 @@ from megatron_dla.kernels.dla.attention import BACKENDS
 
 ALL = (80, 90, 100)
 HOPPER = (90,)
+SHIPPED = Path(__file__).resolve().parents[2] / "configs"
+RANKS = range(1, 9)  # that share a layer's heads: a node's
 
 
 @dataclass(frozen=True)
@@ -28,34 +37,68 @@ class Config:
     value_dim: int
     delta: bool
     capacity: int = 30
+    heads: int = 16
+    groups: int | None = None  # of queries and keys; None: a key of their own for Gated DeltaNet's heads, one for all
     learned: bool = False
     cached: bool = False
     documents: tuple[int, ...] = ()
     tokens: int = 256
     mixed: bool = False  # fp32 queries and keys beside 16-bit values, as after an L2 norm in fp32
-    archs: tuple[int, ...] = HOPPER
+    archs: tuple[int, ...] = ALL
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# Longest first, so that two processes end together. Hopper gets every shape, the others those of the shipped models.
-CONFIGS = (
-    Config("gdn-bf16-256", BF16, 256, 256, True),
-    Config("mamba2-bf16-256-K64", BF16, 256, 256, False, capacity=64),
-    Config("gdn-bf16-128", BF16, 128, 128, True, learned=True, archs=ALL),
-    Config("mamba2-bf16-128", BF16, 128, 128, False, learned=True, archs=ALL),
-    Config("gdn-fp32-128", FP32, 128, 128, True),
-    Config("gdn-bf16-96x160-odd", BF16, 96, 160, True, tokens=250, documents=(70, 133)),
-    Config("mamba2-bf16-96x160-odd", BF16, 96, 160, False, tokens=250),
-    Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, cached=True),
-    Config("mamba2-bf16-128x64-K64-cache", BF16, 128, 64, False, capacity=64, cached=True),
-    Config("gdn-mixed-128", BF16, 128, 128, True, mixed=True),
-    Config("mamba2-bf16-128-long", BF16, 128, 128, False, tokens=8704),  # heads of a group added up, shards repaired
-    Config("gdn-bf16-64-shards", BF16, 64, 64, True, tokens=4096),
-    Config("gdn-fp16-64", FP16, 64, 64, True, documents=(70, 133)),
-    Config("mamba2-fp16-128", FP16, 128, 128, False),
-    Config("mamba2-fp32-64", FP32, 64, 64, False, archs=ALL),
+OTHERS = (
+    Config("gdn-bf16-256", BF16, 256, 256, True, archs=HOPPER),
+    Config("mamba2-bf16-256-K64", BF16, 256, 256, False, capacity=64, archs=HOPPER),
+    Config("gdn-bf16-128", BF16, 128, 128, True, learned=True),
+    Config("mamba2-bf16-128", BF16, 128, 128, False, learned=True, tokens=4352),
+    Config("gdn-fp32-128", FP32, 128, 128, True, archs=HOPPER),
+    Config("mamba2-bf16-96x160-odd", BF16, 96, 160, False, tokens=250, archs=HOPPER),
+    Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, cached=True, tokens=2048, archs=HOPPER),
+    Config("mamba2-bf16-64-K15", BF16, 64, 64, False, capacity=15),
+    Config("mamba2-bf16-128x64-K64-cache", BF16, 128, 64, False, capacity=64, cached=True, archs=HOPPER),
+    Config("gdn-fp16-64", FP16, 64, 64, True, documents=(70, 133), archs=HOPPER),
+    Config("mamba2-fp16-128", FP16, 128, 128, False, archs=HOPPER),
+    Config("mamba2-fp32-64", FP32, 64, 64, False),
 )
+
+
+def _kind(heads: int) -> str:
+    """Numbers of heads of a kind launch the same kernels."""
+    return "one" if heads == 1 else "sixteens" if heads % 16 == 0 else "other"
+
+
+@cache
+def shipped() -> tuple[Config, ...]:
+    """What the shipped configs for GPUs launch on one rank; () where the files are not at hand (an installed wheel)."""
+    found: list[Config] = []
+    kinds = set()
+    for path in sorted(SHIPPED.glob("*.yaml")):
+        run = yaml.safe_load(path.read_text())
+        model = run["model"]
+        if run["training"]["device"] != "cuda":
+            continue
+        delta, heads, groups = model["backbone"] == "gdn", model["num_heads"], model["num_groups"]
+        one = Config(
+            path.stem, BF16, model["key_dim"], model["value_dim"], delta, model["capacity"], heads, groups,
+            mixed=delta, learned=model.get("tau_mode") == "learned",
+            # enough blocks for shards of the partition, and as many heads a program of dk as at full length
+            tokens=2048 if delta else 4352,
+        )  # fmt: skip
+        for tensor in (n for n in RANKS if heads % n == 0 and (groups % n == 0 or n % groups == 0)):
+            kind = delta, _kind(heads // tensor), _kind(heads // max(groups, tensor))
+            if tensor == 1 or kind not in kinds:
+                kinds.add(kind)
+                share = replace(one, heads=heads // tensor, groups=max(1, groups // tensor))
+                found.append(replace(share, name=f"{one.name}-tp{tensor}"))
+    return tuple(found)
+
+
+def configs() -> tuple[Config, ...]:
+    """All of them, the longest first, so that two processes end together."""
+    return tuple(sorted((*shipped(), *OTHERS), key=lambda c: (not c.delta, -c.key_dim * c.value_dim)))
 
 
 def missing() -> str:
@@ -64,50 +107,59 @@ def missing() -> str:
 
 
 def names(arch: int) -> list[str]:
-    return [config.name for config in CONFIGS if arch in config.archs]
+    return [config.name for config in configs() if arch in config.archs]
 
 
-def _inputs(config: Config, heads: int) -> dict[str, Tensor]:
-    gen = torch.Generator().manual_seed(0)
-    low = config.dtype
-    qk = torch.float32 if config.mixed else low
-    groups, T = (heads, config.tokens) if config.delta else (1, config.tokens)
+def _inputs(config: Config) -> dict[str, Tensor]:
+    """Zeros in the dtypes of the mixer's: nothing is executed."""
+    low, heads, T = config.dtype, config.heads, config.tokens
+    qk = FP32 if config.mixed else low
+    groups = config.groups or (heads if config.delta else 1)
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(1, T, *shape, generator=gen)
+    def new(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+        return torch.zeros(1, T, *shape, dtype=dtype)
 
     x = {
-        "q": randn(groups, config.key_dim).to(qk),
-        "k": torch.nn.functional.normalize(randn(groups, config.key_dim), dim=-1).to(qk),
-        "v": randn(heads, config.value_dim).to(low),
-        "g": -randn(heads).abs(),
-        "slot_weights": randn(heads, config.capacity),
+        "q": new(groups, config.key_dim, dtype=qk),
+        "k": new(groups, config.key_dim, dtype=qk),
+        "v": new(heads, config.value_dim, dtype=low),
+        "g": new(heads),
+        "slot_weights": new(heads, config.capacity),
     }
     if config.delta:
-        x["beta"] = torch.rand(1, T, heads, generator=gen)
+        x["beta"] = new(heads)
     return {name: value.requires_grad_() for name, value in x.items()}
 
 
-def exercise(name: str, heads: int = 16, backend: str = "triton") -> None:
-    """Every launch of the configuration `name`. Sizes are small; only their divisibility by 16 is like a real run's."""
-    config = next(c for c in CONFIGS if c.name == name)
-    x = _inputs(config, heads)
-    tau: Any = torch.full((heads,), 1.2, requires_grad=True) if config.learned else 1.2
-    ends = torch.tensor([0, *config.documents, config.tokens], dtype=torch.int32) if config.documents else None
-    shape = (1, heads, config.capacity, config.key_dim, config.value_dim)
-    cache = SlotCache.empty(*shape) if config.cached else None
-    rule: dict[str, Any] = dict(tau=tau, capacity=config.capacity)
-    packed: dict[str, Any] = dict(rule, cu_seqlens=ends, cache=cache)
+def _decided(config: Config) -> Partition:
+    """The decisions to follow: any will do."""
+    shape = 1, config.tokens, config.heads
+    numbers = torch.zeros(shape, dtype=torch.int32)
+    return Partition(
+        start=numbers > 0, death=numbers, score=torch.zeros(shape), lo=numbers if config.learned else None,
+        cache_death=torch.zeros(1, config.heads, config.capacity, dtype=torch.int32),
+    )  # fmt: skip
 
-    def decide(backend: str) -> Partition:
-        return partition(x["k"], x["v"], x["g"], x.get("beta"), **packed, backend=backend)
+
+def exercise(name: str, backend: str = "triton") -> None:
+    """Every launch of the configuration `name`."""
+    config = next(c for c in configs() if c.name == name)
+    x = _inputs(config)
+    tau: Any = torch.full((config.heads,), 1.2, requires_grad=True) if config.learned else 1.2
+    ends = torch.tensor([0, *config.documents, config.tokens], dtype=torch.int32) if config.documents else None
+    shape = (1, config.heads, config.capacity, config.key_dim, config.value_dim)
+    memory = SlotCache.empty(*shape) if config.cached else None
+    rule: dict[str, Any] = dict(tau=tau, capacity=config.capacity)
+    packed: dict[str, Any] = dict(rule, cu_seqlens=ends, cache=memory)
 
     def train() -> None:
-        decided = decide("torch")  # nothing is executed, so the decisions to follow come from torch
-        kwargs = dict(packed, partition=decided, return_cache=config.cached)
+        kwargs = dict(packed, partition=_decided(config), return_cache=config.cached)
         out, final = dla_attention(**x, **kwargs, backend=backend)  # type: ignore[arg-type, misc]
         outs = [out] if final is None else [out, final.states]
         torch.autograd.backward(outs, [torch.ones_like(y) for y in outs])
+
+    def decide() -> None:
+        partition(x["k"], x["v"], x["g"], x.get("beta"), **packed, backend=backend)
 
     def decode() -> None:
         if "backend" not in inspect.signature(decode_step).parameters:
@@ -117,7 +169,7 @@ def exercise(name: str, heads: int = 16, backend: str = "triton") -> None:
         decode_step(**one, **fixed, cache=SlotCache.empty(*shape))  # type: ignore[arg-type]
 
     failed = []
-    for part in (train, lambda: decide(backend), decode):
+    for part in (train, decide, decode):
         try:
             part()
         except Exception as error:

@@ -32,6 +32,12 @@ def _kernels(name: str) -> ModuleType | str:
         return str(error)
 
 
+def kernels_missing() -> str:
+    """Why this machine's Triton kernels cannot be had ('' if they can)."""
+    module = _kernels("triton_attention")
+    return module if isinstance(module, str) else ""
+
+
 def _choose(backend: str, k: Tensor, v: Tensor, capacity: int) -> str:
     """`auto` resolved; ValueError where `triton` was asked for and cannot be had."""
     if backend not in ("auto", "triton") or (backend == "auto" and not v.is_cuda):

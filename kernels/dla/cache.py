@@ -10,6 +10,14 @@ from torch import Tensor
 
 FIRST_SCORE = 2.0**0.5  # information score of a document's first token: orthogonal to an empty memory
 EMPTY = -(2**30)  # position of a slot that does not exist
+MAX_KEY_DIM, MAX_VALUE_DIM, MAX_CAPACITY = 256, 512, 64  # of the Triton kernels; the torch path has no limit
+
+
+def beyond_kernels(key_dim: int, value_dim: int, capacity: int) -> str:
+    """Why the Triton kernels cannot take these sizes ('' if they can). Needs no triton: plans ask, too."""
+    dims = (("key_dim", key_dim, MAX_KEY_DIM), ("value_dim", value_dim, MAX_VALUE_DIM))
+    sizes = (*dims, ("capacity", capacity, MAX_CAPACITY))
+    return ", ".join(f"{name} = {size} (at most {limit})" for name, size, limit in sizes if size > limit)
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import triton_launch
-from .cache import Partition, SlotCache
+from .cache import Partition, SlotCache, beyond_kernels
 from .naive import document_starts
 from .triton_chunk import TritonDLA
 from .triton_launch import Plan, on_device
@@ -14,18 +14,13 @@ from .triton_layout import NEVER, make_layout, to_line
 from .triton_threshold import threshold_gradient
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_DIM, MAX_CAPACITY = 256, 64
 
 
 def unsupported(k: Tensor, v: Tensor, capacity: int) -> str:
     """Why the kernels cannot take these inputs ('' if they can)."""
     if v.dtype not in DTYPES:
         return f"dtype {v.dtype} (use bf16, fp16 or fp32)"
-    if max(k.shape[-1], v.shape[-1]) > MAX_DIM:
-        return f"head dims {k.shape[-1]} and {v.shape[-1]} (at most {MAX_DIM})"
-    if capacity > MAX_CAPACITY:
-        return f"capacity {capacity} (at most {MAX_CAPACITY})"
-    return ""
+    return beyond_kernels(k.shape[-1], v.shape[-1], capacity)
 
 
 def _line(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:

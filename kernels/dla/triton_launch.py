@@ -19,19 +19,23 @@ TILES = 4  # tiles a block
 DETECT_TILE = 32  # tokens a chunk of the detection pass: its C x C arrays stay in registers
 WINDOW_ROWS = 64  # blocks (and segment ends) whose slot states are in memory at once
 
-# kernel (`.256`: for dk > 128; `.sm80`: on GPUs before Hopper, where operands take up registers): (BK, BV, warps,
-# stages) for bf16 and for operands of 4 bytes, and its operation
+# kernel (`.256`: for dk > 128; `.v64`: for dv <= 64, where a loop over value dims that runs once holds more registers;
+# `.sm80`: on GPUs before Hopper, where operands take up registers): (BK, BV, warps, stages) for bf16 and for operands
+# of 4 bytes, and its operation
 LAUNCH = {
     "scan": ((64, 64, 4, 2), (64, 64, 8, 1), "forward"),
     "scan_gdn": ((128, 64, 8, 1), (32, 32, 4, 1), "forward"),
     "scan_gdn.sm80": ((128, 32, 8, 1), (32, 32, 4, 1), "forward"),
     "scan_gdn.256": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "output": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
+    "output.v64": ((128, 64, 8, 2), (64, 64, 8, 1), "forward"),
+    "output.v64.sm80": ((64, 64, 8, 2), (64, 64, 8, 1), "forward"),
     "state_gradient": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
     "query_gradient": ((64, 32, 8, 1), (32, 32, 8, 1), "backward"),
     "query_gradient.sm80": ((32, 32, 8, 1), (64, 64, 8, 1), "backward"),
     "query_gradient.256": ((32, 64, 8, 1), (32, 64, 8, 1), "backward"),
     "key_gradient": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
+    "key_gradient.v64": ((64, 32, 8, 1), (64, 64, 8, 1), "backward"),
     "value_gradient": ((64, 128, 8, 2), (64, 64, 8, 1), "backward"),
     "dphi": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
     "inverse": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
@@ -40,6 +44,7 @@ LAUNCH = {
     "detect_pairs": ((64, 64, 4, 1), (64, 64, 8, 1), "partition"),
     "detect": ((64, 64, 8, 1), (32, 32, 8, 1), "partition"),
     "detect_gdn": ((32, 64, 8, 1), (32, 32, 8, 1), "partition"),
+    "detect_gdn.256": ((32, 64, 8, 1), (32, 16, 8, 1), "partition"),
 }
 
 
@@ -126,7 +131,10 @@ class Plan:
 
     def launch(self, kernel: str, device: torch.device) -> dict[str, int]:
         """Head dims, tiles, warps and stages of one kernel."""
-        name = f"{kernel}.256" if self.DK > 128 and f"{kernel}.256" in LAUNCH else kernel
+        name = kernel
+        for variant, holds in ((".256", self.DK > 128), (".v64", self.DV <= 64)):
+            if holds and name + variant in LAUNCH:
+                name += variant
         if f"{name}.sm80" in LAUNCH and compute_capability(device) < 90:
             name += ".sm80"
         name += ".fp32" if self.wide else ""

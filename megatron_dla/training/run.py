@@ -16,10 +16,11 @@ import torch
 
 from megatron_dla.checkpoint.manager import check_same_model, complete_checkpoints
 from megatron_dla.checkpoint.weights import Layout
-from megatron_dla.config import RunConfig, check_config, check_precision, dump_config
+from megatron_dla.config import RunConfig, check_config, check_precision, dump_config, layer_letters
 from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import CheckpointError, ConfigError, DataError, UserError
+from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
 from megatron_dla.model.counts import count_parameters, flops_per_token
 from megatron_dla.model.gpt import padded_vocab
 from megatron_dla.training.plan import make_plan, render
@@ -176,6 +177,22 @@ def describe(config: RunConfig, index: ShardIndex | None, world_size: int) -> st
     )
 
 
+def kernel_warning(config: RunConfig, device: str, *, here: bool) -> str:
+    """A line where a run on GPUs would do without the Triton kernels, which `backend="auto"` does silently ('' else).
+
+    Args:
+        here: the run starts on this machine, so its triton counts, too.
+    """
+    model = config.model
+    if device != "cuda" or "D" not in layer_letters(model):
+        return ""
+    reason = beyond_kernels(model.key_dim, model.value_dim, model.capacity)
+    reason = f"they do not take model.{reason}" if reason else kernels_missing() if here else ""
+    return (
+        f"warning      DLA layers will run on the slower torch path, not the Triton kernels: {reason}" if reason else ""
+    )
+
+
 def _vocabulary(config: RunConfig, index: ShardIndex | None) -> int:
     return padded_vocab(index.vocab_size if index else ASSUMED_VOCABULARY, config.model.vocab_multiple)
 
@@ -191,6 +208,8 @@ def plan_run(config: RunConfig, world_size: int) -> int:
         index = None
     print(describe(config, index, world_size))
     print(render(make_plan(config, world_size, _vocabulary(config, index), device[1])), flush=True)
+    if text := kernel_warning(config, device[0], here=False):
+        print(text)
     if device[0] == "cuda" and not torch.cuda.is_available():
         print("note         no CUDA device on this machine: the plan is for one that has them")
     check_run(config, world_size, device)
@@ -213,6 +232,8 @@ def train(config: RunConfig, *, dry_run: bool = False, world_size: int | None = 
     lock = lock_run_directory(config) if is_main else None
     if is_main:
         print(describe(config, index, world_size), flush=True)
+        if text := kernel_warning(config, device, here=True):
+            print(text, flush=True)
     torch.distributed.barrier()
     trainer = Trainer(config, run_directory(config), device, bf16)
     if is_main:

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_dla.kernels.common import aot
+from megatron_dla.config import load_config
+from megatron_dla.kernels.common import aot, aot_dla
+from megatron_dla.kernels.dla import beyond_kernels
 from megatron_dla.kernels.dla.attention import BACKENDS
 
 pytest.importorskip("triton")
@@ -59,9 +62,30 @@ def test_a_process_that_interprets_is_refused() -> None:
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no triton backend yet")
 @pytest.mark.parametrize("arch", aot.ARCHS)
-def test_dla_kernels_fit(arch: int, pytestconfig: pytest.Config) -> None:
-    done = run("-m", "megatron_dla.kernels.common.aot", "--arch", str(arch))
-    assert pytestconfig.cache is not None
-    table = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("["))
-    pytestconfig.cache.mkdir("aot").joinpath(f"sm_{arch}.txt").write_text(table)  # shown at the session's end
+def test_dla_kernels_fit(arch: int, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    done = run("-m", "megatron_dla.kernels.common.aot", "--arch", str(arch), "--json", str(tmp_path / "reports"))
+    if cache := getattr(pytestconfig, "cache", None):  # none with -p no:cacheprovider
+        table = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("["))
+        cache.mkdir("aot").joinpath(f"sm_{arch}.txt").write_text(table)  # shown at the session's end
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    compiled = {one["name"] for one in json.loads((tmp_path / "reports").read_text())}
+    sources = (path.read_text() for path in (ROOT / "kernels" / "dla").glob("triton_*.py"))
+    kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
+    assert len(kernels) > 20 and kernels - compiled == set()
+
+
+def test_every_shipped_gpu_config_is_compiled_as_its_ranks_run_it() -> None:
+    configs = {one.name: one for one in aot_dla.shipped()}
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        run_config = load_config(path)
+        model = run_config.model
+        shares = {name: one for name, one in configs.items() if name.startswith(f"{path.stem}-tp")}
+        assert bool(shares) == (run_config.training.device == "cuda"), path
+        for name, one in shares.items():
+            tensor = int(name.rpartition("-tp")[2])
+            sizes = (model.num_heads // tensor, max(1, model.num_groups // tensor), model.key_dim, model.value_dim)
+            assert (one.heads, one.groups, one.key_dim, one.value_dim) == sizes
+            assert (one.capacity, one.delta) == (model.capacity, model.backbone == "gdn")
+            assert set(one.archs) == set(aot.ARCHS)
+            assert beyond_kernels(model.key_dim, model.value_dim, model.capacity) == ""
+    assert {"dla_mamba2_780m-tp1", "dla_mamba2_780m-tp2", "dla_gdn_1b3-tp1", "dla_gdn_1b3-tp6"} <= set(configs)

@@ -13,6 +13,7 @@ from megatron_dla.config import ParallelSection, load_config
 from megatron_dla.model.counts import count_parameters, parameters_per_rank
 from megatron_dla.model.gpt import padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed
+from megatron_dla.training import run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -56,6 +57,29 @@ def test_dry_run_of_the_big_configs_on_32_gpus(capsys, name: str) -> None:
     for word in ("32 processes", "parameters (tensor", "memory       about", "slot states", "traffic", "FLOP a token"):
         assert word in printed.out, word
     assert len(printed.err.splitlines()) == 1 and "data/shards" in printed.err  # a real start would stop there
+
+
+@pytest.mark.parametrize(
+    "override,words",
+    [
+        ("model.capacity=70", "model.capacity = 70 (at most 64)"),
+        ("model.key_dim=300", "model.key_dim = 300 (at most 256)"),
+        ("model.value_dim=1024", "model.value_dim = 1024 (at most 512)"),
+        ("training.log_every=7", None),
+    ],
+)
+def test_a_plan_for_gpus_says_where_the_kernels_are_left_out(capsys, override: str, words: str | None) -> None:
+    main(["train", str(CONFIGS / "dla_mamba2_780m.yaml"), "--dry-run", "--world-size", "32", override])
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning ")]
+    assert ("torch path" in warned[0] and words in warned[0]) if words else warned == []
+
+
+def test_a_start_says_that_triton_is_missing(monkeypatch) -> None:
+    config = load_config(CONFIGS / "dla_mamba2_780m.yaml")
+    assert run.kernel_warning(config, "cpu", here=True) == ""
+    monkeypatch.setattr(run, "kernels_missing", lambda: "No module named 'triton'")
+    assert run.kernel_warning(config, "cuda", here=False) == ""
+    assert "No module named 'triton'" in run.kernel_warning(config, "cuda", here=True)
 
 
 def test_world_size_is_for_plans_only(capsys) -> None:

@@ -76,7 +76,13 @@ def test_all_gradients_16_bit(small_tiles: None, case: Case, dtype: torch.dtype)
     compare(case, dtype)
 
 
-@pytest.mark.parametrize("case", both(replace(BASE, name="wide", H=1, Dk=160, Dv=72, T=36)), ids=lambda case: case.name)
+WIDE = [
+    *both(replace(BASE, name="wide", H=1, Dk=160, Dv=72, T=36)),
+    *both(replace(BASE, name="wide values", H=1, Dk=24, Dv=330, T=24)),
+]
+
+
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_head_dims_over_several_tiles(small_tiles: None, case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype)
@@ -220,7 +226,8 @@ def test_a_broken_kernel_is_found(small_tiles: None, monkeypatch: pytest.MonkeyP
     ("change", "message"),
     [
         (dict(dtype=torch.float64), "float64"),
-        (dict(Dk=300), "at most 256"),
+        (dict(Dk=300), "key_dim = 300 .at most 256"),
+        (dict(Dv=513), "value_dim = 513 .at most 512"),
         (dict(capacity=70), "at most 64"),
     ],
 )

@@ -11,7 +11,11 @@ from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE = Case("topics", T=24, B=2, H=2, capacity=3, topic=4, tau=1.0)
-CASES = [replace(BASE, name="wide, groups", T=10, B=1, H=4, G=2, Dk=70, Dv=20, tau=1.2, topic=3), BASE]
+CASES = [
+    replace(BASE, name="wide, groups", T=10, B=1, H=4, G=2, Dk=70, Dv=20, tau=1.2, topic=3),
+    replace(BASE, name="wide values", T=8, B=1, H=1, Dk=20, Dv=330, tau=1.2, topic=3),
+    BASE,
+]
 
 
 def token(x: dict[str, torch.Tensor], t: int) -> dict[str, torch.Tensor]:

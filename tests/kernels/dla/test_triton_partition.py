@@ -44,9 +44,10 @@ def test_every_decision(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dims", [(70, 40), (24, 330)], ids=str)
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
-def test_16_bit_inputs_are_scored_in_fp32(dtype: torch.dtype, delta: bool) -> None:
-    case = Case("wide", T=70, B=1, Dk=70, Dv=40, tau=1.25, delta=delta)
+def test_16_bit_inputs_are_scored_in_fp32(dtype: torch.dtype, delta: bool, dims: tuple[int, int]) -> None:
+    case = Case("wide", T=70, B=1, Dk=dims[0], Dv=dims[1], tau=1.25, delta=delta)
     x = inputs_of(case, dtype)
     found = decide(**x, **case.rule, tile=16)
     assert forced_replay(**x, partition=found, **case.rule, score_margin=1e-5) == []
