@@ -10,6 +10,8 @@ import triton.language as tl
 
 from .triton_layout import SIZES
 
+FORGOTTEN = tl.constexpr(-104.0)  # exp of this and of anything below is 0 in fp32
+
 
 @triton.jit(do_not_specialize=SIZES)
 def decay_cumsum_kernel(
@@ -24,6 +26,7 @@ def decay_cumsum_kernel(
     first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
     t = first + tl.arange(0, BLOCK)
     x = tl.load(g + t.to(tl.int64) * H + h, mask=t < end, other=0.0).to(tl.float32)
+    x = tl.maximum(x, FORGOTTEN)  # a larger sum would only have coarser differences
     tl.store(cg + h.to(tl.int64) * T + t, tl.cumsum(x, 0), mask=t < end)
 
 

@@ -94,6 +94,20 @@ def test_real_tiles(delta: bool) -> None:
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_a_decay_to_zero_is_a_decay_to_zero(small_tiles: None, delta: bool) -> None:
+    """However small g is: its sum would leave no digits to the differences between the block's other tokens."""
+    case = replace(BASE, T=40, H=1, delta=delta)
+    x = inputs_of(case, FP32)
+    forgets = torch.arange(case.T, device=DEVICE) % 9 == 5
+    decide = {name: x[name] for name in ("k", "v", "g", "beta") if name in x}
+    rule = dict(case.rule, partition=partition(**decide, **case.rule, backend="torch"), backend="triton")
+    zero, less = ({**x, "g": torch.where(forgets[None, :, None], g, x["g"])} for g in (-104.0, -1e6))
+    want, got = (gates.run(y, cotangent(case, FP32), **rule) for y in (zero, less))
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
 def test_cache_in_and_out(small_tiles: None, delta: bool) -> None:
     case = replace(BASE, T=90, B=2, H=1, delta=delta)
     x = inputs_of(case, FP32)
