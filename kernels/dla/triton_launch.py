@@ -36,6 +36,7 @@ LAUNCH = {
     "query_gradient.256": ((32, 64, 8, 1), (32, 64, 8, 1), "backward"),
     "key_gradient": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
     "key_gradient.v64": ((64, 32, 8, 1), (64, 64, 8, 1), "backward"),
+    "key_gradient.v64.sm80": ((32, 32, 8, 1), (64, 64, 8, 1), "backward"),
     "value_gradient": ((64, 128, 8, 2), (64, 64, 8, 1), "backward"),
     "dphi": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
     "inverse": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
