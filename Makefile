@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,10 @@ demo: setup
 ## make test       all tests (CPU, gloo)
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+## make test-slurm the launcher on a real Slurm cluster in namespaces of this machine (root; installs Debian packages)
+test-slurm: setup
+	if tests/slurm/install.sh; then $(BIN)/python -m pytest -m slurm -n 3 --dist worksteal tests/slurm; fi
 
 ## make lint       ruff and mypy
 lint: setup

@@ -6,7 +6,11 @@ import logging
 import os
 import signal
 import sys
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -15,6 +19,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_dla.errors import BAD_INPUT, STOPPED
+from megatron_dla.launch.watchdog import HUNG, Processes, Watchdog, startup_timeout
+from megatron_dla.training.control import STOP
+from megatron_dla.training.fence import attempt_id
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
@@ -23,11 +30,49 @@ def _forward(number: int, frame: FrameType | None) -> None:
         child.send_signal(number)
 
 
-def run_local(nproc: int, train_arguments: list[str]) -> int:
-    """Start `nproc` ranks of `dla train ...`; returns the exit code of the first rank that failed, 0 if none did."""
+@contextmanager
+def _watched(run_dir: Path, hang_timeout: float) -> Iterator[Watchdog | None]:
+    """Ends ranks that make no step in `hang_timeout` s, 0 = never. `attempt_id` is the ranks' one."""
+    if not hang_timeout:
+        yield None
+        return
+    ended = threading.Event()
+    watchdog = Watchdog(run_dir, attempt_id(), hang_timeout, startup_timeout(hang_timeout), 5, Processes())
+    thread = threading.Thread(target=watchdog.watch, args=(ended.is_set,), daemon=True)
+    thread.start()
+    try:
+        yield watchdog
+    finally:
+        ended.set()
+        thread.join()
+
+
+def run_local(nproc: int, train_arguments: list[str], run_dir: Path, hang_timeout: float = 0) -> int:
+    """Start `nproc` ranks of `dla train ...`.
+
+    Args:
+        run_dir: runs/NAME of the arguments' config. hang_timeout: s from step to step after which the run counts as
+            hung and is ended, 0 = never.
+
+    Returns the exit code of the first rank that failed, 4 after a hang, 0 if none failed.
+    """
     threads = max(1, (os.cpu_count() or 1) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ["DLA_LAUNCHED"] = "1"  # ranks hand their error to this process instead of printing it each
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / STOP).unlink(missing_ok=True)  # meant for an earlier run
+    given = os.environ.get("DLA_ATTEMPT")
+    os.environ["DLA_ATTEMPT"] = attempt_id()
+    try:
+        with _watched(run_dir, hang_timeout) as watchdog:
+            code = _launch(nproc, train_arguments, run_dir)
+    finally:
+        if given is None:
+            del os.environ["DLA_ATTEMPT"]
+    return HUNG if watchdog is not None and watchdog.hung else code
+
+
+def _launch(nproc: int, train_arguments: list[str], run_dir: Path) -> int:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -40,8 +85,9 @@ def run_local(nproc: int, train_arguments: list[str]) -> int:
         # not SIGTERM: torch's agent would answer it by killing the ranks after 30 s, saved or not
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _forward)
+    signal.signal(signal.SIGTERM, _forward)
+    # by the file: a rank that is not in its loop yet would die of the signal
+    signal.signal(signal.SIGUSR1, lambda *_: (run_dir / STOP).touch())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what went wrong is said below
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_dla.cli", "train", *train_arguments)

@@ -26,13 +26,13 @@ def _train(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from megatron_dla.config import load_config
     from megatron_dla.launch.local import run_local
-    from megatron_dla.training.run import check_run, train
+    from megatron_dla.training.run import check_run, run_directory, train
 
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         return train(config, dry_run=True, world_size=args.nproc)
     check_run(config, args.nproc)  # one message here instead of one a rank
-    return run_local(args.nproc, [args.config, *args.overrides])
+    return run_local(args.nproc, [args.config, *args.overrides], run_directory(config), args.hang_timeout)
 
 
 def _plot(args: argparse.Namespace) -> int:
@@ -55,6 +55,7 @@ def _add_training(subparsers) -> None:
             parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
         if name == "run":
             parser.add_argument("--nproc", type=int, required=True, help="number of processes")
+            parser.add_argument("--hang-timeout", type=float, default=0, help="end it after so many s without a step")
         parser.set_defaults(func=function)
     parser = subparsers.add_parser("plot", help="draw loss, boundary rate and speed of a run")
     parser.add_argument("run_dir", help="runs/NAME")
@@ -66,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     from megatron_dla.data_prep.cli import add_data_parser
     from megatron_dla.hf.cli import add_convert_parser, add_generate_parser
     from megatron_dla.kernels.bench.cli import add_bench_parser
+    from megatron_dla.launch.cli import add_slurm_parsers
+    from megatron_dla.launch.preflight import add_preflight_parser
     from megatron_dla.smoke.cli import add_smoke_parser
 
     parser = argparse.ArgumentParser(prog="dla", description="Pretraining with Dynamic Linear Attention.")
@@ -77,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate_parser(subparsers)
     add_smoke_parser(subparsers)
     add_bench_parser(subparsers)
+    add_slurm_parsers(subparsers)
+    add_preflight_parser(subparsers)
     return parser
 
 
@@ -91,7 +96,7 @@ def _report(line: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 75 stopped by a signal after a checkpoint, 1 anything else."""
+    """Exit codes: 0 done, 2 bad input, 3 bad nodes, 4 hung, 75 stopped after a checkpoint, 1 anything else."""
     # Megatron warns at import that Apex and Transformer Engine are absent (its local spec needs neither), torch that
     # the collectives DeepSpeed calls have new names
     warnings.filterwarnings("ignore", module=r"megatron\.core")

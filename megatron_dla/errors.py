@@ -18,3 +18,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, incomplete or belongs to another model, tokenizer or layout."""
+
+
+class FenceError(UserError):
+    """A run directory has another writer."""

@@ -9,8 +9,7 @@ import tiny
 import yaml
 
 from megatron_dla.cli import main
-from megatron_dla.config import load_config
-from megatron_dla.training.run import lock_run_directory
+from megatron_dla.training.fence import Fence
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +129,13 @@ def test_no_processes_and_paths_that_are_files(capsys, config: Path) -> None:
 
 
 def test_a_run_directory_in_use(capsys, config: Path) -> None:
-    with lock_run_directory(load_config(config)):
-        assert "in use" in refused(capsys, "train", config)
-    assert not (config.parent / "runs" / "tiny" / "config.yaml").exists()
+    run_dir = config.parent / "runs" / "tiny"
+    run_dir.mkdir(parents=True)
+    other = Fence(run_dir, "another")
+    other.claim()
+    assert "in use by attempt another" in refused(capsys, "train", config)
+    other.check()
+    assert not (run_dir / "config.yaml").exists()
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(capsys, config: Path) -> None:

@@ -1,6 +1,6 @@
 """Save, find, load and prune the checkpoints of a run.
 
-A checkpoint is written as step_N.partial and renamed to step_N when everything, the marker last, is on disk.
+A checkpoint is written as step_N.ATTEMPT.partial and renamed to step_N when everything, the marker last, is on disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from megatron_dla.checkpoint.weights import (
     split_merged,
 )
 from megatron_dla.config import layer_letters
-from megatron_dla.errors import CheckpointError
+from megatron_dla.errors import CheckpointError, FenceError
+from megatron_dla.parallel.groups import on_main
 
 DATA_STATE = "data_state.json"
 
@@ -98,20 +99,25 @@ class Checkpointer:
 
     Args:
         run_dir: the run's directory. engine: the DeepSpeed engine. groups: ProcessGroupCollection. keep: newest
-            checkpoints to keep, 0 = all.
+            checkpoints to keep, 0 = all. control: says whether this run still is the directory's writer (`attempt`,
+            `check`, `publishing` of `RunControl`).
     """
 
-    def __init__(self, run_dir: Path, engine: Any, groups: Any, keep: int) -> None:
-        self.run_dir, self.engine, self.groups, self.keep = run_dir, engine, groups, keep
+    def __init__(self, run_dir: Path, engine: Any, groups: Any, keep: int, control: Any) -> None:
+        self.run_dir, self.engine, self.groups, self.keep, self.control = run_dir, engine, groups, keep, control
         self.rank = dist.get_rank()
 
     def save(self, layout: Layout, data_state: dict[str, Any]) -> Path:
         """Write a checkpoint (a collective); returns its directory.
 
         `data_state` is the loader's state of the whole batch, already merged over the data-parallel ranks.
+
+        Raises:
+            FenceError: the run directory was taken over; nothing is published or deleted then.
         """
+        on_main(self.control.check)  # before the work; again before the result is published
         root = checkpoint_dir(self.run_dir)
-        final, partial = root / f"step_{layout.step}", root / f"step_{layout.step}.partial"
+        partial = root / f"step_{layout.step}.{self.control.attempt}.partial"
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -123,26 +129,34 @@ class Checkpointer:
             save_weights(weights, partial, tensor_rank)
         torch.save(_random_state(), partial / f"random_{self.rank:05d}.pt")
         dist.barrier()
-        if self.rank == 0:
-            layout.save(partial / LAYOUT)
-            (partial / DATA_STATE).write_text(json.dumps(data_state))
-            marker = {
-                "step": layout.step,
-                "tensor_parallel": self.groups.tp.size(),
-                "data_parallel": self.groups.dp.size(),
-                "context_parallel": self.groups.cp.size(),
-                "zero_stage": self.engine.zero_optimization_stage(),
-                "optimizer_updates": updates,
-            }
-            with (partial / COMPLETE).open("w") as file:
-                json.dump(marker, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(partial, final)
-            self._prune()
-        dist.barrier()
+        return on_main(lambda: self._publish(partial, layout, data_state, updates))
+
+    def _publish(self, partial: Path, layout: Layout, data_state: dict[str, Any], updates: int) -> Path:
+        """On rank 0: mark the checkpoint complete, give it its name, delete older ones."""
+        final = checkpoint_dir(self.run_dir) / f"step_{layout.step}"
+        layout.save(partial / LAYOUT)
+        (partial / DATA_STATE).write_text(json.dumps(data_state))
+        marker = {
+            "step": layout.step,
+            "tensor_parallel": self.groups.tp.size(),
+            "data_parallel": self.groups.dp.size(),
+            "context_parallel": self.groups.cp.size(),
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "optimizer_updates": updates,
+        }
+        try:
+            with self.control.publishing():
+                with (partial / COMPLETE).open("w") as file:
+                    json.dump(marker, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if final.exists():
+                    shutil.rmtree(final)
+                os.rename(partial, final)
+                self._prune()
+        except FenceError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         return final
 
     def _weights(self) -> dict[str, Tensor]:

@@ -40,10 +40,15 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             return hint(number)
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
+    if hint == list[str] and isinstance(value, list):
+        return [_coerce(item, str, f"{key}[{i}]") for i, item in enumerate(value)]
+    if hint == dict[str, str] and isinstance(value, dict):
+        return {str(name): _coerce(item, str, f"{key}.{name}") for name, item in value.items()}
     raise ConfigError(f"{key} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
 
 
-def _fill(cls: type, values: Any, path: str) -> Any:
+def fill(cls: type, values: Any, path: str = "") -> Any:
+    """A dataclass from a mapping; `path` is its key in the file. ConfigError: an unknown key, a wrong value."""
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -57,7 +62,7 @@ def _fill(cls: type, values: Any, path: str) -> Any:
             raise ConfigError(f"unknown config key {full!r}: {_suggest(str(key), fields)}")
         hint = hints[key]
         is_section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        done[key] = _fill(hint, value, full) if is_section else _coerce(value, hint, full)
+        done[key] = fill(hint, value, full) if is_section else _coerce(value, hint, full)
     return cls(**done)
 
 
@@ -74,7 +79,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """A `RunConfig` from nested dictionaries (what `to_dict` gives)."""
-    return _fill(RunConfig, values, "")
+    return fill(RunConfig, values)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_dla import compat
+from megatron_dla.errors import UserError
+
+T = TypeVar("T")
 
 
 def initialize_distributed(device: str) -> None:
@@ -25,6 +30,24 @@ def initialize_distributed(device: str) -> None:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world)
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on every rank (a collective).
+
+    Raises:
+        UserError: on every rank, where rank 0 raised one.
+    """
+    outcome: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [function()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def initialize_model_parallel(tensor: int, seed: int, context: int = 1) -> None:

@@ -22,8 +22,9 @@ from megatron_dla.errors import STOPPED
 from megatron_dla.metrics.meters import StepMeter, memory_gb
 from megatron_dla.metrics.sinks import JsonlSink, console_line
 from megatron_dla.model.gpt import build_model, dla_mixers, padded_vocab
-from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, process_groups
+from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, on_main, process_groups
 from megatron_dla.parallel.replicas import check_replicas
+from megatron_dla.training.control import REASONS, RunControl
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
 from megatron_dla.training.schedule import gate_temperature
 from megatron_dla.training.signals import StopRequest
@@ -47,15 +48,23 @@ def batch_note(data_state: dict[str, Any], rows: int) -> str:
 
 
 class Trainer:
-    """One run: `Trainer(config, run_dir, device, bf16).run()` returns the exit code (0 done, 75 stopped by a signal).
+    """One run: `Trainer(config, run_dir, device, bf16).run()` returns the exit code (0 done, 75 asked to stop).
 
     Args:
-        config: checked by `check_config`. run_dir: exists on every rank. device: `cpu` or `cuda`.
+        config: checked by `check_config`. run_dir: exists on every rank; this run becomes its only writer until
+            `run` returns. device: `cpu` or `cuda`. control: the run directory's control files, made if not given.
+
+    Raises:
+        FenceError: another run writes in run_dir.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, device: str, bf16: bool) -> None:
+    def __init__(
+        self, config: RunConfig, run_dir: Path, device: str, bf16: bool, control: RunControl | None = None
+    ) -> None:
         self.config, self.run_dir = config, run_dir
         initialize_distributed(device)
+        self.control = control or RunControl(run_dir, dist.get_rank())
+        self.control.attempt = on_main(self.control.claim)
         initialize_model_parallel(config.parallel.tensor, config.run.seed, config.parallel.context_parallel_size)
         self.groups = process_groups()
         self.is_main = dist.get_rank() == 0
@@ -87,7 +96,9 @@ class Trainer:
             model=config.model, vocab_size=vocab_size, tokenizer_sha256=index.tokenizer_sha256,
             tensor_parallel=self.groups.tp.size(), seq_len=config.data.seq_len, step=0, tags=tags, shapes=shapes,
         )  # fmt: skip
-        self.checkpoints = Checkpointer(run_dir, self.engine, self.groups, config.training.keep_checkpoints)
+        self.checkpoints = Checkpointer(
+            run_dir, self.engine, self.groups, config.training.keep_checkpoints, self.control
+        )
         self.step = 0
         if newest is not None and not is_weights_only(newest):
             self.step, data_state = self.checkpoints.load(newest, self.layout)
@@ -105,13 +116,14 @@ class Trainer:
     def run(self) -> int:
         training = self.config.training
         meter = StepMeter(self.step, training.steps)
-        with StopRequest(self.device) as stop:
+        with self.control, StopRequest(self.device, self.control.asked_to_stop) as stop:
             if self.step == 0 and training.eval_every:
                 self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.step < training.steps:
                 started = time.monotonic()
                 loss = self._train_step()
                 self.step += 1
+                self.control.beat(self.step)
                 if self.check_replicas and self.step % self.check_replicas == 0:
                     check_replicas(self.engine.module, self.groups, f"by step {self.step}")
                 meter.add(self.tokens_per_step, time.monotonic() - started)
@@ -120,12 +132,15 @@ class Trainer:
                 if last or validating or self.step % training.log_every == 0:
                     metrics = self._metrics(loss, meter)
                     self._log(metrics | self._validate() if validating else metrics)
-                stopping = stop.agreed() and not last
+                reason = stop.agreed()
+                stopping = reason and not last
                 if last or stopping or (training.save_every and self.step % training.save_every == 0):
                     self._save()
                 if stopping:
-                    self._say(f"stopped by a signal after step {self.step}; the same command goes on from there")
+                    by = REASONS.get(reason, "a signal")
+                    self._say(f"stopped by {by} after step {self.step}; the same command goes on from there")
                     return STOPPED
+            on_main(lambda: self.control.finish(self.step))
         return 0
 
     @property

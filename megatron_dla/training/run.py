@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -23,6 +21,7 @@ from megatron_dla.errors import CheckpointError, ConfigError, DataError, UserErr
 from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
 from megatron_dla.model.counts import count_parameters, flops_per_token
 from megatron_dla.model.gpt import padded_vocab
+from megatron_dla.training.control import RunControl
 from megatron_dla.training.plan import make_plan, render
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "triton", "webdataset", "sentencepiece", "transformers", "numpy")
@@ -101,7 +100,7 @@ def check_run(config: RunConfig, world_size: int, device: tuple[str, bool] | Non
     return index
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -111,27 +110,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git_state() -> str | None:
+def git_state() -> str | None:
     here = Path(__file__).resolve().parent
     result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     return result.stdout.strip() or None if result.returncode == 0 else None
-
-
-def lock_run_directory(config: RunConfig) -> IO[str]:
-    """Make runs/NAME and hold it for this process; the lock goes with the returned file.
-
-    Raises:
-        CheckpointError: another process trains there.
-    """
-    run_dir = run_directory(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        message = f"{str(run_dir)!r} is in use by another run: wait for it, or choose another run.name"
-        raise CheckpointError(message) from error
-    return lock
 
 
 def describe_run(config: RunConfig, world_size: int) -> None:
@@ -144,8 +126,8 @@ def describe_run(config: RunConfig, world_size: int) -> None:
         "host": platform.node(),
         "cpu_count": os.cpu_count(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "versions": _versions(),
-        "git": _git_state(),
+        "versions": versions(),
+        "git": git_state(),
     }
     (run_dir / "command.json").write_text(json.dumps(command, indent=1))
     (run_dir / TOKENIZER_NAME).write_bytes((Path(config.data.dir) / TOKENIZER_NAME).read_bytes())
@@ -222,23 +204,32 @@ def train(config: RunConfig, *, dry_run: bool = False, world_size: int | None = 
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if dry_run:
         return plan_run(config, world_size)
+    control = RunControl(run_directory(config), int(os.environ.get("RANK", "0")))
+    with control.recorded():
+        return _train(config, world_size, control)
+
+
+def _train(config: RunConfig, world_size: int, control: RunControl) -> int:
     index = check_run(config, world_size)
     device, bf16 = resolve_device(config)
-    from megatron_dla.parallel.groups import initialize_distributed
+    control.run_dir.mkdir(parents=True, exist_ok=True)
+    control.open_records()  # before anything that may hang
+    from megatron_dla.parallel.groups import initialize_distributed, on_main
     from megatron_dla.training.loop import Trainer
 
     initialize_distributed(device)
-    is_main = torch.distributed.get_rank() == 0
-    lock = lock_run_directory(config) if is_main else None
+    is_main = control.rank == 0
+    if on_main(lambda: control.already_done(config.training.steps)):
+        if is_main:
+            print(f"{control.run_dir} is done: raise training.steps = {config.training.steps} to go on", flush=True)
+        return 0
     if is_main:
         print(describe(config, index, world_size), flush=True)
         if text := kernel_warning(config, device, here=True):
             print(text, flush=True)
-    torch.distributed.barrier()
-    trainer = Trainer(config, run_directory(config), device, bf16)
+    trainer = Trainer(config, control.run_dir, device, bf16, control)
     if is_main:
         describe_run(config, world_size)  # only now: a refused resume leaves an earlier run as it was
     code = trainer.run()
-    if lock is not None:
-        lock.close()
+    control.record_exit(code, f"stopped after the checkpoint of step {trainer.step}")
     return code

@@ -1,6 +1,7 @@
 """`dla run`: which rank's failure is the cause."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -31,6 +32,34 @@ def test_a_rank_that_was_ended_is_not_the_cause(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(local, "elastic_launch", launch)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert local.run_local(2, ["config.yaml"]) == 2
+    assert local.run_local(2, ["config.yaml"], tmp_path) == 2
     printed = capsys.readouterr().err
     assert "shard train-00000 is damaged" in printed and "failed with exit code" not in printed
+
+
+def test_usr1_asks_the_ranks_of_one_attempt_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the file; what an earlier run was asked is forgotten first."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "stop").touch()
+    seen = []
+
+    def launch(*_: object):
+        def ranks(*_: object) -> None:
+            seen.append(((run_dir / "stop").exists(), os.environ["DLA_ATTEMPT"]))
+            os.kill(os.getpid(), signal.SIGUSR1)
+            seen.append(((run_dir / "stop").exists(), os.environ["DLA_ATTEMPT"]))
+
+        return ranks
+
+    monkeypatch.setattr(local, "elastic_launch", launch)
+    monkeypatch.delenv("DLA_ATTEMPT", raising=False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        assert local.run_local(2, ["config.yaml"], run_dir) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    (first, name), (then, same) = seen
+    assert (first, then) == (False, True) and name == same and str(os.getpid()) in name
+    assert "DLA_ATTEMPT" not in os.environ

@@ -16,6 +16,7 @@ compat.install()
 
 from megatron_dla.config import from_dict  # noqa: E402
 from megatron_dla.data import TokenLoader  # noqa: E402
+from megatron_dla.errors import FenceError  # noqa: E402
 from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
 from megatron_dla.model.gpt import build_model, packed_sequence  # noqa: E402
 from megatron_dla.training.engine import parameter_groups  # noqa: E402
@@ -100,3 +101,29 @@ def resume_note(values: dict[str, Any]) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert make_trainer(values).step > 0
     return printed.getvalue()
+
+
+def disturbed(
+    values: dict[str, Any], step: int, files: dict[str, str], blind: bool = False
+) -> tuple[int | None, int, str]:
+    """Trains; in `step` rank 0 writes files into the run directory. Returns (exit code, last step, FenceError).
+
+    blind: what was written is not noticed before the moment that a checkpoint is published.
+    """
+    trainer = make_trainer(values)
+    train_step = trainer._train_step
+    if blind:
+        trainer.control.check = lambda: None  # type: ignore[method-assign]
+
+    def disturbed_step() -> float:
+        if trainer.step + 1 == step and trainer.is_main:
+            for name, text in files.items():
+                (trainer.run_dir / name).write_text(text)
+            trainer.control._beaten = 0.0  # the next heartbeat is not left out
+        return train_step()
+
+    trainer._train_step = disturbed_step  # type: ignore[method-assign]
+    try:
+        return trainer.run(), trainer.step, ""
+    except FenceError as error:
+        return None, trainer.step, str(error)

@@ -1,0 +1,227 @@
+"""`dla preflight`: are the nodes of a job fit to train on? One process on every node, before the training.
+
+1. Every node looks at itself and writes preflight/ATTEMPT/HOST.json: GPUs, disks, versions.
+2. When all reports are there, or time is up, the nodes that are well start one rank a GPU (one where there is none): a
+   matmul alone, then an all-reduce together; preflight/ATTEMPT/group/rankR.json says how far each came.
+3. Every node judges what it finds (`verdict.judge`); the first one to do so names the bad nodes in runs/NAME/bad_nodes.
+
+The nodes agree through files in the run directory, so a node that does not share it is found as well. This module needs
+the standard library only; torch is imported in the ranks of step 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_dla.errors import BAD_INPUT, UserError
+from megatron_dla.launch.health import NodeReport, look_at_node
+from megatron_dla.launch.verdict import STAGES, Limits, RankReport, Verdict, judge, own_problems
+from megatron_dla.training.fence import attempt_id, node_name, write_atomic
+
+BAD_NODES = "bad_nodes"
+FOUND_BAD = 3  # exit code
+POLL_S = 0.1
+
+
+def _once(path: Path, value: dict) -> bool:
+    """Write a JSON file unless another node has; whether it was this one."""
+    partial = path.with_name(f".{path.name}.{node_name()}.{os.getpid()}")
+    partial.write_text(json.dumps(value))
+    try:
+        os.link(partial, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink()
+
+
+def _wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _job_hosts() -> list[str]:
+    """The nodes of this Slurm step; empty where nothing can say."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if not nodes or not shutil.which("scontrol"):
+        return []
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    return done.stdout.split() if done.returncode == 0 else []
+
+
+class Preflight:
+    """This node's part. `args`: of `add_preflight_arguments`."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        if args.nodes < 1 or args.gpus < 0 or args.timeout <= 0:
+            raise UserError("--nodes must be at least 1, --gpus at least 0, --timeout more than 0")
+        if "DLA_ATTEMPT" not in os.environ and "SLURM_JOB_ID" in os.environ:
+            os.environ["DLA_ATTEMPT"] = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        if args.nodes > 1 and "DLA_ATTEMPT" not in os.environ:
+            raise UserError("--nodes > 1 outside Slurm: set DLA_ATTEMPT to one name on all nodes")
+        self.args, self.run_dir = args, args.run_dir
+        self.limits = Limits(args.slow, args.clock_skew, args.min_disk_gb)
+        self.folder = self.run_dir / "preflight" / attempt_id()
+        self.hosts = [host for host in args.hosts.split(",") if host] if args.hosts else _job_hosts()
+        self.host = node_name()
+
+    def run(self) -> int:
+        """0 where all nodes are good, 3 where not."""
+        order = int(os.environ.get("SLURM_NODEID", "0"))
+        address = os.environ.get("MASTER_ADDR") if order == 0 else None
+        report = NodeReport(self.host, order, address or platform.node(), time.time())
+        look_at_node(report, self.run_dir, self.args.tmp, self.args.gpus)
+        for problem in own_problems(report, self.args.gpus, self.limits):
+            print(f"{self.host}: {problem}", flush=True)
+        try:
+            (self.folder / "group").mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / f"{self.host}.json", asdict(report))
+        except OSError as error:  # the others will miss the report
+            print(f"bad node {self.host}: no report can be written: {error}", flush=True)
+            return FOUND_BAD
+        _wait_for(lambda: len(self._reports()) >= self.args.nodes, self.args.timeout if self.args.nodes > 1 else 0)
+        members = self._agree_on_members()
+        ranks = self._check_together(members) if members else []
+        verdict = judge(
+            self._reports(), ranks, nodes=self.args.nodes, hosts=self.hosts, gpus=self.args.gpus, limits=self.limits
+        )
+        self._announce(verdict, ranks, report)
+        return 0 if verdict.good else FOUND_BAD
+
+    def _reports(self) -> list[NodeReport]:
+        reports = [NodeReport.from_json(json.loads(path.read_text())) for path in self.folder.glob("[!.]*.json")]
+        return sorted(reports, key=lambda r: (r.order, r.host))
+
+    def _agree_on_members(self) -> list[NodeReport]:
+        """The nodes of the group check: one of them decides, when all have reported or time is up."""
+        if self.args.node_only:
+            return []
+        well = [r for r in self._reports() if not own_problems(r, self.args.gpus, self.limits)]
+        path = self.folder / "group" / "members.json"
+        _once(path, {"members": [asdict(report) for report in well]})
+        return [NodeReport.from_json(values) for values in json.loads(path.read_text())["members"]]
+
+    def _check_together(self, members: list[NodeReport]) -> list[RankReport]:
+        """Run this node's ranks of the group check, if it takes part, and wait for the others'."""
+        per_node = max(1, self.args.gpus)
+        world, folder = per_node * len(members), self.folder / "group"
+        deadline = time.monotonic() + self.args.timeout
+        mine = next((n for n, member in enumerate(members) if member.host == self.host), None)
+        if mine is not None:
+            ranks = range(mine * per_node, (mine + 1) * per_node)
+            self._run_ranks(ranks, world, members[0].address, deadline)
+        paths = [folder / f"rank{rank}.json" for rank in range(world)]
+
+        def read() -> dict[int, RankReport]:
+            return {n: RankReport(**json.loads(path.read_text())) for n, path in enumerate(paths) if path.exists()}
+
+        def all_ended() -> bool:
+            found = read().values()
+            return len(found) == world and all(r.error or r.stage == STAGES[-1] for r in found)
+
+        _wait_for(all_ended, max(0.0, deadline - time.monotonic()) + 5)
+        silent = {n: RankReport(n, members[n // per_node].host) for n in range(world)}
+        return list((silent | read()).values())
+
+    def _run_ranks(self, ranks: range, world: int, address: str, deadline: float) -> None:
+        """One process a GPU; those that have not ended in time are killed."""
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
+        port = self.args.port or int(os.environ.get("MASTER_PORT", 10000 + job % 10000))
+        children = []
+        for local, rank in enumerate(ranks):
+            gpu = str(local) if self.args.gpus else "cpu"
+            path = self.folder / "group" / f"rank{rank}.json"
+            names = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": address, "MASTER_PORT": port}
+            env = os.environ | {name: str(value) for name, value in names.items()}
+            module = "megatron_dla.launch.group_check"
+            command = [sys.executable, "-m", module, str(path), str(self.args.timeout), gpu]
+            children.append((path, subprocess.Popen(command, env=env)))
+        for path, child in children:
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+                continue
+            except subprocess.TimeoutExpired:
+                child.kill()
+            if path.exists():
+                values = json.loads(path.read_text())
+                write_atomic(path, values | {"error": values["error"] or f"no end within {self.args.timeout:g} s"})
+
+    def _announce(self, verdict: Verdict, ranks: list[RankReport], report: NodeReport) -> None:
+        """The first node that has a verdict prints and records it, all nodes come to the same one."""
+        if not _once(self.folder / "group" / "verdict.json", asdict(verdict)):
+            return
+        for left_out in report.left_out:
+            print(f"left out: {left_out}")
+        for name, times in (
+            ("matmul", [r.matmul_ms for r in ranks if r.matmul_ms is not None]),
+            ("all-reduce", [r.all_reduce_ms for r in ranks if r.all_reduce_ms is not None]),
+        ):
+            if times:
+                print(f"{name}: {min(times):.2f} to {max(times):.2f} ms on {len(times)} rank(s)")
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        for host, reasons in verdict.bad.items():
+            print(f"bad node {host}: {'; '.join(reasons)}")
+            with (self.run_dir / BAD_NODES).open("a") as file:
+                file.write(f"{host}  # {'; '.join(reasons)}, {when}\n")
+        for reason in verdict.unnamed:
+            print(f"not well: {reason}")
+        if verdict.good:
+            print(f"preflight: {self.args.nodes} node(s) good")
+        sys.stdout.flush()
+
+
+def add_preflight_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = Limits()
+    parser.add_argument("--run-dir", type=Path, required=True, help="runs/NAME, on a file system that all nodes share")
+    parser.add_argument("--nodes", type=int, default=1, help="how many nodes run this command (default 1)")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs wanted on each node (default 0: CPU nodes)")
+    parser.add_argument("--hosts", default="", help="the nodes' names by commas; found out by scontrol in a Slurm step")
+    parser.add_argument("--node-only", action="store_true", help="leave out the matmul and the all-reduce")
+    parser.add_argument("--timeout", type=float, default=60, help="s to wait for reports, and again for the all-reduce")
+    parser.add_argument("--port", type=int, default=0, help="of the all-reduce (default: MASTER_PORT)")
+    parser.add_argument("--tmp", type=Path, default=Path(tempfile.gettempdir()), help="the node's own disk")
+    parser.add_argument("--min-disk-gb", type=float, default=defaults.free_gb, help="GB free on each disk")
+    parser.add_argument("--slow", type=float, default=defaults.slow, help="a GPU slower than so many medians is bad")
+    parser.add_argument("--clock-skew", type=float, default=defaults.skew_s, help="s between the clocks of two nodes")
+
+
+def preflight(args: argparse.Namespace) -> int:
+    """Exit codes: 0 all nodes are good, 3 some are not (named in bad_nodes where it can be told), 2 bad usage."""
+    return Preflight(args).run()
+
+
+def add_preflight_parser(subparsers) -> None:
+    parser = subparsers.add_parser("preflight", help="look at the nodes of a job before it trains", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_preflight_arguments(parser)
+    parser.set_defaults(func=preflight)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_dla.launch.preflight")
+    add_preflight_arguments(parser)
+    try:
+        return preflight(parser.parse_args(argv))
+    except UserError as error:
+        print(f"dla preflight: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

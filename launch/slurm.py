@@ -1,0 +1,110 @@
+"""What the launcher asks Slurm's own commands, and what it keeps about its jobs in the run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dla.errors import UserError
+
+SUBMISSIONS = "submissions.jsonl"  # one object a `dla submit`: jobs, argv, environment, git state, versions
+ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED"}
+
+
+class SlurmError(UserError):
+    """Slurm is not there, does not answer or refuses a request."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job as Slurm has it now. `nodes`: a host list, or why it waits."""
+
+    job: str
+    state: str
+    restarts: int
+    nodes: str
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment; inside a job without what that job would hand to a new one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return dict(os.environ)
+    foreign = re.compile(r"(SLURM|SBATCH|SRUN)_(?!CONF$)")
+    return {k: v for k, v in os.environ.items() if not foreign.match(k)}
+
+
+def call(argv: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands.
+
+    Raises:
+        SlurmError: it is not installed here.
+    """
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise SlurmError(
+            f"{argv[0]} is not installed on this machine: run this on a login node of the cluster"
+        ) from error
+
+
+def job_state(job: str) -> JobState | None:
+    """From `scontrol show job`, which knows ended jobs for a while too (not every cluster has sacct); None if unknown.
+
+    Raises:
+        SlurmError: the controller does not answer.
+    """
+    for attempt in range(5):
+        done = call(["scontrol", "-o", "show", "job", job])
+        if done.returncode == 0:
+            fields = dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
+            state, nodes = fields.get("JobState", "?"), fields.get("NodeList", "")
+            where = f"({fields.get('Reason', '')})" if state == "PENDING" else nodes.replace("(null)", "")
+            return JobState(job, state, int(fields.get("Restarts", 0)), where)
+        if "Invalid job id" in done.stderr:
+            return None
+        time.sleep(attempt)
+    raise SlurmError(f"scontrol does not answer: {done.stderr.strip()}")
+
+
+def submissions(run_dir: Path) -> list[dict[str, Any]]:
+    """All `dla submit` of a run, oldest first; empty for a run that never was on a cluster."""
+    try:
+        lines = (run_dir / SUBMISSIONS).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def run_jobs(run_dir: Path) -> list[str]:
+    """Job numbers of a run, oldest first."""
+    return [job for submission in submissions(run_dir) for job in submission["jobs"]]
+
+
+def active_jobs(run_dir: Path) -> list[JobState]:
+    """The jobs of a run that wait or run."""
+    states = [job_state(job) for job in run_jobs(run_dir)]
+    return [state for state in states if state is not None and state.active]
+
+
+def bad_nodes(run_dir: Path) -> dict[str, str]:
+    """{node: reason} of a run's bad_nodes."""
+    try:
+        lines = (run_dir / "bad_nodes").read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    found = {}
+    for line in lines:
+        name, _, reason = line.partition("#")
+        if name.strip():
+            found[name.strip()] = reason.strip()
+    return found

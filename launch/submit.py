@@ -1,0 +1,205 @@
+"""`dla submit`: check a run for its world size, write down what is asked of Slurm, ask it.
+
+The batch script is slurm/pretrain.sbatch as it stands: a submission is sbatch's flags and the environment, no template.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dla.config import RunConfig, dump_config, load_config
+from megatron_dla.errors import ConfigError
+from megatron_dla.launch.profile import Profile, check_time, load_profile
+from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, bad_nodes, call, clean_environment
+
+SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "pretrain.sbatch"
+RECORDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX")  # no secrets
+
+
+@dataclass(frozen=True)
+class Request:
+    """One `dla submit`. run_dir: absolute. time: "" = the profile's. chain: jobs one after the other."""
+
+    config: RunConfig
+    profile: Profile
+    run_dir: Path
+    nodes: int
+    time: str = ""
+    chain: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.profile.nproc
+
+
+def sbatch_argv(request: Request) -> list[str]:
+    """The command line of sbatch, without what makes a job one of a chain."""
+    profile, run_dir = request.profile, request.run_dir
+    excluded = [*filter(None, [profile.exclude]), *bad_nodes(run_dir)]
+    gpus = f"--gpus-per-node={profile.gpus_per_node}" if profile.gpus_per_node else ""
+    flags = {
+        "--job-name": request.config.run.name,
+        "--nodes": request.nodes + profile.spare_nodes,
+        "--cpus-per-task": profile.cpus_per_node,
+        "--mem": profile.memory,
+        "--time": request.time or profile.time,
+        "--partition": profile.partition,
+        "--account": profile.account,
+        "--qos": profile.qos,
+        "--constraint": profile.constraint,
+        "--exclude": ",".join(excluded),
+        "--signal": f"B:USR1@{profile.save_seconds}",
+        "--output": run_dir / "logs" / "job-%j.log",
+    }
+    return [
+        "sbatch",
+        "--parsable",
+        *(f"{name}={value}" for name, value in flags.items() if value != ""),
+        *filter(None, [f"--gres={profile.gres}" if profile.gres else gpus]),
+        *([] if profile.requeue and request.chain == 1 else ["--no-requeue"]),
+        *profile.sbatch_args,
+        str(SCRIPT),
+        str(run_dir / "config.yaml"),
+    ]
+
+
+def job_environment(request: Request) -> dict[str, str]:
+    """What is set for the job, on top of the environment that sbatch hands on; an empty setting is left out."""
+    profile = request.profile
+    settings = {
+        "DLA_RUN_DIR": request.run_dir,
+        "DLA_PYTHON": profile.python or sys.executable,
+        "DLA_HOST_PYTHON": profile.host_python or sys.executable,
+        "DLA_WANT_NODES": request.nodes,
+        "DLA_NPROC": profile.nproc,
+        "DLA_MAX_FAILURES": profile.max_failures,
+        "DLA_HANG_TIMEOUT": profile.hang_timeout,
+        "DLA_PREFLIGHT": int(profile.preflight),
+        "DLA_PREFLIGHT_TIMEOUT": profile.preflight_timeout,
+        "DLA_CACHE_DIR": profile.cache_dir,
+        "DLA_SITE_ENV": profile.site_env,
+        "DLA_SRUN_ARGS": " ".join(profile.srun_args),
+        "DLA_EXEC_PREFIX": " ".join(profile.exec_prefix),
+    }
+    threads = max(1, profile.cpus_per_node // profile.nproc)
+    return {"OMP_NUM_THREADS": str(threads)} | profile.env | {k: str(v) for k, v in settings.items() if v != ""}
+
+
+def _sbatch(argv: list[str], env: dict[str, str]) -> str:
+    done = call(argv, clean_environment() | env)
+    if done.returncode:
+        reason = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
+        raise SlurmError(f"sbatch refuses this: {reason}; asked was: {shlex.join(argv)}")
+    return (done.stdout + done.stderr).strip()
+
+
+def test_only(argv: list[str], env: dict[str, str]) -> str:
+    """Slurm's word on when and where the job would start.
+
+    Raises:
+        SlurmError: it never could.
+    """
+    return _sbatch([argv[0], "--test-only", *argv[1:]], env).removeprefix("sbatch: ")
+
+
+def make_request(
+    config_path: str, overrides: list[str], profile_path: str, nodes: int, limit: str = "", chain: int = 1
+) -> Request:
+    """Read and check what can be checked without Slurm and without the data.
+
+    Raises:
+        UserError: the key or option, the value and the fix.
+    """
+    for name, value in (("--nodes", nodes), ("--chain", chain)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}: must be at least 1")
+    config, profile = load_config(config_path, overrides), load_profile(profile_path)
+    if limit:
+        check_time(limit, profile)
+    if re.search(r"[\s,%]", str(run_dir := (Path(config.run.dir) / config.run.name).absolute())):
+        raise ConfigError(f"run.dir, run.name = {str(run_dir)!r}: without blanks, commas and % for a job on a cluster")
+    return Request(config, profile, run_dir, nodes, limit, chain)
+
+
+def check_free(request: Request) -> None:
+    """SlurmError where a job of this run still waits or runs, ConfigError where the run is done."""
+    if jobs := active_jobs(request.run_dir):
+        listed = ", ".join(f"{job.job} ({job.state})" for job in jobs)
+        name = request.config.run.name
+        raise SlurmError(f"run {name!r} has jobs in the queue: {listed}; dla cancel {request.run_dir} ends them")
+    try:
+        step = json.loads((request.run_dir / "done").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if step >= request.config.training.steps:
+        raise ConfigError(
+            f"{str(request.run_dir)!r} is done at step {step}: raise training.steps = {request.config.training.steps}, "
+            "or choose another run.name"
+        )
+
+
+def submit(request: Request, about: dict[str, Any]) -> list[str]:
+    """Write the run directory and submit; returns the job numbers. `about` goes into the record: git state, versions.
+
+    Raises:
+        SlurmError: sbatch refuses; the run directory is then as it was before.
+    """
+    run_dir = request.run_dir
+    argv, env = sbatch_argv(request), job_environment(request)
+    record: dict[str, Any] = {
+        "time": time.time(), "jobs": [], "argv": argv, "directory": os.getcwd(),
+        "nodes": request.nodes, "world_size": request.world_size,
+        "environment": {k: os.environ[k] for k in RECORDED if k in os.environ} | env, **about,
+    }  # fmt: skip
+    made = next((p for p in (run_dir, *run_dir.parents) if p.parent.exists() and not p.exists()), None)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    resolved = run_dir / "config.yaml"
+    before = resolved.read_bytes() if resolved.exists() else None
+    dump_config(request.config, resolved)
+    controls = [run_dir / name for name in ("stop", "halt", "done", "failures")]  # of earlier submissions
+    kept = [path.rename(path.with_name(f".{path.name}.before")) for path in controls if path.exists()]
+    try:
+        record["jobs"] = _submit_chain(request, argv, env)
+    except SlurmError:
+        _undo(made, resolved, before, kept)
+        raise
+    for path in kept:
+        path.unlink()
+    with (run_dir / SUBMISSIONS).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    return record["jobs"]
+
+
+def _submit_chain(request: Request, argv: list[str], env: dict[str, str]) -> list[str]:
+    jobs: list[str] = []
+    for place in range(1, request.chain + 1):
+        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        try:
+            printed = _sbatch([*argv[:2], *after, *argv[2:]], env | {"DLA_CHAIN": str(place)})
+        except SlurmError:
+            if jobs:  # all of the chain or nothing
+                call(["scancel", *jobs])
+            raise
+        jobs.append(printed.splitlines()[0].split(";")[0])
+    return jobs
+
+
+def _undo(made: Path | None, resolved: Path, before: bytes | None, kept: list[Path]) -> None:
+    if made is not None:
+        shutil.rmtree(made)
+        return
+    if before is None:
+        resolved.unlink()
+    else:
+        resolved.write_bytes(before)
+    for path in kept:
+        path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".before")))

@@ -1,0 +1,161 @@
+"""Which nodes are bad: a pure function of what the nodes and the ranks of the group check report."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+
+from megatron_dla.launch.health import NodeReport
+
+IDLE_MB = 1024  # an idle GPU holds up to some hundred MB for its driver
+STAGES = ("waiting for its start", "started", "matmul", "rendezvous", "all-reduce", "finished")
+
+
+@dataclass
+class RankReport:
+    """preflight/ATTEMPT/group/rankR.json: how far one rank of the group check came, and how fast.
+
+    `stage`: of STAGES, what it was in last. `clock`: unix time, read at one moment on all ranks.
+    """
+
+    rank: int
+    host: str
+    gpu: int | None = None
+    stage: str = STAGES[0]
+    error: str = ""
+    matmul_ms: float | None = None
+    all_reduce_ms: float | None = None
+    clock: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    pid: int = 0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}" + (f" (GPU {self.gpu})" if self.gpu is not None else "")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """slow: times the median; skew: seconds between clocks; free: GB on each disk."""
+
+    slow: float = 1.5
+    skew_s: float = 2.0
+    free_gb: float = 5.0
+
+
+@dataclass
+class Verdict:
+    """bad: {host: reasons}; unnamed: what is wrong without a node to blame."""
+
+    bad: dict[str, list[str]] = field(default_factory=dict)
+    unnamed: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not self.bad and not self.unnamed
+
+    def blame(self, host: str, reason: str) -> None:
+        self.bad.setdefault(host, []).append(reason)
+
+
+def own_problems(report: NodeReport, gpus: int, limits: Limits) -> list[str]:
+    """What is wrong with a node whatever the others are like."""
+    problems = []
+    for disk in report.disks:
+        if disk.error:
+            problems.append(f"{disk.path}: {disk.error}")
+        elif disk.free_gb < limits.free_gb:
+            problems.append(f"{disk.path} has {disk.free_gb} GB left, {limits.free_gb:g} are wanted")
+    if gpus:
+        if report.gpu_error:
+            problems.append(report.gpu_error)
+        elif len(report.gpus) < gpus:
+            problems.append(f"{len(report.gpus)} of {gpus} GPUs")
+    for gpu in report.gpus:
+        if gpu.processes or (gpu.memory_used_mb or 0) > IDLE_MB:
+            who = f"process {', '.join(map(str, gpu.processes))}" if gpu.processes else "nobody that shows"
+            problems.append(f"GPU {gpu.index} is busy: {gpu.memory_used_mb or 0:.0f} MB held by {who}")
+        if gpu.ecc_errors:
+            problems.append(f"GPU {gpu.index} has {gpu.ecc_errors:.0f} uncorrected memory errors")
+    return problems
+
+
+def judge(
+    reports: list[NodeReport], ranks: list[RankReport], *, nodes: int, hosts: list[str], gpus: int, limits: Limits
+) -> Verdict:
+    """Who is bad.
+
+    Args:
+        reports: of the nodes that answered. ranks: of the group check, empty if there was none. nodes: how many must
+            answer. hosts: their names, where known. gpus: wanted on each.
+    """
+    verdict = Verdict()
+    answered = {report.host for report in reports}
+    missing = [host for host in hosts if host not in answered]
+    for host in missing:
+        verdict.blame(host, "no report: it did not start, hangs, or does not share the run directory")
+    if not hosts and len(reports) < nodes:
+        verdict.unnamed.append(f"{nodes - len(reports)} of {nodes} nodes left no report")
+    for report in reports:
+        for problem in own_problems(report, gpus, limits):
+            verdict.blame(report.host, problem)
+    _compare_versions([(r.host, r.versions) for r in sorted(reports, key=lambda r: r.order)], verdict)
+    ranks = sorted(ranks, key=lambda r: r.rank)
+    if ranks:
+        _compare_versions([(r.host, r.versions) for r in ranks if r.versions], verdict)
+        _compare_progress(ranks, verdict)
+        _compare_clocks(ranks, limits, verdict)
+        if gpus:  # the cores of CPU nodes are shared: their speed says little
+            _compare_speed(ranks, limits, verdict)
+    return verdict
+
+
+def _compare_versions(found: list[tuple[str, dict[str, str]]], verdict: Verdict) -> None:
+    """The most common version is right; of two as common, that of the first node."""
+    for name in sorted({key for _, versions in found for key in versions}):
+        values = [(host, versions.get(name, "none")) for host, versions in found]
+        usual, count = Counter(value for _, value in values).most_common(1)[0]
+        for host, value in dict(values).items():
+            if value != usual:
+                verdict.blame(host, f"{name} {value}, but {usual} on {count} other(s)")
+
+
+def _compare_progress(ranks: list[RankReport], verdict: Verdict) -> None:
+    """Who is behind the others, by an error or hanging, is the cause; those who wait for it are not."""
+    unfinished = [r for r in ranks if r.stage != STAGES[-1]]
+    if not unfinished:
+        return
+    behind = min(STAGES.index(r.stage) for r in unfinished)
+    late = {r.host for r in unfinished if STAGES.index(r.stage) == behind}
+    if 2 * len(late) > len({r.host for r in ranks}):  # not all of these are to blame
+        errors = "; ".join(dict.fromkeys(r.error for r in unfinished if r.error)) or "no answer in time"
+        verdict.unnamed.append(f"the {STAGES[behind]} of {len(late)} nodes came to no end: {errors}")
+        return
+    for rank in unfinished:
+        if STAGES.index(rank.stage) == behind:
+            error = f" ({rank.error})" if rank.error else ""
+            verdict.blame(rank.host, f"{rank} came no further than: {rank.stage}{error}")
+
+
+def _compare_clocks(ranks: list[RankReport], limits: Limits, verdict: Verdict) -> None:
+    clocks = [r.clock for r in ranks if r.clock is not None]
+    if not clocks:
+        return
+    usual = statistics.median_low(clocks)
+    worst: dict[str, float] = {}
+    for rank in ranks:
+        if rank.clock is not None and abs(rank.clock - usual) > limits.skew_s:
+            worst[rank.host] = max(worst.get(rank.host, 0.0), rank.clock - usual, key=abs)
+    for host, difference in worst.items():
+        verdict.blame(host, f"its clock differs by {difference:+.1f} s")
+
+
+def _compare_speed(ranks: list[RankReport], limits: Limits, verdict: Verdict) -> None:
+    """Against the lower median: with two ranks the faster one."""
+    times = [r.matmul_ms for r in ranks if r.matmul_ms is not None]
+    if not times:
+        return
+    usual = statistics.median_low(times)
+    for rank in ranks:
+        if rank.matmul_ms is not None and rank.matmul_ms > limits.slow * usual:
+            verdict.blame(rank.host, f"{rank} takes {rank.matmul_ms:.1f} ms for a matmul, {usual:.1f} ms is the median")

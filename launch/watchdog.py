@@ -1,0 +1,237 @@
+"""Ends an attempt whose heartbeat has stopped, and says first where each of its ranks stands.
+
+    python -m megatron_dla.launch.watchdog --run-dir DIR --timeout S --job JOB --step STEP      (beside a Slurm step)
+    python -m megatron_dla.launch.watchdog --run-dir DIR --timeout S --pids PID ...             (on this machine)
+
+On a hang every rank is asked for the stacks of its threads (SIGUSR2, see training/control.py), what is learnt is
+printed and kept in exits/ATTEMPT/hang.json, and the step is cancelled or the processes are killed. Standard library
+only. Exit codes: 0 what it watched has ended by itself, 4 it hung and was ended, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_dla.errors import BAD_INPUT
+from megatron_dla.training.control import EXITS, HEARTBEAT, RANKS, STACKS
+from megatron_dla.training.fence import attempt_id, node_name, process_start, write_atomic
+
+HUNG = 4  # exit code
+GRACE_S = 20.0
+NO_STACKS = "gives no stacks: stopped, gone or out of reach"
+OUTSIDE = ("site-packages", "/lib/python", "<frozen")  # frames of libraries
+
+
+@dataclass
+class RankPlace:
+    """A rank and the place where its main thread stands."""
+
+    rank: int
+    host: str
+    pid: int
+    at: str = NO_STACKS
+
+
+def startup_timeout(timeout: float) -> float:
+    """s to the first step, where nobody chose: loading, compiling and tuning take longer than a step."""
+    return max(1800.0, 2 * timeout)
+
+
+def place_of(dump: str) -> str:
+    """Where the main thread stands by faulthandler's last dump: the innermost frame, and the innermost of ours."""
+    threads = re.split(r"^(?:Current thread|Thread) 0x.*$", dump, flags=re.MULTILINE)
+    frames = re.findall(
+        r'^  File "(.*)", line (\d+) in (.*)$', threads[-1], flags=re.MULTILINE
+    )  # the main thread is last
+    if not frames:
+        return NO_STACKS
+    ours = next((frame for frame in frames if not any(part in frame[0] for part in OUTSIDE)), frames[0])
+    inner, outer = ("{2} ({0}:{1})".format("/".join(f[0].split("/")[-3:]), *f[1:]) for f in (frames[0], ours))
+    return inner if inner == outer else f"{inner}, called from {outer}"
+
+
+class Processes:
+    """Ranks on this machine. `pids`: the processes to end; the ranks themselves if empty."""
+
+    def __init__(self, pids: list[int] | None = None) -> None:
+        self.pids = pids or []
+
+    def ended(self) -> bool:
+        return bool(self.pids) and all(process_start(pid) is None for pid in self.pids)
+
+    def dump(self, ranks: list[RankPlace]) -> None:
+        for rank in ranks:
+            if rank.host == node_name():
+                self._signal(rank.pid, signal.SIGUSR2)
+
+    def end(self, ranks: list[RankPlace]) -> None:
+        """SIGKILL: ranks only note a SIGTERM, and act on it after the step that never ends."""
+        for pid in [*(rank.pid for rank in ranks if rank.host == node_name()), *self.pids]:
+            self._signal(pid, signal.SIGKILL)
+
+    @staticmethod
+    def _signal(pid: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+class SlurmStep:
+    """Ranks of a step of a Slurm job, on any nodes.
+
+    A signal to the whole step would end torchrun, which does not handle SIGUSR2: each node's ranks get theirs by kill.
+    """
+
+    def __init__(self, job: str, step: str) -> None:
+        self.job, self.step = job, step
+
+    def ended(self) -> bool:
+        return False  # the batch script ends this process
+
+    def dump(self, ranks: list[RankPlace]) -> None:
+        by_host = defaultdict(list)
+        for rank in ranks:
+            by_host[rank.host].append(str(rank.pid))
+        options = [f"--jobid={self.job}", "--overlap", "--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--mem=0"]
+        running = [
+            subprocess.Popen(
+                ["srun", *options, "--gres=none", f"--nodelist={host}", "kill", "-USR2", *pids],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+            for host, pids in by_host.items()
+        ]  # fmt: skip
+        deadline = time.monotonic() + GRACE_S
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()  # its node does not answer
+
+    def end(self, ranks: list[RankPlace]) -> None:
+        """Slurm sends SIGTERM, then after its KillWait SIGKILL."""
+        subprocess.run(["scancel", f"{self.job}.{self.step}"], check=False)
+
+
+class Watchdog:
+    """Follows the heartbeat of one attempt.
+
+    Args:
+        run_dir: runs/NAME. attempt: of `attempt_id`. timeout: s from step to step, with validation and checkpoints.
+        startup: s to the first step. grace: s for the ranks to write their stacks. target: what is watched.
+    """
+
+    def __init__(
+        self, run_dir: Path, attempt: str, timeout: float, startup: float, grace: float, target: Processes | SlurmStep
+    ) -> None:
+        self.run_dir, self.attempt, self.timeout, self.startup = run_dir, attempt, timeout, startup
+        self.grace, self.target = grace, target
+        self.step: int | None = None
+        self.hung = False
+
+    def watch(self, ended: Callable[[], bool]) -> int:
+        """Until `ended` (0) or a hang, which it reports and ends (4)."""
+        seen, since = None, time.monotonic()  # not the heartbeat's time: another machine's clock
+        while True:
+            if (beat := self._beat()) != seen:
+                seen, since = beat, time.monotonic()
+            silent = time.monotonic() - since
+            if ended():
+                return 0
+            if silent > (self.startup if seen is None else self.timeout):
+                break
+            time.sleep(min(1.0, self.timeout / 10))
+        self.hung, self.step = True, None if seen is None else int(seen["step"])
+        self._report(silent)
+        return HUNG
+
+    def _beat(self) -> dict | None:
+        try:
+            beat = json.loads((self.run_dir / HEARTBEAT).read_text())
+        except (OSError, ValueError):
+            return None
+        return beat if beat.get("attempt") == self.attempt else None
+
+    def _ranks(self) -> list[RankPlace]:
+        found = []
+        for path in (self.run_dir / RANKS / self.attempt).glob("rank*.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                record = json.loads(path.read_text())
+                found.append(RankPlace(record["rank"], record["host"], record["pid"]))
+        return sorted(found, key=lambda rank: rank.rank)
+
+    def _stacks(self, rank: RankPlace) -> str:
+        try:
+            return (self.run_dir / STACKS / self.attempt / f"rank{rank.rank}.txt").read_text(errors="replace")
+        except OSError:
+            return ""
+
+    def _dump(self) -> list[RankPlace]:
+        ranks = self._ranks()
+        before = {rank.rank: len(self._stacks(rank)) for rank in ranks}
+        self.target.dump(ranks)
+        deadline, sizes = time.monotonic() + self.grace, before
+        while time.monotonic() < deadline:  # until all have written, and nothing more comes
+            time.sleep(min(0.5, self.grace / 4))
+            now = {rank.rank: len(self._stacks(rank)) for rank in ranks}
+            if now == sizes and all(now[n] > before[n] for n in now):
+                break
+            sizes = now
+        for rank in ranks:
+            rank.at = place_of(self._stacks(rank)[before[rank.rank] :])
+        return ranks
+
+    def _report(self, silent: float) -> None:
+        """Print and record where the ranks stand, the ones that stand apart first; end the attempt."""
+        after = "before the first step" if self.step is None else f"after step {self.step}"
+        print(f"hang: nothing for {silent:.0f} s {after} of attempt {self.attempt}", flush=True)
+        ranks = self._dump()
+        places = defaultdict(list)
+        for rank in ranks:
+            places[rank.at].append(f"{rank.rank} on {rank.host}")
+        for place, who in sorted(places.items(), key=lambda item: len(item[1])):
+            print(f"rank {', '.join(who)}: {place}")
+        if not ranks:
+            print("no rank has come so far as to say where it runs")
+        folder = self.run_dir / EXITS / self.attempt
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"step": self.step, "time": time.time(), "silent_s": round(silent, 1)}
+        write_atomic(folder / "hang.json", values | {"ranks": [asdict(rank) for rank in ranks]})
+        print(f"all stacks are in {self.run_dir / STACKS / self.attempt}; ending the attempt", flush=True)
+        self.target.end(ranks)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_dla.launch.watchdog", description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--timeout", type=float, required=True, help="s from step to step")
+    parser.add_argument("--startup-timeout", type=float, help="s to the first step (default: 1800 or twice --timeout)")
+    parser.add_argument("--grace", type=float, default=GRACE_S, help="s for the ranks to write their stacks")
+    parser.add_argument("--attempt", help="default: DLA_ATTEMPT")
+    parser.add_argument("--job", help="with --step: of Slurm")
+    parser.add_argument("--step", help="its number in the job")
+    parser.add_argument("--pids", type=int, nargs="+", help="processes of this machine to end")
+    args = parser.parse_args(argv)
+    if bool(args.job) != bool(args.step) or bool(args.job) == bool(args.pids):
+        parser.error("give either --job and --step, or --pids")
+    if args.timeout <= 0 or not (args.attempt or os.environ.get("DLA_ATTEMPT")):
+        print("watchdog: --timeout must be more than 0, and --attempt or DLA_ATTEMPT be set", file=sys.stderr)
+        return BAD_INPUT
+    target = SlurmStep(args.job, args.step) if args.job else Processes(args.pids)
+    startup = args.startup_timeout or startup_timeout(args.timeout)
+    watchdog = Watchdog(args.run_dir, args.attempt or attempt_id(), args.timeout, startup, args.grace, target)
+    return watchdog.watch(target.ended)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The files in runs/NAME by which a run is steered and watched from outside.
+
+stop, halt       made by a user or launcher: save at the next step and exit with 75; after `halt` nothing starts again
+done             the last step is saved: {step, time, attempt}; a start that finds it has nothing to do
+attempt          who may write here (see `fence`)
+heartbeat.json   rank 0's last step: {step, time, attempt, host, pid}
+ranks/ATTEMPT/rankR.json   where each rank runs: {rank, host, pid, time}
+exits/ATTEMPT/rankR.json   why a rank ended early: {rank, host, exitcode, message, time}
+stacks/ATTEMPT/rankR.txt   all threads of a rank, appended each time it gets SIGUSR2
+
+Times are unix seconds. Standard library only: launchers import this too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from traceback import format_exception_only
+
+from megatron_dla.errors import BAD_INPUT, FenceError, UserError
+from megatron_dla.training.fence import Fence, attempt_id, node_name, write_atomic
+
+STOP, HALT, DONE, HEARTBEAT = "stop", "halt", "done", "heartbeat.json"
+RANKS, EXITS, STACKS = "ranks", "exits", "stacks"
+LEFTOVERS = "step_*.partial"  # of checkpoints that were never published
+REASONS = {1: "the file `stop`", 2: "the file `halt`", 3: "a newer attempt"}  # larger: the number of a signal
+
+
+def exit_code(error: BaseException) -> int:
+    """What `dla` returns for an exception."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    bad_input = isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
+    return BAD_INPUT if bad_input else 1
+
+
+class RunControl:
+    """One rank's view of the control files; all but the records is for rank 0 and does nothing on the others.
+
+    Entered after `claim`; when left, other runs may have the directory.
+
+    Args:
+        run_dir: runs/NAME. rank: of the whole run.
+    """
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self.run_dir, self.rank, self.attempt = run_dir, rank, attempt_id()
+        self.fence: Fence | None = None
+        self._lost, self._beaten = False, 0.0
+
+    def already_done(self, steps: int) -> bool:
+        """Whether an earlier start finished all `steps`.
+
+        Raises:
+            UserError: a `halt` file says that nothing may start here.
+        """
+        try:
+            if json.loads((self.run_dir / DONE).read_text())["step"] >= steps:
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none, or a damaged one: the checkpoints say how far the run is
+        if (self.run_dir / HALT).exists():
+            raise UserError(f"{str(self.run_dir / HALT)!r} says that this run must not start: remove it to go on")
+        return False
+
+    def claim(self) -> str:
+        """Take the run directory, or raise FenceError; what earlier attempts left half-made goes.
+
+        Returns the attempt's name; where no launcher gave one, all ranks must take rank 0's.
+        """
+        if self.rank == 0:
+            self.fence = Fence(self.run_dir, self.attempt)
+            self.fence.claim()
+            (self.run_dir / DONE).unlink(missing_ok=True)
+            if "DLA_ATTEMPT" not in os.environ:  # a launcher does this itself, before it may want to stop the run
+                (self.run_dir / STOP).unlink(missing_ok=True)
+            for path in (self.run_dir / "checkpoints").glob(LEFTOVERS):
+                shutil.rmtree(path, ignore_errors=True)
+        return self.attempt
+
+    def release(self) -> None:
+        if self.fence is not None:
+            self.fence.release()
+
+    def __enter__(self) -> RunControl:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def publishing(self) -> contextlib.AbstractContextManager[None]:
+        """Rank 0 changes checkpoints only inside this: FenceError if the directory was taken over."""
+        assert self.fence is not None, "claim the run directory first"
+        return self.fence.publishing()
+
+    def check(self) -> None:
+        """FenceError on rank 0 if the directory was taken over."""
+        if self.fence is not None:
+            self.fence.check()
+
+    def beat(self, step: int) -> None:
+        """Say that `step` is done, at most once a second."""
+        now = time.time()
+        if self.rank or now - self._beaten < 1:
+            return
+        try:
+            self.check()
+        except FenceError:  # said, on all ranks, by the save that this makes them agree on
+            self._lost = True
+            return
+        self._beaten = now
+        write_atomic(self.run_dir / HEARTBEAT, {"step": step, "attempt": self.attempt} | self._here())
+
+    def asked_to_stop(self) -> int:
+        """A key of `REASONS`, 0 to go on."""
+        if self.rank:
+            return 0
+        return 3 if self._lost else 2 if (self.run_dir / HALT).exists() else int((self.run_dir / STOP).exists())
+
+    def finish(self, step: int) -> None:
+        """Say that the last step is saved."""
+        if self.rank == 0:
+            with self.publishing():
+                write_atomic(self.run_dir / DONE, {"step": step, "time": time.time(), "attempt": self.attempt})
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Every rank: say why it ends where an exception ends it, if there is a run directory; release it."""
+        try:
+            yield
+        except BaseException as error:
+            user = isinstance(error, UserError)
+            self.record_exit(exit_code(error), str(error) if user else "".join(format_exception_only(error)))
+            raise
+        finally:
+            self.release()
+
+    def record_exit(self, code: int, message: str) -> None:
+        """exits/ATTEMPT/rankR.json; Slurm's and torchrun's exit codes do not tell who failed first, or of what."""
+        if code and self.run_dir.is_dir():
+            line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
+            self._record(EXITS, {"exitcode": code, "message": line})
+
+    def open_records(self) -> None:
+        """Every rank: say where it runs, and dump all stacks on SIGUSR2 from now on."""
+        self._record(RANKS, {})
+        path = self.run_dir / STACKS / self.attempt / f"rank{self.rank}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stacks = path.open("a")  # open as long as the handler may write
+        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+
+    def _record(self, kind: str, values: dict[str, int | str]) -> None:
+        folder = self.run_dir / kind / self.attempt
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / f"rank{self.rank}.json", {"rank": self.rank} | values | self._here())
+
+    def _here(self) -> dict[str, int | str | float]:
+        return {"host": node_name(), "pid": os.getpid(), "time": time.time()}

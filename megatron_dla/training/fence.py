@@ -1,0 +1,194 @@
+"""One writer a run directory: the file `attempt` says who, and nothing is published by anyone else.
+
+A job whose node was lost is started again elsewhere while its old processes may still run. The newer attempt takes the
+directory over; the older one reads that before it publishes, and ends. Standard library only: launchers import this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_dla.errors import ConfigError, FenceError
+
+ATTEMPT = "attempt"
+BEAT_S = 5.0  # the holder touches its claim this often
+LEASE_S = 30.0  # a claim on another machine that is not touched for so long has no living holder
+LOCK_S = 60.0  # nobody holds the lock longer in good health
+
+
+def node_name() -> str:
+    """What the scheduler calls this machine, or its host name."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def attempt_id() -> str:
+    """`DLA_ATTEMPT` as the launcher set it ("JOB.RESTART" under Slurm), or one from this machine and process.
+
+    Raises:
+        ConfigError: it is no file name.
+    """
+    if given := os.environ.get("DLA_ATTEMPT"):
+        if not re.fullmatch(r"[\w-][\w.-]*", given):
+            raise ConfigError(f"DLA_ATTEMPT = {given!r} is no file name: use letters, digits, '.', '-' and '_'")
+        return given
+    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()  # torchrun's ranks share their agent
+    return f"{node_name()}.{pid}.{process_start(pid)}"
+
+
+def process_start(pid: int) -> int | None:
+    """When a process of this machine started, in clock ticks since the boot; None if it has ended (proc(5))."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # after the name, which may hold ")"
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def write_atomic(path: Path, value: dict[str, Any]) -> None:
+    """Replace a JSON file in one step: a reader sees the old one or the new one."""
+    partial = path.with_name(f".{path.name}.{node_name()}.{os.getpid()}")
+    partial.write_text(json.dumps(value) + "\n")
+    os.replace(partial, path)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who writes in a run directory: the attempt and its rank 0 (`started`: of `process_start`)."""
+
+    attempt: str
+    host: str = ""
+    pid: int = 0
+    started: int | None = 0
+    released: bool = False
+
+    def supersedes(self, other: Claim) -> bool | None:
+        """Whether this is a later start of the other's job (False: an earlier one); None for unrelated runs."""
+        mine, theirs = (re.fullmatch(r"(\d+)\.(\d+)", claim.attempt) for claim in (self, other))
+        if self.attempt == other.attempt:
+            return True
+        if mine is None or theirs is None or mine[1] != theirs[1]:
+            return None
+        return int(mine[2]) > int(theirs[2])
+
+    def __str__(self) -> str:
+        return f"attempt {self.attempt}" + (f" (process {self.pid} on {self.host})" if self.host else "")
+
+
+def read_claim(run_dir: Path) -> Claim | None:
+    """The claim in a run directory, whoever wrote it."""
+    try:
+        text = (run_dir / ATTEMPT).read_text().strip()
+    except FileNotFoundError:
+        return None
+    try:
+        return Claim(**json.loads(text))
+    except (ValueError, TypeError):
+        return Claim(text) if text else None  # written by hand or by a script: only the id
+
+
+class Fence:
+    """This process's hold on a run directory; for rank 0 only.
+
+    Args:
+        run_dir: exists. attempt: of `attempt_id`.
+    """
+
+    def __init__(self, run_dir: Path, attempt: str) -> None:
+        self.run_dir = run_dir
+        self.mine = Claim(attempt, node_name(), os.getpid(), process_start(os.getpid()))
+        self._ended = threading.Event()
+
+    def claim(self) -> None:
+        """Become the directory's writer, in place of an earlier start of the same job or of a run that is dead.
+
+        Raises:
+            FenceError: a later start of the same job has been here, or another run is alive here.
+        """
+        holder = read_claim(self.run_dir)
+        if holder is not None:
+            later = self.mine.supersedes(holder)
+            if later is False:
+                raise FenceError(f"{str(self.run_dir)!r} belongs to {holder}: this one, {self.mine.attempt}, is older")
+            if later is None and self._alive(holder):
+                raise FenceError(
+                    f"{str(self.run_dir)!r} is in use by {holder}: wait for it, stop it, or choose another run.name"
+                )
+        with self._locked():
+            if (now := read_claim(self.run_dir)) != holder:
+                raise FenceError(f"{str(self.run_dir)!r} was taken by {now} just now: this run may not write there")
+            write_atomic(self.run_dir / ATTEMPT, asdict(self.mine))
+        self._ended.clear()
+        threading.Thread(target=self._keep_touching, daemon=True, name="fence").start()
+
+    def check(self) -> None:
+        """FenceError unless this process still is the directory's writer."""
+        if (holder := read_claim(self.run_dir)) != self.mine:
+            raise FenceError(
+                f"{str(self.run_dir)!r} was taken over by {holder or 'someone who removed the claim'}: attempt "
+                f"{self.mine.attempt} ends here and publishes nothing"
+            )
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Check, and hold off a newer attempt's claim until what is published inside is complete."""
+        with self._locked():
+            self.check()
+            yield
+
+    def release(self) -> None:
+        """Tell later runs that nobody writes here any more; nothing where the directory is another's."""
+        self._ended.set()
+        with self._locked():
+            if read_claim(self.run_dir) == self.mine:
+                write_atomic(self.run_dir / ATTEMPT, asdict(replace(self.mine, released=True)))
+
+    def _keep_touching(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            with contextlib.suppress(OSError):  # a shared file system may be away for a while
+                if read_claim(self.run_dir) != self.mine:
+                    return
+                os.utime(self.run_dir / ATTEMPT)
+
+    def _alive(self, holder: Claim) -> bool:
+        """Asks the process table on this machine, elsewhere waits for a touch: clocks need not agree."""
+        if holder.released:
+            return False
+        if holder.host == self.mine.host:
+            return process_start(holder.pid) == holder.started
+        path = self.run_dir / ATTEMPT
+        first, waited_from = path.stat().st_mtime, time.monotonic()
+        if time.time() - first > 20 * LEASE_S:
+            return False  # no clocks are that far apart
+        print(f"waiting up to {LEASE_S:.0f} s for a sign of life from {holder}", flush=True)
+        while time.monotonic() - waited_from < LEASE_S:
+            time.sleep(0.5)
+            if path.stat().st_mtime != first:
+                return True
+        return False
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.run_dir / ".lock").open("w") as file:
+            deadline = time.monotonic() + LOCK_S
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:  # its holder hangs, on a lost node perhaps
+                        break
+                    time.sleep(0.05)
+                except OSError:  # a file system without locks: the checks alone must do
+                    break
+            yield

@@ -1,0 +1,197 @@
+"""`dla submit` without a cluster: profiles, sbatch's command line, what is written and what is undone."""
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from megatron_dla.cli import main
+from megatron_dla.errors import ConfigError
+from megatron_dla.launch import submit
+from megatron_dla.launch.profile import Profile, check_time, load_profile
+from megatron_dla.launch.slurm import SlurmError, bad_nodes, clean_environment, submissions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(path: Path, text: str, executable: bool = False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    if executable:
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> tuple[Path, Path]:
+    config = write(tmp_path / "c.yaml", yaml.safe_dump(tiny.config_dict(tmp_path / "data", tmp_path / "runs")))
+    return config, ROOT / "slurm" / "profiles" / "h100.yaml"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sbatch, scancel and scontrol that note how they were called; the test says what sbatch answers in answers/N."""
+    folder = tmp_path / "bin"
+    write(
+        folder / "sbatch",
+        '#!/bin/sh\ncd "$(dirname "$0")"\necho "sbatch $*" >>calls\nn=$(grep -c ^sbatch calls)\nenv >"environment$n"\n'
+        '[ -e "fail$n" ] && { echo "sbatch: error: no such partition" >&2; exit 1; }\necho "10$n"\n',
+        executable=True,
+    )
+    write(folder / "scancel", '#!/bin/sh\necho "scancel $*" >>"$(dirname "$0")/calls"\n', executable=True)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return folder
+
+
+def test_the_profile_of_24_hours_is_not_86400_minutes(paths: tuple[Path, Path]) -> None:
+    assert load_profile(paths[1]).time == "24:00:00"
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("gpus_per_nod: 8", "did you mean 'gpus_per_node'"),
+        ("gpus_per_node: many", "gpus_per_node = 'many'"),
+        ("gpus_per_node: 0", "processes_per_node = 0"),
+        ("gpus_per_node: 8\nspare_nodes: -1", "spare_nodes = -1"),
+        ("gpus_per_node: 8\nsrun_args: ['--a b']", "one word an item"),
+        ("gpus_per_node: 8\nsrun_args: --a", "srun_args = '--a'"),
+        ("gpus_per_node: 8\nenv: {A-B: 1}", "env.A-B"),
+        ("gpus_per_node: 8\ntime: '2'", "ask for more time"),
+        ("gpus_per_node: 8\ntime: soon", "write minutes"),
+        ("- a", "must be a mapping"),
+        ("a: [b", "not valid YAML"),
+    ],
+)
+def test_wrong_profiles_are_named(tmp_path: Path, text: str, words: str) -> None:
+    path = write(tmp_path / "p.yaml", text)
+    with pytest.raises(ConfigError) as error:
+        load_profile(path)
+    assert words in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "time,seconds", [("7", 420), ("5:30", 330), ("1:00:00", 3600), ("1-0", 86400), ("1-2:30", 95400), ("0-0:7:0", 420)]
+)
+def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
+    check_time(time, Profile(save_seconds=seconds - 61))
+    with pytest.raises(ConfigError, match=f"{seconds} s"):
+        check_time(time, Profile(save_seconds=seconds - 60))
+
+
+def test_every_key_of_a_profile_reaches_slurm_or_the_batch_script(tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    """One value for each key that occurs nowhere else."""
+    numbers = {"gpus_per_node": 7, "cpus_per_node": 77, "processes_per_node": 6, "spare_nodes": 2, "save_seconds": 311,
+               "max_failures": 13, "hang_timeout": 999, "preflight_timeout": 222}  # fmt: skip
+    words = {name: f"x-{name}" for name, value in vars(Profile()).items() if value == "" and name != "time"}
+    lists = {"srun_args": ["--x-srun"], "exec_prefix": ["x-exec"], "sbatch_args": ["--x-sbatch"], "env": {"X": "x-env"}}
+    flags = {"requeue": False, "preflight": False, "time": "2-0"}
+    values = {**numbers, **words, **lists, **flags}
+    assert set(values) == set(vars(Profile()))
+    profile = write(tmp_path / "p.yaml", yaml.safe_dump(values))
+    request = submit.make_request(str(paths[0]), [], str(profile), 3)
+    argv, env = submit.sbatch_argv(request), submit.job_environment(request)
+    given = " ".join([*argv, *(f"{k}={v}" for k, v in env.items())])
+    for value in [*words.values(), "--x-srun", "x-exec", "--x-sbatch", "X=x-env", "--nodes=5", "DLA_WANT_NODES=3",
+                  "--cpus-per-task=77", "DLA_NPROC=6", "USR1@311", "DLA_MAX_FAILURES=13", "DLA_HANG_TIMEOUT=999",
+                  "DLA_PREFLIGHT_TIMEOUT=222", "DLA_PREFLIGHT=0", "--no-requeue", "--time=2-0", "--gres=x-gres",
+                  "OMP_NUM_THREADS=12"]:  # fmt: skip
+        assert value in given, value
+    values["gres"] = ""
+    write(profile, yaml.safe_dump(values))
+    request = submit.make_request(str(paths[0]), [], str(profile), 3, limit="1-0")
+    assert {"--gpus-per-node=7", "--time=1-0"} <= set(submit.sbatch_argv(request))
+
+
+def test_bad_nodes_are_excluded(tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    run = tmp_path / "runs" / "tiny"
+    write(run / "bad_nodes", "n3  # no answer; x, 2026\nn5\n\n# a remark\n")
+    assert bad_nodes(run) == {"n3": "no answer; x, 2026", "n5": ""}
+    assert "--exclude=n3,n5" in submit.sbatch_argv(submit.make_request(str(paths[0]), [], str(paths[1]), 1))
+
+
+def test_a_submission_is_recorded_and_clears_the_control_files(
+    slurm: Path, tmp_path: Path, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    for name in ("halt", "stop", "failures"):
+        write(run / name, "2")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")  # from inside a job: its variables are not for the new one
+    monkeypatch.setenv("SBATCH_ACCOUNT", "other")
+    monkeypatch.setenv("SLURM_CONF", "/x/slurm.conf")
+    request = submit.make_request(str(paths[0]), ["model.tau=0.7"], str(paths[1]), 2, chain=3)
+    assert submit.submit(request, {"git": "abc"}) == ["101", "102", "103"]
+    calls = (slurm / "calls").read_text().splitlines()
+    assert "dependency" not in calls[0] and "--no-requeue" in calls[0]
+    assert "--dependency=afterany:101" in calls[1] and "--dependency=afterany:102" in calls[2]
+    given = dict(line.split("=", 1) for line in (slurm / "environment2").read_text().splitlines() if "=" in line)
+    assert given["DLA_CHAIN"] == "2" and given["SLURM_CONF"] == "/x/slurm.conf"
+    assert "SLURM_JOB_ID" not in given and "SBATCH_ACCOUNT" not in given
+    (record,) = submissions(run)
+    assert record["jobs"] == ["101", "102", "103"] and record["argv"] == submit.sbatch_argv(request)
+    assert record["git"] == "abc" and record["environment"]["DLA_RUN_DIR"] == str(run)
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["tau"] == 0.7
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "logs", "submissions.jsonl"}
+
+
+def test_a_refusal_leaves_everything_as_it_was(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    request = submit.make_request(str(paths[0]), [], str(paths[1]), 2, chain=3)
+    write(slurm / "fail1", "")
+    with pytest.raises(SlurmError, match="no such partition; asked was: sbatch"):
+        submit.submit(request, {})
+    assert not (tmp_path / "runs").exists()
+    run = tmp_path / "runs" / "tiny"
+    before = {"halt": "", "config.yaml": "old"}
+    for name, text in before.items():
+        write(run / name, text)
+    (slurm / "fail1").unlink()
+    write(slurm / "fail3", "")  # the second job of this chain: the first one goes too
+    with pytest.raises(SlurmError):
+        submit.submit(request, {})
+    assert {p.name: p.read_text() for p in run.iterdir() if p.is_file()} == before
+    assert (slurm / "calls").read_text().splitlines()[-1] == "scancel 102"
+
+
+def test_a_run_that_is_done_is_not_submitted_unless_it_has_become_longer(
+    tmp_path: Path, paths: tuple[Path, Path]
+) -> None:
+    write(tmp_path / "runs" / "tiny" / "done", json.dumps({"step": 5}))
+    with pytest.raises(ConfigError, match=r"done at step 5: raise training\.steps = 5"):
+        submit.check_free(submit.make_request(str(paths[0]), [], str(paths[1]), 2))
+    submit.check_free(submit.make_request(str(paths[0]), ["training.steps=6"], str(paths[1]), 2))
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--nodes", "0"], "--nodes 0"),
+        (["--nodes", "1", "--chain", "0"], "--chain 0"),
+        (["--nodes", "1", "run.name=a b"], "without blanks"),
+        (["--nodes", "1", "--time", "6"], "ask for more time"),
+        (["--nodes", "1", "model.hiden_size=3"], "hidden_size"),
+    ],
+)
+def test_bad_requests_exit_with_2(
+    capsys, tmp_path: Path, paths: tuple[Path, Path], arguments: list[str], words: str
+) -> None:
+    assert main(["submit", str(paths[0]), "--profile", str(paths[1]), *arguments]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_outside_a_job_the_environment_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    assert clean_environment()["SBATCH_ACCOUNT"] == "mine"
+
+
+def test_no_slurm_here_is_said(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs" / "tiny"
+    write(run / "submissions.jsonl", json.dumps({"jobs": ["7"]}) + "\n")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert main(["jobs", "--runs", str(tmp_path / "runs")]) == 2
+    assert "scontrol is not installed" in capsys.readouterr().err
+    assert main(["logs", "other", "--runs", str(tmp_path / "runs")]) == 2
+    assert "no run 'other' was submitted" in capsys.readouterr().err

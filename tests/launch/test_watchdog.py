@@ -1,0 +1,216 @@
+"""The hang watchdog: a run that stops making steps is ended, and where each rank stood is known."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from megatron_dla.launch import watchdog
+from megatron_dla.launch.watchdog import NO_STACKS, place_of
+
+# two ranks train, that is add one number a step; after step 2 one of them sleeps and the other waits for it
+TRAINER = """
+import os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from megatron_dla.training.control import RunControl
+
+def overslept():
+    time.sleep(300)
+
+def train_step():
+    dist.all_reduce(torch.ones(1))
+
+rank = int(os.environ["RANK"])
+control = RunControl(Path(sys.argv[1]), rank)
+control.open_records()
+control.claim()
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=rank, world_size=2)
+for step in (1, 2):
+    train_step()
+    control._beaten = 0
+    control.beat(step)
+if rank == 1:
+    overslept()
+train_step()
+"""
+# a rank without torch: open_records, then it beats once if asked to, then it sleeps
+SLEEPER = """
+import sys, time
+from pathlib import Path
+from megatron_dla.training.control import RunControl
+
+control = RunControl(Path(sys.argv[1]), int(sys.argv[2]))
+control.open_records()
+if sys.argv[3] == "beat":
+    control.beat(7)
+time.sleep(300)
+"""
+
+
+def line(code: str, text: str) -> int:
+    return next(n for n, content in enumerate(code.splitlines(), 1) if f".{text}(" in content)
+
+
+def start(code: str, *arguments: object, **env: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=os.environ | env)
+
+
+def watch(run_dir: Path, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_dla.launch.watchdog", "--run-dir", str(run_dir), "--attempt", "6.1"]
+    command += map(str, arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | (env or {}))
+
+
+def hang_record(run_dir: Path) -> dict:
+    return json.loads((run_dir / "exits" / "6.1" / "hang.json").read_text())
+
+
+def test_two_ranks_one_of_which_never_joins_the_collective(tmp_path: Path) -> None:
+    ranks = [start(TRAINER, tmp_path, RANK=str(rank), DLA_ATTEMPT="6.1") for rank in (0, 1)]
+    pids = [rank.pid for rank in ranks]
+    done = watch(tmp_path, "--timeout", 2, "--startup-timeout", 90, "--grace", 10, "--pids", *pids)
+    assert done.returncode == 4, done
+    assert [rank.wait(10) for rank in ranks] == [-signal.SIGKILL, -signal.SIGKILL]
+    record = hang_record(tmp_path)
+    assert record["step"] == 2 and record["silent_s"] >= 2
+    waits, sleeps = (rank["at"] for rank in record["ranks"])
+    assert "all_reduce" in waits and waits.endswith(f"called from train_step (<string>:{line(TRAINER, 'all_reduce')})")
+    assert sleeps == f"overslept (<string>:{line(TRAINER, 'sleep')})"
+    assert [rank["pid"] for rank in record["ranks"]] == pids
+    assert "after step 2 of attempt 6.1" in done.stdout
+    for place, rank in ((waits, 0), (sleeps, 1)):
+        assert f"rank {rank} on {record['ranks'][rank]['host']}: {place}" in done.stdout
+
+
+SRUN = """#!/bin/sh
+echo "srun $*" >> "$LOG"
+while [ "${1#-}" != "$1" ]; do case $1 in --nodelist=*) host=${1#*=} ;; esac; shift; done
+[ "$host" = n2 ] && sleep 300
+exec "$@"
+"""
+SCANCEL = """#!/bin/sh
+echo "scancel $*" >> "$LOG"
+"""
+
+
+@pytest.mark.parametrize("beat", ["beat", "none"])
+def test_a_slurm_step_is_dumped_node_by_node_and_cancelled(tmp_path: Path, beat: str) -> None:
+    """srun and scancel are stand-ins that note their arguments; n2 does not answer. The real ones: tests/slurm."""
+    for name, text in (("srun", SRUN), ("scancel", SCANCEL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    if beat == "none":
+        (run_dir / "heartbeat.json").write_text(json.dumps({"step": 99, "attempt": "6.0"}))  # of an earlier attempt
+    started = time.monotonic()
+    nodes = ("n1", "n1", "n2")
+    ranks = [
+        start(SLEEPER, run_dir, rank, beat, DLA_ATTEMPT="6.1", SLURMD_NODENAME=node) for rank, node in enumerate(nodes)
+    ]
+    code = (
+        f"from megatron_dla.launch import watchdog as w; w.GRACE_S = 1; raise SystemExit(w.main({arguments(run_dir)}))"
+    )
+    while len(list(run_dir.glob("stacks/6.1/*"))) < 3 or (beat == "beat" and "6.1" not in heartbeat(run_dir)):
+        assert time.monotonic() - started < 20
+        time.sleep(0.02)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 4, done
+    assert [rank.poll() for rank in ranks] == [None, None, None]  # only Slurm ends them
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    first, second, last = sorted(
+        (tmp_path / "log").read_text().splitlines(), key=lambda line: ("scancel" in line, line)
+    )
+    assert last == "scancel 55.2"
+    assert "--jobid=55 --overlap" in first
+    assert first.endswith(f"--nodelist=n1 kill -USR2 {ranks[0].pid} {ranks[1].pid}")
+    assert second.endswith(f"--nodelist=n2 kill -USR2 {ranks[2].pid}")
+    record = hang_record(run_dir)
+    assert record["step"] == (7 if beat == "beat" else None)
+    place = f"<module> (<string>:{line(SLEEPER, 'sleep')})"
+    assert [rank["at"] for rank in record["ranks"]] == [place, place, NO_STACKS]
+    lines = done.stdout.splitlines()
+    assert lines[1:3] == [f"rank 2 on n2: {NO_STACKS}", f"rank 0 on n1, 1 on n1: {place}"]
+
+
+def arguments(run_dir: Path) -> list[str]:
+    limits = ["--timeout", "0.5", "--startup-timeout", "1", "--grace", "1"]
+    return ["--run-dir", str(run_dir), "--attempt", "6.1", "--job", "55", "--step", "2", *limits]
+
+
+def heartbeat(run_dir: Path) -> str:
+    path = run_dir / "heartbeat.json"
+    return path.read_text() if path.exists() else ""
+
+
+def test_processes_that_end_by_themselves_are_no_hang(tmp_path: Path) -> None:
+    process = start("import time; time.sleep(0.5)")
+    done = watch(tmp_path, "--timeout", 2, "--pids", process.pid)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert not list(tmp_path.iterdir())
+    process.wait()
+
+
+def test_a_slow_run_that_makes_steps_is_no_hang(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DLA_ATTEMPT", "6.1")
+    times = iter(range(8))
+
+    def ended() -> bool:
+        time.sleep(0.1)
+        (tmp_path / "heartbeat.json").write_text(json.dumps({"step": (step := next(times)), "attempt": "6.1"}))
+        return step == 7
+
+    dog = watchdog.Watchdog(tmp_path, "6.1", 0.5, 0.5, 1, watchdog.Processes())
+    assert dog.watch(ended) == 0 and not dog.hung
+
+
+def test_bad_usage(tmp_path: Path) -> None:
+    for wrong in (["--timeout", 1], ["--timeout", 1, "--job", 5], ["--timeout", 0, "--pids", 1]):
+        assert watch(tmp_path, *wrong).returncode == 2
+
+
+def test_a_dump_without_frames_has_no_place() -> None:
+    assert place_of("") == NO_STACKS
+    assert place_of("Thread 0x1 (most recent call first):\n  <no Python frame>\n") == NO_STACKS
+
+
+def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
+    data = tiny.build_data(tmp_path / "corpus")
+    config, run_dir = tmp_path / "tiny.yaml", tmp_path / "tiny"
+    config.write_text(yaml.safe_dump(tiny.config_dict(data, tmp_path, training={"steps": 100000})))
+    command = [sys.executable, "-m", "megatron_dla.cli", "run", str(config), "--nproc", "2", "--hang-timeout", "4"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 90
+    while not heartbeat(run_dir):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    (path,) = run_dir.glob("ranks/*/rank1.json")
+    frozen = json.loads(path.read_text())
+    os.kill(frozen["pid"], signal.SIGSTOP)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 4, output
+    assert f"rank 1 on {frozen['host']}: {NO_STACKS}" in output
+    (record,) = run_dir.glob("exits/*/hang.json")
+    waits, stopped = json.loads(record.read_text())["ranks"]
+    assert stopped["at"] == NO_STACKS and "megatron_dla/" in waits["at"]
+
+
+def test_what_runs_on_the_host_needs_the_standard_library_only() -> None:
+    """Beside the batch script, outside the container, there may be no torch."""
+    code = (
+        "import sys, megatron_dla.launch.watchdog, megatron_dla.launch.preflight, megatron_dla.training.control\n"
+        "print(sorted({'torch', 'numpy', 'psutil', 'yaml'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

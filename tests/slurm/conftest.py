@@ -1,0 +1,27 @@
+"""One real cluster a test process; `make test` leaves this folder out, `make test-slurm` runs it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from lab import Cluster, missing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "slurm":
+            item.add_marker(pytest.mark.slurm)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if reasons := missing():
+        pytest.skip(f"no Slurm here: {', '.join(reasons)}")
+    with Cluster(nodes=5) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build_data(tmp_path_factory.mktemp("corpus"))

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""DLA_PYTHON of the launcher tests: stands for torchrun with its ranks, and for preflight; all else is the real Python.
+
+One process a node plays all ranks of the node, without torch. It keeps the trainer's contract: checkpoints with their
+marker, stop, halt, done, heartbeat, attempt, records of exits. Knobs, in the environment:
+
+STUB_STEPS     length of the run (40)           STUB_SECONDS   of a step (0.05)
+STUB_SAVE      steps between checkpoints (10)   STUB_DEAF      never looks at `stop`
+STUB_CRASH     STEP:NODE:CODE[:always]; without "always" only in the first attempt. CODE -9: killed
+STUB_BAD       what preflight refuses: rank of the node (or all) [:always], else only in the first attempt
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+ENV = os.environ
+
+
+def as_rank(options: argparse.Namespace, command: list[str]) -> int:
+    keys = dict(text.split("=", 1) for text in command if "=" in text)
+    run, attempt, node = Path(keys["run.dir"]) / keys["run.name"], ENV["DLA_ATTEMPT"], options.node_rank
+    host = ENV["SLURMD_NODENAME"]
+    checkpoints = run / "checkpoints"
+    step = max((int(p.parent.name[5:]) for p in checkpoints.glob("step_*/complete.json")), default=0)
+    print(
+        f"start node={node} host={host} attempt={attempt} step={step} nnodes={options.nnodes} "
+        f"nproc={options.nproc_per_node} master={options.master_addr}:{options.master_port} "
+        f"gpus={ENV.get('CUDA_VISIBLE_DEVICES')} cache={os.path.isdir(ENV['TRITON_CACHE_DIR'])}",
+        flush=True,
+    )
+    if node == 0:
+        (run / "attempt").write_text(attempt)
+    at, who, code, *always = (ENV.get("STUB_CRASH") or "-1:0:0").split(":")
+
+    def save() -> None:
+        if node == 0 and not (checkpoints / f"step_{step}" / "complete.json").exists():
+            if (run / "attempt").read_text() != attempt:
+                print(f"attempt {attempt} was taken over: it publishes nothing", flush=True)
+                sys.exit(2)
+            (checkpoints / f"step_{step}").mkdir(parents=True, exist_ok=True)
+            (checkpoints / f"step_{step}" / "complete.json").write_text(json.dumps({"step": step}))
+
+    steps = int(ENV.get("STUB_STEPS", "40"))
+    while step < steps:
+        time.sleep(float(ENV.get("STUB_SECONDS", "0.05")))
+        step += 1
+        if node == 0:
+            (run / "heartbeat.json").write_text(json.dumps({"step": step, "time": time.time(), "attempt": attempt}))
+        if step == int(at) and node == int(who) and (always or attempt.endswith(".0")):
+            while node and reached(run) < step:
+                time.sleep(0.01)  # the trainer's collectives keep the ranks together
+            return crash(run, attempt, node * options.nproc_per_node, host, int(code))
+        if step % int(ENV.get("STUB_SAVE", "10")) == 0:
+            save()
+        if not ENV.get("STUB_DEAF") and ((run / "stop").exists() or (run / "halt").exists()):
+            save()
+            together = run / f"saved-{attempt}"  # the trainer's barrier: no rank leaves before the checkpoint is whole
+            if node == 0:
+                together.touch()
+            while not together.exists():
+                time.sleep(0.02)
+            print(f"  time      : 2026-01-01_00:00:00\n  host      : {host}\n  rank      : {node} (local_rank: 0)\n"
+                  "  exitcode  : 75 (pid: 1)\n", flush=True)  # fmt: skip
+            return 1  # torchrun's, whatever the rank's was
+    save()
+    if node == 0:
+        (run / "done").write_text(json.dumps({"step": step}))
+    return 0
+
+
+def reached(run: Path) -> int:
+    """Rank 0's last step."""
+    try:
+        return int(json.loads((run / "heartbeat.json").read_text())["step"])
+    except (OSError, ValueError):  # not there yet, or half-written
+        return 0
+
+
+def crash(run: Path, attempt: str, rank: int, host: str, code: int) -> int:
+    print(f"rank {rank} crashes", flush=True)
+    if code < 0:
+        print(f"  time      : 2026-01-01_00:00:00\n  host      : {host}\n  rank      : {rank} (local_rank: 0)\n"
+              f"  exitcode  : {code} (pid: 1)\n", flush=True)  # fmt: skip
+        return 1
+    folder = run / "exits" / attempt
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"rank": rank, "host": host, "exitcode": code, "message": "planted", "time": time.time()}
+    (folder / f"rank{rank}.json").write_text(json.dumps(record))
+    return 1
+
+
+def as_preflight(argv: list[str]) -> int:
+    run, node, host = Path(argv[argv.index("--run-dir") + 1]), ENV["SLURM_NODEID"], ENV["SLURMD_NODENAME"]
+    who, *always = (ENV.get("STUB_BAD") or "none").split(":")
+    refused = who in (node, "all") and (bool(always) or ENV["DLA_ATTEMPT"].endswith(".0"))
+    if refused:
+        with (run / "bad_nodes").open("a") as file:
+            file.write(f"{host} # planted\n")
+    (run / "preflight" / ENV["DLA_ATTEMPT"] / f"{host}.json").write_text(json.dumps({"good": not refused}))
+    return 3 if refused else 0
+
+
+def main() -> int:
+    argv = sys.argv[1:]
+    module = argv[1] if argv[:1] == ["-m"] else ""
+    if module == "megatron_dla.launch.preflight":
+        return as_preflight(argv)
+    if module != "torch.distributed.run":
+        os.execv(ENV["STUB_REAL_PYTHON"], [ENV["STUB_REAL_PYTHON"], *argv])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("--nnodes", "--node-rank", "--nproc-per-node", "--max-restarts", "--master-port"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--master-addr", required=True)
+    rest = argv[2:]
+    split = rest.index("-m")
+    if rest[split : split + 3] != ["-m", "megatron_dla.cli", "train"]:
+        raise SystemExit(f"not the trainer: {rest[split:]}")
+    return as_rank(parser.parse_args(rest[:split]), rest[split + 3 :])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

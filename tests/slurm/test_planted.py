@@ -1,0 +1,38 @@
+"""Bugs planted in the batch script: each must turn its test red, or the test proves nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import scenarios
+from lab import Cluster
+
+# name: (text, what stands there instead, the scenario that must fail)
+PLANTED: dict[str, tuple[str, str, Callable[[Cluster, Path], None]]] = {
+    "no kill-on-bad-exit": (
+        "--kill-on-bad-exit=1 --wait=60",
+        "--kill-on-bad-exit=0",
+        lambda cluster, script: scenarios.crash_ends_the_job(cluster, script, seconds=15),
+    ),
+    "requeue on TERM": (
+        "then cancelled=1; fi' TERM",
+        'then stopping=1 end=0; scontrol requeue "$SLURM_JOB_ID"; fi\' TERM',
+        scenarios.cancelled_stays_cancelled,
+    ),
+    "no append": ("#SBATCH --open-mode=append", "#", scenarios.warning_saves_requeues_and_resumes),
+    "bad node not excluded": ('ExcNodeList="$2"', 'Comment="$2"', scenarios.bad_node_is_left_out),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_caught(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    text, bug, scenario = PLANTED[name]
+    whole = scenarios.SCRIPT.read_text()
+    assert whole.count(text) == 1, f"{text!r} is not in the batch script any more: plant {name!r} elsewhere"
+    script = tmp_path / "pretrain.sbatch"
+    script.write_text(whole.replace(text, bug))
+    try:
+        with pytest.raises((AssertionError, TimeoutError)):
+            scenario(cluster, script)
+    finally:
+        cluster.run("scancel", "--user=root")

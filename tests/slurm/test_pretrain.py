@@ -1,0 +1,87 @@
+"""slurm/pretrain.sbatch on a real Slurm, the ranks played by a stub: what happens at each failure."""
+
+import time
+
+import pytest
+import scenarios
+from lab import Cluster
+from scenarios import start
+
+
+def test_every_node_is_told_its_rank_and_the_meeting_point(cluster: Cluster) -> None:
+    run = start(cluster)
+    run.ended("COMPLETED")
+    nodes = run.nodes(0)
+    assert len(set(nodes)) == 2
+    for rank, node in enumerate(nodes):
+        line = run.node_log(0, node).splitlines()[0]
+        assert line.startswith(f"{rank}: start node={rank} host={node} ") and " nnodes=2 nproc=8 " in line
+        assert f" master={nodes[0]}:{20000 + int(run.job.number) % 10000} " in line
+        assert "gpus=0,1,2,3,4,5,6,7 cache=True" in line
+    assert run.steps() == [10, 20, 30, 40]
+
+
+def test_time_limit_warning_saves_requeues_and_resumes(cluster: Cluster) -> None:
+    scenarios.warning_saves_requeues_and_resumes(cluster)
+
+
+def test_a_crash_goes_on_from_the_newest_checkpoint(cluster: Cluster) -> None:
+    run = start(cluster, STUB_CRASH="21:1:1", STUB_SECONDS=0.1)
+    log = run.ended("COMPLETED")
+    assert run.resumed_at(1) == 20 and "FAILED: rank 8" in log and not (run.dir / "failures").exists()
+
+
+def test_a_crash_ends_the_whole_job_and_names_the_rank(cluster: Cluster) -> None:
+    started = time.monotonic()
+    scenarios.crash_ends_the_job(cluster)
+    assert time.monotonic() - started < 60
+
+
+def test_a_killed_rank_is_named_from_torchruns_summary(cluster: Cluster) -> None:
+    run = start(cluster, STUB_CRASH="5:1:-9:always", DLA_MAX_FAILURES=1)
+    log = run.ended("FAILED")
+    assert f"rank 8 on node {run.nodes(0)[1]} ended with exit code -9 (SIGKILL" in log
+
+
+def test_a_crash_loop_gives_up_with_the_reason(cluster: Cluster) -> None:
+    run = start(cluster, STUB_CRASH="11:1:1:always", STUB_SECONDS=0.1, DLA_MAX_FAILURES=2)
+    log = run.ended("FAILED")
+    # the first attempt reaches step 10: that is progress; the next two do not get further
+    assert run.job.info()["Restarts"] == "2" and "(2 in a row, at most 2)" in log and "giving up" in log
+    assert log.count("FAILED: rank 8") == 3
+
+
+def test_bad_input_is_not_tried_again(cluster: Cluster) -> None:
+    run = start(cluster, STUB_CRASH="5:0:2:always")
+    log = run.ended("FAILED")
+    info = run.job.info()
+    assert (info["Restarts"], info["ExitCode"]) == ("0", "2:0") and "the same error would come back" in log
+
+
+@pytest.mark.parametrize("warned", [False, True])
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, warned: bool) -> None:
+    scenarios.cancelled_stays_cancelled(cluster, warned=warned)
+
+
+def test_halt_saves_and_does_not_come_back(cluster: Cluster) -> None:
+    run = start(cluster, STUB_STEPS=100_000, STUB_SAVE=100_000)
+    run.training()
+    (run.dir / "halt").touch()
+    log = run.ended("COMPLETED")
+    assert len(run.steps()) == 1 and "halted: not requeued" in log and run.job.info()["Restarts"] == "0"
+    again = start(cluster, DLA_RUN_DIR=run.dir)
+    assert "the run was halted; remove" in again.ended("COMPLETED") and len(run.steps()) == 1
+
+
+def test_a_job_of_a_finished_run_ends_at_once(cluster: Cluster) -> None:
+    run = start(cluster, STUB_STEPS=2)
+    run.ended("COMPLETED")
+    assert "nothing to do: the run is done" in start(cluster, DLA_RUN_DIR=run.dir).ended("COMPLETED", 15)
+
+
+def test_where_requeue_is_not_allowed_the_job_says_so(cluster: Cluster) -> None:
+    run = start(cluster, scenarios.SCRIPT, "--no-requeue", STUB_STEPS=100_000)
+    run.training()
+    run.warn()
+    log = run.ended("FAILED")
+    assert "requeue is not allowed" in log and run.job.info()["ExitCode"] == "75:0" and run.steps()

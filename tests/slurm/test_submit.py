@@ -1,0 +1,94 @@
+"""`dla submit`, `jobs`, `logs` and `cancel` on a real Slurm; the ranks are played by the stub."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from lab import Cluster, Job
+from real import dla, write_inputs
+from scenarios import STUB, Run
+
+
+@pytest.fixture
+def inputs(data: Path, tmp_path: Path) -> tuple[Path, ...]:
+    """Arguments of `dla submit` on two nodes, eight ranks."""
+    config, profile = write_inputs(tmp_path, data)
+    keys = yaml.safe_load(profile.read_text()) | {"python": str(STUB), "host_python": sys.executable}
+    profile.write_text(yaml.safe_dump(keys | {"gpus_per_node": 4, "processes_per_node": 4, "preflight": True}))
+    return config, "--profile", profile, "parallel.tensor=4", "training.device=auto"
+
+
+def submitted(cluster: Cluster, run: Path, *arguments: object, **stub: object) -> list[Run]:
+    printed = dla(cluster, "submit", *arguments, STUB_REAL_PYTHON=sys.executable, **stub)
+    numbers = re.search(r"submitted +job ([\d, then]+);", printed)
+    assert numbers, printed
+    return [Run(Job(cluster, n), run) for n in numbers[1].split(", then ")]
+
+
+@pytest.mark.parametrize(
+    "profile,options,words",
+    [
+        ({"gpus_per_node": 16}, ["--nodes", 2], "sbatch refuses this: "),
+        ({"spare_nodes": 9}, ["--nodes", 2, "--dry-run"], "sbatch refuses this: "),
+        ({}, ["--nodes", 2, "--time", "0:30"], "time limit 0:30 is 30 s"),
+        ({}, ["--nodes", 3], "data-parallel size"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_is_written(
+    cluster: Cluster, inputs: tuple[Path, ...], tmp_path: Path, profile: dict, options: list[object], words: str
+) -> None:
+    inputs[2].write_text(yaml.safe_dump(yaml.safe_load(inputs[2].read_text()) | profile))
+    printed = dla(cluster, "submit", *inputs, *options, code=2)
+    assert words in printed and not (tmp_path / "runs").exists(), printed
+    assert not cluster.run("squeue", "--noheader", "--name=tiny").stdout.strip()
+
+
+def test_dry_run_asks_slurm_and_writes_nothing(cluster: Cluster, inputs: tuple[Path, ...], tmp_path: Path) -> None:
+    printed = dla(cluster, "submit", *inputs, "--nodes", 2, "--dry-run")
+    assert (
+        re.search(r"slurm +Job \d+ to start at \S+ using 4 processors", printed) and "--gpus-per-node=4" in printed
+    ), printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_submitted_watched_and_cancelled(
+    cluster: Cluster, inputs: tuple[Path, ...], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    runs = ("--runs", tmp_path / "runs")
+    cluster.run("scontrol", "update", "NodeName=n1", "State=DRAIN", "Reason=repair")
+    request.addfinalizer(lambda: cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME"))
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "bad_nodes").write_text("n2 # no answer\n")
+    (run,) = submitted(cluster, folder, *inputs, "--nodes", 2, STUB_STEPS=100_000)
+    assert not {"n1", "n2"} & set(run.training())
+    assert run.job.number in dla(cluster, "submit", *inputs, "--nodes", 2, code=2)  # one job a run
+    row = dla(cluster, "jobs", *runs).splitlines()[1].split()
+    assert row[:4] == ["tiny", run.job.number, "RUNNING", "0"] and "step" in row
+    logs = dla(cluster, "logs", "tiny", *runs)
+    assert "training on" in logs and "0: start node=0" in logs
+    assert "saves a checkpoint" in dla(cluster, "cancel", "tiny", *runs)
+    assert "halted: not requeued" in run.ended("COMPLETED")
+    assert len(run.steps()) > 0 and "not requeued" in dla(cluster, "logs", "tiny", "-f", *runs)
+    shutil.rmtree(folder / "checkpoints")  # the stub's are none for dla submit
+    (again,) = submitted(cluster, folder, *inputs, "--nodes", 2, STUB_STEPS=10)  # a person's word: halt is gone
+    again.ended("COMPLETED")
+    shutil.rmtree(folder / "checkpoints")
+    assert "is done at step 10" in dla(cluster, "submit", *inputs, "--nodes", 2, code=2)
+
+
+def test_a_chain_goes_on_where_requeue_is_not_allowed(
+    cluster: Cluster, inputs: tuple[Path, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs" / "tiny"
+    first, second = submitted(cluster, folder, *inputs, "--nodes", 2, "--chain", 2, STUB_STEPS=100, STUB_SAVE=1000)
+    first.training()
+    assert second.job.state == "PENDING"
+    first.warn()
+    assert "requeue is not allowed" in first.ended("FAILED")
+    saved = first.steps()[-1]
+    second.ended("COMPLETED")
+    assert second.resumed_at(0) == saved and second.steps()[-1] == 100
