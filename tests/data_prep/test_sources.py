@@ -14,7 +14,7 @@ from megatron_dla.errors import DataError
 def test_sources_read_every_format_in_sorted_order(tmp_path):
     line = json.dumps({"text": "h\xe9\r\n"}).encode() + b"\n"
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfplain\r\n")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 2))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 2, mtime=0))
     (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(line + b"\n"))
     frame = zstandard.ZstdCompressor().compress
     (tmp_path / "d.jsonl.zst").write_bytes(frame(line) + frame(line))
@@ -40,7 +40,7 @@ def test_sources_read_every_format_in_sorted_order(tmp_path):
         ("x.jsonl", b'{"text": "\\ud800"}\n', "lone surrogate"),
         ("x.jsonl", b'\n{"text": "\xff"}\n', r"x\.jsonl:2: not valid UTF-8"),
         ("x.txt", b"ab\xff", "not valid UTF-8 at byte 2"),
-        ("x.txt.gz", gzip.compress(b"a" * 9)[:-9], "cannot be read|damaged compression"),
+        ("x.txt.gz", gzip.compress(b"a" * 9, mtime=0)[:-9], "cannot be read|damaged compression"),
         ("x.jsonl.xz", b"junk", "cannot be read"),
         ("x.txt.zst", zstandard.ZstdCompressor().compress(bytes(range(256)) * 999)[:-4], "middle of a frame"),
         ("x.txt.zst", b"junkjunk", "damaged compression"),
