@@ -53,6 +53,7 @@ OTHERS = (
     Config("gdn-bf16-256", BF16, 256, 256, True, archs=HOPPER),
     Config("mamba2-bf16-256-K64", BF16, 256, 256, False, capacity=64, archs=HOPPER),
     Config("gdn-bf16-128", BF16, 128, 128, True, learned=True),
+    Config("gdn-mixed-128", BF16, 128, 128, True, mixed=True, tokens=2048),
     Config("mamba2-bf16-128", BF16, 128, 128, False, learned=True, tokens=4352),
     Config("gdn-fp32-128", FP32, 128, 128, True, archs=HOPPER),
     Config("mamba2-bf16-96x160-odd", BF16, 96, 160, False, tokens=250, archs=HOPPER),
@@ -132,11 +133,13 @@ def _inputs(config: Config) -> dict[str, Tensor]:
 
 
 def _decided(config: Config) -> Partition:
-    """The decisions to follow: any will do."""
+    """The decisions to follow; any will do: one slot, opened by the first token."""
     shape = 1, config.tokens, config.heads
     numbers = torch.zeros(shape, dtype=torch.int32)
+    start = torch.zeros(shape, dtype=torch.bool)
+    start[:, 0] = True
     return Partition(
-        start=numbers > 0, death=numbers, score=torch.zeros(shape), lo=numbers if config.learned else None,
+        start=start, death=numbers + config.tokens, score=torch.zeros(shape), lo=numbers if config.learned else None,
         cache_death=torch.zeros(1, config.heads, config.capacity, dtype=torch.int32),
     )  # fmt: skip
 
