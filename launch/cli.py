@@ -45,7 +45,8 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 def _submit(args: argparse.Namespace) -> int:
     from megatron_dla.errors import ConfigError
     from megatron_dla.launch import submit
-    from megatron_dla.training.run import git_state, plan_run, versions
+    from megatron_dla.training.run import git_state, versions
+    from megatron_dla.training.select import trainer_of
 
     request = submit.make_request(args.config, args.overrides, args.profile, args.nodes, args.time, args.chain)
     training, gpus = request.config.training, request.profile.gpus_per_node
@@ -53,7 +54,7 @@ def _submit(args: argparse.Namespace) -> int:
         raise ConfigError(f"training.device = cuda, and {args.profile} has gpus_per_node = 0: use another profile")
     device = "cuda" if gpus and training.device == "auto" else training.device
     planned = dataclasses.replace(request.config, training=dataclasses.replace(training, device=device))
-    plan_run(planned, request.world_size)
+    trainer_of(planned)[1](planned, dry_run=True, world_size=request.world_size)
     argv, env = submit.sbatch_argv(request), submit.job_environment(request)
     if args.dry_run:
         print("environment  " + " ".join(f"{k}={shlex.quote(v)}" for k, v in env.items()))

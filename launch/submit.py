@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dla.config import RunConfig, dump_config, load_config
+from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_any
 from megatron_dla.errors import ConfigError
 from megatron_dla.launch.profile import Profile, check_time, load_profile
 from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, bad_nodes, call, clean_environment
@@ -29,7 +29,7 @@ RECORDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFI
 class Request:
     """One `dla submit`. run_dir: absolute. time: "" = the profile's. chain: jobs one after the other."""
 
-    config: RunConfig
+    config: RunConfig | AdapterRunConfig
     profile: Profile
     run_dir: Path
     nodes: int
@@ -122,7 +122,7 @@ def make_request(
     for name, value in (("--nodes", nodes), ("--chain", chain)):
         if value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
-    config, profile = load_config(config_path, overrides), load_profile(profile_path)
+    config, profile = load_any(config_path, overrides), load_profile(profile_path)
     if limit:
         check_time(limit, profile)
     if re.search(r"[\s,%]", str(run_dir := (Path(config.run.dir) / config.run.name).absolute())):

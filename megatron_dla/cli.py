@@ -15,23 +15,27 @@ from megatron_dla.errors import UserError
 
 
 def _train(args: argparse.Namespace) -> int:
-    from megatron_dla.config import load_config
-    from megatron_dla.training.run import train
+    from megatron_dla.config import load_any
+    from megatron_dla.training.select import trainer_of
 
     if args.world_size and not args.dry_run:
         raise UserError("--world-size is for --dry-run: a real run has as many processes as its launcher starts")
-    return train(load_config(args.config, args.overrides), dry_run=args.dry_run, world_size=args.world_size)
+    config = load_any(args.config, args.overrides)
+    _, train = trainer_of(config)
+    return train(config, dry_run=args.dry_run, world_size=args.world_size)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_dla.config import load_config
+    from megatron_dla.config import load_any
     from megatron_dla.launch.local import run_local
-    from megatron_dla.training.run import check_run, run_directory, train
+    from megatron_dla.training.run import run_directory
+    from megatron_dla.training.select import trainer_of
 
-    config = load_config(args.config, args.overrides)
+    config = load_any(args.config, args.overrides)
+    check, train = trainer_of(config)
     if args.dry_run:
         return train(config, dry_run=True, world_size=args.nproc)
-    check_run(config, args.nproc)  # one message here instead of one a rank
+    check(config, args.nproc)  # one message here instead of one a rank
     return run_local(args.nproc, [args.config, *args.overrides], run_directory(config), args.hang_timeout)
 
 
@@ -65,7 +69,8 @@ def _add_training(subparsers) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from megatron_dla.data_prep.cli import add_data_parser
-    from megatron_dla.hf.cli import add_convert_parser, add_generate_parser
+    from megatron_dla.evaluation.cli import add_eval_parser
+    from megatron_dla.hf.cli import add_chat_parser, add_convert_parser, add_generate_parser
     from megatron_dla.kernels.bench.cli import add_bench_parser
     from megatron_dla.launch.cli import add_slurm_parsers
     from megatron_dla.launch.preflight import add_preflight_parser
@@ -78,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(subparsers)
     add_convert_parser(subparsers)
     add_generate_parser(subparsers)
+    add_chat_parser(subparsers)
+    add_eval_parser(subparsers)
     add_smoke_parser(subparsers)
     add_bench_parser(subparsers)
     add_slurm_parsers(subparsers)

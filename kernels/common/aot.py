@@ -5,7 +5,7 @@
     print(table(reports))
 
 The Python wrappers run unmodified, so each kernel is compiled with the specialisation that a GPU would see. It works in
-a process without TRITON_INTERPRET only. `python -m megatron_dla.kernels.common.aot --arch 90`: all of the DLA operator.
+a process without TRITON_INTERPRET only. `python -m megatron_dla.kernels.common.aot --arch 90`: every operator here.
 """
 
 from __future__ import annotations
@@ -294,9 +294,17 @@ class _Worker:
         return arch, name, reports, time.perf_counter() - begin
 
 
+def exercise(name: str) -> None:
+    """Every launch of one configuration, of whichever operator has it."""
+    from . import aot_delta_mem, aot_dla
+
+    operator = aot_delta_mem if name.startswith(aot_delta_mem.PREFIX) else aot_dla
+    operator.exercise(name)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Compile the DLA operator's kernels; 0: all fit, 1: some do not, 2: cannot tell."""
-    from . import aot_dla  # the operator's configurations; imported here so that `dry_run` alone needs no kernels
+    """Compile the kernels of DLA and δ-mem; 0: all fit, 1: some do not, 2: cannot tell."""
+    from . import aot_delta_mem, aot_dla  # the configurations; imported here so that `dry_run` alone needs no kernels
 
     parser = argparse.ArgumentParser(prog="python -m megatron_dla.kernels.common.aot", description=main.__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
@@ -310,11 +318,12 @@ def main(argv: list[str] | None = None) -> int:
     if problem := aot_dla.missing():
         print(problem, file=sys.stderr)
         return 2
-    names = [(arch, name) for arch in args.arch for name in aot_dla.names(arch) if (args.config or "") in name]
+    every = {arch: aot_dla.names(arch) + aot_delta_mem.names(arch) for arch in args.arch}
+    names = [(arch, name) for arch in args.arch for name in every[arch] if (args.config or "") in name]
     if not names:
         print(f"no configuration contains {args.config!r}", file=sys.stderr)
         return 2
-    reports = compile_all(names, aot_dla.exercise, args.jobs, say=lambda line: print(line, flush=True))
+    reports = compile_all(names, exercise, args.jobs, say=lambda line: print(line, flush=True))
     print(table(reports))
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1))

@@ -90,8 +90,8 @@ def load_weights(path: Path, model: nn.Module, tp: dist.ProcessGroup) -> None:
     """Copy a checkpoint's weights into a model at any tensor-parallel size."""
     merged, _ = load_merged(path)
     local = split_merged(merged, parameter_tags(model), tp.rank(), tp.size())
-    for name, parameter in model.named_parameters():
-        parameter.copy_(local[name])
+    for name, value in local.items():
+        model.get_parameter(name).copy_(value)
 
 
 class Checkpointer:
@@ -161,7 +161,7 @@ class Checkpointer:
 
     def _weights(self) -> dict[str, Tensor]:
         """This tensor-parallel rank's parameters (a collective under ZeRO-3: one is whole at a time)."""
-        parameters: dict[str, Tensor] = dict(self.engine.module.named_parameters())
+        parameters: dict[str, Tensor] = {n: p for n, p in self.engine.module.named_parameters() if p.requires_grad}
         if self.engine.zero_optimization_stage() < 3:
             return parameters
         from deepspeed.runtime.zero import GatheredParameters
@@ -232,8 +232,19 @@ def check_same_model(path: Path, layout: Layout) -> None:
             f"{str(path)!r} was trained on rows of data.seq_len = {saved.seq_len}, not {layout.seq_len}: the data "
             "position would be lost; keep it, or use another run.name"
         )
+    if saved.adapter != layout.adapter:
+        raise CheckpointError(
+            f"{str(path)!r} holds {_what(saved)}, this run trains {_what(layout)}: use another run.name"
+        )
     old, new = ({**asdict(m), "pattern": layer_letters(m)} for m in (saved.model, layout.model))
     if different := [f"model.{k} {old[k]} -> {new[k]}" for k in new if old[k] != new[k]]:
         raise CheckpointError(
             f"{str(path)!r} holds another model ({', '.join(different)}): restore the config or use another run.name"
         )
+
+
+def _what(layout: Layout) -> str:
+    if not layout.adapter:
+        return "a whole model"
+    base, config = layout.adapter["base"], layout.adapter["delta_mem"]
+    return f"an adapter of {base['name']!r} (weights {base['sha256'][:12]}), delta_mem = {config}"

@@ -64,6 +64,8 @@ def fragments(engine: Any) -> Iterator[tuple[str, Fragment]]:
     """(parameter name, fragment) of everything this rank holds."""
     flats = _flats(engine)
     for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            continue
         if hasattr(p, "ds_id"):  # ZeRO-3: equal pieces, the last one padded
             group, offset, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(p)]
             start = size * torch.distributed.get_rank(p.ds_process_group)
@@ -182,5 +184,5 @@ class SavedState:
 
 
 def local_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Each parameter's shape on a tensor-parallel rank, also where ZeRO-3 has cut it up."""
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    """Each trained parameter's shape on a tensor-parallel rank, also where ZeRO-3 has cut it up."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}

@@ -9,6 +9,7 @@ step_N/complete.json          written last: without it the checkpoint does not e
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ class Layout:
 
     Attributes:
         model: the model section of the run's config. vocab_size: padded rows of the embedding.
-        tokenizer_sha256: of the sentencepiece model it was trained with.
+        tokenizer_sha256: of the tokenizer file it was trained with: the sentencepiece model, or tokenizer.json of an
+            imported model (empty: it came without one).
         tensor_parallel: number of weight files. tags: parameter name -> how it is cut. step: optimizer steps done.
         shapes: parameter name -> its shape on a tensor-parallel rank (needed for optimizer state only).
+        adapter: of a run that trains one, its `delta_mem` section and frozen `base` (name, sha256); the tensors are
+            the adapter's alone then. Empty otherwise.
     """
 
     model: ModelSection
@@ -44,6 +48,7 @@ class Layout:
     step: int
     tags: dict[str, Tag]
     shapes: dict[str, list[int]] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1))
@@ -75,8 +80,8 @@ class Layout:
 
 
 def parameter_tags(model: nn.Module) -> dict[str, Tag]:
-    """Name -> tag of every parameter."""
-    return {name: get_tag(p) for name, p in model.named_parameters()}
+    """Name -> tag of every trained parameter: what a checkpoint holds."""
+    return {name: get_tag(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def weight_file(directory: Path, rank: int) -> Path:
@@ -120,7 +125,7 @@ def load_merged(directory: str | Path) -> tuple[dict[str, Tensor], Layout]:
     return merged, layout
 
 
-def split_merged(merged: dict[str, Tensor], tags: dict[str, Tag], rank: int, size: int) -> dict[str, Tensor]:
+def split_merged(merged: Mapping[str, Tensor], tags: dict[str, Tag], rank: int, size: int) -> dict[str, Tensor]:
     """One rank's parameters from layout-free keys: the inverse of `load_merged`, at any tensor-parallel size."""
     local = {}
     for name, tag in tags.items():

@@ -24,6 +24,16 @@ def layer_letters(model: ModelSection) -> str:
     return (model.pattern * math.ceil(model.num_layers / max(1, len(model.pattern))))[: model.num_layers]
 
 
+def softmax_layers(model: ModelSection) -> int:
+    """Number of layers with softmax attention, with or without rotary positions."""
+    return sum(letter in "AN" for letter in layer_letters(model))
+
+
+def attention_head_dim(model: ModelSection) -> int:
+    """Channels of one softmax head."""
+    return model.attention_head_dim or max(1, model.hidden_size // model.attention_heads)
+
+
 def check_model(model: ModelSection) -> None:
     """Sizes that do not fit together, whatever the layout."""
     _positive(
@@ -31,8 +41,11 @@ def check_model(model: ModelSection) -> None:
         "ffn_hidden_size", "attention_heads", "attention_groups", "vocab_multiple", "norm_eps", "init_std",
         "rope_theta",
     )  # fmt: skip
-    if not model.pattern or set(model.pattern) - {"D", "A"}:
-        raise ConfigError(f"model.pattern = {model.pattern!r}: use the letters D (DLA) and A (softmax attention)")
+    if not model.pattern or set(model.pattern) - {"D", "A", "N"}:
+        raise ConfigError(
+            f"model.pattern = {model.pattern!r}: use the letters D (DLA), A (softmax attention) and N (the same "
+            "without positions)"
+        )
     if model.num_heads % model.num_groups:
         raise ConfigError(
             f"model.num_groups = {model.num_groups} does not divide model.num_heads = {model.num_heads}: "
@@ -44,52 +57,71 @@ def check_model(model: ModelSection) -> None:
         raise ConfigError(f"model.tau = {model.tau}: the information score lies in [0, 2] (paper: 0.6)")
     if model.tau_mode == "learned" and model.merge != "density":
         raise ConfigError("model.tau_mode = learned needs model.merge = density (the gradient follows that rule)")
-    if "A" in layer_letters(model):
-        if model.attention_heads % model.attention_groups:
-            raise ConfigError(
-                f"model.attention_groups = {model.attention_groups} does not divide "
-                f"model.attention_heads = {model.attention_heads}: use one of {_divisors(model.attention_heads)}"
-            )
-        if model.hidden_size % model.attention_heads:
-            raise ConfigError(
-                f"model.attention_heads = {model.attention_heads} does not divide "
-                f"model.hidden_size = {model.hidden_size}: use one of {_divisors(model.hidden_size)}"
-            )
-        if model.hidden_size // model.attention_heads % 2:
-            raise ConfigError(
-                f"model.attention_heads = {model.attention_heads} gives an odd head size "
-                f"({model.hidden_size // model.attention_heads}): rotary positions need an even one"
-            )
+    if softmax_layers(model):
+        check_attention(model)
     if not 0 < model.dt_min <= model.dt_max or not 0 < model.a_min <= model.a_max:
         raise ConfigError("model.dt_min/dt_max and a_min/a_max must be positive ranges")
+
+
+def check_attention(model: ModelSection) -> None:
+    """Sizes and positions of the softmax layers."""
+    if model.attention_heads % model.attention_groups:
+        raise ConfigError(
+            f"model.attention_groups = {model.attention_groups} does not divide "
+            f"model.attention_heads = {model.attention_heads}: use one of {_divisors(model.attention_heads)}"
+        )
+    if model.attention_head_dim < 0:
+        raise ConfigError(f"model.attention_head_dim = {model.attention_head_dim}: must not be negative")
+    if not model.attention_head_dim and model.hidden_size % model.attention_heads:
+        raise ConfigError(
+            f"model.attention_heads = {model.attention_heads} does not divide model.hidden_size = {model.hidden_size}: "
+            f"use one of {_divisors(model.hidden_size)}, or set model.attention_head_dim"
+        )
+    if attention_head_dim(model) % 2:
+        key = "attention_head_dim" if model.attention_head_dim else "attention_heads"
+        raise ConfigError(
+            f"model.{key} = {getattr(model, key)} gives an odd head size ({attention_head_dim(model)}): rotary "
+            "positions need an even one"
+        )
+    _positive(model, "model", "rope_factor", "rope_low_freq_factor", "rope_original_length")
+    if model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        raise ConfigError(
+            f"model.rope_high_freq_factor = {model.rope_high_freq_factor}: must be above "
+            f"model.rope_low_freq_factor = {model.rope_low_freq_factor}"
+        )
 
 
 def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_len: int) -> None:
     """What the tensor-parallel size must divide."""
     if tensor < 1:
         raise ConfigError(f"parallel.tensor = {tensor}: must be at least 1")
-    sizes = {"num_heads": model.num_heads, "ffn_hidden_size": model.ffn_hidden_size}
-    if "A" in layer_letters(model):
-        sizes |= {"attention_heads": model.attention_heads, "attention_groups": model.attention_groups}
+    sizes: dict[str, int] = {}
+    groups: dict[str, int] = {}
+    if "D" in layer_letters(model):
+        sizes["num_heads"], groups["num_groups"] = model.num_heads, model.num_groups
+    if softmax_layers(model):
+        sizes["attention_heads"], groups["attention_groups"] = model.attention_heads, model.attention_groups
+    sizes["ffn_hidden_size"] = model.ffn_hidden_size
+    valid = [n for n in range(1, min(sizes.values()) + 1) if _shares(n, sizes | {"": model.vocab_multiple}, groups)]
+    fix = f"use parallel.tensor in {{{', '.join(map(str, valid))}}}"
     for key, value in sizes.items():
         if value % tensor:
+            raise ConfigError(f"model.{key} = {value} is not divisible by parallel.tensor = {tensor}: {fix}")
+    for key, value in groups.items():
+        if value % tensor and tensor % value:
             raise ConfigError(
-                f"model.{key} = {value} is not divisible by parallel.tensor = {tensor}: "
-                f"use parallel.tensor in {{{_divisors(math.gcd(*sizes.values()))}}}"
+                f"model.{key} = {value} and parallel.tensor = {tensor}: one must divide the other (whole groups a "
+                f"rank, or one group for several ranks): {fix}"
             )
-    if model.num_groups % tensor and tensor % model.num_groups:
-        common = math.gcd(*sizes.values())
-        fits = (
-            n for n in range(1, common + 1) if common % n == 0 and not (model.num_groups % n and n % model.num_groups)
-        )
+    if softmax_layers(model) and 2 * model.attention_groups * attention_head_dim(model) % tensor:
         raise ConfigError(
-            f"model.num_groups = {model.num_groups} and parallel.tensor = {tensor}: one must divide the other "
-            "(whole groups a rank, or one group replicated over several ranks): "
-            f"use parallel.tensor in {{{', '.join(map(str, fits))}}}"
+            f"model.attention_head_dim = {attention_head_dim(model)}: keys and values of {model.attention_groups} "
+            f"groups do not divide over parallel.tensor = {tensor}: {fix}"
         )
     if model.vocab_multiple % tensor:
         raise ConfigError(
-            f"model.vocab_multiple = {model.vocab_multiple} must be a multiple of parallel.tensor = {tensor}"
+            f"model.vocab_multiple = {model.vocab_multiple} must be a multiple of parallel.tensor = {tensor}: {fix} "
+            "(of an imported model it is the whole vocabulary)"
         )
     if sequence and tensor == 1:
         raise ConfigError("parallel.sequence = true needs parallel.tensor > 1 (it shares one layer's activations)")
@@ -97,6 +129,13 @@ def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_
         raise ConfigError(
             f"data.seq_len = {seq_len} must be a multiple of parallel.tensor = {tensor} with parallel.sequence"
         )
+
+
+def _shares(tensor: int, sizes: dict[str, int], groups: dict[str, int]) -> bool:
+    """Whether a tensor-parallel size cuts every size, and every number of groups or several ranks share one."""
+    return all(n % tensor == 0 for n in sizes.values()) and all(
+        n % tensor == 0 or tensor % n == 0 for n in groups.values()
+    )
 
 
 def check_tau_gate(config: RunConfig) -> None:
@@ -136,9 +175,9 @@ def check_context_parallel(
     elif "D" in layer_letters(model):
         heads["num_heads"] = model.num_heads
         groups["num_groups"] = max(1, model.num_groups // tensor)
-    if "A" in layer_letters(model):
+    if softmax_layers(model):
         heads["attention_heads"] = model.attention_heads
-        groups["attention_groups"] = model.attention_groups // tensor
+        groups["attention_groups"] = max(1, model.attention_groups // tensor)
     if not heads:
         return
     if not _fits(size, tensor, heads, groups):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
+import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from megatron_dla.config.adapter import AdapterRunConfig
 from megatron_dla.config.schema import RunConfig
 from megatron_dla.errors import ConfigError
 
@@ -40,15 +43,23 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             return hint(number)
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    if hint == list[str] and isinstance(value, list):
-        return [_coerce(item, str, f"{key}[{i}]") for i, item in enumerate(value)]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and type(None) in typing.get_args(hint):
+        (inner,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
+        return None if value is None else _coerce(value, inner, key)
+    if typing.get_origin(hint) in (tuple, list) and isinstance(value, (list, tuple)):
+        kind = typing.get_args(hint)[0]
+        return typing.get_origin(hint)(_coerce(item, kind, f"{key}[{n}]") for n, item in enumerate(value))
     if hint == dict[str, str] and isinstance(value, dict):
         return {str(name): _coerce(item, str, f"{key}.{name}") for name, item in value.items()}
     raise ConfigError(f"{key} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
 
 
 def fill(cls: type, values: Any, path: str = "") -> Any:
-    """A dataclass from a mapping; `path` is its key in the file. ConfigError: an unknown key, a wrong value."""
+    """A section (or a whole config) from nested dictionaries; `path` leads the keys in messages.
+
+    Raises:
+        ConfigError: an unknown key or a value of the wrong type.
+    """
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -82,13 +93,28 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     return fill(RunConfig, values)
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def to_dict(config: RunConfig | AdapterRunConfig) -> dict[str, Any]:
     """The resolved config: alone it reproduces the run."""
     return dataclasses.asdict(config)
 
 
+def load_any(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig | AdapterRunConfig:
+    """As `load_config`; a file with a `delta_mem` section is a run that trains an adapter."""
+    values = _read(path, overrides)
+    return fill(AdapterRunConfig, values) if "delta_mem" in values else from_dict(values)
+
+
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a YAML config and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: no such file, invalid YAML, an unknown key or a value of the wrong type.
+    """
+    return from_dict(_read(path, overrides))
+
+
+def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
+    """The mapping of sections in a YAML file, with overrides.
 
     Raises:
         ConfigError: no such file, invalid YAML, an unknown key or a value of the wrong type.
@@ -118,9 +144,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
             if not isinstance(node, dict):
                 raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
         node[keys[-1]] = value
-    return from_dict(values)
+    return values
 
 
-def dump_config(config: RunConfig, path: str | Path) -> None:
+def dump_config(config: RunConfig | AdapterRunConfig, path: str | Path) -> None:
     """Write the resolved config as YAML."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    plain = json.loads(json.dumps(to_dict(config)))  # tuples as lists
+    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))

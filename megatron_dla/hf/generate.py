@@ -56,6 +56,22 @@ class Streamer:
         self.text = text
 
 
+def check_options(prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Raises UserError naming the option with a bad value."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt is not valid UTF-8 text: check the terminal's encoding") from error
+    if not prompt:
+        raise UserError("--prompt is empty: give at least one character")
+    if not (math.isfinite(temperature) and 0 <= seed < 2**63):
+        raise UserError(f"--temperature {temperature}, --seed {seed}: want finite numbers, the seed in [0, 2^63)")
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: want at least 1")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(f"--temperature {temperature} --top-p {top_p}: want at least 0, and in (0, 1]")
+
+
 def generate(
     hf_dir: str | Path,
     prompt: str,
@@ -75,18 +91,7 @@ def generate(
     Raises:
         UserError: a bad value, no exported model, no such device.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError("--prompt is not valid UTF-8 text: check the terminal's encoding") from error
-    if not prompt:
-        raise UserError("--prompt is empty: give at least one character")
-    if not (math.isfinite(temperature) and 0 <= seed < 2**63):
-        raise UserError(f"--temperature {temperature}, --seed {seed}: want finite numbers, the seed in [0, 2^63)")
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: want at least 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"--temperature {temperature} --top-p {top_p}: want at least 0, and in (0, 1]")
+    check_options(prompt, max_new_tokens, temperature, top_p, seed)
     model, tokenizer = load_model(hf_dir, device=device), load_tokenizer(hf_dir)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
     out = sys.stdout if out is None else out

@@ -177,24 +177,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class DLASoftmaxAttention(nn.Module):
-    """Causal softmax attention with rotary positions and grouped key/value heads: [B, T, hidden] -> same."""
+    """Causal softmax attention with grouped key/value heads: [B, T, hidden] -> same.
 
-    def __init__(self, config: DLAConfig) -> None:
+    Letter A rotates queries and keys by their positions, N does not; `qk_norm` norms each head of both before that.
+    """
+
+    def __init__(self, config: DLAConfig, letter: str) -> None:
         super().__init__()
-        self.head_dim = config.hidden_size // config.attention_heads
-        kv = config.attention_groups * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.head_dim, self.rotated = config.attention_channels, letter == "A"
+        inner, kv = (n * self.head_dim for n in (config.attention_heads, config.attention_groups))
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (
+            DLARMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
 
     def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        assert step.rotary is not None
-        q, k = rotate(q, *step.rotary), rotate(k, *step.rotary)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotated:
+            assert step.rotary is not None
+            q, k = rotate(q, *step.rotary), rotate(k, *step.rotary)
         if memory.keys is not None and memory.values is not None:
             k, v = torch.cat([memory.keys, k], 2), torch.cat([memory.values, v], 2)
         if step.keep:
@@ -214,7 +222,7 @@ class DLALayer(nn.Module):
         if letter == "D":
             self.mixer = DLAMixer(config)
         else:
-            self.self_attn = DLASoftmaxAttention(config)
+            self.self_attn = DLASoftmaxAttention(config, letter)
         self.letter = letter
         self.post_attention_layernorm = DLARMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = DLAMLP(config)

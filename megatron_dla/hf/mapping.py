@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dla.config import ModelSection, layer_letters
+from megatron_dla.config import ModelSection, attention_head_dim, layer_letters
 from megatron_dla.errors import CheckpointError
 from megatron_dla.mixers.functional import FP32_PARAMETERS as FP32_PARAMETERS
 from megatron_dla.parallel.tags import Tag
@@ -75,7 +75,7 @@ def _mixer(section: ModelSection, ours: str, theirs: str) -> list[Entry]:
 def _qkv(section: ModelSection, ours: str, theirs: str) -> Entry:
     """Megatron packs [query heads of the group, key, value] for each key/value group."""
     groups, heads = section.attention_groups, section.attention_heads // section.attention_groups
-    dim = section.hidden_size // section.attention_heads
+    dim = attention_head_dim(section)
 
     def split(x: Tensor) -> tuple[Tensor, ...]:
         packed = x.unflatten(0, (groups, (heads + 2) * dim))
@@ -88,8 +88,11 @@ def _qkv(section: ModelSection, ours: str, theirs: str) -> Entry:
     return Entry((f"{ours}.linear_qkv.weight",), names, split, lambda *x: (join(*x),))
 
 
-def entries(section: ModelSection) -> list[Entry]:
-    """The whole table of one model, in the order of its layers."""
+def entries(section: ModelSection, dense: bool = False) -> list[Entry]:
+    """The whole table of one model, in the order of its layers.
+
+    `dense`: names of the Llama family (gate and up projection apart) instead of those of our own export.
+    """
     table = [Entry((key,), (name,)) for key, name in _MODEL.items()]
     if not section.tie_embeddings:
         table.append(Entry(("output_layer.weight",), ("lm_head.weight",)))
@@ -97,31 +100,38 @@ def entries(section: ModelSection) -> list[Entry]:
     for n, letter in enumerate(layer_letters(section)):
         ours, theirs = f"decoder.layers.{n}", f"model.layers.{n}"
         table += [Entry((f"{ours}.{key}",), (f"{theirs}.{name}",)) for key, name in _LAYER.items()]
-        table.append(_packed((f"{ours}.mlp.gate", f"{ours}.mlp.up"), f"{theirs}.mlp.gate_up_proj.weight", ffn))
+        if dense:
+            table += [Entry((f"{ours}.mlp.{p}",), (f"{theirs}.mlp.{p}_proj.weight",)) for p in ("gate", "up")]
+        else:
+            table.append(_packed((f"{ours}.mlp.gate", f"{ours}.mlp.up"), f"{theirs}.mlp.gate_up_proj.weight", ffn))
         if letter == "D":
             table += _mixer(section, f"{ours}.self_attention", f"{theirs}.mixer")
         else:
             table.append(_qkv(section, f"{ours}.self_attention", f"{theirs}.self_attn"))
             out = (f"{ours}.self_attention.linear_proj.weight",), (f"{theirs}.self_attn.o_proj.weight",)
             table.append(Entry(*out))
+            for p in "qk" if section.qk_norm else "":
+                norm = (f"{ours}.self_attention.{p}_layernorm.weight",), (f"{theirs}.self_attn.{p}_norm.weight",)
+                table.append(Entry(*norm))
     return table
 
 
-def _check(given: set[str], wanted: set[str], what: str) -> None:
+def check_names(given: set[str], wanted: set[str], what: str) -> None:
+    """Raises CheckpointError for a missing or a left-over name."""
     if missing := sorted(wanted - given):
         raise CheckpointError(f"{what}: {missing[0]} is missing ({len(missing)} in all): it is of another model")
     if left := sorted(given - wanted):
         raise CheckpointError(f"{what}: {left[0]} has no place in this model ({len(left)} in all)")
 
 
-def to_hf_names(merged: dict[str, Tensor], section: ModelSection) -> dict[str, Tensor]:
-    """Layout-free tensors (see `load_merged`) under their Hugging Face names.
+def to_hf_names(merged: dict[str, Tensor], section: ModelSection, dense: bool = False) -> dict[str, Tensor]:
+    """Layout-free tensors (see `load_merged`) under their Hugging Face names (`dense`: see `entries`).
 
     Raises:
         CheckpointError: a key is missing or left over; the message names it.
     """
-    table = entries(section)
-    _check(set(merged), {key for entry in table for key in entry.keys}, "checkpoint")
+    table = entries(section, dense)
+    check_names(set(merged), {key for entry in table for key in entry.keys}, "checkpoint")
     state: dict[str, Tensor] = {}
     for entry in table:
         state.update(zip(entry.names, entry.to_hf(*(merged[key] for key in entry.keys)), strict=True))
@@ -131,7 +141,7 @@ def to_hf_names(merged: dict[str, Tensor], section: ModelSection) -> dict[str, T
 def from_hf_names(state: dict[str, Tensor], section: ModelSection) -> dict[str, Tensor]:
     """The inverse of `to_hf_names`, exact. Raises CheckpointError likewise."""
     table = entries(section)
-    _check(set(state), {name for entry in table for name in entry.names}, "Hugging Face weights")
+    check_names(set(state), {name for entry in table for name in entry.names}, "Hugging Face weights")
     merged: dict[str, Tensor] = {}
     for entry in table:
         merged.update(zip(entry.keys, entry.from_hf(*(state[name] for name in entry.names)), strict=True))
@@ -157,12 +167,13 @@ def parameter_tags(section: ModelSection, tensor_parallel: int = 1) -> dict[str,
     """Name -> tag of every parameter of the Megatron model, without building it (a test holds the two together)."""
     row, column, whole = Tag("sharded", 1), Tag("sharded", 0), Tag("replicated")
     ffn = section.ffn_hidden_size
+    norms = {f"{p}_layernorm.weight": Tag("replicated_sum") for p in "qk"} if section.qk_norm else {}
     tags = {"embedding.word_embeddings.weight": column}
     for n, letter in enumerate(layer_letters(section)):
         prefix = f"decoder.layers.{n}"
         tags[f"{prefix}.input_layernorm.weight"] = whole
         mixer = _mixer_tags(section, tensor_parallel) if letter == "D" else {}
-        mixer = mixer or {"linear_qkv.weight": column, "linear_proj.weight": row}
+        mixer = mixer or {"linear_qkv.weight": column, "linear_proj.weight": row} | norms
         tags |= {f"{prefix}.self_attention.{name}": tag for name, tag in mixer.items()}
         tags[f"{prefix}.pre_mlp_layernorm.weight"] = whole
         tags[f"{prefix}.mlp.linear_fc1.weight"] = Tag("sharded", 0, (("gate", ffn), ("up", ffn)))

@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 from .cache_dla import DLACache, LayerMemory
 from .configuration_dla import DLAConfig
 from .layers_dla import DLALayer, DLAMixer, DLARMSNorm, Step
+from .rotary import rotary_frequencies
 
 
 def left_padding(mask: Tensor | None, past: int, batch: int, tokens: int, keep: bool) -> Tensor | None:
@@ -166,7 +167,7 @@ class DLAModel(DLAPreTrainedModel):
         position = torch.arange(past, past + T, device=x.device)[None]
         column = torch.arange(past + T, device=x.device)
         real = None if now is None else position >= now[:, None]
-        if "A" not in self.config.layer_letters:
+        if not set(self.config.layer_letters) & {"A", "N"}:
             return Step(now, real, None, None, keep)
         softmax_mask = None
         if padding is not None or (past and T > 1):
@@ -184,9 +185,12 @@ class DLAModel(DLAPreTrainedModel):
 
     def _rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 cosine and sine [B or 1, T, D] of int positions [B or 1, T]."""
-        dim = self.config.hidden_size // self.config.attention_heads
-        exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=position.device) / dim
-        angle = position[..., None].float() * (1.0 / int(self.config.rope_theta) ** exponent)
+        c = self.config
+        frequencies = rotary_frequencies(
+            c.attention_channels, c.rope_theta, c.rope_type, c.rope_factor, c.rope_low_freq_factor,
+            c.rope_high_freq_factor, c.rope_original_length,
+        )  # fmt: skip
+        angle = position[..., None].float() * frequencies.to(position.device)
         angle = torch.cat([angle, angle], -1)
         return angle.cos(), angle.sin()
 

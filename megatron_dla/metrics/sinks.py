@@ -19,9 +19,12 @@ def console_line(m: dict[str, Any], total_steps: int) -> str:
         parts += [f"loss {m['loss']:.4f}", f"grad {norm}", f"lr {m['lr']:.2e}", f"{m['tokens_per_s']:,.0f} tok/s"]
         if m.get("boundary_rate") is not None:
             parts.append(f"boundaries {m['boundary_rate']:.3f}")
+        if "gate" in m:
+            parts.append(f"gate {m['gate']:.4f}")
         parts += [f"{m['memory_gb']:.2f} GB", f"eta {clock(m['eta_s'])}"]
     if "val_loss" in m:
-        parts.append(f"val loss {m['val_loss']:.4f} ({m['val_bpb']:.4f} bits/byte)")
+        rate = f" ({m['val_bpb']:.4f} bits/byte)" if "val_bpb" in m else ""
+        parts.append(f"val loss {m['val_loss']:.4f}{rate}")
     return " | ".join(parts)
 
 

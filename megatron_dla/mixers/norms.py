@@ -20,12 +20,14 @@ class RMSNorm(nn.Module):
     (Megatron's WrappedTorchNorm refuses sequence parallelism, and DeepSpeed ignores its attribute).
     """
 
+    by_heads = False
+
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
         self.group = None
-        kind = "replicated"
-        if config.sequence_parallel and config.tensor_model_parallel_size > 1:
+        kind = "replicated_sum" if self.by_heads else "replicated"
+        if (config.sequence_parallel or self.by_heads) and config.tensor_model_parallel_size > 1:
             from megatron.core import parallel_state
 
             self.group, kind = parallel_state.get_tensor_model_parallel_group(), "replicated_sum"
@@ -35,3 +37,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, sum_gradient(self.weight, self.group), self.eps)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm over the channels of each query or key head, [S, B, heads, D]: one weight for all heads.
+
+    A tensor-parallel rank sees its own heads only, so the weight's gradient is summed at every layout.
+    """
+
+    by_heads = True

@@ -44,7 +44,7 @@ class CoreAttention(MegatronModule):
         """[B, heads, S, D] of whole rows."""
         B, _, S, _ = q.shape
         mask = None
-        if packed_seq_params is not None:
+        if packed_seq_params is not None and packed_seq_params.cu_seqlens_q is not None:
             document = document_starts(packed_seq_params.cu_seqlens_q, B, S, q.device).long().cumsum(1)
             mask = (document[:, None, :, None] == document[:, None, None, :]).tril()
         grouped = k.shape[1] != q.shape[1]

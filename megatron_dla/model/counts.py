@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_dla.config import ModelSection, layer_letters
+from megatron_dla.config import ModelSection, attention_head_dim, layer_letters, softmax_layers
 
 
 def mixer_parameters(m: ModelSection) -> int:
@@ -16,14 +16,14 @@ def mixer_parameters(m: ModelSection) -> int:
 
 def attention_parameters(m: ModelSection) -> int:
     """Parameters of one softmax attention layer."""
-    head = m.hidden_size // m.attention_heads
-    return m.hidden_size * head * (2 * m.attention_heads + 2 * m.attention_groups)
+    head = attention_head_dim(m)
+    return m.hidden_size * head * (2 * m.attention_heads + 2 * m.attention_groups) + 2 * head * m.qk_norm
 
 
 def count_parameters(m: ModelSection, vocab_size: int) -> int:
     """Parameters of the whole model; `vocab_size` is the padded vocabulary."""
     letters = layer_letters(m)
-    mixers = letters.count("D") * mixer_parameters(m) + letters.count("A") * attention_parameters(m)
+    mixers = letters.count("D") * mixer_parameters(m) + softmax_layers(m) * attention_parameters(m)
     layers = m.num_layers * (3 * m.hidden_size * m.ffn_hidden_size + 2 * m.hidden_size)
     embeddings = vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2)
     return mixers + layers + embeddings + m.hidden_size
@@ -33,6 +33,7 @@ def parameters_per_rank(m: ModelSection, vocab_size: int, tensor: int) -> int:
     """Parameters of one tensor-parallel rank (context- and data-parallel ranks hold the same)."""
     letters = layer_letters(m)
     replicated = (2 * len(letters) + 1) * m.hidden_size + letters.count("D") * m.value_dim  # norms
+    replicated += softmax_layers(m) * 2 * attention_head_dim(m) * m.qk_norm
     if m.num_groups % tensor:  # fewer groups than ranks
         replicated += letters.count("D") * 2 * m.num_groups * m.key_dim * (m.hidden_size + m.conv_kernel)
     return replicated + (count_parameters(m, vocab_size) - replicated) // tensor
@@ -48,5 +49,5 @@ def flops_per_token(m: ModelSection, vocab_size: int, seq_len: int) -> float:
     matrices = count_parameters(m, vocab_size) - (0 if m.tie_embeddings else vocab_size * m.hidden_size)
     slots = min(m.capacity, seq_len)
     recurrence = 2 * m.num_heads * m.key_dim * m.value_dim * (slots + 1)
-    softmax = 2 * 2 * m.hidden_size * seq_len / 2
-    return 6.0 * matrices + 3 * (letters.count("D") * recurrence + letters.count("A") * softmax)
+    softmax = 2 * 2 * m.attention_heads * attention_head_dim(m) * seq_len / 2
+    return 6.0 * matrices + 3 * (letters.count("D") * recurrence + softmax_layers(m) * softmax)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_dla import compat
-from megatron_dla.config import ModelSection, ParallelSection, layer_letters
+from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.config import ModelSection, ParallelSection, attention_head_dim, layer_letters
 
 
 def padded_vocab(vocab_size: int, multiple: int) -> int:
@@ -21,12 +22,14 @@ def transformer_config(
     compat.install()
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    letters = layer_letters(section)
     return TransformerConfig(
         num_layers=section.num_layers,
         hidden_size=section.hidden_size,
         num_attention_heads=section.attention_heads,
         num_query_groups=section.attention_groups,
-        kv_channels=max(1, section.hidden_size // section.attention_heads),
+        kv_channels=attention_head_dim(section),
+        no_rope_freq=[int(letter == "N") for letter in letters] if "N" in letters else None,
         ffn_hidden_size=section.ffn_hidden_size,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
@@ -60,41 +63,59 @@ def build_model(
     *,
     vocab_size: int,
     seq_len: int,
-    seed: int,
+    seed: int | None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     backend: str = "auto",
     recompute: str = "none",
+    delta_mem: DeltaMemConfig | None = None,
 ):
     """A GPTModel with DLA layers, tagged and initialised; Megatron's groups must exist.
 
     `forward(input_ids [B, S], position_ids, attention_mask, labels=...)` gives the loss of each token [B, S], or
     logits [B, S, vocab / TP] without labels; under context parallelism S is this rank's part of the row.
-    `vocab_size` is the tokenizer's; the model pads it. `seq_len` counts whole rows.
+    `vocab_size` is the tokenizer's; the model pads it. `seq_len` counts whole rows. Without a `seed` the weights are
+    left as allocated, for a caller that fills them. `delta_mem` puts a memory beside softmax layers; without a seed
+    the caller initialises it too (`adapters.delta_mem.initialise_memories`), after the weights.
     """
     config = transformer_config(section, parallel, dtype, device == "cpu", recompute)
     from megatron.core.models.gpt import GPTModel
 
+    from megatron_dla.mixers.rotary import rotary_frequencies
     from megatron_dla.mixers.softmax import ContiguousRotary
     from megatron_dla.model.init import initialise, tag_megatron_parameters
     from megatron_dla.model.spec import block_spec
     from megatron_dla.parallel.groups import process_groups
 
     groups = process_groups()
+    block = block_spec(section, backend, parallel.cp_scheme)
+    if delta_mem is not None:
+        from megatron_dla.adapters.delta_mem import add_memories, initialise_memories
+
+        add_memories(block, delta_mem)
     model = GPTModel(
         config,
-        block_spec(section, backend, parallel.cp_scheme),
+        block,
         vocab_size=padded_vocab(vocab_size, section.vocab_multiple),
         max_sequence_length=seq_len,
         position_embedding_type="rope" if "A" in layer_letters(section) else "none",
-        rotary_base=int(section.rope_theta),
         share_embeddings_and_output_weights=section.tie_embeddings,
         pg_collection=groups,
     )
-    if groups.cp.size() > 1 and "A" in layer_letters(section):
-        model.rotary_pos_emb = ContiguousRotary(model.rotary_pos_emb, groups.cp)
+    if "A" in layer_letters(section):
+        m, rotary = section, model.rotary_pos_emb
+        frequencies = rotary_frequencies(
+            attention_head_dim(m), m.rope_theta, m.rope_type, m.rope_factor, m.rope_low_freq_factor,
+            m.rope_high_freq_factor, m.rope_original_length,
+        )  # fmt: skip
+        rotary.inv_freq = frequencies.to(rotary.inv_freq.device)  # Megatron's own knows one llama3 length only
+        if groups.cp.size() > 1:
+            model.rotary_pos_emb = ContiguousRotary(rotary, groups.cp)
     tag_megatron_parameters(model, section)
-    initialise(model, section, seed, groups.tp.rank(), groups.tp.size())
+    if seed is not None:
+        initialise(model, section, seed, groups.tp.rank(), groups.tp.size())
+        if delta_mem is not None:
+            initialise_memories(model, seed)
     return model
 
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.mixers.dla import DLAMixer, DLAMixerSubmodules
-from megatron_dla.mixers.norms import RMSNorm
+from megatron_dla.mixers.norms import HeadNorm, RMSNorm
 from megatron_dla.mixers.softmax import CoreAttention
 
 
@@ -22,14 +22,20 @@ def dla_mixer_spec(model: ModelSection, backend: str = "auto", cp_scheme: str = 
 
 
 def layer_spec(model: ModelSection, letter: str = "D", backend: str = "auto", cp_scheme: str = "heads") -> ModuleSpec:
-    """One TransformerLayer: `D` = DLA mixer, `A` = softmax attention; SwiGLU MLP in both."""
+    """One TransformerLayer: `D` = DLA mixer, `A`, `N` = softmax attention; SwiGLU MLP in each.
+
+    Whether a softmax layer has rotary positions is in Megatron's config (`no_rope_freq`), by its number.
+    """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     if letter == "D":
         spec.submodules.self_attention = dla_mixer_spec(model, backend, cp_scheme)
     else:
-        spec.submodules.self_attention.submodules.core_attention = CoreAttention
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = CoreAttention
+        if model.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = HeadNorm
     return spec
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from megatron_dla import compat
-from megatron_dla.config import RunConfig
+from megatron_dla.config import AdapterRunConfig, RunConfig
 from megatron_dla.mixers.functional import FP32_PARAMETERS
 from megatron_dla.parallel.mpu import make_mpu
 from megatron_dla.training.schedule import lr_factor
 
 
-def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: RunConfig | AdapterRunConfig) -> list[dict[str, Any]]:
     """AdamW groups: decayed matrices; norms and per-head scalars without decay; a learned tau with its own rate.
 
     Groups are split by dtype as well: under bf16 the scalars of the recurrence stay fp32, and ZeRO flattens a group.
@@ -23,6 +23,8 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     section = config.optimizer
     groups: dict[tuple[str, torch.dtype], dict[str, Any]] = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:  # a frozen backbone under an adapter
+            continue
         leaf = name.rsplit(".", 1)[-1]
         kind = "tau" if leaf == "tau" else "plain" if p.ndim < 2 or leaf in FP32_PARAMETERS else "decay"
         lr = section.lr * (section.tau_lr_ratio if kind == "tau" else 1.0)
@@ -32,7 +34,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     return [groups[key] for key in sorted(groups, key=str)]
 
 
-def deepspeed_config(config: RunConfig, dp_size: int, bf16: bool) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig | AdapterRunConfig, dp_size: int, bf16: bool) -> dict[str, Any]:
     """The DeepSpeed configuration of a run."""
     training = config.training
     accumulation = training.global_batch_size // (training.micro_batch_size * dp_size)
@@ -53,7 +55,7 @@ def deepspeed_config(config: RunConfig, dp_size: int, bf16: bool) -> dict[str, A
     return settings
 
 
-def apply_optimizer_section(engine: Any, groups: list[dict[str, Any]], config: RunConfig) -> None:
+def apply_optimizer_section(engine: Any, groups: list[dict[str, Any]], config: RunConfig | AdapterRunConfig) -> None:
     """Make the config's learning rate, betas, eps and weight decay hold after a load, which brings back the old ones.
 
     Args:
@@ -70,7 +72,11 @@ def apply_optimizer_section(engine: Any, groups: list[dict[str, Any]], config: R
 
 
 def build_engine(
-    model: nn.Module, optimizer_groups: list[dict[str, Any]], config: RunConfig, groups: Any, bf16: bool
+    model: nn.Module,
+    optimizer_groups: list[dict[str, Any]],
+    config: RunConfig | AdapterRunConfig,
+    groups: Any,
+    bf16: bool,
 ) -> Any:
     """A DeepSpeed engine; its gradients equal one process's, whatever the layout.
 

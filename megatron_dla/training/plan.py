@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dla.config import ModelSection, RunConfig, layer_letters
+from megatron_dla.config import ModelSection, RunConfig, attention_head_dim, layer_letters, softmax_layers
 from megatron_dla.model.counts import parameters_per_rank
 
 CHUNK = 64  # tokens between two kept slot states in the backward pass of one layer
@@ -126,10 +126,9 @@ def context_bytes(config: RunConfig, element: int) -> float:
     else:
         halo = (inner + 2 * max(1, m.num_groups // tensor) * m.key_dim) * (m.conv_kernel - 1) * element
         mixer = batch * (m.num_heads // tensor * m.capacity * m.key_dim * m.value_dim * 4 + halo)
-    head = m.hidden_size // m.attention_heads
     units = 2 * m.attention_heads // tensor + 2 * max(m.attention_groups // tensor, context)
-    softmax = tokens * share * units * head * element
-    return letters.count("D") * mixer + letters.count("A") * softmax
+    softmax = tokens * share * units * attention_head_dim(m) * element
+    return letters.count("D") * mixer + softmax_layers(m) * softmax
 
 
 def _size(n: float) -> str:

@@ -14,7 +14,14 @@ import torch
 
 from megatron_dla.checkpoint.manager import check_same_model, complete_checkpoints
 from megatron_dla.checkpoint.weights import Layout
-from megatron_dla.config import RunConfig, check_config, check_precision, dump_config, layer_letters
+from megatron_dla.config import (
+    AdapterRunConfig,
+    RunConfig,
+    check_config,
+    check_precision,
+    dump_config,
+    layer_letters,
+)
 from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import CheckpointError, ConfigError, DataError, UserError
@@ -46,7 +53,7 @@ def resolve_device(config: RunConfig) -> tuple[str, bool]:
     return device, bf16
 
 
-def run_directory(config: RunConfig) -> Path:
+def run_directory(config: RunConfig | AdapterRunConfig) -> Path:
     return Path(config.run.dir) / config.run.name
 
 
@@ -119,6 +126,12 @@ def git_state() -> str | None:
 def describe_run(config: RunConfig, world_size: int) -> None:
     """Write config.yaml, command.json and the tokenizer: what the run is, beside what it does."""
     run_dir = run_directory(config)
+    write_command(config, run_dir, world_size)
+    (run_dir / TOKENIZER_NAME).write_bytes((Path(config.data.dir) / TOKENIZER_NAME).read_bytes())
+
+
+def write_command(config: RunConfig | AdapterRunConfig, run_dir: Path, world_size: int) -> None:
+    """config.yaml (resolved) and command.json of a run."""
     dump_config(config, run_dir / "config.yaml")
     command = {
         "argv": sys.argv,
@@ -130,7 +143,6 @@ def describe_run(config: RunConfig, world_size: int) -> None:
         "git": git_state(),
     }
     (run_dir / "command.json").write_text(json.dumps(command, indent=1))
-    (run_dir / TOKENIZER_NAME).write_bytes((Path(config.data.dir) / TOKENIZER_NAME).read_bytes())
 
 
 def describe(config: RunConfig, index: ShardIndex | None, world_size: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dla.adapters.calls import MemoryCall
 from megatron_dla.data.packing import Batch
 from megatron_dla.model.gpt import packed_sequence
 from megatron_dla.parallel.context import context_slice
@@ -21,6 +22,7 @@ def train_step(
     seq_len: int,
     reset_at_documents: bool = True,
     before_update: Callable[[], None] | None = None,
+    remember: Callable[[Batch], MemoryCall] | None = None,
 ) -> float:
     """Forward, backward and update over this data-parallel rank's micro batches.
 
@@ -28,6 +30,8 @@ def train_step(
         engine: a DeepSpeed engine. batches: whole rows; context-parallel ranks are given the same and take their part.
         groups: Megatron's ProcessGroupCollection.
         before_update: called when every gradient is reduced and not yet applied.
+        remember: what δ-mem layers are told of a micro batch; its gate penalty is added to the objective, averaged
+            over micro batches and data-parallel ranks.
 
     Returns:
         Mean loss (nats a token, weighted by `loss_mask`) over the global batch, the same on every rank.
@@ -41,10 +45,16 @@ def train_step(
     for number, batch in enumerate(batches):
         rows = (batch.tokens, batch.labels, batch.loss_mask)
         tokens, labels, mask = (context_slice(x, groups.cp).to(device) for x in rows)
-        packed = packed_sequence(batch.cu_seqlens.to(device) if reset_at_documents else None, seq_len)
+        borders = batch.cu_seqlens.to(device) if reset_at_documents else None
+        packed, call = packed_sequence(borders, seq_len), None
+        if remember is not None:
+            from megatron_dla.adapters.delta_mem import with_memory
+
+            call = remember(batch)
+            packed = with_memory(call, seq_len, borders)
         losses = engine(tokens, None, None, labels=labels, packed_seq_params=packed)
         loss = (losses.float() * mask).sum()
-        engine.backward(loss * scale)
+        engine.backward(loss * scale if call is None else call.penalise(loss * scale))
         if before_update is not None and number == len(batches) - 1:
             before_update()
         engine.step()

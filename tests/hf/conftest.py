@@ -26,8 +26,17 @@ SECTIONS = {
     "mamba2_hybrid": replace(BASE, num_groups=4, pattern="AD", conv_kernel=3, tau_mode="learned"),
     "gdn": replace(BASE, backbone="gdn", num_groups=4, tie_embeddings=True),
     "gdn_hybrid": replace(BASE, backbone="gdn", num_groups=2, pattern="DA", tau_mode="learned"),
+    "shaped_attention": replace(
+        BASE,
+        num_layers=3,
+        pattern="DAN",
+        attention_head_dim=12,
+        qk_norm=True,
+        rope_type="llama3",
+        rope_factor=8.0,
+        rope_original_length=64,
+    ),
 }
-CASES = list(SECTIONS)
 WORDS = ["hello", "world", "the quick", " brown ", "fox\n", "\t12345", "caf\xe9", "x\u2581y", "\U0001f600", "</s>"]
 
 

@@ -17,7 +17,7 @@ from megatron_dla.checkpoint.weights import Layout, load_merged, parameter_tags
 from megatron_dla.errors import CheckpointError, ConfigError, UserError
 from megatron_dla.hf import mapping
 from megatron_dla.hf.cli import add_convert_parser, add_generate_parser
-from megatron_dla.hf.convert import code_files, from_hf, resolve_checkpoint, to_hf
+from megatron_dla.hf.convert import code_files, from_hf, read_section, resolve_checkpoint, to_hf
 from megatron_dla.hf.generate import generate
 from megatron_dla.hf.verify import verify
 
@@ -181,8 +181,8 @@ def test_existing_output(exported, tmp_path):
 def test_from_hf_refuses_what_it_cannot_read(exported, tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         from_hf(tmp_path, tmp_path / "out")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(CheckpointError, match="'llama'"):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match=r"model_type gpt2\) is not supported: use one of LlamaForCausalLM"):
         from_hf(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"parallel\.tensor"):
         from_hf(exported("gdn").directory, tmp_path / "out", 3)
@@ -207,6 +207,21 @@ def test_verify(exported, tmp_path, capsys):
         verify(case.checkpoint, broken, tokens=110)
     with pytest.raises(CheckpointError, match="no exported model"):
         verify(case.checkpoint, tmp_path / "nothing")
+
+
+def test_verify_attention_of_other_shapes(exported):
+    case = exported("shaped_attention")
+    assert verify(case.checkpoint, case.directory, tokens=110).worst <= 1e-4
+    assert mapping.parameter_tags(case.section) == parameter_tags(case.megatron)
+
+
+def test_first_exports_are_still_read(exported, tmp_path):
+    case = exported("gdn_hybrid")
+    config = json.loads((case.directory / "config.json").read_text())
+    added = {"attention_head_dim", "qk_norm"} | {key for key in config if key.startswith("rope_")} - {"rope_theta"}
+    assert len(added) == 7 and added <= config.keys()
+    (tmp_path / "config.json").write_text(json.dumps({key: x for key, x in config.items() if key not in added}))
+    assert read_section(tmp_path)[0] == read_section(case.directory)[0]
 
 
 def run_cli(*argv: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dla.config import load_config
+from megatron_dla.config import AdapterRunConfig, load_any
 from megatron_dla.kernels.common import aot, aot_dla
 from megatron_dla.kernels.dla import beyond_kernels
 from megatron_dla.kernels.dla.attention import BACKENDS
@@ -77,7 +77,9 @@ def test_dla_kernels_fit(arch: int, pytestconfig: pytest.Config, tmp_path: Path)
 def test_every_shipped_gpu_config_is_compiled_as_its_ranks_run_it() -> None:
     configs = {one.name: one for one in aot_dla.shipped()}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        run_config = load_config(path)
+        run_config = load_any(path)
+        if isinstance(run_config, AdapterRunConfig):  # softmax layers only
+            continue
         model = run_config.model
         shares = {name: one for name, one in configs.items() if name.startswith(f"{path.stem}-tp")}
         assert bool(shares) == (run_config.training.device == "cuda"), path
@@ -86,6 +88,6 @@ def test_every_shipped_gpu_config_is_compiled_as_its_ranks_run_it() -> None:
             sizes = (model.num_heads // tensor, max(1, model.num_groups // tensor), model.key_dim, model.value_dim)
             assert (one.heads, one.groups, one.key_dim, one.value_dim) == sizes
             assert (one.capacity, one.delta) == (model.capacity, model.backbone == "gdn")
-            assert set(one.archs) == set(aot.ARCHS)
+            assert set(one.archs) == set(aot.ARCHS) - ({80} if path.stem in aot_dla.SPILLS_ON_SM_80 else set())
             assert beyond_kernels(model.key_dim, model.value_dim, model.capacity) == ""
     assert {"dla_mamba2_780m-tp1", "dla_mamba2_780m-tp2", "dla_gdn_1b3-tp1", "dla_gdn_1b3-tp6"} <= set(configs)

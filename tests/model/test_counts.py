@@ -25,6 +25,7 @@ BASE = ModelSection(
         {"backbone": "gdn", "tau_mode": "learned"},
         {"pattern": "DA", "tie_embeddings": True},
         {"pattern": "A"},
+        {"pattern": "AN", "attention_head_dim": 12, "qk_norm": True},
     ],
     ids=str,
 )

@@ -30,10 +30,18 @@ def test_dla_layer_tp2(ranks, name: str, sequence: bool) -> None:
 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["", "sp"])
-def test_softmax_layer_tp2(ranks, sequence: bool) -> None:
+@pytest.mark.parametrize("change", [{}, {"attention_groups": 1, "attention_head_dim": 12, "qk_norm": True}], ids=str)
+def test_softmax_layer_tp2(ranks, sequence: bool, change: dict) -> None:
+    section = dataclasses.replace(BASE, **change)
     for documents in ([], DOCUMENTS):
-        for errors in ranks(2).run(workers.layer_parity, BASE, ParallelSection(2, sequence), "A", documents, 12):
+        for errors in ranks(2).run(workers.layer_parity, section, ParallelSection(2, sequence), "A", documents, 12):
             check(errors, 1e-10)
+
+
+def test_softmax_layer_with_fewer_groups_than_ranks(ranks) -> None:
+    section = dataclasses.replace(BASE, attention_groups=2, attention_head_dim=12, qk_norm=True)
+    for errors in ranks(4).run(workers.layer_parity, section, ParallelSection(4, True), "A", DOCUMENTS, 15):
+        check(errors, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["mamba2, one group for all heads", "gdn"])

@@ -63,6 +63,7 @@ def test_a_dead_process_on_this_machine_blocks_nobody(tmp_path: Path) -> None:
     with pytest.raises(FenceError, match="in use"):
         Fence(tmp_path, "91.0").claim()
     process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet reaped
     claimed(tmp_path, "91.0").release()  # the killed process is still a zombie here
     process.communicate()
 

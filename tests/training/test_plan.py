@@ -30,7 +30,15 @@ def test_counts_equal_the_real_module(name: str, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
-@pytest.mark.parametrize("change", [{"num_groups": 1}, {"backbone": "gdn", "num_groups": 4}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_groups": 1},
+        {"backbone": "gdn", "num_groups": 4},
+        {"pattern": "AN", "attention_groups": 1, "attention_head_dim": 12, "qk_norm": True},
+    ],
+    ids=str,
+)
 def test_counts_of_a_rank_equal_the_real_module(ranks, tensor: int, change: dict) -> None:
     section = dataclasses.replace(BASE, **change)
     want = parameters_per_rank(section, padded_vocab(60, section.vocab_multiple), tensor)

@@ -1,0 +1,80 @@
+"""A chat as tokens: the tokenizer's template, and the number of the message of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_dla.errors import UserError
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = True, numbered: bool = True
+) -> tuple[list[int], list[int]]:
+    """Token ids of a chat, and for each the number of its message.
+
+    Numbers count the messages that are no system message from 0, template tokens included; -1 stands for system
+    messages (also one that the template adds by itself) and for the generation prompt, the tail that opens the answer.
+
+    Args:
+        numbered: False = all numbers -1, for adapters that write by token, with any template and tokenizer.
+
+    Raises:
+        UserError: no template, one that refuses these messages, or one whose messages cannot be told apart.
+    """
+    text = _render(tokenizer, messages, generation_prompt)
+    if not numbered:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids, [-1] * len(ids)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError("writes by message need a fast tokenizer (tokenizer.json), to tell the messages' tokens apart")
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = _spans(tokenizer, messages, text)
+    numbers = []
+    for start, _ in found["offset_mapping"]:
+        numbers.append(next((number for begin, end, number in spans if begin <= start < end), -1))
+    return found["input_ids"], numbers
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the tokenizer has no chat template: use an instruction-tuned model, or `dla generate`")
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+    except TemplateError as error:
+        raise UserError(f"the model's chat template refuses these messages: {error}") from error
+
+
+def _spans(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple[int, int, int]]:
+    """(begin, end, number) in characters of every message that is written."""
+    spans, begin, number = [], 0, 0
+    if messages and messages[0]["role"] != "system":
+        begin = _preamble(tokenizer, messages[0])
+    for count, message in enumerate(messages, 1):
+        head = _render(tokenizer, messages[:count], False)
+        if not text.startswith(head):
+            raise UserError(
+                f"writes by message: this chat template renders the first {count} messages differently when others "
+                "follow, so that no message has tokens of its own: use an adapter that writes by token"
+            )
+        if message["role"] != "system":
+            spans.append((begin, len(head), number))
+            number += 1
+        begin = len(head)
+    return spans
+
+
+def _preamble(tokenizer: Any, first: Message) -> int:
+    """Characters that the template puts before the first message by itself, found by giving the message twice."""
+    once = _render(tokenizer, [first], False)
+    try:
+        twice = _render(tokenizer, [first, first], False)
+    except UserError:  # a template that wants roles to alternate
+        return 0
+    own = twice[len(once) :]
+    return len(once) - len(own) if own and twice.startswith(once) and once.endswith(own) else 0

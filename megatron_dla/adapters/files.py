@@ -1,0 +1,252 @@
+"""An adapter as a directory: our safetensors, the published pair of files, and the fingerprint of the base model.
+
+    adapter_model.safetensors + adapter_config.json     peft_type "DELTA_MEM", our whole config, base model
+    delta_mem_config.json + delta_mem_adapter.pt        the published form (`upstream`); names no base model
+
+PEFT itself cannot load the first: the correction depends on a state, so there is nothing to merge. Both may lie in one
+directory; then the first is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megatron_dla.adapters import upstream
+from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.errors import CheckpointError, ConfigError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_TYPE = "DELTA_MEM"
+Format = Literal["safetensors", "upstream"]
+_FINGERPRINT_ROWS = 64  # of every tensor that is hashed
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A base model: `name` for messages, `sha256` of parts of its weights for comparing."""
+
+    name: str
+    sha256: str
+
+    def check(self, other: Fingerprint, what: str) -> None:
+        """Raises CheckpointError unless both are the same weights."""
+        if self.sha256 != other.sha256:
+            raise CheckpointError(
+                f"{what} belongs to the base model {self.name!r} (weights {self.sha256[:12]}), this one is "
+                f"{other.name!r} ({other.sha256[:12]}): use that model"
+            )
+
+
+def fingerprint(source: nn.Module | Mapping[str, Tensor] | str | Path, name: str | None = None) -> Fingerprint:
+    """Of a Hugging Face model, its state dict, or its directory (a few megabytes are read).
+
+    Hashed are the first rows, rounded to bf16, of the embedding, the first layer's query projection, the last layer's
+    down projection and the last norm: the same whatever dtype the model is loaded in.
+
+    Raises:
+        CheckpointError: weights are missing, so it is no supported model.
+    """
+    weights: Mapping[str, Tensor]
+    if isinstance(source, nn.Module):
+        weights, name = source.state_dict(), name or getattr(source, "name_or_path", "")
+    elif isinstance(source, Mapping):
+        weights = source
+    else:
+        weights, name = _Directory(Path(source)), name or str(source)
+    layers = [int(key.split(".")[2]) for key in weights if key.startswith("model.layers.")]
+    keys = [
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        f"model.layers.{max(layers, default=0)}.mlp.down_proj.weight",
+        "model.norm.weight",
+    ]
+    if missing := [key for key in keys if key not in weights]:
+        raise CheckpointError(f"the base model {name!r} has no weight {missing[0]}: it is no supported model")
+    digest = hashlib.sha256()
+    for key in keys:
+        x = weights[key]
+        digest.update(f"{key}{list(x.shape)}".encode())
+        part = x[:_FINGERPRINT_ROWS].detach().cpu().to(torch.bfloat16).contiguous()
+        digest.update(part.view(torch.int16).numpy().tobytes())
+    return Fingerprint(name or "", digest.hexdigest())
+
+
+class _Directory(Mapping[str, Tensor]):
+    """Weights of a Hugging Face directory, each read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._files: dict[str, Path] = {}
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{str(path)!r} holds no *.safetensors: give a directory that save_pretrained wrote")
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    self._files |= dict.fromkeys(opened.keys(), file)
+            except Exception as error:  # safetensors raises its own and OSError alike
+                raise CheckpointError(f"{str(file)!r} is damaged ({error}): fetch it again") from error
+
+    def __getitem__(self, key: str) -> Tensor:
+        with safe_open(self._files[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+    def __iter__(self):
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@dataclass
+class Adapter:
+    """What a directory holds.
+
+    Attributes:
+        tensors: by layer number and published name. base: None where the files do not say.
+    """
+
+    config: DeltaMemConfig
+    tensors: dict[int, dict[str, Tensor]]
+    base: Fingerprint | None = None
+
+    def sha256(self) -> str:
+        """Of config and values (as fp32): the same for copies in other formats and for wider dtypes."""
+        return adapter_sha256(self.config, self.tensors)
+
+
+def adapter_sha256(config: DeltaMemConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> str:
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    for layer in sorted(tensors):
+        for name in sorted(tensors[layer]):
+            x = tensors[layer][name].detach().cpu().float().contiguous()
+            digest.update(f"{layer}.{name}{list(x.shape)}".encode())
+            digest.update(x.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_adapter(
+    directory: str | Path,
+    adapter: Adapter,
+    *,
+    formats: Iterable[Format] = ("safetensors",),
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a directory, each file whole or not at all; the configs last. Returns it.
+
+    Args:
+        dtype: of the stored tensors (fp32, bf16); None = as they are. Writing bf16 rounds.
+
+    Raises:
+        CheckpointError: there is an adapter already. ConfigError: the published form cannot hold this config.
+    """
+    directory, formats = Path(directory), tuple(formats)
+    values = upstream.to_upstream(adapter.config) if "upstream" in formats else {}
+    taken = [name for name in (CONFIG, WEIGHTS, upstream.CONFIG, upstream.WEIGHTS) if (directory / name).exists()]
+    if taken and not overwrite:
+        raise CheckpointError(f"{str(directory / taken[0])!r} exists: give a new directory, or allow overwriting")
+    tensors = {
+        layer: {name: x.detach().cpu().to(dtype or x.dtype).contiguous() for name, x in named.items()}
+        for layer, named in adapter.tensors.items()
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    if "upstream" in formats:
+        with written_whole(directory / upstream.WEIGHTS) as path:
+            upstream.save_weights(tensors, path)
+        _write_json(directory / upstream.CONFIG, values)
+    if "safetensors" in formats:
+        flat = {upstream.tensor_key(layer, name): x for layer, named in tensors.items() for name, x in named.items()}
+        with written_whole(directory / WEIGHTS) as path:
+            save_file(flat, path, metadata={"format": "pt"})
+        base = adapter.base
+        _write_json(directory / CONFIG, {
+            "peft_type": PEFT_TYPE,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base.name if base else None,
+            "base_model_sha256": base.sha256 if base else None,
+            "r": adapter.config.rank,
+            "alpha": adapter.config.alpha,
+            "delta_mem": adapter.config.to_dict(),
+        })  # fmt: skip
+    return directory
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """The adapter in a directory, of either form. No pickled code is run.
+
+    Raises:
+        CheckpointError: no adapter there, a damaged file, or one that asks for what is not supported.
+    """
+    directory = Path(directory)
+    if (directory / CONFIG).is_file():
+        return _read_safetensors(directory)
+    if not (directory / upstream.CONFIG).is_file():
+        raise CheckpointError(f"{str(directory)!r} is no δ-mem adapter: want {CONFIG} or {upstream.CONFIG} in it")
+    where = repr(str(directory / upstream.CONFIG))
+    config = upstream.from_upstream(_read_json(directory / upstream.CONFIG), where)
+    tensors = upstream.load_weights(directory / upstream.WEIGHTS)
+    upstream.drop_inactive(tensors, config, repr(str(directory / upstream.WEIGHTS)))
+    return Adapter(config, tensors)
+
+
+def _read_safetensors(directory: Path) -> Adapter:
+    values, where = _read_json(directory / CONFIG), repr(str(directory / CONFIG))
+    if values.get("peft_type") != PEFT_TYPE:
+        raise CheckpointError(f"{where}: peft_type = {values.get('peft_type')!r}: only {PEFT_TYPE} adapters are loaded")
+    try:
+        config = DeltaMemConfig.from_dict(values["delta_mem"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where} is damaged ({error})") from error
+    path = directory / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            # copies: the tensors are the mapped file, which may be overwritten
+            flat = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise CheckpointError(f"{str(path)!r} is missing or damaged ({error})") from error
+    sha, name = values.get("base_model_sha256"), values.get("base_model_name_or_path")
+    return Adapter(config, upstream.by_layer(flat, path), Fingerprint(name or "", sha) if sha else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+        return values
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged ({error})") from error
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with written_whole(path) as part:
+        part.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when all went well: a reader never sees half a file.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be written ({error})") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,320 @@
+"""δ-mem on a Hugging Face causal language model: hooks around each self-attention, nothing of transformers edited.
+
+The hooks keep nothing: a call brings its states and takes the new ones home, so that any number of sessions, threads
+and adapters share one model. Per layer, with x the input of the attention (after the layer norm):
+
+    query  = q_proj(x) + Δq       before the query's norm and RoPE (NoPE layers: before nothing)
+    output = o_proj(...) + Δo
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.adapters.memory import DeltaMemory, MemoryControl, MemoryInputs, MemoryState, ScanResult
+from megatron_dla.errors import CheckpointError, ConfigError
+
+SUPPORTED = {
+    "llama": "LlamaForCausalLM (Llama, SmolLM2)",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+States = dict[int, MemoryState]
+"""State of each layer that has a memory, by layer number."""
+_CALL = "delta_mem_call"  # the keyword that carries a call through transformers' layers to the hooks
+
+
+def check_supported(model_type: str | None) -> None:
+    """Raises CheckpointError with the list of supported models."""
+    if model_type not in SUPPORTED:
+        raise CheckpointError(
+            f"δ-mem does not support model_type {model_type!r}: use one of "
+            + ", ".join(f"{kind} = {name}" for kind, name in SUPPORTED.items())
+        )
+
+
+@dataclass
+class LayerStats:
+    """One layer in one call.
+
+    Attributes:
+        mean_beta: write gate over the written tokens (nan: none written). half_life: writes until half of the state
+            is forgotten at that gate (nan where the keep gate is not 1 - beta). written: number of writes.
+        output_ratio: ||Δo|| / ||o|| over all valid tokens together. state_norm: mean Frobenius norm of the new states.
+    """
+
+    mean_beta: float
+    half_life: float
+    written: int
+    output_ratio: float
+    state_norm: float
+
+
+@dataclass
+class DeltaMemOutput:
+    """logits [B, T or logits_to_keep, V]; the states after the call (attached to the graph); the key/value cache;
+    statistics by layer, if asked for."""
+
+    logits: Tensor
+    states: States
+    past_key_values: Any
+    stats: dict[int, LayerStats]
+
+
+@dataclass
+class _Call:
+    """What one forward brings to the hooks, and what they leave."""
+
+    owner: DeltaMemModel
+    states: States
+    inputs: MemoryInputs
+    control: MemoryControl
+    backend: str
+    wants_stats: bool
+    after: States = field(default_factory=dict)
+    stats: dict[int, LayerStats] = field(default_factory=dict)
+
+
+@dataclass
+class _Open:
+    """One self-attention between its two hooks."""
+
+    memory: DeltaMemory
+    call: _Call
+    result: ScanResult
+
+
+class DeltaMemModel(nn.Module):
+    """An adapter on a model; made by `attach`. Its parameters and state dict are the adapter's alone.
+
+    Attributes:
+        base: the Hugging Face model (frozen; no submodule of this one). config. memories: by layer number as text.
+    """
+
+    base: Any
+
+    def __init__(self, base: nn.Module, config: DeltaMemConfig, memories: dict[int, DeltaMemory]) -> None:
+        super().__init__()
+        self.__dict__["base"] = base
+        self.config = config
+        self.memories = nn.ModuleDict({str(layer): memory for layer, memory in memories.items()})
+        self._open = threading.local()
+        self._hooks: list[Any] = []
+        for layer, attention in enumerate(_attentions(base)):
+            self._hook(layer, attention)
+
+    # ---- hooks
+
+    def _hook(self, layer: int, attention: Any) -> None:
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            call = kwargs.get(_CALL)
+            if call is None or call.owner is not self:
+                return None
+            if str(layer) in self.memories:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                self._open.now = self._read_and_write(layer, call, hidden)
+            return args, {key: value for key, value in kwargs.items() if key != _CALL}
+
+        def steer_query(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            now = getattr(self._open, "now", None)
+            if now is None:
+                return None
+            return output + now.memory.delta_q(now.result.reads, output.dtype, now.call.control.scale)
+
+        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            now, self._open.now = getattr(self._open, "now", None), None
+            if now is None or output is None:  # None: the attention raised
+                return None
+            return (self._steer_output(layer, now, output[0]), *output[1:])
+
+        self._hooks.append(attention.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(attention.register_forward_hook(after, always_call=True))
+        if "q" in self.config.heads:
+            self._hooks.append(attention.q_proj.register_forward_hook(steer_query))
+
+    def _read_and_write(self, layer: int, call: _Call, x: Tensor) -> _Open:
+        memory, freeze, state = self.memory(layer), call.control.freeze, call.states[layer]
+        result = memory.scan(memory.project(x), state, call.inputs, freeze=freeze, backend=call.backend)
+        call.after[layer] = result.state
+        return _Open(memory, call, result)
+
+    def _steer_output(self, layer: int, now: _Open, output: Tensor) -> Tensor:
+        delta = torch.zeros_like(output)
+        if "o" in self.config.heads:
+            delta = now.memory.delta_o(now.result.reads, output.dtype, now.call.control.scale)
+        if now.call.wants_stats:
+            now.call.stats[layer] = _layer_stats(self.config, now, output, delta)
+        return output + delta
+
+    def detach(self) -> nn.Module:
+        """Take the hooks off; returns the model, as it was but frozen."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        return self.base
+
+    # ---- use
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers that have a memory."""
+        return [int(name) for name in self.memories]
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.get_input_embeddings().weight.device
+
+    def initial_states(self, batch: int) -> States:
+        """Zeros for `batch` sequences: fp32, float64 if the model is."""
+        dtype = torch.float64 if self.base.dtype == torch.float64 else torch.float32
+        memories = {layer: self.memory(layer) for layer in self.layers}
+        return {
+            layer: memory.initial_state(batch, memory.beta_bias.device, dtype) for layer, memory in memories.items()
+        }
+
+    def memory(self, layer: int) -> DeltaMemory:
+        """The parameters of a layer that has a memory."""
+        return self.memories[str(layer)]  # type: ignore[return-value]
+
+    def finish(self, states: States) -> States:
+        """With writes by message, the open message written now; else the states themselves."""
+        return {layer: self.memory(layer).finish(state) for layer, state in states.items()}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        states: States | None = None,
+        inputs: MemoryInputs | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        control: MemoryControl | None = None,
+        stats: bool = False,
+        backend: str = "auto",
+    ) -> DeltaMemOutput:
+        """One call of the model, a pure function of its arguments (but the cache, which grows in place).
+
+        Args:
+            input_ids: int64 [B, T]. states: from before the first token; None = zeros. They are not changed.
+            inputs: what the tokens do to the memory. Without `inputs.valid`, `attention_mask` says what is padding.
+            attention_mask: [B, past + T], 1 = a token, 0 = padding on any side; without `position_ids` these count
+                the tokens. None = no padding.
+            logits_to_keep: only the last n positions go through the head; 0 = all.
+            control: evaluation switches. stats: fill `DeltaMemOutput.stats` (waits for the device).
+
+        Raises:
+            ValueError: states of another batch size or adapter; writes by message without message ids.
+        """
+        B, T = input_ids.shape
+        states = self.initial_states(B) if states is None else states
+        if set(states) != set(self.layers) or any(state.S.shape[0] != B for state in states.values()):
+            rows = sorted({state.S.shape[0] for state in states.values()})
+            raise ValueError(
+                f"states of layers {sorted(states)} and {rows} rows do not fit: want layers {self.layers}, {B} rows"
+            )
+        inputs = MemoryInputs() if inputs is None else inputs
+        if attention_mask is not None:
+            if inputs.valid is None:
+                inputs = replace(inputs, valid=attention_mask[:, -T:].bool())
+            if position_ids is None:
+                position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, -T:]
+        call = _Call(self, states, inputs, control or MemoryControl(), backend, stats)
+        out = self.base(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep, **{_CALL: call},
+        )  # fmt: skip
+        return DeltaMemOutput(out.logits, call.after, out.past_key_values, call.stats)
+
+    def tensors(self) -> dict[int, dict[str, Tensor]]:
+        """Parameters by layer, detached, under their published names."""
+        return {layer: {name: p.detach() for name, p in self.memory(layer).named_parameters()} for layer in self.layers}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[int, dict[str, Tensor]]) -> None:
+        """Copy parameters in. Raises CheckpointError naming a missing, unknown or misshapen one; then none is."""
+        wanted = self.tensors()
+        if set(tensors) != set(wanted):
+            raise CheckpointError(f"the adapter has layers {sorted(tensors)}, this model takes {sorted(wanted)}")
+        for layer, parameters in wanted.items():
+            found = tensors[layer]
+            if odd := sorted(set(found) ^ set(parameters)):
+                raise CheckpointError(f"layer {layer} of the adapter: {', '.join(odd)} missing or unknown")
+            for name, parameter in parameters.items():
+                if found[name].shape != parameter.shape:
+                    raise CheckpointError(
+                        f"layer {layer} of the adapter: {name} is {list(found[name].shape)}, this model wants "
+                        f"{list(parameter.shape)}: it was trained on another model"
+                    )
+        for layer, parameters in wanted.items():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[layer][name])
+
+
+def attach(
+    base: nn.Module, config: DeltaMemConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> DeltaMemModel:
+    """Put a new adapter on `base`, which is frozen in place and otherwise behaves as before when called directly.
+
+    Args:
+        base: a causal language model of transformers, of a `SUPPORTED` type. seed: of the adapter's start.
+        dtype: of the adapter's parameters; the mathematics of the state is fp32 anyway.
+
+    Raises:
+        CheckpointError: the model is not supported. ConfigError: `config.layers` names a layer that is not there.
+    """
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    check_supported(model_type)
+    attentions = _attentions(base)
+    if wrong := sorted(set(config.layers or ()) - set(range(len(attentions)))):
+        raise ConfigError(f"delta_mem.layers has {wrong[0]}: the model has layers 0 to {len(attentions) - 1}")
+    base.requires_grad_(False)
+    memories = {}
+    for layer, attention in enumerate(attentions):
+        if config.carries(layer):
+            q, o = attention.q_proj.weight, attention.o_proj.weight
+            memory = DeltaMemory(config, q.shape[1], q.shape[0], dtype=dtype, device=q.device)
+            memory.initialise(seed, f"layers.{layer}", q, o)
+            memories[layer] = memory
+    return DeltaMemModel(base, config, memories)
+
+
+def select_states(states: States, rows: Tensor | Sequence[int]) -> States:
+    """Batch rows of the states, in that order: forking ([0, 0]), shuffling (a permutation)."""
+    return {layer: state.select(torch.as_tensor(rows, device=state.S.device)) for layer, state in states.items()}
+
+
+def detach_states(states: States) -> States:
+    """The states without their graph."""
+    return {layer: state.detach() for layer, state in states.items()}
+
+
+def _attentions(base: Any) -> list[Any]:
+    return [layer.self_attn for layer in base.model.layers]
+
+
+def _layer_stats(config: DeltaMemConfig, now: _Open, output: Tensor, delta: Tensor) -> LayerStats:
+    with torch.no_grad():
+        result, valid = now.result, now.call.inputs.valid
+        beta = result.beta[result.written].double().mean().item()
+        if valid is not None:
+            output, delta = output[valid], delta[valid]
+        ratio = delta.double().norm() / output.double().norm().clamp_min(1e-30)
+        half_life = math.nan
+        if config.update == "no_lambda":
+            half_life = math.inf
+        elif config.couple_lambda and beta < 1:
+            half_life = -math.log(2) / math.log1p(-beta) if beta > 0 else math.inf
+        norm = result.state.S.double().flatten(-2).norm(dim=-1).mean().item()
+        return LayerStats(beta, half_life, int(result.written.sum()), ratio.item(), norm)

@@ -1,0 +1,156 @@
+"""A session as one safetensors file: states (fp32), token ids, metadata, and the key/value cache if wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_dla.adapters.files import Fingerprint, adapter_sha256, fingerprint, written_whole
+from megatron_dla.adapters.hf_model import DeltaMemModel, States
+from megatron_dla.adapters.memory import MemoryInputs, MemoryState
+from megatron_dla.adapters.messages import Pending
+from megatron_dla.adapters.session import Session, cache_tensors, make_cache
+from megatron_dla.errors import CheckpointError
+
+FORMAT = "megatron_dla δ-mem session 1"
+
+
+def save_session(session: Session, path: str | Path, *, cache: bool = True) -> None:
+    """Write the file, whole or not at all.
+
+    Args:
+        cache: False = without keys and values, whose size grows with the context; loading computes them again.
+    """
+    model, base = session.model, fingerprint(session.model.base)
+    tensors = {
+        "ids": torch.tensor(session.ids, dtype=torch.long),
+        "message_ids": torch.tensor(session.message_ids, dtype=torch.long),
+        **_pack(session.states, "state"),
+        **_pack(session.origin, "origin"),
+    }
+    metadata = {
+        "format": FORMAT,
+        "adapter_sha256": adapter_sha256(model.config, model.tensors()),
+        "base_name": base.name,
+        "base_sha256": base.sha256,
+        "config": json.dumps(model.config.to_dict()),
+        "granularity": model.config.write,
+        "layers": json.dumps(model.layers),
+        "tokens_seen": str(session.tokens_seen),
+        "history": json.dumps(session.history),
+        "sha256": _digest(tensors),
+    }
+    if cache:
+        for layer, (keys, values) in enumerate(cache_tensors(session.cache)):
+            tensors |= {
+                f"cache.{layer}.keys": keys.cpu().contiguous(),
+                f"cache.{layer}.values": values.cpu().contiguous(),
+            }
+    with written_whole(Path(path)) as part:
+        save_file(tensors, part, metadata=metadata)
+
+
+def load_session(path: str | Path, model: DeltaMemModel, tokenizer: Any = None) -> Session:
+    """The session of a file, on `model`: states bit for bit. Keys and values that are not in the file, or in another
+    dtype than the model's, are computed again from the token ids.
+
+    Raises:
+        CheckpointError: no session file, a damaged one, or one of another adapter or base model.
+    """
+    tensors, metadata = _read(Path(path))
+    try:
+        base = Fingerprint(metadata["base_name"], metadata["base_sha256"])
+        base.check(fingerprint(model.base), f"the session {str(path)!r}")
+        if metadata["adapter_sha256"] != adapter_sha256(model.config, model.tensors()):
+            raise CheckpointError(
+                f"the session {str(path)!r} belongs to another adapter: give the one it was made with"
+            )
+        if json.loads(metadata["layers"]) != model.layers or metadata["sha256"] != _digest(tensors):
+            raise ValueError("its contents do not agree with its checksum")
+        session = Session(model, tokenizer)
+        session.states = _unpack(tensors, "state", model)
+        session.origin = _unpack(tensors, "origin", model)
+        session.ids, session.message_ids = tensors["ids"].tolist(), tensors["message_ids"].tolist()
+        session.forgotten = int(metadata["tokens_seen"]) - len(session.ids)
+        session.history = json.loads(metadata["history"])
+        session.cache = _cache(tensors, session)
+    except CheckpointError:
+        raise
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{str(path)!r} is a damaged session ({error})") from error
+    return session
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{str(path)!r} is no δ-mem session (format {metadata.get('format')!r})")
+            # copies: the tensors are the mapped file, which may be overwritten
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, metadata  # noqa: SIM118
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors raises its own and OSError alike
+        raise CheckpointError(f"{str(path)!r} is missing, damaged or no session ({error})") from error
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Over all but the cache."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in tensors if not name.startswith("cache.")):
+        x = tensors[name].contiguous()
+        digest.update(f"{name}{x.dtype}{list(x.shape)}".encode() + x.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pack(states: States, name: str) -> dict[str, Tensor]:
+    """One stacked tensor [layers, ...] of each part."""
+    order = [states[layer] for layer in sorted(states)]
+    parts = {f"{name}.S": [state.S[0] for state in order]}
+    for key in ("total", "count", "message"):
+        parts[f"{name}.{key}"] = [getattr(state.pending, key)[0] for state in order if state.pending is not None]
+    return {key: torch.stack(values).cpu() for key, values in parts.items() if values}
+
+
+def _unpack(tensors: dict[str, Tensor], name: str, model: DeltaMemModel) -> States:
+    states = {}
+    for at, (layer, empty) in enumerate(sorted(model.initial_states(1).items())):
+        pending = empty.pending
+        if pending is not None:
+            pending = Pending(*(tensors[f"{name}.{key}"][at][None].to(empty.S.device) for key in vars(pending)))
+        S = tensors[f"{name}.S"][at][None].to(empty.S.device)
+        if S.shape != empty.S.shape:
+            raise ValueError(f"{name} of {list(S.shape)}, want {list(empty.S.shape)}")
+        states[layer] = MemoryState(S, pending)
+    return states
+
+
+def _cache(tensors: dict[str, Tensor], session: Session) -> Any:
+    """From the file, or by one pass over the tokens (whose states are not used)."""
+    model, ids = session.model, session.ids
+    if not ids:
+        return make_cache([])
+    found: list[tuple[Tensor, Tensor]] = []
+    while (keys := tensors.get(f"cache.{len(found)}.keys")) is not None:
+        found.append((keys.to(model.device), tensors[f"cache.{len(found)}.values"].to(model.device)))
+    if found and found[0][0].dtype == model.base.dtype:
+        wrong = [x for pair in found for x in pair if x.shape[2] != len(ids)]
+        if wrong or len(found) != model.base.config.num_hidden_layers:
+            raise ValueError("the cache does not fit the token ids")
+        return make_cache(found)
+    cache = make_cache([])
+    message = torch.tensor([session.message_ids], device=model.device) if session.writes_messages else None
+    with torch.no_grad():
+        model(
+            torch.tensor([ids], device=model.device), states=session.origin, inputs=MemoryInputs(message=message),
+            past_key_values=cache, use_cache=True, logits_to_keep=1, control=session.control,
+        )  # fmt: skip
+    return cache

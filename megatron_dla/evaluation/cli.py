@@ -1,0 +1,167 @@
+"""`dla eval`: arguments, and the order of what is done."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dla.errors import UserError
+
+TASKS = ("recall", "ppl", "locomo")
+
+
+def add_eval_parser(subparsers: Any) -> None:
+    """Add `eval` to an argparse subparsers object; `func(args)` gives the exit code."""
+    text = (
+        "Measure a δ-mem adapter beside its controls, paired: the same questions with the full context, with the "
+        "context removed and the state kept, zeroed or exchanged for another's, and with the corrections off; the "
+        "cost on ordinary text; LoCoMo. Without --adapter the plain model alone."
+    )
+    parser = subparsers.add_parser("eval", help="evaluate a δ-mem adapter with its controls", description=text)
+    parser.add_argument("model", metavar="HF_DIR", help="Hugging Face directory of the backbone")
+    parser.add_argument(
+        "--adapter", nargs="+", default=[], metavar="DIR", help="several: training seeds, their table is joined"
+    )
+    parser.add_argument("--static", metavar="DIR", help="an adapter trained with memory: static, the control")
+    parser.add_argument("--any-base", action="store_true", help="take adapters also on another base model")
+    parser.add_argument("--tasks", default="recall", help=f"out of {','.join(TASKS)} (default: recall)")
+    parser.add_argument("--controls", action="store_true", help="also state zeroed, state shuffled, full context")
+    recall = parser.add_argument_group("recall")
+    recall.add_argument(
+        "--recall-task", choices=("profile", "facts"),
+        help="words, for a model pretrained on them, or sentences (default: where there is a chat template)",
+    )  # fmt: skip
+    recall.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the task, such as people=2")
+    recall.add_argument("--episodes", type=int, default=200, help="default: 200")
+    ppl = parser.add_argument_group("ppl")
+    ppl.add_argument("--text", nargs="+", default=[], metavar="FILE", help="plain text")
+    ppl.add_argument("--window", type=int, default=512, help="tokens a window (default: 512)")
+    ppl.add_argument("--windows", type=int, default=64, help="default: 64")
+    locomo = parser.add_argument_group("locomo")
+    locomo.add_argument("--locomo", metavar="FILE", help="locomo10.json (CC BY-NC 4.0, not shipped)")
+    locomo.add_argument("--context", type=int, default=1024, help="tokens of a conversation shown (default: 1024)")
+    locomo.add_argument(
+        "--context-window", choices=("evidence", "last"), default="evidence",
+        help="turns around the named evidence, or the last ones (default: evidence)",
+    )  # fmt: skip
+    locomo.add_argument("--questions", type=int, default=0, help="a random subset; 0 = all (default)")
+    parser.add_argument("--batch", type=int, default=16, help="rows at once (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of questions, windows and resampling (default: 0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and eval.png")
+    parser.set_defaults(func=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    tasks = _check(args)
+    from megatron_dla.adapters.files import fingerprint
+    from megatron_dla.adapters.load import load_backbone, load_tokenizer, put_on, read_adapter
+    from megatron_dla.evaluation.report import write_report
+    from megatron_dla.evaluation.table import join_tables
+
+    adapters = [read_adapter(directory) for directory in args.adapter]
+    static = read_adapter(args.static) if args.static else None
+    if static is not None and static.config.memory != "static":
+        raise UserError(f"--static {args.static}: this adapter has delta_mem.memory = {static.config.memory!r}")
+    runs = {name: _prepare(name, args, load_tokenizer(args.model)) for name in tasks}  # bad files are named first
+    base = load_backbone(args.model, device=args.device)
+    control = put_on(base, static, any_base=args.any_base) if static is not None else None
+    tables = []
+    for name in tasks:
+        found = []
+        for number in range(max(1, len(adapters))):
+            model = _put(base, adapters[number] if adapters else None, args.any_base)
+            found.append(runs[name](model, control, args.seed + number))
+            model.detach()
+        table = found[0] if len(found) == 1 else join_tables(found)
+        print(f"\n{table.text(args.seed)}", flush=True)
+        tables.append(table)
+    _print_layers(tables)
+    if args.out is not None:
+        about = {"model": args.model, "model_sha256": fingerprint(base).sha256, "adapters": args.adapter,
+                 "static": args.static, "seed": args.seed}  # fmt: skip
+        for path in write_report(args.out, tables, about, args.seed):
+            print(path)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> list[str]:
+    """The tasks, in the order given; UserError for arguments that do not go together."""
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not tasks or (unknown := sorted(set(tasks) - set(TASKS))):
+        raise UserError(f"--tasks {args.tasks}: {unknown[0] if tasks else 'none'} is no task; use {', '.join(TASKS)}")
+    for name, option, given in (("ppl", "--text FILE", args.text), ("locomo", "--locomo FILE", args.locomo)):
+        if name in tasks and not given:
+            raise UserError(f"--tasks {name} needs {option}")
+    for name, low in (("episodes", 2), ("window", 2), ("windows", 1), ("context", 1), ("questions", 0), ("batch", 1)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name} {getattr(args, name)}: want at least {low}")
+    return tasks
+
+
+def _put(base: Any, adapter: Any, any_base: bool) -> Any:
+    from megatron_dla.adapters.config import DeltaMemConfig
+    from megatron_dla.adapters.files import Adapter
+    from megatron_dla.adapters.load import put_on
+
+    return put_on(base, adapter or Adapter(DeltaMemConfig(layers=()), {}), any_base=any_base)
+
+
+def _prepare(name: str, args: argparse.Namespace, tokenizer: Any) -> Callable[[Any, Any, int], Any]:
+    """Everything of a task that can be read and checked without the model; then a function of model, static control
+    and seed."""
+    from megatron_dla.evaluation.tasks import perplexity_table, recall_table, text_windows
+
+    if name == "recall":
+        from megatron_dla.evaluation.recall import make_task
+
+        kind = args.recall_task or ("facts" if getattr(tokenizer, "chat_template", None) else "profile")
+        task = make_task(kind, **_settings(args.set))
+        return lambda model, static, seed: recall_table(
+            model, tokenizer, task, episodes=args.episodes, seed=seed, batch=args.batch, controls=args.controls,
+            static=static,
+        )  # fmt: skip
+    if name == "ppl":
+        texts = [_read(file) for file in args.text]
+        windows = text_windows(tokenizer, texts, args.window, args.windows, args.seed)
+        return lambda model, static, seed: perplexity_table(
+            model, windows, batch=args.batch, static=static, settings={"text": args.text}
+        )
+    from megatron_dla.evaluation.locomo import locomo_table, read_locomo
+
+    items = read_locomo(
+        Path(args.locomo), tokenizer, tokens=args.context, window=args.context_window, questions=args.questions,
+        seed=args.seed,
+    )  # fmt: skip
+    settings = {"window": args.context_window, "context": args.context}
+    return lambda model, static, seed: locomo_table(
+        model, tokenizer, items, seed=seed, batch=args.batch, controls=args.controls, static=static, settings=settings
+    )
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair}: want KEY=VALUE")
+        out[key] = int(value) if value.lstrip("-").isdigit() else value
+    return out
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {file}: not UTF-8 text ({error})") from error
+
+
+def _print_layers(tables: Sequence[Any]) -> None:
+    rows: list[dict[str, float]] = next((table.layers for table in tables if table.layers), [])
+    if rows:
+        print("\nlayer  mean beta  half-life (writes)  ||delta o|| / ||o||")
+    for row in rows:
+        name = f"{row['adapter']}/{row['layer']}" if "adapter" in row else str(row["layer"])
+        print(f"{name:>5}  {row['mean_beta']:9.4f}  {row['half_life']:18.1f}  {row['output_ratio']:19.4f}")

@@ -1,0 +1,75 @@
+"""The results of an evaluation as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dla.evaluation.table import Table
+
+JSON_NAME, PICTURE_NAME = "eval.json", "eval.png"
+
+
+def write_report(out: Path, tables: Sequence[Table], about: dict[str, Any], seed: int = 0) -> list[Path]:
+    """Write eval.json (settings, means with intervals, paired differences, layers) and eval.png into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = {**about, "tasks": [table.summary(seed) for table in tables]}
+    path = out / JSON_NAME
+    path.write_text(json.dumps(_plain(results), indent=2) + "\n")
+    return [path, draw_report(out / PICTURE_NAME, tables, seed)]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy as numbers of Python, and what JSON has no number for (nan, inf) as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw_report(path: Path, tables: Sequence[Table], seed: int = 0) -> Path:
+    """A panel a task (conditions with 95 % intervals; chance dashed), and one of the layers' gates and corrections."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    layers = next((table.layers for table in tables if table.layers), [])
+    panels = len(tables) + bool(layers)
+    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.8), constrained_layout=True, squeeze=False)
+    for table, ax in zip(tables, axes.flat, strict=False):
+        metric = table.metrics[0]
+        for y, condition in enumerate(table.values):
+            found = table.interval(condition, metric, seed)
+            color = "tab:blue" if condition in ("kept", "adapter") else "tab:gray"
+            ax.plot([found.low, found.high], [y, y], color=color, linewidth=2)
+            ax.plot(found.mean, y, "o", color=color)
+        ax.set_yticks(range(len(table.values)), list(table.values))
+        ax.invert_yaxis()
+        if "chance" in table.settings:
+            ax.axvline(table.settings["chance"], color="tab:red", linestyle="--", linewidth=1, label="chance")
+            ax.legend(fontsize=8)
+        ax.set(title=table.task, xlabel=f"{metric}, 95 % interval")
+    if layers:
+        _draw_layers(axes.flat[-1], layers)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _draw_layers(ax: Any, layers: Sequence[dict[str, float]]) -> None:
+    for adapter in sorted({row.get("adapter", 0) for row in layers}):
+        rows = [row for row in layers if row.get("adapter", 0) == adapter]
+        x = [row["layer"] for row in rows]
+        first = adapter == 0
+        ax.plot(x, [row["mean_beta"] for row in rows], "o-", color="tab:green", markersize=3,
+                label="mean write gate β" if first else None)  # fmt: skip
+        ax.plot(x, [row["output_ratio"] for row in rows], "s--", color="tab:orange", markersize=3,
+                label="||Δo|| / ||o||" if first else None)  # fmt: skip
+    ax.set(title="Layers", xlabel="layer", ylim=(0, None))
+    ax.legend(fontsize=8)

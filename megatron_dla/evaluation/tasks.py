@@ -1,0 +1,139 @@
+"""Recall with the context removed, and the perplexity cost of an adapter on ordinary text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megatron_dla.adapters.episodes import encode
+from megatron_dla.adapters.hf_model import DeltaMemModel, select_states
+from megatron_dla.adapters.memory import MemoryControl
+from megatron_dla.errors import UserError
+from megatron_dla.evaluation.recall import RecallTask, stories
+from megatron_dla.evaluation.scoring import (
+    PLAIN,
+    READ_ONLY,
+    LayerMeans,
+    derangement,
+    encode_stories,
+    score,
+    tell,
+)
+from megatron_dla.evaluation.table import Table
+
+METRICS = ("choice", "exact", "logprob")
+
+
+def recall_table(
+    model: DeltaMemModel,
+    tokenizer: Any,
+    task: RecallTask,
+    *,
+    episodes: int,
+    seed: int = 0,
+    batch: int = 16,
+    controls: bool = True,
+    static: DeltaMemModel | None = None,
+) -> Table:
+    """Recall of the test split; a unit is an episode, its value the mean over its questions.
+
+    Args:
+        model: with its adapter, or without one (then only `full` and `scale_0`).
+        controls: also zeroed, shuffled and full_adapter. static: the same backbone with an adapter without memory.
+
+    Raises:
+        UserError: too few episodes to shuffle states; see `encode_stories`.
+    """
+    if episodes < 2:
+        raise UserError(f"episodes = {episodes}: want at least 2, so that states can be shuffled")
+    numbered = model.config.write == "message"
+    told, asked = encode_stories(tokenizer, list(stories(task, episodes, seed=seed, split="test")), numbered=numbered)
+    found = {"full": score(model, asked, batch, states=None, full=True, control=PLAIN)}
+    means = LayerMeans()
+    pairs: list[tuple[str, str]] = []
+    if model.layers:
+        if controls:
+            found["full_adapter"] = score(model, asked, batch, states=None, full=True, control=MemoryControl())
+        states = tell(model, told, batch, means)
+        found["kept"] = score(model, asked, batch, states=states, control=READ_ONLY, means=means)
+        if controls:
+            found["zeroed"] = score(model, asked, batch, states=None, control=READ_ONLY)
+            others = select_states(states, derangement(episodes, seed).tolist())
+            found["shuffled"] = score(model, asked, batch, states=others, control=READ_ONLY)
+    found["scale_0"] = score(model, asked, batch, states=None, control=PLAIN)
+    if static is not None:
+        found["static"] = score(static, asked, batch, states=None, control=READ_ONLY)
+    if model.layers:
+        pairs += [("kept", other) for other in ("zeroed", "shuffled", "scale_0", "static") if other in found]
+        pairs += [("full_adapter", "full")] if controls else []
+    story = np.asarray([question.story for question in asked])
+    values = {name: {m: _by_story(scores[m], story) for m in METRICS} for name, scores in found.items()}
+    chance = float(np.mean([1 / len(question.choices) for question in asked]))
+    settings = {"recall": task.kind, **vars(task), "episodes": episodes, "questions": len(asked), "seed": seed,
+                "chance": chance, "tokens_told": float(np.mean([len(row.ids) for row in told]))}  # fmt: skip
+    return Table(f"recall ({task.kind})", "episodes", METRICS, values, pairs, settings, layers=means.rows(model.config))
+
+
+def _by_story(values: np.ndarray, story: np.ndarray) -> np.ndarray:
+    """Mean of each story's questions."""
+    return np.bincount(story, values) / np.bincount(story)
+
+
+@torch.no_grad()
+def perplexity_table(
+    model: DeltaMemModel,
+    windows: Sequence[Sequence[int]],
+    *,
+    batch: int = 4,
+    static: DeltaMemModel | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Table:
+    """Nats a token on ordinary text with the plain backbone and with the adapter, which writes as it reads; a unit is
+    a window, begun with an empty memory.
+
+    Args:
+        windows: token ids, all of one length (at least 2).
+
+    Raises:
+        UserError: the adapter writes by message, of which plain text has none.
+    """
+    if model.config.write == "message" and model.layers:
+        raise UserError("ppl: this adapter writes by message, and plain text has none: leave out --tasks ppl")
+    runs: dict[str, tuple[DeltaMemModel, MemoryControl]] = {"base": (model, PLAIN)}
+    if model.layers:
+        runs["adapter"] = (model, MemoryControl())
+    if static is not None:
+        runs["static"] = (static, MemoryControl())
+    values = {}
+    for name, (subject, control) in runs.items():
+        losses = []
+        for at in range(0, len(windows), batch):
+            ids = torch.tensor([list(row) for row in windows[at : at + batch]], device=subject.device)
+            logits = subject(ids, control=control).logits[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+            losses.append(loss.view(len(ids), -1).double().mean(1).cpu())
+        values[name] = {"nats": torch.cat(losses).numpy()}
+    pairs = [(name, "base") for name in runs if name != "base"]
+    perplexity = {name: float(np.exp(found["nats"].mean())) for name, found in values.items()}
+    settings = {**(settings or {}), "windows": len(windows), "tokens": len(windows[0]), "perplexity": perplexity}
+    return Table("perplexity", "windows", ("nats",), values, pairs, settings)
+
+
+def text_windows(tokenizer: Any, texts: Sequence[str], tokens: int, count: int, seed: int) -> list[list[int]]:
+    """`count` windows of `tokens` tokens, drawn without overlap from the texts.
+
+    Raises:
+        UserError: the text is too short for one window.
+    """
+    found = []
+    for text in texts:
+        ids = encode(tokenizer, text)
+        found += [ids[at : at + tokens] for at in range(0, len(ids) - tokens + 1, tokens)]
+    if not found:
+        raise UserError(f"the text has no window of {tokens} tokens: give a longer one (--text) or a smaller --window")
+    order = np.random.default_rng(seed).permutation(len(found))[:count]
+    return [found[i] for i in sorted(order)]

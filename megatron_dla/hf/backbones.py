@@ -1,0 +1,294 @@
+"""A full-attention model of the Llama family, from its Hugging Face directory into our Megatron model.
+
+config.json is read by transformers' own classes (they know each family's defaults), weights tensor by tensor, so that a
+rank never holds more of the model than its part and one layer's matrix. What we would compute differently is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.checkpoint.weights import split_merged
+from megatron_dla.config import (
+    ModelSection,
+    ParallelSection,
+    attention_head_dim,
+    check_context_parallel,
+    check_model,
+    check_tensor_parallel,
+)
+from megatron_dla.errors import CheckpointError
+from megatron_dla.hf import mapping
+from megatron_dla.parallel.tags import get_tag
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+_ROPE_TYPES = ("default", "linear", "llama3")
+# buffers that old versions of transformers saved
+_IGNORED = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """What the model section does not say of a backbone.
+
+    Attributes:
+        architecture: transformers' class. vocab_size: rows of the embedding.
+        max_length: tokens a row that it was trained for. dtype: of the stored weights, as config.json names it.
+    """
+
+    architecture: str
+    vocab_size: int
+    max_length: int
+    dtype: str
+
+
+def supported() -> str:
+    """The architectures, for messages."""
+    return ", ".join(f"{name} (model_type {kind})" for kind, name in FAMILIES.items())
+
+
+def read_backbone(hf_dir: str | Path) -> tuple[ModelSection, BackboneInfo]:
+    """Model section (pattern of A and N: rotary and NoPE layers) and the rest, from config.json alone.
+
+    `vocab_multiple` is the vocabulary itself, so that no padded row enters a softmax that the model never saw.
+
+    Raises:
+        CheckpointError: no such file, another architecture, or something in it that would be computed differently.
+    """
+    path = Path(hf_dir) / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+        kind = raw.get("model_type")
+        architecture = (raw.get("architectures") or [FAMILIES.get(kind, kind)])[0]
+        if kind not in FAMILIES or architecture != FAMILIES[kind]:
+            raise CheckpointError(
+                f"{str(path)!r}: architecture {architecture} (model_type {kind}) is not supported: use one of "
+                f"{supported()}"
+            )
+        config = _transformers_config(kind, raw, path)
+        _refuse(config, raw, path)
+        section = _section(config)
+        check_model(section)
+        stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+        return section, BackboneInfo(architecture, config.vocab_size, config.max_position_embeddings, stored)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{str(path)!r} is missing or damaged ({error}): give a directory that save_pretrained wrote"
+        raise CheckpointError(message) from error
+
+
+def tokenizer_digest(hf_dir: str | Path) -> str:
+    """sha256 of the directory's tokenizer.json or tokenizer.model; empty where it has neither."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        path = Path(hf_dir) / name
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    return ""
+
+
+def _transformers_config(kind: str, raw: dict[str, Any], path: Path) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[kind].from_dict(raw)
+    except Exception as error:  # huggingface_hub's validation has errors of its own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{str(path)!r}: transformers refuses it ({reason}): restore the file") from error
+
+
+def _refuse(config: Any, raw: dict[str, Any], path: Path) -> None:
+    """CheckpointError for each property that would be silently wrong here."""
+    rope = config.rope_parameters
+    windows = [kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"]
+    if config.model_type == "mistral" and config.sliding_window is not None:
+        windows = [f"window of {config.sliding_window}"]
+    found = {
+        "quantization_config": raw.get("quantization_config") and "quantised weights",
+        "hidden_act": config.hidden_act != "silu" and config.hidden_act,
+        "attention_bias": getattr(config, "attention_bias", False),
+        "mlp_bias": getattr(config, "mlp_bias", False),
+        "sliding_window": windows and windows[0],
+        "rope_type": rope["rope_type"] not in _ROPE_TYPES and rope["rope_type"],
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0 and rope["partial_rotary_factor"],
+    }
+    for key, value in found.items():
+        if value:
+            raise CheckpointError(
+                f"{str(path)!r}: {key} = {value} is not supported: use a model with silu, full attention, no biases, "
+                f"dense weights and whole rotary heads of rope_type {', '.join(_ROPE_TYPES)}"
+            )
+
+
+def _section(config: Any) -> ModelSection:
+    rope, heads, hidden = config.rope_parameters, config.num_attention_heads, config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    positions = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
+    section = ModelSection(
+        hidden_size=hidden,
+        num_layers=config.num_hidden_layers,
+        pattern="".join("A" if rotary else "N" for rotary in positions[: config.num_hidden_layers]),
+        ffn_hidden_size=config.intermediate_size,
+        attention_heads=heads,
+        attention_groups=config.num_key_value_heads,
+        attention_head_dim=0 if head_dim * heads == hidden else head_dim,
+        qk_norm=config.model_type == "qwen3",
+        rope_theta=float(rope["rope_theta"]),
+        rope_type=rope["rope_type"],
+        tie_embeddings=bool(config.tie_word_embeddings),
+        vocab_multiple=config.vocab_size,
+        norm_eps=config.rms_norm_eps,
+    )
+    if rope["rope_type"] != "default":
+        section.rope_factor = float(rope["factor"])
+    if rope["rope_type"] == "llama3":
+        section.rope_low_freq_factor = float(rope["low_freq_factor"])
+        section.rope_high_freq_factor = float(rope["high_freq_factor"])
+        section.rope_original_length = int(rope["original_max_position_embeddings"])
+    return section
+
+
+def _shapes(m: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every weight."""
+    head, hidden = attention_head_dim(m), m.hidden_size
+    inner, kv, ffn = m.attention_heads * head, m.attention_groups * head, m.ffn_hidden_size
+    by_ending = {
+        "embed_tokens": (vocab_size, hidden),
+        "lm_head": (vocab_size, hidden),
+        "q_proj": (inner, hidden),
+        "k_proj": (kv, hidden),
+        "v_proj": (kv, hidden),
+        "o_proj": (hidden, inner),
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "down_proj": (hidden, ffn),
+        "q_norm": (head,),
+        "k_norm": (head,),
+    }
+    names = (name for entry in mapping.entries(m, dense=True) for name in entry.names)
+    return {name: by_ending.get(name.split(".")[-2], (hidden,)) for name in names}
+
+
+class BackboneWeights(Mapping[str, Tensor]):
+    """Layout-free tensors (see `load_merged`) of a Hugging Face directory, each read when it is asked for.
+
+    Raises:
+        CheckpointError: no safetensors, or a weight is missing, left over or of another shape; the message names it.
+    """
+
+    def __init__(self, hf_dir: str | Path, section: ModelSection, vocab_size: int) -> None:
+        self._dir = Path(hf_dir)
+        self._entries = {entry.keys[0]: entry for entry in mapping.entries(section, dense=True)}
+        self._files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in self._paths():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    names = [name for name in file.keys() if not name.endswith(_IGNORED)]  # noqa: SIM118
+                    shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            except Exception as error:  # safetensors raises its own and OSError alike
+                raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}): fetch it again") from error
+            self._files |= dict.fromkeys(names, path)
+        self._check(shapes, _shapes(section, vocab_size), section.tie_embeddings)
+
+    def _paths(self) -> list[Path]:
+        index = self._dir / "model.safetensors.index.json"
+        try:
+            if not index.is_file():
+                return [self._dir / "model.safetensors"]
+            return [self._dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{str(index)!r} is damaged ({error}): fetch it again") from error
+
+    def _check(self, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], tied: bool) -> None:
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if tied and head in found and embedding in found:
+            if not torch.equal(self._read(head), self._read(embedding)):
+                raise CheckpointError(
+                    f"{str(self._dir)!r}: {head} differs from {embedding}, but tie_word_embeddings = true: set it to "
+                    "false in config.json, or remove that weight"
+                )
+            found.pop(head)
+        mapping.check_names(set(found), set(wanted), f"{str(self._dir)!r}")
+        for name, shape in wanted.items():
+            if found[name] != shape:
+                raise CheckpointError(
+                    f"{str(self._dir)!r}: {name} has shape {list(found[name])}, config.json asks for {list(shape)}: "
+                    "they are of different models"
+                )
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __getitem__(self, key: str) -> Tensor:
+        entry = self._entries[key]
+        return entry.from_hf(*(self._read(name) for name in entry.names))[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def build_backbone(
+    hf_dir: str | Path,
+    parallel: ParallelSection,
+    *,
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    recompute: str = "none",
+    delta_mem: DeltaMemConfig | None = None,
+) -> tuple[GPTModel, ModelSection]:
+    """The frozen Megatron model of a Hugging Face directory, this rank's part, in eval mode; its section.
+
+    Megatron's groups must exist (`parallel.groups`). Called as `build_model`'s: logits [B, S, vocab / TP] without
+    labels. No parameter requires a gradient, but one flows through to whatever is put in between.
+
+    Args:
+        seq_len: tokens of a whole row. dtype: of the weights here, whatever is stored.
+        delta_mem: puts memories beside the attention; they are left unset (`adapters.delta_mem.initialise_memories`).
+
+    Raises:
+        CheckpointError: see `read_backbone` and `BackboneWeights`.
+        ConfigError: a parallel size that does not divide the model; the message has those that do.
+    """
+    section, info = read_backbone(hf_dir)
+    check_tensor_parallel(section, parallel.tensor, parallel.sequence, seq_len)
+    check_context_parallel(section, parallel, seq_len)
+    weights = BackboneWeights(hf_dir, section, info.vocab_size)
+    from megatron_dla.model.gpt import build_model
+    from megatron_dla.parallel.groups import process_groups
+
+    model = build_model(
+        section, parallel, vocab_size=info.vocab_size, seq_len=seq_len, seed=None, dtype=dtype, device=device,
+        recompute=recompute, delta_mem=delta_mem,
+    )  # fmt: skip
+    tp = process_groups().tp
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".delta_mem." in name:
+                continue
+            local = split_merged(weights, {name: get_tag(parameter)}, tp.rank(), tp.size())
+            parameter.copy_(local[name])
+    return model.eval().requires_grad_(False), section

@@ -1,0 +1,178 @@
+"""`dla generate --adapter` and `dla chat`: a session in the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from megatron_dla.adapters.load import load_adapted, load_tokenizer
+from megatron_dla.adapters.session import Session
+from megatron_dla.adapters.session_file import load_session, save_session
+from megatron_dla.errors import UserError
+from megatron_dla.hf.generate import Generation, Streamer, check_options
+
+COMMANDS = {
+    "/reset": "forget everything",
+    "/forget": "forget the context, keep the memory",
+    "/state": "sizes and norms of the memory",
+    "/save [FILE]": "save the session",
+    "/quit": "end (also the end of the input)",
+}
+
+
+def open_session(
+    hf_dir: str | Path, adapter: str | Path | None, session_file: str | Path | None, *, any_base: bool, device: str
+) -> Session:
+    """A new session, or the one of `session_file` if it is there.
+
+    Raises:
+        UserError: anything that does not load or fit; also a session file that could not be written later.
+    """
+    if session_file is not None and not Path(session_file).resolve().parent.is_dir():
+        raise UserError(f"--session {str(session_file)!r}: its directory is not there: make it first")
+    model = load_adapted(hf_dir, adapter, any_base=any_base, device=device)
+    tokenizer = load_tokenizer(hf_dir)
+    if session_file is not None and Path(session_file).exists():
+        return load_session(session_file, model, tokenizer)
+    return Session(model, tokenizer)
+
+
+def generate_with_memory(
+    hf_dir: str | Path,
+    prompt: str,
+    max_new_tokens: int = 100,
+    *,
+    adapter: str | Path,
+    session_file: str | Path | None = None,
+    any_base: bool = False,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "cpu",
+    out: TextIO | None = None,
+) -> Generation:
+    """Continue `prompt` after what the session has seen, and save the session; output as of `hf.generate.generate`.
+
+    Raises:
+        UserError: a bad value; a model, adapter or session that is missing, damaged or of another kind.
+    """
+    check_options(prompt, max_new_tokens, temperature, top_p, seed)
+    session = open_session(hf_dir, adapter, session_file, any_base=any_base, device=device)
+    out = sys.stdout if out is None else out
+    begin, message = time.perf_counter(), session.next_message
+    ids = session.tokenizer(prompt, add_special_tokens=not session.tokens_seen)["input_ids"]
+    if not ids:
+        raise UserError(f"--prompt {prompt!r} has no tokens: give other text")
+    session.append(ids, message)
+    out.write(prompt)
+    text, count = _stream(session, session.generate(max_new_tokens, **_drawing(temperature, top_p, seed)), out)
+    out.write("\n")
+    done = Generation(text, count, time.perf_counter() - begin, session.nbytes.cache)
+    if session_file is not None:
+        save_session(session, session_file)
+    print(f"{done}, {_sizes(session)}", file=sys.stderr, flush=True)
+    return done
+
+
+def chat(
+    hf_dir: str | Path,
+    max_new_tokens: int = 400,
+    *,
+    adapter: str | Path | None = None,
+    session_file: str | Path | None = None,
+    any_base: bool = False,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "cpu",
+    lines: TextIO | None = None,
+    out: TextIO | None = None,
+) -> Session:
+    """Answer line after line of `lines` (standard input) until it ends, then save the session. Ctrl-C ends an answer.
+
+    Raises:
+        UserError: as `generate_with_memory`. A command that fails says so and the chat goes on.
+    """
+    check_options("x", max_new_tokens, temperature, top_p, seed)
+    session = open_session(hf_dir, adapter, session_file, any_base=any_base, device=device)
+    lines, out = lines or sys.stdin, out or sys.stdout
+    drawing = _drawing(temperature, top_p, seed)
+    terminal = lines.isatty()
+    if terminal:
+        out.write("".join(f"{name:14}{text}\n" for name, text in COMMANDS.items()))
+    while True:
+        if terminal:
+            out.write("> ")
+            out.flush()
+        line = lines.readline()
+        if not line or line.strip() == "/quit":
+            break
+        if not line.strip():
+            continue
+        try:
+            if line.startswith("/"):
+                _command(session, line.split(), session_file, out)
+            else:
+                _stream(session, session.reply(line.strip(), max_new_tokens, **drawing), out)
+                out.write(f"\n[{_sizes(session)}]\n")
+        except UserError as error:
+            out.write(f"{error}\n")
+        except KeyboardInterrupt:
+            out.write("\n[stopped]\n")
+        out.flush()
+    if session_file is not None:
+        save_session(session, session_file)
+    return session
+
+
+def _command(session: Session, words: list[str], session_file: str | Path | None, out: TextIO) -> None:
+    match words:
+        case ["/reset"]:
+            session.reset()
+        case ["/forget"]:
+            if session.history:  # the end of the last answer is part of what is remembered
+                session.feed(session.history, generation_prompt=False)
+            session.forget_context()
+        case ["/save", *files] if len(files) <= 1:
+            path = files[0] if files else session_file
+            if path is None:
+                raise UserError("/save: give a file")
+            save_session(session, path)
+            out.write(f"saved {path}\n")
+        case ["/state"]:
+            for layer, state in session.states.items():
+                out.write(f"layer {layer}: norm {state.S.norm().item():.4g}\n")
+        case _:
+            raise UserError(f"{' '.join(words)}: unknown; " + ", ".join(COMMANDS))
+    out.write(f"[{_sizes(session)}]\n")
+
+
+def _drawing(temperature: float, top_p: float, seed: int) -> dict[str, Any]:
+    return {"temperature": temperature, "top_p": top_p, "generator": torch.Generator().manual_seed(seed)}
+
+
+def _stream(session: Session, tokens: Generator[int], out: TextIO) -> tuple[str, int]:
+    """Prints tokens as they come; returns the text and their number."""
+    streamer, count = Streamer(session.tokenizer, out), 0
+    streamer.prompt = False
+    try:
+        for token in tokens:
+            streamer.put(torch.tensor([token]))
+            count += 1
+    finally:
+        tokens.close()  # an interrupted answer enters the history now, not at some later time
+    streamer.end()
+    return streamer.text, count
+
+
+def _sizes(session: Session) -> str:
+    size = session.nbytes
+    return (
+        f"state {size.state} bytes after {session.tokens_seen} tokens, "
+        f"KV cache {size.cache} bytes of {len(session.ids)} tokens"
+    )

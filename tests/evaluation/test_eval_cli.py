@@ -1,0 +1,101 @@
+"""`dla eval`: what is printed, written and refused."""
+
+import json
+import math
+
+import pytest
+from adapters.tiny_hf import save_base
+from evaluation.tiny_eval import build_model, save_words
+
+from megatron_dla import cli
+from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.adapters.files import Adapter, fingerprint, write_adapter
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """base, two adapters, a static one, text."""
+    import torch
+
+    root = tmp_path_factory.mktemp("eval")
+    save_words(root / "base")
+    configs = {"one": DeltaMemConfig(), "two": DeltaMemConfig(num_states=2), "static": DeltaMemConfig(memory="static")}
+    for name, config in configs.items():
+        tensors = build_model(config, torch.float32).tensors()
+        write_adapter(root / name, Adapter(config, tensors, fingerprint(root / "base")))
+    (root / "text.txt").write_text("red tea of the and in " * 40)
+    return root
+
+
+@pytest.fixture
+def dla(place, capsys):
+    """`dla eval` -> exit code, standard output, standard error; {place} is filled in."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main(["eval", *(text.format(place=place) for text in arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_everything(dla, place, tmp_path):
+    code, out, err = dla(
+        "{place}/base", "--adapter", "{place}/one", "{place}/two", "--static", "{place}/static", "--controls",
+        "--tasks", "recall,ppl", "--set", "people=2", "relations=1", "--episodes", "4", "--text", "{place}/text.txt",
+        "--window", "16", "--windows", "3", "--seed", "5", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert len(found["model_sha256"]) == 64 and found["seed"] == 5
+    recall, ppl = found["tasks"]
+    assert recall["settings"]["people"] == 2 and recall["settings"]["adapters"] == 2
+    names = ["full", "full_adapter", "kept", "zeroed", "shuffled", "scale_0", "static"]
+    assert list(recall["conditions"]) == names
+    kept = recall["conditions"]["kept"]["choice"]
+    assert kept["count"] == 8 and kept["groups"] == 2 and kept["low"] <= kept["mean"] <= kept["high"]
+    pairs = {(row["first"], row["second"]) for row in recall["differences"]}
+    assert pairs == {("kept", n) for n in names[3:]} | {("full_adapter", "full")}
+    for row in recall["differences"]:
+        first, second = (recall["conditions"][row[key]][row["metric"]]["mean"] for key in ("first", "second"))
+        assert math.isclose(row["mean"], first - second, abs_tol=1e-12)
+    assert [(row["adapter"], row["layer"]) for row in recall["layers"]] == [(a, i) for a in (0, 1) for i in range(3)]
+    assert ppl["unit"] == "windows" and set(ppl["conditions"]) == {"base", "adapter", "static"}
+    line = next(line for line in out.splitlines() if line.startswith("kept - zeroed"))
+    shown = next(r for r in recall["differences"] if r["second"] == "zeroed" and r["metric"] == "logprob")
+    assert f"{shown['mean']:.3f} [{shown['low']:.3f}, {shown['high']:.3f}]" in line
+    assert (tmp_path / "out" / "eval.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plain_model(dla):
+    code, out, _ = dla("{place}/base", "--episodes", "2")
+    assert code == 0 and "full" in out and "scale_0" in out and "kept" not in out and "half-life" not in out
+
+
+BAD = {
+    ("--tasks", "recall,maze"): "--tasks recall,maze: maze is no task; use recall, ppl, locomo",
+    ("--tasks", ","): "--tasks ,: none is no task",
+    ("--tasks", "ppl"): "--tasks ppl needs --text FILE",
+    ("--tasks", "locomo"): "--tasks locomo needs --locomo FILE",
+    ("--episodes", "1"): "--episodes 1: want at least 2",
+    ("--set", "people"): "--set people: want KEY=VALUE",
+    ("--set", "cats=2"): "recall task 'facts' has no 'cats'",
+    ("--static", "{place}/one"): "this adapter has delta_mem.memory = 'online'",
+    ("--tasks", "ppl", "--text", "{place}/none"): "No such file",
+    ("--tasks", "ppl", "--text", "{place}/text.txt", "--window", "999"): "no window of 999 tokens",
+    ("--tasks", "locomo", "--locomo", "{place}/text.txt"): "not the LoCoMo data",
+    ("--recall-task", "profile", "--set", "words=2"): "words = 2: want at least 4",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_arguments_are_named(dla, tmp_path, arguments):
+    code, out, err = dla("{place}/base", *arguments, "--out", str(tmp_path / "out"))
+    assert code == 2 and BAD[arguments] in err and len(err.splitlines()) == 1 and not out
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_of_another_model_is_refused(dla, tmp_path):
+    save_base(tmp_path / "other", seed=1)
+    code, _, err = dla(str(tmp_path / "other"), "--adapter", "{place}/one")
+    assert code == 2 and "adapter" in err and len(err.splitlines()) == 1

@@ -1,0 +1,92 @@
+"""The generated stories: seeds, splits, what is told and what is asked."""
+
+import json
+
+import pytest
+from evaluation.tiny_eval import build_words
+
+from megatron_dla.adapters.episodes import read_episodes
+from megatron_dla.errors import UserError
+from megatron_dla.evaluation.recall import CATEGORIES, PEOPLE, make_task, stories, write_documents, write_stories
+
+TASKS = [
+    make_task("profile"),
+    make_task("facts", style="chat"),
+    make_task("facts", people=3, relations=1, messages="each"),
+]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_stories(task):
+    made = list(stories(task, 40, seed=1))
+    assert made == list(stories(task, 40, seed=1))
+    others = [*stories(task, 40, seed=2), *stories(task, 40, seed=1, split="test")]
+    assert not {s.context for s in made} & {s.context for s in others}
+    for story in made:
+        told = " ".join(story.context).replace(".", " ").replace("<", " ").split()
+        for question in story.questions:
+            assert question.word in question.choices and question.word in told
+            assert question.answer.split()[-1].rstrip(".") == question.word
+            if task.kind == "facts":
+                start = question.lead if story.system else question.text.strip()
+                assert f"{start} {question.word}." in " ".join(story.context)
+    words = [q.word for s in made for q in s.questions]
+    assert max(words.count(word) for word in words) < len(words) / 4  # no favourite answer
+
+
+def test_profile():
+    for story in stories(make_task("profile", words=20), 20, seed=0):
+        (told,) = (text.split() for text in story.context)
+        assert len(told) == 20 and sorted(q.text for q in story.questions) == sorted(f" ? {c}" for c in CATEGORIES)
+        for words in CATEGORIES.values():
+            assert sum(word in words.split() for word in told) == 1
+
+
+def test_facts():
+    task = TASKS[-1]
+    train, test = ({name for s in stories(task, 60, seed=0, split=split) for name in " ".join(s.context)
+                    .replace("'s", "").replace(".", "").split()} for split in ("train", "test"))  # fmt: skip
+    assert train & set(PEOPLE["train"].split()) and not train & set(PEOPLE["test"].split())
+    assert test & set(PEOPLE["test"].split()) and not test & set(PEOPLE["train"].split())
+    assert all(len(s.context) == len(s.questions) == 3 for s in stories(task, 5, seed=0))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_written_stories_are_episodes(task, tmp_path):
+    write_stories(tmp_path / "a.jsonl", task, 12, seed=3)
+    tokenizer = build_words()
+    episodes = read_episodes(tmp_path / "a.jsonl", tokenizer, write_length=99, read_length=200)
+    for episode, story in zip(episodes, stories(task, 12, seed=3), strict=True):
+        answers = tokenizer.decode(episode.read_ids[episode.answer]).split()
+        assert [w for w in answers if any(w == q.word for q in story.questions)] == [q.word for q in story.questions]
+        assert all(q.word in tokenizer.decode(episode.write_ids).split() for q in story.questions)
+
+
+def test_documents(tmp_path):
+    task = make_task("profile")
+    write_documents(tmp_path / "a.jsonl", task, 200, seed=0, bare=0.25)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").open()]
+    bare = [text for text in texts if text.startswith(" ?")]
+    assert 30 < len(bare) < 70 and len({*texts}) == 200
+    for text in texts:
+        told, *asked = text.split(" ? ")
+        for pair in asked:
+            category, word = pair.split()
+            assert word in CATEGORIES[category].split() and (not told or word in told.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("maze", {}, "unknown recall task 'maze': use one of profile, facts"),
+        ("profile", {"people": 2}, "recall task 'profile' has no 'people': it has words"),
+        ("profile", {"words": 3}, "words = 3: want at least 4"),
+        ("facts", {"relations": 5}, "relations = 5: want 1 to 4"),
+        ("facts", {"people": 0}, "people = 0: want 1 to"),
+        ("facts", {"messages": "two"}, "messages = 'two': use one of one, each"),
+        ("facts", {"style": "song"}, "style = 'song': use one of chat, text, chatml"),
+    ],
+)
+def test_bad_settings_are_named(name, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_task(name, **settings)

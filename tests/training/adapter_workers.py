@@ -1,0 +1,106 @@
+"""What runs on the ranks of the adapter tests, and the small frozen model they share."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from workers import lay_out
+
+from megatron_dla import compat
+
+compat.install()
+
+from megatron_dla.adapters.calls import MemoryCall  # noqa: E402
+from megatron_dla.adapters.delta_mem import with_memory  # noqa: E402
+from megatron_dla.checkpoint.weights import load_merged  # noqa: E402
+from megatron_dla.config.adapter import AdapterRunConfig  # noqa: E402
+from megatron_dla.config.load import fill  # noqa: E402
+from megatron_dla.errors import STOPPED  # noqa: E402
+from megatron_dla.evaluation.recall import CATEGORIES, FILLERS  # noqa: E402
+from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
+from megatron_dla.training.adapter import AdapterTrainer  # noqa: E402
+from megatron_dla.training.adapter_run import check_adapter_run, make_batches  # noqa: E402
+
+
+def backbone(directory: Path) -> None:
+    """A random Llama of two layers with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<unk>", "</s>", "?", *CATEGORIES, *FILLERS, *(w for text in CATEGORIES.values() for w in text.split())]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>").save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=-(-len(vocab) // 8) * 8, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def config_dict(data: Path, runs: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A config as nested dictionaries; `sections` override keys."""
+    base: dict[str, dict[str, Any]] = {
+        "run": {"name": "tiny", "dir": str(runs), "seed": 5},
+        "backbone": {"dir": str(data / "llama")},
+        "delta_mem": {"num_states": 2, "beta_bias": -2.0},
+        "episodes": {
+            "train": str(data / "train.jsonl"), "valid": str(data / "validation.jsonl"), "write_length": 16,
+            "read_length": 16, "row_length": 56,
+        },
+        "optimizer": {"lr": 1e-2, "warmup_steps": 1, "weight_decay": 0.0},
+        "training": {
+            "steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "device": "cpu", "gate_weight": 0.3,
+            "eval_every": 1,
+        },
+    }  # fmt: skip
+    for name, values in sections.items():
+        base.setdefault(name, {}).update(values)
+    return base
+
+
+def train(values: dict[str, Any]) -> dict[str, Any]:
+    """Runs to the end (or to `stop_after`); metrics, the adapter, the episodes of the first step, and logits."""
+    stop_after = values["training"].pop("stop_after", None)
+    config: AdapterRunConfig = fill(AdapterRunConfig, values)
+    lay_out(config.parallel.tensor, config.parallel.context_parallel_size)
+    *_, base = check_adapter_run(config, torch.distributed.get_world_size())
+    run_dir = Path(config.run.dir) / config.run.name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    batches = make_batches(config)
+    trainer = AdapterTrainer(config, run_dir, "cpu", False, batches, base)
+    places = {id(episode): i for i, episode in enumerate(trainer.batches.episodes)}
+    stream = trainer.batches._stream()
+    first = [places[id(episode)] for _ in range(config.training.global_batch_size) for episode in next(stream)]
+    if stop_after is not None:
+        step = trainer._train_step
+
+        def signalled() -> float:
+            if trainer.step + 1 == stop_after:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return step()
+
+        trainer._train_step = signalled
+        assert trainer.run() == STOPPED
+        return {}
+    assert trainer.run() == 0
+    torch.distributed.barrier()
+    merged, _ = load_merged(run_dir / "checkpoints" / f"step_{config.training.steps}")
+    logits = None
+    if torch.distributed.get_world_size() == 1:
+        ids = torch.arange(20)[None] % 40
+        trainer.engine.eval()
+        with torch.no_grad():
+            logits = trainer.engine(ids, None, None, packed_seq_params=with_memory(MemoryCall(), 20))
+    return {
+        "metrics": read_metrics(run_dir / "metrics.jsonl"),
+        "adapter": merged,
+        "first_rows": first,
+        "logits": logits,
+    }

@@ -1,0 +1,148 @@
+"""Training an adapter with the real trainer: against plain autograd, at several layouts, resumed, exported."""
+
+import json
+from pathlib import Path
+
+import adapter_workers
+import pytest
+import torch
+import yaml
+from adapter_workers import backbone, config_dict
+from distributed import Ranks
+
+from megatron_dla.adapters.episodes import collate, read_episodes
+from megatron_dla.adapters.hf_model import attach
+from megatron_dla.adapters.load import load_adapted, load_backbone, load_tokenizer
+from megatron_dla.adapters.memory import MemoryInputs
+from megatron_dla.adapters.two_pass import answer_loss
+from megatron_dla.cli import main
+from megatron_dla.config import AdapterRunConfig
+from megatron_dla.evaluation.recall import ProfileTask, write_stories
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A random small Llama, and episodes of words."""
+    directory = tmp_path_factory.mktemp("adapter")
+    backbone(directory / "llama")
+    for split, count in (("train", 24), ("validation", 6)):
+        write_stories(directory / f"{split}.jsonl", ProfileTask(words=12), count, seed=1, split=split)
+    return directory
+
+
+LAYOUTS = {
+    "TP2": (2, {"parallel": {"tensor": 2}}),
+    "TP2+SP": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "CP2": (2, {"parallel": {"context_parallel_size": 2}}),
+    "DP2, ZeRO-2, recomputed": (2, {"training": {"zero_stage": 2, "recompute": "full"}}),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory):
+    """The run of one process."""
+    pool = Ranks(1)
+    (result,) = pool.run(adapter_workers.train, config_dict(data, tmp_path_factory.mktemp("one")))
+    yield result
+    pool.stop()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_gates_and_adapter_are_those_of_one_process(data, reference, ranks, tmp_path, name: str) -> None:
+    world, sections = LAYOUTS[name]
+    got, *_ = ranks(world).run(adapter_workers.train, config_dict(data, tmp_path, **sections))
+    for mine, theirs in zip(got["metrics"], reference["metrics"], strict=True):
+        for key in ("loss", "grad_norm", "gate", "val_loss"):
+            assert mine.get(key) == pytest.approx(theirs.get(key), rel=2e-5), key
+        assert mine["steering_by_layer"] == pytest.approx(theirs["steering_by_layer"], rel=1e-3)
+    for key, value in reference["adapter"].items():
+        torch.testing.assert_close(got["adapter"][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_the_answers_and_training_lowers_it(data, reference) -> None:
+    """Step 1 against the two-pass form on the Hugging Face model, episode by episode."""
+    model, tokenizer = load_backbone(data / "llama"), load_tokenizer(data / "llama")
+    from megatron_dla.adapters.config import DeltaMemConfig
+
+    values = config_dict(data, data)
+    episodes = read_episodes(data / "train.jsonl", tokenizer, write_length=16, read_length=16)
+    memory = attach(model, DeltaMemConfig(**values["delta_mem"]), seed=5)
+    first = [episodes[i] for i in reference["first_rows"]]
+    assert reference["metrics"][0]["loss"] == pytest.approx(answer_loss(memory, first), rel=1e-5)
+    assert reference["metrics"][-1]["val_loss"] < reference["metrics"][0]["val_loss"]
+    assert collate([first[:1]]).loss_mask.sum() == first[0].answer.sum()
+
+
+def test_resumed_run_equals_the_uninterrupted_one(data, reference, ranks, tmp_path) -> None:
+    first = config_dict(data, tmp_path, training={"save_every": 2, "stop_after": 2})
+    ranks(1).run(adapter_workers.train, first)
+    (got,) = ranks(1).run(adapter_workers.train, config_dict(data, tmp_path))
+    for mine, theirs in zip(got["metrics"], reference["metrics"], strict=True):
+        assert mine["loss"] == theirs["loss"] and mine["gate"] == theirs["gate"]
+    assert all(torch.equal(got["adapter"][key], value) for key, value in reference["adapter"].items())
+
+
+def test_a_checkpoint_is_the_adapter_alone_and_is_exported_to_the_plain_model(data, ranks, tmp_path, capsys) -> None:
+    values = config_dict(data, tmp_path)
+    (got,) = ranks(1).run(adapter_workers.train, values)
+    step = tmp_path / "tiny" / "checkpoints" / "step_4"
+    size = sum(f.stat().st_size for f in (step / "weights").iterdir())
+    assert size < 1.2 * 4 * sum(x.numel() for x in got["adapter"].values()) + 4096
+    assert main(["convert", "adapter", str(tmp_path / "tiny"), str(tmp_path / "out")]) == 0
+    model = load_adapted(data / "llama", tmp_path / "out")
+    ids = torch.arange(20)[None] % 40
+    out = model(ids, inputs=MemoryInputs())
+    torch.testing.assert_close(out.logits, got["logits"], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(load_adapted(data / "llama", None)(ids).logits, out.logits, atol=1e-3)
+    assert main(["convert", "to-hf", str(step), str(tmp_path / "hf")]) == 2
+    assert "convert adapter" in capsys.readouterr().err
+
+
+def test_another_adapter_in_the_same_directory_is_refused(data, ranks, tmp_path) -> None:
+    ranks(1).run(adapter_workers.train, config_dict(data, tmp_path, training={"save_every": 2, "stop_after": 2}))
+    with pytest.raises(AssertionError, match="holds an adapter of"):
+        ranks(1).run(adapter_workers.train, config_dict(data, tmp_path, delta_mem={"rank": 16}))
+
+
+def test_the_default_schedule_reaches_its_learning_rate() -> None:
+    config = AdapterRunConfig()
+    assert 0 < config.optimizer.warmup_steps < config.training.steps / 5
+
+
+def run_cli(tmp_path: Path, values: dict, *more: str) -> int:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(values))))
+    return main(["train", str(path), *more])
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"backbone": {"dir": ""}}, "backbone.dir is not set"),
+        ({"episodes": {"train": "", "documents": ""}}, "set one of the two"),
+        ({"episodes": {"train": "nowhere.jsonl"}}, "episodes.train = 'nowhere.jsonl': no such file"),
+        ({"training": {"zero_stage": 3}}, "training.zero_stage = 3"),
+        ({"training": {"global_batch_size": 3}}, "training.global_batch_size = 3"),
+        ({"delta_mem": {"rank": 3}}, "delta_mem.rank = 3"),
+        ({"delta_mem": {"layers": [7]}}, "delta_mem.layers"),
+        ({"delta_mem": {"heads": ["k"]}}, "delta_mem.heads"),
+        ({"parallel": {"tensor": 3}}, "parallel.tensor = 3"),
+        ({"episodes": {"write_length": 4000, "row_length": 0}}, "longer than the backbone's"),
+        ({"episodes": {"row_length": 20}}, "does not fit a row of 20"),
+        ({"episodes": {"write_length": 0}}, "episodes.write_length = 0"),
+        ({"delta_mem": {"layers": []}}, "delta_mem.layers = ()"),
+        ({"optimizer": {"warmup_steps": 4}}, "optimizer.warmup_steps = 4"),
+        ({"training": {"log_every": 0}}, "training.log_every = 0"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(data, tmp_path, capsys, sections, message) -> None:
+    assert run_cli(tmp_path, config_dict(data, tmp_path, **sections), "--dry-run") == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_dry_run_says_what_a_start_would_do(data, tmp_path, capsys) -> None:
+    assert run_cli(tmp_path, config_dict(data, tmp_path), "--dry-run", "--world-size", "2") == 0
+    out = capsys.readouterr().out
+    assert "LlamaForCausalLM, frozen" in out and "2 processes" in out and not (tmp_path / "tiny").exists()
