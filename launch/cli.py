@@ -45,6 +45,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 def _submit(args: argparse.Namespace) -> int:
     from megatron_dla.errors import ConfigError
     from megatron_dla.launch import submit
+    from megatron_dla.launch.slurm import known_bad_nodes
     from megatron_dla.training.run import git_state, versions
     from megatron_dla.training.select import trainer_of
 
@@ -54,15 +55,18 @@ def _submit(args: argparse.Namespace) -> int:
         raise ConfigError(f"training.device = cuda, and {args.profile} has gpus_per_node = 0: use another profile")
     device = "cuda" if gpus and training.device == "auto" else training.device
     planned = dataclasses.replace(request.config, training=dataclasses.replace(training, device=device))
+    if not args.dry_run:
+        submit.check_free(request)  # first: a running job writes and deletes the checkpoints that the plan looks at
     trainer_of(planned)[1](planned, dry_run=True, world_size=request.world_size)
     argv, env = submit.sbatch_argv(request), submit.job_environment(request)
+    for name in known_bad_nodes(request.run_dir)[1]:
+        print(f"left out     {name!r} in {request.run_dir / 'bad_nodes'}: no node of this cluster")
     if args.dry_run:
         print("environment  " + " ".join(f"{k}={shlex.quote(v)}" for k, v in env.items()))
         print(f"command      {shlex.join(argv)}")
         if shutil.which("sbatch") is None:
             print("slurm        not on this machine: not asked")
             return 0
-    submit.check_free(request)
     print(f"slurm        {submit.test_only(argv, env)}", flush=True)
     if args.dry_run:
         return 0
@@ -81,8 +85,11 @@ def _jobs(args: argparse.Namespace) -> int:
 
 
 def _logs(args: argparse.Namespace) -> int:
+    from megatron_dla.errors import UserError
     from megatron_dla.launch.jobs import find_run, tail
 
+    if args.lines < 1:
+        raise UserError(f"--lines {args.lines}: must be at least 1")
     for text in tail(find_run(args.run, args.runs), args.lines, args.follow):
         print(text, flush=True)
     return 0

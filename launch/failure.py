@@ -20,6 +20,8 @@ LAST_LINES = 15  # of the log, shown below the failure
 SUMMARY = re.compile(
     r"time +: (?P<time>\S+)\s+host +: \S+\s+rank +: (?P<rank>\d+).*?\s+exitcode +: (?P<code>-?\d+)", re.MULTILINE
 )
+# what `dla` says of bad input; a rank that finds it before it knows its run directory leaves no record
+REFUSAL = re.compile(r"^dla(?: train)?: (?P<message>.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def find_exits(run_dir: Path, attempt: str) -> list[Exit]:
         for match in SUMMARY.finditer(text):
             if (rank := int(match["rank"])) not in known:
                 known.add(rank)
-                found.append(Exit(rank, path.stem, int(match["code"]), "", match["time"]))
+                code = int(match["code"])
+                said = REFUSAL.findall(text) if code == BAD_INPUT else []
+                found.append(Exit(rank, path.stem, code, said[-1] if said else "", match["time"]))
     return sorted(found, key=lambda exit: (exit._blame, exit.order, exit.rank))
 
 

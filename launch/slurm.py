@@ -108,3 +108,19 @@ def bad_nodes(run_dir: Path) -> dict[str, str]:
         if name.strip():
             found[name.strip()] = reason.strip()
     return found
+
+
+def known_bad_nodes(run_dir: Path) -> tuple[list[str], list[str]]:
+    """(names for --exclude, what is left out) of a run's bad_nodes: one unknown name, and Slurm refuses the list.
+
+    Where sinfo does not answer, every single word counts as a name.
+    """
+    found = list(bad_nodes(run_dir))
+    if not found:
+        return [], []
+    try:
+        known = set(call(["sinfo", "-ahN", "-o", "%N"]).stdout.split())
+    except SlurmError:
+        known = set()
+    good = [name for name in found if re.fullmatch(r"[^\s,]+", name) and (not known or name in known)]
+    return good, [name for name in found if name not in good]

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_any
 from megatron_dla.errors import ConfigError
 from megatron_dla.launch.profile import Profile, check_time, load_profile
-from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, bad_nodes, call, clean_environment
+from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, call, clean_environment, known_bad_nodes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "pretrain.sbatch"
 RECORDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX")  # no secrets
@@ -44,7 +44,7 @@ class Request:
 def sbatch_argv(request: Request) -> list[str]:
     """The command line of sbatch, without what makes a job one of a chain."""
     profile, run_dir = request.profile, request.run_dir
-    excluded = [*filter(None, [profile.exclude]), *bad_nodes(run_dir)]
+    excluded = [*filter(None, [profile.exclude]), *known_bad_nodes(run_dir)[0]]
     gpus = f"--gpus-per-node={profile.gpus_per_node}" if profile.gpus_per_node else ""
     flags = {
         "--job-name": request.config.run.name,

@@ -129,7 +129,7 @@ def _compare_progress(ranks: list[RankReport], verdict: Verdict) -> None:
     late = {r.host for r in unfinished if STAGES.index(r.stage) == behind}
     if 2 * len(late) > len({r.host for r in ranks}):  # not all of these are to blame
         errors = "; ".join(dict.fromkeys(r.error for r in unfinished if r.error)) or "no answer in time"
-        verdict.unnamed.append(f"the {STAGES[behind]} of {len(late)} nodes came to no end: {errors}")
+        verdict.unnamed.append(f"{len(late)} node(s) came no further than: {STAGES[behind]}: {errors}")
         return
     for rank in unfinished:
         if STAGES.index(rank.stage) == behind:

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from megatron_dla import __version__
-from megatron_dla.errors import UserError
+from megatron_dla.errors import UserError, is_wrong_path
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.filename is None:
             raise
         _report(f"dla {args.command}: {error.filename!r}: {error.strerror}")
-        return 2
+        return 2 if is_wrong_path(error) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -1,7 +1,15 @@
 """Errors that a user can cause: the command line prints them as one line and exits with code 2."""
 
+import errno
+
 # exit codes with a meaning: bad input; stopped by a signal after a checkpoint, start me again
 BAD_INPUT, STOPPED = 2, 75
+WRONG_PATH = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR}
+
+
+def is_wrong_path(error: BaseException) -> bool:
+    """Whether a path is to blame that will be as wrong next time; a file system may recover from anything else."""
+    return isinstance(error, OSError) and error.filename is not None and error.errno in WRONG_PATH
 
 
 class UserError(ValueError):

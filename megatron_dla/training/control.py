@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from traceback import format_exception_only
 
-from megatron_dla.errors import BAD_INPUT, FenceError, UserError
+from megatron_dla.errors import BAD_INPUT, FenceError, UserError, is_wrong_path
 from megatron_dla.training.fence import Fence, attempt_id, node_name, write_atomic
 
 STOP, HALT, DONE, HEARTBEAT = "stop", "halt", "done", "heartbeat.json"
@@ -39,8 +39,7 @@ def exit_code(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
         return 130
-    bad_input = isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
-    return BAD_INPUT if bad_input else 1
+    return BAD_INPUT if isinstance(error, UserError) or is_wrong_path(error) else 1
 
 
 class RunControl:

@@ -64,6 +64,15 @@ def test_bad_input_and_a_clean_stop_have_their_own_codes(tmp_path: Path, capsys:
     assert report(tmp_path) == 2 and "data.dir = 'x'" in capsys.readouterr().out
 
 
+def test_bad_input_without_a_record_is_told_from_the_log(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    logs = tmp_path / "logs" / "5.0"
+    logs.mkdir(parents=True)
+    (logs / "n1.log").write_text("0: dla train: unknown key 'model.tua'\n" + "0: Traceback\n" * 30)
+    summary(tmp_path, "n1", 0, 2)
+    assert report(tmp_path) == 2
+    assert "rank 0 on node n1 ended with exit code 2: unknown key 'model.tua'\n" in capsys.readouterr().out
+
+
 def test_nothing_known_and_half_written_records(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "exits" / "5.0").mkdir(parents=True)
     (tmp_path / "exits" / "5.0" / "rank0.json").write_text('{"rank": 0, "ho')

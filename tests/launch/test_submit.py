@@ -12,7 +12,7 @@ from megatron_dla.cli import main
 from megatron_dla.errors import ConfigError
 from megatron_dla.launch import submit
 from megatron_dla.launch.profile import Profile, check_time, load_profile
-from megatron_dla.launch.slurm import SlurmError, bad_nodes, clean_environment, submissions
+from megatron_dla.launch.slurm import SlurmError, bad_nodes, clean_environment, known_bad_nodes, submissions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,11 +106,23 @@ def test_every_key_of_a_profile_reaches_slurm_or_the_batch_script(tmp_path: Path
     assert {"--gpus-per-node=7", "--time=1-0"} <= set(submit.sbatch_argv(request))
 
 
-def test_bad_nodes_are_excluded(tmp_path: Path, paths: tuple[Path, Path]) -> None:
+def test_bad_nodes_are_excluded(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    write(slurm / "sinfo", "#!/bin/sh\nexit 1\n", executable=True)  # does not answer
     run = tmp_path / "runs" / "tiny"
     write(run / "bad_nodes", "n3  # no answer; x, 2026\nn5\n\n# a remark\n")
     assert bad_nodes(run) == {"n3": "no answer; x, 2026", "n5": ""}
-    assert "--exclude=n3,n5" in submit.sbatch_argv(submit.make_request(str(paths[0]), [], str(paths[1]), 1))
+    request = submit.make_request(str(paths[0]), [], str(paths[1]), 1)
+    assert "--exclude=n3,n5" in submit.sbatch_argv(request)
+    write(run / "bad_nodes", "n3\ngone17  # sold\nnot a name\n")
+    assert "--exclude=n3,gone17" in submit.sbatch_argv(request)
+    write(slurm / "sinfo", "#!/bin/sh\nprintf 'n3\\nn5\\n'\n", executable=True)
+    assert "--exclude=n3" in submit.sbatch_argv(request)  # Slurm refuses a list with a name it does not know
+    assert known_bad_nodes(run) == (["n3"], ["gone17", "not a name"])
+
+
+@pytest.mark.parametrize("lines", ["0", "-3"])
+def test_logs_shows_at_least_one_line(capsys, lines: str) -> None:
+    assert main(["logs", "x", "-n", lines]) == 2 and f"--lines {lines}: must be at least 1" in capsys.readouterr().err
 
 
 def test_a_submission_is_recorded_and_clears_the_control_files(

@@ -220,7 +220,7 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         self.run("bash", HERE / "cluster.sh", "node", self.dir, node)
-        self.wait_node(node, "idle")
+        self.wait_node(node, "idle", 90)
 
     def node_state(self, node: str) -> str:
         return self.run("sinfo", "--noheader", "--nodes", node, "--format=%T").stdout.strip()

@@ -101,7 +101,7 @@ def warning_saves_requeues_and_resumes(cluster: Cluster, script: Path = SCRIPT) 
 
 def crash_ends_the_job(cluster: Cluster, script: Path = SCRIPT, seconds: float = 45) -> None:
     """One rank of two fails for good; the other one would run on for ever."""
-    run = start(cluster, script, STUB_CRASH="5:1:7:always", STUB_STEPS=100_000, DLA_MAX_FAILURES=1)
+    run = start(cluster, script, STUB_CRASH="5:1:7:always", STUB_SECONDS=0.6, STUB_STEPS=100_000, DLA_MAX_FAILURES=1)
     log = run.ended("FAILED", seconds)
     node = run.nodes(0)[1]
     assert f"rank 8 on node {node} ended with exit code 7: planted" in log, log

@@ -8,6 +8,7 @@ STUB_STEPS     length of the run (40)           STUB_SECONDS   of a step (0.05)
 STUB_SAVE      steps between checkpoints (10)   STUB_DEAF      never looks at `stop`
 STUB_CRASH     STEP:NODE:CODE[:always]; without "always" only in the first attempt. CODE -9: killed
 STUB_BAD       what preflight refuses: rank of the node (or all) [:always], else only in the first attempt
+STUB_HALT      somebody makes `halt` during preflight
 """
 
 import argparse
@@ -23,6 +24,9 @@ ENV = os.environ
 
 def as_rank(options: argparse.Namespace, command: list[str]) -> int:
     keys = dict(text.split("=", 1) for text in command if "=" in text)
+    for key in ("run.dir", "run.name"):  # quoted YAML: a name like 007 is no number
+        assert keys[key][0] == keys[key][-1] == "'", command
+        keys[key] = keys[key][1:-1].replace("''", "'")
     run, attempt, node = Path(keys["run.dir"]) / keys["run.name"], ENV["DLA_ATTEMPT"], options.node_rank
     host = ENV["SLURMD_NODENAME"]
     checkpoints = run / "checkpoints"
@@ -97,6 +101,8 @@ def crash(run: Path, attempt: str, rank: int, host: str, code: int) -> int:
 def as_preflight(argv: list[str]) -> int:
     run, node, host = Path(argv[argv.index("--run-dir") + 1]), ENV["SLURM_NODEID"], ENV["SLURMD_NODENAME"]
     who, *always = (ENV.get("STUB_BAD") or "none").split(":")
+    if ENV.get("STUB_HALT"):
+        (run / "halt").touch()
     refused = who in (node, "all") and (bool(always) or ENV["DLA_ATTEMPT"].endswith(".0"))
     if refused:
         with (run / "bad_nodes").open("a") as file:

@@ -1,6 +1,7 @@
 """slurm/pretrain.sbatch on a real Slurm, the ranks played by a stub: nodes that are bad, lost, or lost and alive."""
 
 import re
+from pathlib import Path
 
 import scenarios
 from lab import Cluster
@@ -35,10 +36,44 @@ def test_a_hot_spare_takes_a_bad_nodes_place(cluster: Cluster) -> None:
     log = run.ended("COMPLETED")
     bad = re.search(r"bad nodes: (\w+) ", log)
     assert bad and bad[1] not in run.nodes(0) and len(run.nodes(0)) == 2 and run.job.info()["Restarts"] == "0"
+    first = run.nodes(0)[0]  # not the first of the job, which is bad
+    assert f" master={first}:" in run.node_log(0, first).splitlines()[0], run.text()
 
 
 def test_a_bad_node_is_left_out_of_the_next_attempt(cluster: Cluster) -> None:
     scenarios.bad_node_is_left_out(cluster)
+
+
+def test_a_chain_goes_on_without_the_bad_node(cluster: Cluster) -> None:
+    first = start(cluster, scenarios.SCRIPT, "--no-requeue", "--hold", STUB_BAD="1")
+    chain = [first]
+    for place in (2, 3):
+        after = f"--dependency=afterany:{chain[-1].job.number}"
+        options = ("--no-requeue", after)
+        chain.append(start(cluster, scenarios.SCRIPT, *options, DLA_CHAIN=place, DLA_RUN_DIR=first.dir))
+    for run in chain:
+        run.dir = first.dir
+    cluster.run("scontrol", "release", first.job.number)
+    log = first.ended("FAILED")
+    bad = re.search(r"bad nodes: (\w+) ", log)
+    assert bad and first.job.info()["ExitCode"] == "75:0", log
+    chain[1].ended("COMPLETED")
+    assert bad[1] not in chain[1].nodes(0) and len(chain[1].nodes(0)) == 2, chain[1].text()
+    assert chain[2].job.info()["ExcNodeList"] == bad[1]  # waits for the second, and is told as well
+    chain[2].ended("COMPLETED")
+
+
+def test_a_name_that_slurm_does_not_know_hides_no_bad_node(cluster: Cluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "007"
+    run_dir.mkdir()
+    (run_dir / "bad_nodes").write_text("gone17  # sold\nnot a name\n")
+    run = start(cluster, STUB_BAD="1", DLA_RUN_DIR=run_dir)
+    run.dir = run_dir
+    log = run.ended("COMPLETED")
+    bad = re.search(r"bad nodes: (\w+) ", log)
+    assert bad and run.job.info()["ExcNodeList"] == bad[1] and f"requeued without {bad[1]}" in log, log
+    assert "'gone17' in" in log and "'not a name' in" in log and bad[1] not in run.nodes(1)
+    assert run.steps() == [10, 20, 30, 40]  # in 007, not in 7
 
 
 def test_a_job_whose_nodes_are_all_bad_suspects_the_set_up(cluster: Cluster) -> None:

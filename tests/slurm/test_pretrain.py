@@ -26,7 +26,7 @@ def test_time_limit_warning_saves_requeues_and_resumes(cluster: Cluster) -> None
 
 
 def test_a_crash_goes_on_from_the_newest_checkpoint(cluster: Cluster) -> None:
-    run = start(cluster, STUB_CRASH="21:1:1", STUB_SECONDS=0.1)
+    run = start(cluster, STUB_CRASH="21:1:1", STUB_SECONDS=0.3)
     log = run.ended("COMPLETED")
     assert run.resumed_at(1) == 20 and "FAILED: rank 8" in log and not (run.dir / "failures").exists()
 
@@ -38,13 +38,14 @@ def test_a_crash_ends_the_whole_job_and_names_the_rank(cluster: Cluster) -> None
 
 
 def test_a_killed_rank_is_named_from_torchruns_summary(cluster: Cluster) -> None:
-    run = start(cluster, STUB_CRASH="5:1:-9:always", DLA_MAX_FAILURES=1)
+    # slow steps: the other node must not reach its checkpoint at step 10 before the step is ended
+    run = start(cluster, STUB_CRASH="5:1:-9:always", STUB_SECONDS=0.6, DLA_MAX_FAILURES=1)
     log = run.ended("FAILED")
     assert f"rank 8 on node {run.nodes(0)[1]} ended with exit code -9 (SIGKILL" in log
 
 
 def test_a_crash_loop_gives_up_with_the_reason(cluster: Cluster) -> None:
-    run = start(cluster, STUB_CRASH="11:1:1:always", STUB_SECONDS=0.1, DLA_MAX_FAILURES=2)
+    run = start(cluster, STUB_CRASH="11:1:1:always", STUB_SECONDS=0.4, DLA_MAX_FAILURES=2)
     log = run.ended("FAILED")
     # the first attempt reaches step 10: that is progress; the next two do not get further
     assert run.job.info()["Restarts"] == "2" and "(2 in a row, at most 2)" in log and "giving up" in log
@@ -71,6 +72,21 @@ def test_halt_saves_and_does_not_come_back(cluster: Cluster) -> None:
     assert len(run.steps()) == 1 and "halted: not requeued" in log and run.job.info()["Restarts"] == "0"
     again = start(cluster, DLA_RUN_DIR=run.dir)
     assert "the run was halted; remove" in again.ended("COMPLETED") and len(run.steps()) == 1
+
+
+@pytest.mark.parametrize(
+    "name,value", [("DLA_WANT_NODES", 3), ("DLA_PREFLIGHT", "no"), ("DLA_MAX_FAILURES", "abc"), ("DLA_NPROC", 0)]
+)
+def test_a_wrong_setting_is_refused_at_once(cluster: Cluster, name: str, value: object) -> None:
+    run = start(cluster, **{name: value})
+    assert f"{name} = '{value}': must be" in run.ended("FAILED", 20) and not run.dir.exists()
+    assert run.job.info()["ExitCode"] == "2:0"
+
+
+def test_halt_before_the_first_step_is_no_failure(cluster: Cluster) -> None:
+    run = start(cluster, STUB_HALT=1)
+    assert "halted: not requeued" in run.ended("COMPLETED") and not run.nodes(0)
+    assert not (run.dir / "failures").exists() and run.job.info()["Restarts"] == "0"
 
 
 def test_a_job_of_a_finished_run_ends_at_once(cluster: Cluster) -> None:

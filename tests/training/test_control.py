@@ -1,5 +1,6 @@
 """Control files: stop, halt and done; one writer a run directory; records of where ranks are and why they ended."""
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import train_workers
 
 from megatron_dla.errors import ConfigError, FenceError, UserError
 from megatron_dla.training import fence as fences
-from megatron_dla.training.control import RunControl
+from megatron_dla.training.control import RunControl, exit_code
 from megatron_dla.training.fence import Claim, Fence, attempt_id, read_claim, write_atomic
 
 
@@ -248,3 +249,12 @@ def test_a_loser_that_is_saving_publishes_and_deletes_nothing(ranks, data, tmp_p
         assert code is None and step == 3 and "taken over by attempt 9.1" in error
     checkpoints = tmp_path / "tiny" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_1", "step_2"]
+
+
+@pytest.mark.parametrize(
+    "number,code",
+    [(errno.ENOENT, 2), (errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.EIO, 1), (errno.ESTALE, 1), (errno.ENOSPC, 1)],
+)
+def test_a_hiccup_of_the_file_system_is_no_bad_input(number: int, code: int) -> None:
+    assert exit_code(OSError(number, os.strerror(number), "/shared/x")) == code
+    assert exit_code(OSError(number, os.strerror(number))) == 1
