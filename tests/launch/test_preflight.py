@@ -99,7 +99,7 @@ def test_what_no_node_is_to_blame_for_is_not_good_either() -> None:
     assert not stuck.good and not stuck.bad and "timed out" in stuck.unnamed[0]
     # nobody reaches the first node: the others are no worse than it
     stuck = verdict(ranks={n: {"stage": "rendezvous" if n > 1 else "all-reduce"} for n in range(8)})
-    assert not stuck.good and not stuck.bad and "the rendezvous of 3 nodes" in stuck.unnamed[0]
+    assert not stuck.good and not stuck.bad and "3 node(s) came no further than: rendezvous" in stuck.unnamed[0]
     missing = verdict({3: None}, hosts=[])
     assert not missing.good and not missing.bad and missing.unnamed == ["1 of 4 nodes left no report"]
 
