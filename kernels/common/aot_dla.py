@@ -25,10 +25,6 @@ ALL = (80, 90, 100)
 HOPPER = (90,)
 SHIPPED = Path(__file__).resolve().parents[2] / "configs"
 RANKS = range(1, 9)  # that share a layer's heads: a node's
-# not compiled for sm_80: with fp32 keys the sequential repair of the partition spills 16 bytes there at 128 x 128, 36
-# at 96 x 192 with 6 heads
-NEWER = ALL[1:]
-SPILLS_ON_SM_80 = ("smoke_gpu",)
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ OTHERS = (
     Config("gdn-bf16-256", BF16, 256, 256, True, archs=HOPPER),
     Config("mamba2-bf16-256-K64", BF16, 256, 256, False, capacity=64, archs=HOPPER),
     Config("gdn-bf16-128", BF16, 128, 128, True, learned=True),
-    Config("gdn-mixed-128", BF16, 128, 128, True, mixed=True, tokens=2048, archs=NEWER),
+    Config("gdn-mixed-128", BF16, 128, 128, True, mixed=True, tokens=2048),
     Config("mamba2-bf16-128", BF16, 128, 128, False, learned=True, tokens=4352),
     Config("gdn-fp32-128", FP32, 128, 128, True, archs=HOPPER),
     Config("mamba2-bf16-96x160-odd", BF16, 96, 160, False, tokens=250, archs=HOPPER),
@@ -91,7 +87,6 @@ def shipped() -> tuple[Config, ...]:
             mixed=delta, learned=model.get("tau_mode") == "learned",
             # enough blocks for shards of the partition, and as many heads a program of dk as at full length
             tokens=2048 if delta else 4352,
-            archs=NEWER if path.stem in SPILLS_ON_SM_80 else ALL,
         )  # fmt: skip
         for tensor in (n for n in RANKS if heads % n == 0 and (groups % n == 0 or n % groups == 0)):
             kind = delta, _kind(heads // tensor), _kind(heads // max(groups, tensor))

@@ -194,12 +194,19 @@ def detect_chunk(
     at_decay = tl.zeros([], tl.float32)
     shared = 0
     while at < n:
+        square = tl.zeros([C, C], tl.float32)
+        if GDN:
+            for y in range(0, C, 16):  # a slab at a time: whole operands take more registers than sm_80 has
+                j = y + tl.arange(0, 16)
+                left = tl.where(j[None, :] >= since, rows_of(effect, t, j, end, H * C, C), 0.0)
+                right = rows_of(pairs, first + j, i, end, H * C, C)
+                square = tl.dot(left, right, square, input_precision=PREC)
         part = rows_of(effect, t, i, end, H * C, C)
         part = tl.where(i[None, :] >= since, part, 0.0)
         if GDN:
             both = rows_of(pairs, t, i, end, H * C, C)
             dot = write * (carried * inner + tl.sum(part * both, 1))
-            p2 = carried * read2 + tl.sum(tl.dot(part, both, input_precision=PREC) * part, 1)
+            p2 = carried * read2 + tl.sum(square * part, 1)
             grow = 2 * gain * shrink * dot + write2 - gain * gain * write * (1 + shrink) * p2
         else:
             dot = carried * inner + tl.sum(part, 1)
@@ -261,7 +268,7 @@ def detect_chunk(
     return info, shared
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "H"])  # with H = 1 known, more is held in registers
 def detect_kernel(
     k,
     v,
@@ -310,7 +317,7 @@ def detect_kernel(
     tl.store(infos + lane, info)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "H"])  # with H = 1 known, more is held in registers
 def repair_kernel(
     k,
     v,
