@@ -3,6 +3,7 @@ rows at every data-parallel size, resumable at any step."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,13 @@ from megatron_dla.data import TokenLoader
 from megatron_dla.data.packing import Batch
 from megatron_dla.errors import DataError
 from megatron_dla.kernels.dla.naive import document_starts
+
+CHANGED = {
+    "episodes": "the digest of the episodes (episodes.train, write_length, read_length, recent_messages, tokenizer)",
+    "row_length": "episodes.row_length",
+    "global_batch_size": "training.global_batch_size",
+    "seed": "run.seed",
+}
 
 
 class EpisodeBatches:
@@ -49,6 +57,7 @@ class EpisodeBatches:
                     f"an episode of {longest} tokens in episodes.{name} does not fit a row of {row_length}: raise "
                     "episodes.row_length, or shorten write_length and read_length"
                 )
+        self.digest = _digest(self.episodes)
         self._rows = self._stream()
 
     def _stream(self) -> Iterator[list[Episode]]:
@@ -92,7 +101,7 @@ class EpisodeBatches:
         return MemoryCall(MemoryInputs(**flags))
 
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "seed": self.seed, "episodes": len(self.episodes), "row_length": self.seq_len,
+        return {"steps": self.steps, "seed": self.seed, "episodes": self.digest, "row_length": self.seq_len,
                 "global_batch_size": self.batch}  # fmt: skip
 
     def merge(self, states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,13 +117,22 @@ class EpisodeBatches:
         for key, value in self.state().items():
             if key != "steps" and state.get(key) != value:
                 raise DataError(
-                    f"cannot resume: {key} was {state.get(key)!r} in the checkpoint and is {value!r} now; set it back, "
-                    "or use another run.name"
+                    f"cannot resume: {CHANGED.get(key, key)} was {state.get(key)!r} in the checkpoint and is {value!r} "
+                    "now; set it back, or use another run.name"
                 )
         self._rows = self._stream()
         self.steps = int(state["steps"])
         for _ in range(self.steps * self.batch):
             next(self._rows)
+
+
+def _digest(episodes: Sequence[Episode]) -> str:
+    """Of all tokens, message numbers and answers, in order."""
+    found = hashlib.sha256()
+    for episode in episodes:
+        for part in vars(episode).values():
+            found.update(len(part).to_bytes(8, "little") + part.tobytes())
+    return found.hexdigest()[:16]
 
 
 def fill_rows(episodes: Sequence[Episode], row_length: int) -> Iterator[list[Episode]]:

@@ -19,10 +19,12 @@ class LayerResult:
     """After the last token. Attached to the graph, except under full recomputation."""
     gate: Tensor
     """Mean write gate over the tokens (messages) written, fp32 or fp64 scalar, detached; 0 without any."""
+    keep: Tensor
+    """Mean keep gate, likewise; 1 without any."""
     writes: Tensor
     """How many were written, int64 scalar."""
     steering: Tensor | None = None
-    """|delta_o| / |o| over all tokens, if the call measures it."""
+    """|delta_o| / |o| over all tokens but padding, if the call measures it."""
 
 
 @dataclass
@@ -41,7 +43,7 @@ class MemoryCall:
     control: MemoryControl = field(default_factory=MemoryControl)
     gate_target: float = 0.05
     gate_weight: float = 0.0
-    """Strength of the gate regulariser, see `penalise`."""
+    """Strength of the gate regulariser, see `penalise`; its mean is over this call's tokens."""
     measure: bool = False
     """Fill `LayerResult.steering` (costs a small all-reduce a layer where the sequence is cut)."""
     results: dict[int, LayerResult] = field(default_factory=dict)

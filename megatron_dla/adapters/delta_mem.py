@@ -144,11 +144,12 @@ class DeltaMemSelfAttention(SelfAttention):
         if "o" in heads:
             mine = context_slice(reads, self.tp_group if parallel else None, 0)
             output = output + memory.delta_o(mine, dtype, call.control.scale)
-        gate, writes = _mean_gate(result)
+        gate, lost = result.mean(result.beta), result.mean(1 - result.keep).detach()
         output = call.attach(output, gate, self.tp_group.size() if parallel else 1)
         if not call.replays(self.layer):
-            steering = self._steering(output - base, base) if call.measure else None
-            call.results[self.layer] = LayerResult(result.state, gate.detach(), writes, steering)
+            steering = self._steering(output - base, base, call.inputs.valid) if call.measure else None
+            writes = result.written.sum()
+            call.results[self.layer] = LayerResult(result.state, gate.detach(), 1 - lost, writes, steering)
         return output, bias
 
     def _remember(self, hidden_states: Tensor, packed: PackedSeqParams | None) -> tuple[MemoryCall, ScanResult]:
@@ -175,9 +176,15 @@ class DeltaMemSelfAttention(SelfAttention):
         return call, self.delta_mem.scan(raw, state, call.inputs, freeze=call.control.freeze)
 
     @torch.no_grad()
-    def _steering(self, change: Tensor, base: Tensor) -> Tensor:
-        sums = torch.stack([x.double().square().sum() for x in (change, base)])
-        for group in ([self.tp_group] if self.config.sequence_parallel else []) + [self.pg_collection.cp]:
+    def _steering(self, change: Tensor, base: Tensor, valid: Tensor | None) -> Tensor:
+        """|change| / |base|, both [S local, B, hidden], over the tokens that are valid [B, S]."""
+        parallel, cp = self.config.sequence_parallel, self.pg_collection.cp
+        mine: Tensor | float = 1.0
+        if valid is not None:
+            mine = context_slice(valid.transpose(0, 1), cp, 0)
+            mine = context_slice(mine, self.tp_group if parallel else None, 0)[..., None]
+        sums = torch.stack([(x.double() * mine).square().sum() for x in (change, base)])
+        for group in ([self.tp_group] if parallel else []) + [cp]:
             dist.all_reduce(sums, group=group)
         return (sums[0] / sums[1]).sqrt().float()
 
@@ -206,13 +213,6 @@ def _joined(part: Tensor, group: Any, dim: int) -> Tensor:
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, part.contiguous(), group=group)
     return torch.cat(parts, dim)
-
-
-def _mean_gate(result: ScanResult) -> tuple[Tensor, Tensor]:
-    """Mean gate over written tokens (0 without any), and their number."""
-    writes = result.written.sum()
-    per_token = result.beta.flatten(2).mean(-1) * result.written
-    return per_token.sum() / writes.clamp(min=1), writes
 
 
 def add_memories(block: TransformerBlockSubmodules, config: DeltaMemConfig) -> TransformerBlockSubmodules:

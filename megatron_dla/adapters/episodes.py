@@ -268,6 +268,12 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _check_text(where: str, name: str, text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: {name} must be text that is not empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON allows it, tokenizers do not
+        raise DataError(
+            f"{where}: {name} holds {text[error.start]!a}, half of a surrogate pair, which is no text: remove it"
+        ) from None
     return text
 
 
@@ -323,29 +329,6 @@ class EpisodeBatch(NamedTuple):
     cu_seqlens: torch.Tensor
     rows: torch.Tensor
     inputs: MemoryInputs
-
-
-def pack_rows(episodes: Sequence[Episode], row_length: int) -> list[list[Episode]]:
-    """Rows of at most `row_length` tokens: each episode, in order, into the first row with room.
-
-    Raises:
-        UserError: an episode is longer than a row.
-    """
-    rows: list[list[Episode]] = []
-    room: list[int] = []
-    for number, episode in enumerate(episodes):
-        if len(episode) > row_length:
-            raise UserError(
-                f"episode {number} has {len(episode)} tokens, a row {row_length}: make rows at least write_length + "
-                "read_length long"
-            )
-        row = next((i for i, left in enumerate(room) if left >= len(episode)), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(row_length)
-        rows[row].append(episode)
-        room[row] -= len(episode)
-    return rows
 
 
 def collate(

@@ -9,7 +9,6 @@ and adapters share one model. Per layer, with x the input of the attention (afte
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -47,13 +46,13 @@ class LayerStats:
     """One layer in one call.
 
     Attributes:
-        mean_beta: write gate over the written tokens (nan: none written). half_life: writes until half of the state
-            is forgotten at that gate (nan where the keep gate is not 1 - beta). written: number of writes.
+        mean_beta, mean_keep: write and keep gate over the written tokens (nan: none written), see `half_life`.
+        written: number of writes.
         output_ratio: ||Δo|| / ||o|| over all valid tokens together. state_norm: mean Frobenius norm of the new states.
     """
 
     mean_beta: float
-    half_life: float
+    mean_keep: float
     written: int
     output_ratio: float
     state_norm: float
@@ -311,10 +310,6 @@ def _layer_stats(config: DeltaMemConfig, now: _Open, output: Tensor, delta: Tens
         if valid is not None:
             output, delta = output[valid], delta[valid]
         ratio = delta.double().norm() / output.double().norm().clamp_min(1e-30)
-        half_life = math.nan
-        if config.update == "no_lambda":
-            half_life = math.inf
-        elif config.couple_lambda and beta < 1:
-            half_life = -math.log(2) / math.log1p(-beta) if beta > 0 else math.inf
+        keep = result.keep[result.written].double().mean().item()
         norm = result.state.S.double().flatten(-2).norm(dim=-1).mean().item()
-        return LayerStats(beta, half_life, int(result.written.sum()), ratio.item(), norm)
+        return LayerStats(beta, keep, int(result.written.sum()), ratio.item(), norm)

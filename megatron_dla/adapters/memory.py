@@ -67,12 +67,25 @@ class MemoryState:
 
 @dataclass
 class ScanResult:
-    """reads [B, T, R]; the state after the call; beta [B, T, N, r], the gate of each write, and where one was made."""
+    """reads [B, T, R]; the state after the call; beta and keep [B, T, N, r], the gates of each write, and where one was
+    made."""
 
     reads: Tensor
     state: MemoryState
     beta: Tensor
+    keep: Tensor
     written: Tensor
+
+    def mean(self, gate: Tensor) -> Tensor:
+        """Mean over written tokens of a gate [B, T, N, r]: a scalar, 0 without any."""
+        return (gate.flatten(2).mean(-1) * self.written).sum() / self.written.sum().clamp(min=1)
+
+
+def half_life(keep: float) -> float:
+    """Writes after which half of a state is left, at this mean keep gate (nan: no write seen)."""
+    if keep >= 1:
+        return math.inf
+    return 0.0 if keep == 0 else math.log(2) / -math.log(keep)
 
 
 @dataclass(frozen=True)
@@ -195,7 +208,7 @@ class DeltaMemory(nn.Module):
         q = self._keys(raw[..., :R])
         if config.memory == "static":
             beta = torch.zeros_like(q)
-            return ScanResult((q * valid[..., None, None]).flatten(2), state, beta, no)
+            return ScanResult((q * valid[..., None, None]).flatten(2), state, beta, 1 - beta, no)
         rows, pending, S = raw[..., R:], state.pending, state.S
         if config.write == "message" and not self._falls_back(inputs) and not freeze:
             rows, write, pending, S = self._messages(rows, state, inputs, valid, reset, write)
@@ -211,7 +224,7 @@ class DeltaMemory(nn.Module):
             start = torch.where(reset[:, 0, None, None, None], 0.0, before) if T else before
             reads = torch.einsum("bnij,btnj->btni", start, q)
         reads = (reads * valid[..., None, None]).flatten(2)
-        return ScanResult(reads, MemoryState(S, pending), features["beta"], write)
+        return ScanResult(reads, MemoryState(S, pending), features["beta"], features["keep"], write)
 
     def _falls_back(self, inputs: MemoryInputs) -> bool:
         if self.config.message_fallback == "token":

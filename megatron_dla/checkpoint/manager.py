@@ -228,8 +228,11 @@ def check_same_model(path: Path, layout: Layout) -> None:
             "use the shards it was trained on, or another run.name"
         )
     if saved.seq_len != layout.seq_len and not is_weights_only(path):
+        key = (
+            "the row length (episodes.row_length, or write_length + read_length)" if layout.adapter else "data.seq_len"
+        )
         raise CheckpointError(
-            f"{str(path)!r} was trained on rows of data.seq_len = {saved.seq_len}, not {layout.seq_len}: the data "
+            f"{str(path)!r} was trained on rows of {key} = {saved.seq_len}, not {layout.seq_len}: the data "
             "position would be lost; keep it, or use another run.name"
         )
     if saved.adapter != layout.adapter:

@@ -56,7 +56,7 @@ class AdapterTrainingSection:
     offload_optimizer: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     gate_weight: float = 0.0
-    """Weight of (mean gate of the written tokens - gate_target)^2, averaged over layers; 0 = off."""
+    """Weight of (mean gate of the tokens written in a micro batch - gate_target)^2, averaged over layers; 0 = off."""
     gate_target: float = 0.05
     log_every: int = 1
     eval_every: int = 0

@@ -216,7 +216,7 @@ def locomo_table(
     }
     settings = {**(settings or {}), "questions": len(items), "evidence_in_window": np.mean([i.covered for i in items]),
                 "f1_by_category": by_category, "tokens_told": float(np.mean([len(t.ids) for t in told]))}  # fmt: skip
-    return Table("LoCoMo", "questions", ("f1",), found, pairs, settings, groups, means.rows(model.config))
+    return Table("LoCoMo", "questions", ("f1",), found, pairs, settings, groups, means.rows())
 
 
 def _from_others(items: Sequence[Item], seed: int) -> list[int]:

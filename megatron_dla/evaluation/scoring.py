@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.decode import pad_left
 from megatron_dla.adapters.episodes import PlainText, render, render_prompt, render_told, system_message
 from megatron_dla.adapters.hf_model import DeltaMemModel, LayerStats, States, select_states
-from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryState
+from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryState, half_life
 from megatron_dla.adapters.messages import Pending
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.recall import Question, Story
@@ -114,25 +113,25 @@ class LayerMeans:
     """Per layer, over all tokens told (gates) or asked with the kept state (output ratio); nan: not seen."""
 
     beta: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+    keep: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
     ratio: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
 
     def add_gates(self, stats: dict[int, LayerStats]) -> None:
         for layer, found in stats.items():
             if found.written:
                 self.beta.setdefault(layer, []).append((found.mean_beta, found.written))
+                self.keep.setdefault(layer, []).append((found.mean_keep, found.written))
 
     def add_ratios(self, stats: dict[int, LayerStats], tokens: int) -> None:
         for layer, found in stats.items():
             self.ratio.setdefault(layer, []).append((found.output_ratio, tokens))
 
-    def rows(self, config: DeltaMemConfig) -> list[dict[str, float]]:
-        """layer, mean beta, half-life in writes (nan where the keep gate is not 1 - beta), ||Δo|| / ||o||."""
-        coupled = config.couple_lambda and config.update != "no_lambda"
+    def rows(self) -> list[dict[str, float]]:
+        """layer, mean beta, half-life in writes, ||Δo|| / ||o||."""
         out = []
         for layer in sorted(set(self.beta) | set(self.ratio)):
-            beta, ratio = (_weighted(found.get(layer, [])) for found in (self.beta, self.ratio))
-            half_life = float(-np.log(2) / np.log1p(-beta)) if coupled and 0 < beta < 1 else float("nan")
-            out.append({"layer": layer, "mean_beta": beta, "half_life": half_life, "output_ratio": ratio})
+            beta, keep, ratio = (_weighted(found.get(layer, [])) for found in (self.beta, self.keep, self.ratio))
+            out.append({"layer": layer, "mean_beta": beta, "half_life": half_life(keep), "output_ratio": ratio})
         return out
 
 

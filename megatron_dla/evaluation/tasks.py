@@ -75,7 +75,7 @@ def recall_table(
     chance = float(np.mean([1 / len(question.choices) for question in asked]))
     settings = {"recall": task.kind, **vars(task), "episodes": episodes, "questions": len(asked), "seed": seed,
                 "chance": chance, "tokens_told": float(np.mean([len(row.ids) for row in told]))}  # fmt: skip
-    return Table(f"recall ({task.kind})", "episodes", METRICS, values, pairs, settings, layers=means.rows(model.config))
+    return Table(f"recall ({task.kind})", "episodes", METRICS, values, pairs, settings, layers=means.rows())
 
 
 def _by_story(values: np.ndarray, story: np.ndarray) -> np.ndarray:

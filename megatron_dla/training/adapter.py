@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_dla.adapters.calls import MemoryCall
 from megatron_dla.adapters.delta_mem import freeze_backbone, initialise_memories, memory_layers, with_memory
 from megatron_dla.adapters.files import Fingerprint
+from megatron_dla.adapters.memory import half_life
 from megatron_dla.checkpoint.manager import Checkpointer, check_same_model, complete_checkpoints, load_weights
 from megatron_dla.checkpoint.optimizer import local_shapes
 from megatron_dla.checkpoint.weights import Layout, parameter_tags
@@ -60,9 +61,8 @@ class GateMeter:
     def add(self, call: MemoryCall) -> None:
         rows = []
         for _, result in sorted(call.results.items()):
-            gate = result.gate.double()
-            steering = torch.full_like(gate, math.nan) if result.steering is None else result.steering.double()
-            rows.append(torch.stack([gate, steering]))
+            assert result.steering is not None
+            rows.append(torch.stack([result.gate.double(), result.keep.double(), result.steering.double()]))
         now = torch.stack(rows)
         self.sums = now if self.sums is None else self.sums + now
         self.calls += 1
@@ -72,19 +72,15 @@ class GateMeter:
         assert self.sums is not None
         mean = self.sums / self.calls
         dist.all_reduce(mean, group=group)
-        gate, steering = (mean / group.size()).T.tolist()
+        gate, keep, steering = (mean / group.size()).T.tolist()
+        lives = [half_life(x) for x in keep]
         self.calls, self.sums = 0, None
         return {
             "gate": sum(gate) / len(gate),
             "gate_by_layer": [round(x, 6) for x in gate],
-            "half_life_by_layer": [None if math.isinf(half_life(x)) else round(half_life(x), 2) for x in gate],
-            "steering_by_layer": None if math.isnan(steering[0]) else [round(x, 6) for x in steering],
+            "half_life_by_layer": [None if math.isinf(x) else round(x, 2) for x in lives],
+            "steering_by_layer": [round(x, 6) for x in steering],
         }
-
-
-def half_life(gate: float) -> float:
-    """Writes after which a coupled state has lost half: ln 2 / -ln(1 - gate)."""
-    return math.log(2) / -math.log1p(-min(gate, 1 - 1e-12)) if gate > 0 else math.inf
 
 
 class AdapterTrainer:

@@ -1,6 +1,7 @@
 """δ-mem in Megatron's attention, in one process: the paper's equations, and forms of rows that do not matter."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from workers import BASE_SECTION, check, errors, lay_out, perturb
 from megatron_dla.adapters.calls import MemoryCall
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.delta_mem import add_memories, freeze_backbone, memory_layers, with_memory
-from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryState
+from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryState, half_life
 from megatron_dla.config import ModelSection, ParallelSection
 from megatron_dla.errors import ConfigError
 from megatron_dla.model.gpt import build_model, packed_sequence, transformer_config
@@ -346,6 +347,47 @@ def test_parameters_of_qwen3_4b(monkeypatch: pytest.MonkeyPatch) -> None:
         spec = add_memories(block_spec(qwen), memory).layer_specs[0]
         layer = build_module(spec, config=config, layer_number=1, pg_collection=process_groups())
         assert 36 * sum(layer.get_parameter(name).numel() for name in freeze_backbone(layer)) == want
+
+
+def test_what_a_pass_reports_of_the_steering_leaves_out_padding() -> None:
+    model = build(SECTION, TSW)
+    ids, _ = tokens()
+    outputs: dict[str, Tensor] = {}
+    layer = memory_layers(model)[0]
+    layer.linear_proj.register_forward_hook(lambda module, args, out: outputs.update(base=out[0].detach()))
+    layer.register_forward_hook(lambda module, args, out: outputs.update(steered=out[0].detach()))
+    valid = torch.ones(B, S, dtype=torch.bool)
+    valid[:, S // 2 :] = False
+    call = MemoryCall(MemoryInputs(valid=valid), measure=True)
+    model(ids, None, None, packed_seq_params=with_memory(call, S))
+    base, steered = (outputs[name][: S // 2] for name in ("base", "steered"))  # [S, B, hidden]
+    torch.testing.assert_close(call.results[0].steering, ((steered - base).norm() / base.norm()).float())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TSW,
+        DeltaMemConfig(couple_lambda=False, lambda_bias=4.0),
+        DeltaMemConfig(update="no_lambda"),
+        DeltaMemConfig(memory="static"),
+    ],
+    ids=["coupled", "own keep gate", "no keep gate", "no writes"],
+)
+def test_half_life_is_the_keep_gates(config: DeltaMemConfig) -> None:
+    model = build(SECTION, config)
+    ids, _ = tokens()
+    call = MemoryCall()
+    model(ids, None, None, packed_seq_params=with_memory(call, S))
+    result, memory = call.results[0], memory_layers(model)[0].delta_mem
+    if config.memory == "static" or config.update == "no_lambda":
+        assert result.keep == 1 and half_life(result.keep.item()) == math.inf
+        return
+    if config.couple_lambda:
+        assert result.keep.item() == pytest.approx(1 - result.gate.item())
+    else:
+        assert abs(result.keep - torch.sigmoid(memory.lambda_bias).mean()) < 0.05 < abs(result.keep - 1 + result.gate)
+    assert result.keep.item() ** half_life(result.keep.item()) == pytest.approx(0.5)
 
 
 def test_what_a_pass_reports() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from adapters.tiny_hf import CONFIGS, build_adapted, build_base, build_tokenizer
 
-from megatron_dla.adapters.episodes import Episode, chat_episode, collate, pack_rows, read_episodes
+from megatron_dla.adapters.episodes import Episode, chat_episode, collate, read_episodes
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import DataError, UserError
 
@@ -110,6 +110,7 @@ BAD = {
     '{"context": [], "question": "q", "answer": "a"}': '2: "context" must be a list',
     '{"context": "c", "question": " ", "answer": "a"}': '2: "question" must be text',
     '{"context": 3, "question": "q", "answer": "a"}': '2: "context" must be text',
+    '{"context": "c", "question": "q", "answer": "a \\ud83d"}': r'2: "answer" holds .\\ud83d., half of',
     '{"messages": []}': '2: "messages" must be a list',
     '{"messages": [{"role": "tool", "content": "x"}]}': r'2: "messages"\[0\] needs a "role"',
     '{"messages": [{"role": "user"}]}': r'2: "messages"\[0\]: "content" must be text',
@@ -157,8 +158,7 @@ def made(write, read, answer, first=1) -> Episode:
 
 def test_rows():
     a, b, c = made(3, 2, [1]), made(2, 4, [2, 3], 11), made(1, 2, [1], 21)
-    rows = pack_rows([a, b, c], 9)
-    assert [[len(e) for e in row] for row in rows] == [[5, 3], [6]]
+    rows = [[a, c], [b]]
     batch = collate(rows, 9, numbers=[4, 7])
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 21, 22, 23, 0], [11, 12, 13, 14, 15, 16, 0, 0, 0]]
     where = batch.loss_mask.nonzero().tolist()
@@ -172,8 +172,6 @@ def test_rows():
     assert flags.message.tolist() == [[0, 0, 1, -1, -1, 0, -1, -1, -1], [0, 0, -1, -1, -1, -1, -1, -1, -1]]
     assert collate(rows, multiple=5).tokens.shape == (2, 10)
     assert collate([[b]]).loss_mask.tolist() == [[0, 0, 0, 1, 1, 0]]  # the last token has no label
-    with pytest.raises(UserError, match="episode 1 has 6 tokens, a row 5"):
-        pack_rows([a, b], 5)
     with pytest.raises(ValueError, match="does not fit row_length = 7"):
         collate(rows, 7)
 
@@ -195,8 +193,7 @@ def test_packed_pass_is_two_passes(tokenizer, name):
         loss = loss + F.cross_entropy(logits[e.answer[1:]], read[0, 1:][e.answer[1:]], reduction="sum") / total
     wanted = torch.autograd.grad(loss, list(model.parameters()))
 
-    batch = collate(pack_rows(episodes, 150), 150)
-    assert batch.tokens.shape[0] == 1
+    batch = collate([episodes], 150)
     T = batch.tokens.shape[1]
     segment = torch.bucketize(torch.arange(T), batch.cu_seqlens[1:].long(), right=True)
     at = torch.arange(T) - batch.cu_seqlens.long()[segment]

@@ -276,7 +276,7 @@ def test_statistics_are_those_of_the_call():
         ratio = ((seen["y"] - seen["o"])[real].norm() / seen["o"][real].norm()).item()
     got = out.stats[1]
     assert got.written == 20 and got.mean_beta == pytest.approx(beta, rel=1e-5)
-    assert got.output_ratio == pytest.approx(ratio, rel=1e-4) and (1 - beta) ** got.half_life == pytest.approx(0.5)
+    assert got.output_ratio == pytest.approx(ratio, rel=1e-4) and got.mean_keep == pytest.approx(1 - beta)
     assert model(ids).stats == {}
 
 

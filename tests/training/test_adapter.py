@@ -1,6 +1,7 @@
 """Training an adapter with the real trainer: against plain autograd, at several layouts, resumed, exported."""
 
 import json
+import shutil
 from pathlib import Path
 
 import adapter_workers
@@ -102,6 +103,29 @@ def test_another_adapter_in_the_same_directory_is_refused(data, ranks, tmp_path)
     ranks(1).run(adapter_workers.train, config_dict(data, tmp_path, training={"save_every": 2, "stop_after": 2}))
     with pytest.raises(AssertionError, match="holds an adapter of"):
         ranks(1).run(adapter_workers.train, config_dict(data, tmp_path, delta_mem={"rank": 16}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"episodes": {"write_length": 8}}, "the digest of the episodes .*write_length"),
+        ({"episodes": {"row_length": 96}}, "episodes.row_length, or write_length"),
+        ({"run": {"seed": 6}}, "run.seed was 5 in the checkpoint and is 6"),
+    ],
+)
+def test_other_rows_than_the_checkpoints_are_refused(data, stopped, ranks, tmp_path, sections, message) -> None:
+    shutil.copytree(stopped / "tiny", tmp_path / "tiny")
+    with pytest.raises(AssertionError, match=message):
+        ranks(1).run(adapter_workers.train, config_dict(data, tmp_path, **sections))
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory) -> Path:
+    """A directory whose run stopped after step 2."""
+    where, pool = tmp_path_factory.mktemp("stopped"), Ranks(1)
+    pool.run(adapter_workers.train, config_dict(data, where, training={"save_every": 2, "stop_after": 2}))
+    pool.stop()
+    return where
 
 
 def test_the_default_schedule_reaches_its_learning_rate() -> None:
