@@ -9,6 +9,7 @@ from megatron_dla.errors import UserError
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
+_PROBE = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
 
 
 def render_chat(
@@ -39,11 +40,29 @@ def render_chat(
     return found["input_ids"], numbers
 
 
+def check_chat(tokenizer: Any, where: str, *, numbered: bool) -> None:
+    """Whether questions and answers can be rendered at all, asked before a model is loaded.
+
+    Args:
+        where: the tokenizer, for the message. numbered: as of `render_chat`.
+
+    Raises:
+        UserError: see `render_chat`.
+    """
+    try:
+        render_chat(tokenizer, _PROBE, numbered=numbered)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
 def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("the tokenizer has no chat template: use an instruction-tuned model, or `dla generate`")
+        raise UserError(
+            "the tokenizer has no chat template: use an instruction-tuned model, put its chat_template.jinja beside "
+            "the tokenizer, or use `dla generate`"
+        )
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
     except TemplateError as error:

@@ -18,27 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.adapters.families import FAMILIES, check_servable
 from megatron_dla.adapters.memory import DeltaMemory, MemoryControl, MemoryInputs, MemoryState, ScanResult
 from megatron_dla.errors import CheckpointError, ConfigError
 
-SUPPORTED = {
-    "llama": "LlamaForCausalLM (Llama, SmolLM2)",
-    "mistral": "MistralForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-}
 States = dict[int, MemoryState]
 """State of each layer that has a memory, by layer number."""
 _CALL = "delta_mem_call"  # the keyword that carries a call through transformers' layers to the hooks
-
-
-def check_supported(model_type: str | None) -> None:
-    """Raises CheckpointError with the list of supported models."""
-    if model_type not in SUPPORTED:
-        raise CheckpointError(
-            f"δ-mem does not support model_type {model_type!r}: use one of "
-            + ", ".join(f"{kind} = {name}" for kind, name in SUPPORTED.items())
-        )
 
 
 @dataclass
@@ -267,14 +253,15 @@ def attach(
     """Put a new adapter on `base`, which is frozen in place and otherwise behaves as before when called directly.
 
     Args:
-        base: a causal language model of transformers, of a `SUPPORTED` type. seed: of the adapter's start.
+        base: a causal language model of transformers, of one of `FAMILIES`. seed: of the adapter's start.
         dtype: of the adapter's parameters; the mathematics of the state is fp32 anyway.
 
     Raises:
         CheckpointError: the model is not supported. ConfigError: `config.layers` names a layer that is not there.
     """
-    model_type = getattr(getattr(base, "config", None), "model_type", None)
-    check_supported(model_type)
+    values: dict[str, Any] = base.config.to_dict() if hasattr(base, "config") else {}  # type: ignore[union-attr,operator]
+    ours = [kind.__name__ for kind in type(base).__mro__ if kind.__name__ in FAMILIES.values()]
+    check_servable(values | {"architectures": ours[:1] or [type(base).__name__]}, "the base model's config")
     attentions = _attentions(base)
     if wrong := sorted(set(config.layers or ()) - set(range(len(attentions)))):
         raise ConfigError(f"delta_mem.layers has {wrong[0]}: the model has layers 0 to {len(attentions) - 1}")

@@ -10,50 +10,108 @@ import torch
 from torch import nn
 
 from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.adapters.families import check_servable
 from megatron_dla.adapters.files import Adapter, fingerprint, read_adapter
-from megatron_dla.adapters.hf_model import DeltaMemModel, attach, check_supported
+from megatron_dla.adapters.hf_model import DeltaMemModel, attach
 from megatron_dla.errors import CheckpointError, UserError
+
+
+def check_backbone(hf_dir: str | Path) -> dict[str, Any]:
+    """config.json of a model that can be served; the weights are not looked at.
+
+    Raises:
+        CheckpointError: no model there, a damaged file, or one that is not supported.
+    """
+    path = Path(hf_dir) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{str(hf_dir)!r} is no Hugging Face model: config.json is missing")
+    try:
+        config = json.loads(path.read_text())
+        check_servable(config, repr(str(path)))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged ({error}): fetch it again") from error
+    return config
 
 
 def load_backbone(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> nn.Module:
     """The plain model of a directory, in eval mode. Code in the directory is not run.
 
     Raises:
-        CheckpointError: no model there, a damaged one, or one of an unsupported type. UserError: no such device.
+        CheckpointError: see `check_backbone`; also weights that are damaged, missing, left over or of another shape,
+            of which transformers would only warn. UserError: no such device.
     """
-    path = Path(hf_dir) / "config.json"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device on this machine: use --device cpu")
-    if not path.is_file():
-        raise CheckpointError(f"{str(hf_dir)!r} is no Hugging Face model: config.json is missing")
-    try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged ({error})") from error
-    check_supported(model_type)
+    check_backbone(hf_dir)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report on the weights: ours follows
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(hf_dir), dtype=dtype, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(hf_dir), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:  # transformers and safetensors raise almost anything for a damaged file
         raise CheckpointError(f"{str(hf_dir)!r} is damaged ({_first_line(error)}): fetch it again") from error
     finally:
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+    model, report = loaded
+    _check_weights(model, report, repr(str(hf_dir)))
     return model.eval().to(device)
 
 
+def _check_weights(model: Any, report: dict[str, Any], where: str) -> None:
+    """CheckpointError unless every weight came from the files, and every weight of the files went somewhere."""
+    other = "the weights and config.json are of different models, or the download is not complete: fetch both again"
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise CheckpointError(f"{where}: {name} has shape {list(found)}, config.json asks for {list(wanted)}: {other}")
+    for names, what in (
+        (report["missing_keys"], "is missing from the weights"),
+        (report["unexpected_keys"], "is in the weights and has no place in the model of config.json"),
+    ):
+        if names:
+            raise CheckpointError(f"{where}: {min(names)} {what} ({len(names)} in all): {other}")
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"{where}: lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings = true: set it "
+            "to false in config.json, or remove that weight"
+        )
+
+
 def load_tokenizer(hf_dir: str | Path) -> Any:
-    """The directory's tokenizer. Raises CheckpointError where there is none."""
+    """The directory's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it has tokens that the model of the same directory does not have (fewer are
+            normal: embeddings are padded).
+    """
+    path = Path(hf_dir) / "config.json"
+    rows = check_backbone(hf_dir).get("vocab_size") if path.is_file() else None
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"{str(hf_dir)!r} has no tokenizer that loads ({_first_line(error)})") from error
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if isinstance(rows, int) and size > rows:
+        raise CheckpointError(
+            f"{str(path)!r}: vocab_size = {rows}, but the tokenizer beside it has {size} tokens, so that some have no "
+            "embedding: put the model's own tokenizer there, or resize the model's embedding"
+        )
+    return tokenizer
+
+
+def adapter_of(directory: str | Path | None) -> Adapter:
+    """`read_adapter`; without a directory an adapter of no layers, which leaves any model as it is."""
+    return Adapter(DeltaMemConfig(layers=()), {}) if directory is None else read_adapter(directory)
 
 
 def put_on(base: nn.Module, adapter: Adapter, *, any_base: bool = False) -> DeltaMemModel:
@@ -89,7 +147,7 @@ def load_adapted(
     Raises:
         CheckpointError: see `load_backbone`, `read_adapter` and `put_on`.
     """
-    adapter = Adapter(DeltaMemConfig(layers=()), {}) if adapter_dir is None else read_adapter(adapter_dir)
+    adapter = adapter_of(adapter_dir)
     return put_on(load_backbone(hf_dir, dtype=dtype, device=device), adapter, any_base=any_base)
 
 

@@ -94,11 +94,19 @@ class Session:
                 message.
 
         Raises:
-            ValueError: no tokens, or no message numbers where they are needed.
+            ValueError: no tokens, one that the model does not have, or message numbers that are needed and missing or
+                not as many as the tokens.
         """
         if not ids:
             raise ValueError("no tokens to append")
+        rows = self.model.base.get_input_embeddings().weight.shape[0]
+        if odd := [token for token in ids if not 0 <= token < rows]:
+            raise ValueError(f"token {odd[0]} is outside the model's vocabulary of {rows}: use the model's tokenizer")
         numbers = [-1 if messages is None else messages] * len(ids) if not isinstance(messages, Sequence) else messages
+        if len(numbers) != len(ids):
+            raise ValueError(
+                f"{len(ids)} ids and {len(numbers)} message numbers: give one number for all, or one for each"
+            )
         inputs = MemoryInputs()
         if messages is not None and self.writes_messages:
             inputs.message = torch.tensor([list(numbers)], device=self.model.device)

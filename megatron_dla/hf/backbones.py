@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.adapters.families import FAMILIES, check_family, unsupported
 from megatron_dla.checkpoint.weights import split_merged
 from megatron_dla.config import (
     ModelSection,
@@ -34,12 +35,6 @@ from megatron_dla.parallel.tags import get_tag
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-}
 _ROPE_TYPES = ("default", "linear", "llama3")
 # buffers that old versions of transformers saved
 _IGNORED = ".rotary_emb.inv_freq"
@@ -60,11 +55,6 @@ class BackboneInfo:
     dtype: str
 
 
-def supported() -> str:
-    """The architectures, for messages."""
-    return ", ".join(f"{name} (model_type {kind})" for kind, name in FAMILIES.items())
-
-
 def read_backbone(hf_dir: str | Path) -> tuple[ModelSection, BackboneInfo]:
     """Model section (pattern of A and N: rotary and NoPE layers) and the rest, from config.json alone.
 
@@ -76,19 +66,13 @@ def read_backbone(hf_dir: str | Path) -> tuple[ModelSection, BackboneInfo]:
     path = Path(hf_dir) / "config.json"
     try:
         raw = json.loads(path.read_text())
-        kind = raw.get("model_type")
-        architecture = (raw.get("architectures") or [FAMILIES.get(kind, kind)])[0]
-        if kind not in FAMILIES or architecture != FAMILIES[kind]:
-            raise CheckpointError(
-                f"{str(path)!r}: architecture {architecture} (model_type {kind}) is not supported: use one of "
-                f"{supported()}"
-            )
+        kind = check_family(raw, repr(str(path)))
         config = _transformers_config(kind, raw, path)
         _refuse(config, raw, path)
         section = _section(config)
         check_model(section)
         stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        return section, BackboneInfo(architecture, config.vocab_size, config.max_position_embeddings, stored)
+        return section, BackboneInfo(FAMILIES[kind], config.vocab_size, config.max_position_embeddings, stored)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -112,30 +96,32 @@ def _transformers_config(kind: str, raw: dict[str, Any], path: Path) -> Any:
         return CONFIG_MAPPING[kind].from_dict(raw)
     except Exception as error:  # huggingface_hub's validation has errors of its own
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{str(path)!r}: transformers refuses it ({reason}): restore the file") from error
+        message = f"{str(path)!r}: transformers refuses it ({reason}): correct that value, or fetch the file again"
+        raise CheckpointError(message) from error
 
 
 def _refuse(config: Any, raw: dict[str, Any], path: Path) -> None:
     """CheckpointError for each property that would be silently wrong here."""
-    rope = config.rope_parameters
-    windows = [kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"]
-    if config.model_type == "mistral" and config.sliding_window is not None:
-        windows = [f"window of {config.sliding_window}"]
+    rope, where = config.rope_parameters, repr(str(path))
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method")
+        raise unsupported(where, "quantization_config.quant_method", method, "dense weights", "dequantise it, or ")
+    mistral = config.model_type == "mistral"  # has no layer_types: every layer is of one kind
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    if kinds or (mistral and config.sliding_window is not None):
+        off = "set it to null" if mistral else "set use_sliding_window to false and remove layer_types"
+        fix = f"{off}, which changes nothing for rows no longer than the window, or "
+        raise unsupported(where, "sliding_window", config.sliding_window, "full attention in every layer", fix)
     found = {
-        "quantization_config": raw.get("quantization_config") and "quantised weights",
-        "hidden_act": config.hidden_act != "silu" and config.hidden_act,
-        "attention_bias": getattr(config, "attention_bias", False),
-        "mlp_bias": getattr(config, "mlp_bias", False),
-        "sliding_window": windows and windows[0],
-        "rope_type": rope["rope_type"] not in _ROPE_TYPES and rope["rope_type"],
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0 and rope["partial_rotary_factor"],
+        "hidden_act": (config.hidden_act, ("silu",)),
+        "attention_bias": (getattr(config, "attention_bias", False), (False,)),
+        "mlp_bias": (getattr(config, "mlp_bias", False), (False,)),
+        "rope_type": (rope["rope_type"], _ROPE_TYPES),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
     }
-    for key, value in found.items():
-        if value:
-            raise CheckpointError(
-                f"{str(path)!r}: {key} = {value} is not supported: use a model with silu, full attention, no biases, "
-                f"dense weights and whole rotary heads of rope_type {', '.join(_ROPE_TYPES)}"
-            )
+    for key, (value, choices) in found.items():
+        if value not in choices:
+            raise unsupported(where, key, value, ", ".join(str(x).lower() for x in choices))
 
 
 def _section(config: Any) -> ModelSection:

@@ -299,7 +299,7 @@ def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel:
     """Write a checkpoint (weights and layout, no optimizer state) from an exported directory or a full-attention model.
 
     Args:
-        hf_dir: what `to_hf` wrote, or a model of one of `backbones.FAMILIES`.
+        hf_dir: what `to_hf` wrote, or a model of one of `adapters.families.FAMILIES`.
         tensor_parallel: number of weight files; a checkpoint means the same at every one.
 
     The pattern comes back spelled out, one letter a layer; the step is 0. The tokenizer stays where it is: only its

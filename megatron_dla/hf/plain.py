@@ -66,7 +66,7 @@ def _family(layout: Layout, checkpoint: Path) -> str:
 
 
 def _config(layout: Layout, family: str, tokens: dict[str, int]) -> dict[str, Any]:
-    from megatron_dla.hf.backbones import FAMILIES
+    from megatron_dla.adapters.families import FAMILIES
 
     m: ModelSection = layout.model
     rope: dict[str, Any] = {"rope_type": m.rope_type, "rope_theta": m.rope_theta}

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_dla.adapters.load import load_adapted, load_tokenizer
+from megatron_dla.adapters.chat import check_chat
+from megatron_dla.adapters.load import adapter_of, check_backbone, load_backbone, load_tokenizer, put_on
 from megatron_dla.adapters.session import Session
 from megatron_dla.adapters.session_file import load_session, save_session
 from megatron_dla.errors import UserError
@@ -26,17 +27,30 @@ COMMANDS = {
 
 
 def open_session(
-    hf_dir: str | Path, adapter: str | Path | None, session_file: str | Path | None, *, any_base: bool, device: str
+    hf_dir: str | Path,
+    adapter: str | Path | None,
+    session_file: str | Path | None,
+    *,
+    any_base: bool,
+    device: str,
+    chat: bool = False,
 ) -> Session:
-    """A new session, or the one of `session_file` if it is there.
+    """A new session, or the one of `session_file` if it is there. The weights, which are slow, are read last.
+
+    Args:
+        chat: the tokenizer must have a chat template, and one that the adapter can use.
 
     Raises:
         UserError: anything that does not load or fit; also a session file that could not be written later.
     """
     if session_file is not None and not Path(session_file).resolve().parent.is_dir():
         raise UserError(f"--session {str(session_file)!r}: its directory is not there: make it first")
-    model = load_adapted(hf_dir, adapter, any_base=any_base, device=device)
+    check_backbone(hf_dir)
     tokenizer = load_tokenizer(hf_dir)
+    trained = adapter_of(adapter)
+    if chat:
+        check_chat(tokenizer, repr(str(hf_dir)), numbered=trained.config.write == "message")
+    model = put_on(load_backbone(hf_dir, device=device), trained, any_base=any_base)
     if session_file is not None and Path(session_file).exists():
         return load_session(session_file, model, tokenizer)
     return Session(model, tokenizer)
@@ -99,7 +113,7 @@ def chat(
         UserError: as `generate_with_memory`. A command that fails says so and the chat goes on.
     """
     check_options("x", max_new_tokens, temperature, top_p, seed)
-    session = open_session(hf_dir, adapter, session_file, any_base=any_base, device=device)
+    session = open_session(hf_dir, adapter, session_file, any_base=any_base, device=device, chat=True)
     lines, out = lines or sys.stdin, out or sys.stdout
     drawing = _drawing(temperature, top_p, seed)
     terminal = lines.isatty()

@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,12 +158,53 @@ def test_an_interrupted_answer_stays_in_the_history(dla, monkeypatch, tmp_path):
 # ---- refused: one line, exit code 2, nothing written
 
 
+@pytest.fixture
+def broken(place, tmp_path_factory, monkeypatch):
+    """`broken(config={}, ...)`: a copy of the base with changes; loading its weights fails the test."""
+
+    def copy(**config) -> str:
+        path = tmp_path_factory.mktemp("broken") / "hf"
+        shutil.copytree(place / "base", path)
+        values = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(values | config))
+        return str(path)
+
+    def weights(*args, **kwargs):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("megatron_dla.hf.serve.load_backbone", weights)
+    return copy
+
+
+def test_a_chat_without_template_ends_before_the_weights_are_read(dla, broken):
+    path = broken()
+    Path(path, "chat_template.jinja").unlink()
+    code, out, error = dla("chat", path, "--adapter", "{adapter}", lines="hi\n")
+    assert (code, out) == (2, "") and error == (
+        f"dla chat: '{path}': the tokenizer has no chat template: use an instruction-tuned model, put its "
+        "chat_template.jinja beside the tokenizer, or use `dla generate`\n"
+    )
+    Path(path, "chat_template.jinja").write_text("{% for m in messages %}{{ loop.last }}{% endfor %}x{{ messages }}")
+    code, out, error = dla("chat", path, "--adapter", "{messages}", lines="hi\n")
+    assert (code, out) == (2, "") and "differently when others" in error
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x", "--any-base"], ["chat", "--any-base"]])
+def test_a_tokenizer_larger_than_the_embedding_is_refused(dla, broken, command):
+    path = broken(vocab_size=258)
+    code, out, error = dla(*command, path, "--adapter", "{adapter}", lines="hi\n")
+    assert (code, out) == (2, "") and re.fullmatch(
+        rf"dla \w+: '{path}/config.json': vocab_size = 258, but the tokenizer beside it has 259 tokens, .*put the "
+        r"model's own tokenizer there, or resize the model's embedding\n", error
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["generate", "nowhere", "--prompt", "x", "--adapter", "{adapter}"], r"'nowhere' is no Hugging Face model"),
     (["generate", "{base}", "--prompt", "x", "--adapter", "nowhere"], r"'nowhere' is no δ-mem adapter"),
     (["generate", "{other}", "--prompt", "x", "--adapter", "{adapter}"], r"the adapter belongs to the base model"),
     (["generate", "{base}", "--prompt", "x", "--session", "new"], r"are for --adapter DIR"),
-    (["chat", "{gpt}", "--adapter", "{adapter}"], r"model_type 'gpt2': use one of llama"),
+    (["chat", "{gpt}", "--adapter", "{adapter}"], r"gpt/config.json': model_type = gpt2 .*: use a model of .* Qwen3"),
     (["chat", "{base}", "--session", "no/place"], r"directory is not there"),
     (["chat", "{base}", "--adapter", "{adapter}", "--temperature", "-1"], r"--temperature -1"),
     (generate("", "--session", "new"), r"--prompt is empty"),

@@ -312,7 +312,7 @@ def test_threads_share_one_model():
 
 def test_what_does_not_fit_is_refused_by_name():
     other = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8))
-    with pytest.raises(CheckpointError, match=r"'gpt2': use one of llama = .*qwen3 = .*smollm3"):
+    with pytest.raises(CheckpointError, match=r"model_type = gpt2 .*use a model of one of LlamaForCausalLM .*smollm3"):
         attach(other, DeltaMemConfig())
     with pytest.raises(ConfigError, match="layers 0 to 2"):
         attach(build_base(), DeltaMemConfig(layers=(0, 3)))

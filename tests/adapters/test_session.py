@@ -10,6 +10,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from megatron_dla.adapters.chat import render_chat
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.decode import draw, generate_batch
+from megatron_dla.adapters.hf_model import attach
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs
 from megatron_dla.adapters.session import Session
 from megatron_dla.adapters.session_file import load_session, save_session
@@ -130,10 +131,26 @@ def test_reset_is_a_new_session(model):
         session.append([])
 
 
-def test_messages_need_their_numbers():
+def test_messages_need_their_numbers(tsw):
     session = Session(build_adapted(CONFIGS["SSW"]))
     with pytest.raises(ValueError, match="message number"):
         session.append(ROW)
+    for session in (
+        Session(build_adapted(CONFIGS["SSW"])),
+        Session(tsw),
+    ):  # also where they are not used: they are saved
+        for numbers in ([], [0], [0] * 4):
+            with pytest.raises(ValueError, match=f"3 ids and {len(numbers)} message numbers: give one"):
+                session.append([1, 2, 3], numbers)
+        assert session.ids == session.message_ids == []
+
+
+@pytest.mark.parametrize("token", [260, -1])
+def test_tokens_of_another_vocabulary_are_refused(tsw, token):
+    session = fed(tsw)
+    with pytest.raises(ValueError, match=f"token {token} is outside the model's vocabulary of 260"):
+        session.append([1, token])
+    assert session.ids == ROW and session.nbytes.cache == fed(tsw).nbytes.cache
 
 
 def test_controls_hold_for_the_whole_session(tsw):
@@ -305,6 +322,50 @@ def test_sessions_of_others_are_refused(tsw, tmp_path):
         load_session(tmp_path / "s", moved)
     with pytest.raises(CheckpointError, match="belongs to the base model"):
         load_session(tmp_path / "s", build_adapted(base=build_base(seed=1)))
+
+
+@pytest.mark.parametrize("name", ["TSW", "SSW"])
+def test_every_byte_that_is_read_back_is_checked(tmp_path, name):
+    """Flipped bytes at both ends and in the middle of every tensor, and every metadata field edited, added, removed."""
+    path, model = tmp_path / "s", build_adapted(CONFIGS[name])
+    session = fed(model)
+    session.history = CHAT
+    save_session(session, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    raw, tensors = path.read_bytes(), {key: x.clone() for key, x in load_file(path).items()}  # the file is mapped
+    size = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:size])
+    places = [size + at for begin, end in
+              (entry["data_offsets"] for key, entry in header.items() if key != "__metadata__")
+              for at in (begin, (begin + end) // 2, end - 1)]  # fmt: skip
+    assert len(places) == 3 * len(tensors) >= 30 and max(places) == len(raw) - 1
+    for place in places:
+        damaged = bytearray(raw)
+        damaged[place] ^= 0x01
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"checksum.*take an intact copy, or begin a new session"):
+            load_session(path, model)
+    save_file(tensors, path, metadata=metadata)
+    assert load_session(path, model).history == CHAT
+    for key, value in metadata.items():
+        for edited in ({key: value + " "}, {key: "7"}, {key + "_2": value}):
+            save_file(tensors, path, metadata=metadata | edited)
+            with pytest.raises(CheckpointError, match=r"(checksum|of this version).*take an intact copy"):
+                load_session(path, model)
+        save_file(tensors, path, metadata={k: v for k, v in metadata.items() if k != key})
+        with pytest.raises(CheckpointError, match="take an intact copy"):
+            load_session(path, model)
+
+
+def test_a_bf16_cache_is_saved_checked_and_continued(tmp_path):
+    base = build_base(dtype=torch.bfloat16)
+    model = attach(base, DeltaMemConfig(), seed=1)
+    session = fed(model)
+    save_session(session, tmp_path / "s")
+    again = load_session(tmp_path / "s", model)
+    assert again.cache.layers[0].keys.dtype == torch.bfloat16
+    assert torch.equal(again.append([5, 6]), session.append([5, 6]))
 
 
 @pytest.mark.parametrize("damage", ["cut", "pickle", "other", "state", "ids", "cache", "gone", "missing"])

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dla import cli
+from megatron_dla.adapters.families import FAMILIES
 from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.config import ParallelSection
 from megatron_dla.errors import CheckpointError, ConfigError, DataError
 from megatron_dla.hf import mapping, smollm2
-from megatron_dla.hf.backbones import FAMILIES, BackboneWeights, build_backbone, read_backbone
+from megatron_dla.hf.backbones import BackboneWeights, build_backbone, read_backbone
 from megatron_dla.hf.verify import megatron_logits, megatron_model
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel
 
@@ -94,15 +95,21 @@ def test_older_config_files_mean_the_same(written) -> None:
     [
         (
             {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-            "architecture GPT2LMHeadModel (model_type",
+            "model_type = gpt2 with architecture GPT2LMHeadModel is not supported: use a model of one of Llama",
         ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architecture LlamaForSequenceClassification"),
         ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM"),
-        ({"attention_bias": True}, "attention_bias = True"),
-        ({"mlp_bias": True}, "mlp_bias = True"),
-        ({"hidden_act": "gelu"}, "hidden_act = gelu"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = quantised weights"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type = yarn"),
+        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "architecture Gemma2ForCausalLM"),
+        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "architecture Qwen3MoeForCausalLM"),
+        ({"model_type": None, "architectures": None}, "model_type = None with architecture unknown"),
+        ({"attention_bias": True}, "attention_bias = true is not supported, only false: use another model of Llama"),
+        ({"mlp_bias": True}, "mlp_bias = true is not supported, only false"),
+        ({"hidden_act": "gelu"}, "hidden_act = gelu is not supported, only silu"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method = gptq is not supported, only dense weights"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type = yarn is not supported, only default, linear, llama3",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type = dynamic"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -117,22 +124,25 @@ def test_what_would_be_computed_differently_is_refused(written, changes: dict, m
     edit(directory, **changes)
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
         read_backbone(directory)
-    if "architecture" in message:
+    if "transformers" not in message:
         assert all(name in str(error.value) for name in FAMILIES.values())
 
 
 @pytest.mark.parametrize(
-    "family,changes",
+    "family,changes,fixes",
     [
-        ("Mistral", {"sliding_window": 64}),
-        ("Qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}),
-        ("SmolLM3", {"use_sliding_window": True, "sliding_window": 64, "no_rope_layers": [1, 0]}),
+        ("Mistral", {"sliding_window": 64}, {"sliding_window": None}),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, {}),
+        ("SmolLM3", {"use_sliding_window": True, "sliding_window": 64, "no_rope_layers": [1, 0]}, {}),
     ],
 )
-def test_sliding_windows_are_refused(written, family: str, changes: dict) -> None:
+def test_sliding_windows_are_refused_until_they_are_switched_off(written, family: str, changes: dict, fixes) -> None:
     _, directory = written(family, **changes)
-    with pytest.raises(CheckpointError, match="sliding_window = "):
+    message = r"sliding_window = 64 is not supported, only full attention in every layer: set .* or use another model"
+    with pytest.raises(CheckpointError, match=message):
         read_backbone(directory)
+    edit(directory, **(fixes or {"use_sliding_window": False, "layer_types": None}))  # as the message says
+    assert read_backbone(directory)[0].num_layers == 2
 
 
 def test_weights_that_do_not_fit_are_named(written) -> None:
