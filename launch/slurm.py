@@ -77,12 +77,21 @@ def job_state(job: str) -> JobState | None:
 
 
 def submissions(run_dir: Path) -> list[dict[str, Any]]:
-    """All `dla submit` of a run, oldest first; empty for a run that never was on a cluster."""
+    """All `dla submit` of a run, oldest first; empty for a run that never was on a cluster.
+
+    Raises:
+        UserError: the record is damaged.
+    """
     try:
         lines = (run_dir / SUBMISSIONS).read_text().splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.strip()]
+    try:
+        return [json.loads(line) | {} for line in lines if line.strip()]
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{str(run_dir / SUBMISSIONS)!r} is damaged ({error}): remove the line that is no JSON"
+        ) from error
 
 
 def run_jobs(run_dir: Path) -> list[str]:

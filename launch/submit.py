@@ -151,7 +151,8 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
     """Write the run directory and submit; returns the job numbers. `about` goes into the record: git state, versions.
 
     Raises:
-        SlurmError: sbatch refuses; the run directory is then as it was before.
+        SlurmError, OSError: sbatch refuses, or nothing can be written; no job is left then, and the run directory is as
+            it was before.
     """
     run_dir = request.run_dir
     argv, env = sbatch_argv(request), job_environment(request)
@@ -161,21 +162,24 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
         "environment": {k: os.environ[k] for k in RECORDED if k in os.environ} | env, **about,
     }  # fmt: skip
     made = next((p for p in (run_dir, *run_dir.parents) if p.parent.exists() and not p.exists()), None)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    resolved = run_dir / "config.yaml"
-    before = resolved.read_bytes() if resolved.exists() else None
-    dump_config(request.config, resolved)
-    controls = [run_dir / name for name in ("stop", "halt", "done", "failures")]  # of earlier submissions
-    kept = [path.rename(path.with_name(f".{path.name}.before")) for path in controls if path.exists()]
+    resolved, submissions = run_dir / "config.yaml", run_dir / SUBMISSIONS
+    size = submissions.stat().st_size if submissions.exists() else 0
+    kept: list[Path] = []  # of earlier submissions; renamed, which needs no space on a full disk
     try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        for path in (resolved, *(run_dir / name for name in ("stop", "halt", "done", "failures"))):
+            if path.exists():
+                kept.append(path.rename(path.with_name(f".{path.name}.before")))
+        dump_config(request.config, resolved)
         record["jobs"] = _submit_chain(request, argv, env)
-    except SlurmError:
-        _undo(made, resolved, before, kept)
+        with submissions.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except BaseException:
+        _cancel(record["jobs"])  # nobody would know of them
+        _undo(made, resolved, submissions, size, kept)
         raise
     for path in kept:
         path.unlink()
-    with (run_dir / SUBMISSIONS).open("a") as file:
-        file.write(json.dumps(record) + "\n")
     return record["jobs"]
 
 
@@ -185,21 +189,24 @@ def _submit_chain(request: Request, argv: list[str], env: dict[str, str]) -> lis
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
         try:
             printed = _sbatch([*argv[:2], *after, *argv[2:]], env | {"DLA_CHAIN": str(place)})
-        except SlurmError:
-            if jobs:  # all of the chain or nothing
-                call(["scancel", *jobs])
+        except BaseException:
+            _cancel(jobs)  # all of the chain or nothing
             raise
         jobs.append(printed.splitlines()[0].split(";")[0])
     return jobs
 
 
-def _undo(made: Path | None, resolved: Path, before: bytes | None, kept: list[Path]) -> None:
+def _cancel(jobs: list[str]) -> None:
+    if jobs:
+        call(["scancel", *jobs])
+
+
+def _undo(made: Path | None, resolved: Path, submissions: Path, size: int, kept: list[Path]) -> None:
     if made is not None:
-        shutil.rmtree(made)
+        shutil.rmtree(made, ignore_errors=True)  # may not have been made
         return
-    if before is None:
-        resolved.unlink()
-    else:
-        resolved.write_bytes(before)
+    resolved.unlink(missing_ok=True)
+    if submissions.exists():
+        os.truncate(submissions, size)
     for path in kept:
         path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".before")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -124,9 +125,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _report(f"dla {args.command}: {error.filename!r}: {error.strerror}")
+        where = "" if error.filename is None else f"{error.filename!r}: "
+        _report(f"dla {args.command}: {where}{error.strerror}")
         return 2 if is_wrong_path(error) else 1
     except KeyboardInterrupt:
         return 130

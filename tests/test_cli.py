@@ -1,5 +1,7 @@
 """Wrong inputs give one clear line and exit code 2, before anything is written."""
 
+import errno
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -73,6 +75,37 @@ def test_missing_and_broken_config_files(capsys, tmp_path: Path) -> None:
     assert "not valid YAML" in refused(capsys, "train", broken)
     broken.write_bytes(b"run: {name: \xff}")
     assert "not UTF-8" in refused(capsys, "train", broken)
+
+
+@pytest.mark.parametrize(
+    "number,filename,code",
+    [
+        (errno.ENOENT, "/shared/runs", 2),  # as wrong the next time
+        (errno.EACCES, "/shared/runs", 2),
+        (errno.EIO, "/shared/runs", 1),  # the file system may recover: a launcher tries again
+        (errno.ESTALE, "/shared/runs", 1),
+        (errno.ENOSPC, None, 1),  # of a write, which does not say to which file
+    ],
+)
+def test_errors_of_the_file_system_are_one_line_and_only_wrong_paths_are_bad_input(
+    capsys, monkeypatch: pytest.MonkeyPatch, number: int, filename: str | None, code: int
+) -> None:
+    def fail(runs: Path) -> None:
+        raise OSError(number, os.strerror(number), filename)
+
+    monkeypatch.setattr("megatron_dla.launch.jobs.list_jobs", fail)
+    assert main(["jobs"]) == code
+    where = f"{filename!r}: " if filename else ""
+    assert capsys.readouterr().err == f"dla jobs: {where}{os.strerror(number)}\n"
+
+
+def test_an_error_of_the_system_without_a_file_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(runs: Path) -> None:
+        raise OSError(errno.ECONNRESET, "Connection reset by peer")
+
+    monkeypatch.setattr("megatron_dla.launch.jobs.list_jobs", fail)
+    with pytest.raises(OSError, match="Connection reset"):
+        main(["jobs"])
 
 
 @pytest.mark.skipif("torch" in sys.modules and sys.modules["torch"].cuda.is_available(), reason="this machine has CUDA")

@@ -167,6 +167,36 @@ def test_a_refusal_leaves_everything_as_it_was(slurm: Path, tmp_path: Path, path
     assert (slurm / "calls").read_text().splitlines()[-1] == "scancel 102"
 
 
+@pytest.mark.parametrize("full", ["config.yaml", "submissions.jsonl"])
+def test_a_full_disk_leaves_no_job_and_everything_as_it_was(
+    slurm: Path, tmp_path: Path, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    before = {"halt": "", "config.yaml": "old", "submissions.jsonl": json.dumps({"jobs": ["7"]}) + "\n"}
+    for name, text in before.items():
+        write(run / name, text)
+    request = submit.make_request(str(paths[0]), [], str(paths[1]), 2, chain=2)
+
+    whole = Path.open
+
+    def open_full(path: Path, *args: str, **kwargs: str):  # every write to /dev/full fails, when the buffer goes out
+        return whole(Path("/dev/full") if path.name == full else path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    with pytest.raises(OSError, match="No space left"):
+        submit.submit(request, {})
+    monkeypatch.undo()
+    assert {p.name: p.read_text() for p in run.iterdir() if p.is_file()} == before
+    calls = (slurm / "calls").read_text().splitlines() if (slurm / "calls").exists() else []
+    assert calls == [] if full == "config.yaml" else calls[-1] == "scancel 101 102"
+
+
+def test_a_damaged_record_is_said(capsys, tmp_path: Path) -> None:
+    write(tmp_path / "runs" / "tiny" / "submissions.jsonl", '{"jobs": ["7"]}\n{"time": 17, "jo')
+    assert main(["jobs", "--runs", str(tmp_path / "runs")]) == 2
+    assert "submissions.jsonl' is damaged" in capsys.readouterr().err
+
+
 def test_a_run_that_is_done_is_not_submitted_unless_it_has_become_longer(
     tmp_path: Path, paths: tuple[Path, Path]
 ) -> None:

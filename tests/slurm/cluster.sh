@@ -50,7 +50,7 @@ up() {
         --seed-file="$munge/seed" --num-threads=4
     slurmctld -i -f "$SLURM_CONF" >>"$dir/log/slurmctld.out" 2>&1 # -i: there is no saved state yet
     for ((i = 1; i <= $1; i++)); do node "n$i"; done
-    for ((t = 0; t < 300; t++)); do
+    for ((t = 0; t < 1200; t++)); do
         if all_idle "$1"; then
             echo up
             cat >/dev/null
@@ -58,7 +58,7 @@ up() {
         fi
         sleep 0.1
     done
-    echo "the nodes did not become idle within 30 s: $(sinfo 2>&1 | tr '\n' ';')"
+    echo "the nodes did not become idle within 120 s: $(sinfo 2>&1 | tr '\n' ';')"
 }
 
 case $what in

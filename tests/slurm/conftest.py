@@ -22,6 +22,14 @@ def cluster() -> Iterator[Cluster]:
         yield made
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A job that a failed or planted test left running would take the next one's nodes."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").clear()
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build_data(tmp_path_factory.mktemp("corpus"))

@@ -26,7 +26,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshar
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "OUT_OF_MEMORY"}
 GPUS, GPU_TYPE = 8, "h100"
 
-# CredExpire 5 is the least that Slurm takes (less means 120 s): a requeued job may start again after it.
+# CredExpire 5 is the least that Slurm takes (less means 120 s): a requeued job may start again after it. The timeouts
+# are for a busy machine: what is lost in a test is said to be lost.
 # Accounting is off, as on clusters without slurmdbd; the nodes claim more CPUs and memory than the machine has.
 CONF = """
 ClusterName=lab
@@ -57,12 +58,12 @@ SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 DefMemPerCPU=100
 ReturnToService=2
-SlurmdTimeout=6
-SlurmctldTimeout=10
-MessageTimeout=5
-TCPTimeout=2
-KillWait=3
-BatchStartTimeout=10
+SlurmdTimeout=120
+SlurmctldTimeout=120
+MessageTimeout=30
+TCPTimeout=5
+KillWait=10
+BatchStartTimeout=60
 MinJobAge=3600
 JobRequeue={requeue}
 GresTypes=gpu
@@ -101,7 +102,7 @@ class Job:
     def state(self) -> str:
         return self.info().get("JobState", "")
 
-    def wait(self, seconds: float = 60, states: Iterable[str] = frozenset(FINAL)) -> str:
+    def wait(self, seconds: float = 180, states: Iterable[str] = frozenset(FINAL)) -> str:
         """Until the job is in one of `states`; returns it. (`sbatch --wait` polls too rarely to be timed.)"""
         wanted = set(states)
         try:
@@ -113,7 +114,7 @@ class Job:
         path = Path(self.info().get("StdOut") or "/nonexistent")
         return path.read_text(errors="replace") if path.is_file() else ""
 
-    def wait_log(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+    def wait_log(self, pattern: str, seconds: float = 120) -> re.Match[str]:
         try:
             return until(f"/{pattern}/ in the log", lambda: re.search(pattern, self.log()), seconds)
         except TimeoutError as error:
@@ -189,7 +190,7 @@ class Cluster:
         return kept | {"SLURM_CONF": str(self.dir / "slurm.conf")} | {k: str(v) for k, v in extra.items()}
 
     def run(
-        self, *argv: object, check: bool = True, env: dict[str, Any] | None = None, timeout: float = 60
+        self, *argv: object, check: bool = True, env: dict[str, Any] | None = None, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
         """A command on the controller's host, in the directory `work`."""
         # nsenter --mount goes to /: come back
@@ -202,6 +203,15 @@ class Cluster:
         if check and done.returncode:
             raise RuntimeError(f"{list(map(str, argv))} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done
+
+    def clear(self) -> None:
+        """End all jobs, those too that come back when they are ended."""
+
+        def empty() -> bool:
+            self.run("scancel", "--user=root", check=False)
+            return not self.run("squeue", "--noheader").stdout.strip()
+
+        until("all jobs to end", empty, 120)
 
     def submit(self, script: Path | str, *options: object, args: Iterable[object] = (), env: Any = None) -> Job:
         printed = self.run("sbatch", "--parsable", *options, script, *args, env=env).stdout
@@ -225,5 +235,5 @@ class Cluster:
     def node_state(self, node: str) -> str:
         return self.run("sinfo", "--noheader", "--nodes", node, "--format=%T").stdout.strip()
 
-    def wait_node(self, node: str, state: str, seconds: float = 30) -> None:
+    def wait_node(self, node: str, state: str, seconds: float = 90) -> None:
         until(f"{node} to be {state}", lambda: self.node_state(node) == state, seconds)

@@ -44,7 +44,7 @@ def curve(run: Path) -> list[tuple[int, float, float]]:
     return [(m["step"], m["loss"], m["grad_norm"]) for m in read_metrics(path)] if path.is_file() else []
 
 
-def until_attempt_steps(run: Path, attempt: str, seconds: float = 120) -> None:
+def until_attempt_steps(run: Path, attempt: str, seconds: float = 240) -> None:
     """Wait for the first heartbeat of an attempt."""
     beat = run / "heartbeat.json"
     until(f"a step of {attempt}", lambda: beat.is_file() and f'"{attempt}"' in beat.read_text(), seconds)

@@ -6,9 +6,12 @@ marker, stop, halt, done, heartbeat, attempt, records of exits. Knobs, in the en
 
 STUB_STEPS     length of the run (40)           STUB_SECONDS   of a step (0.05)
 STUB_SAVE      steps between checkpoints (10)   STUB_DEAF      never looks at `stop`
+STUB_AFTER     what remains of the run, in steps, for an attempt that goes on from a checkpoint
+STUB_TERM      seconds that it takes to die of TERM (0)
 STUB_CRASH     STEP:NODE:CODE[:always]; without "always" only in the first attempt. CODE -9: killed
 STUB_BAD       what preflight refuses: rank of the node (or all) [:always], else only in the first attempt
-STUB_HALT      somebody makes `halt` during preflight
+STUB_HALT      somebody makes `halt` during `preflight` or the `report` of a failure
+STUB_REPORT    seconds that the report of a failure takes (0); it makes the file `reporting` at its start
 """
 
 import argparse
@@ -50,14 +53,16 @@ def as_rank(options: argparse.Namespace, command: list[str]) -> int:
             (checkpoints / f"step_{step}" / "complete.json").write_text(json.dumps({"step": step}))
 
     steps = int(ENV.get("STUB_STEPS", "40"))
+    if step and "STUB_AFTER" in ENV:
+        steps = step + int(ENV["STUB_AFTER"])
     while step < steps:
         time.sleep(float(ENV.get("STUB_SECONDS", "0.05")))
         step += 1
         if node == 0:
             (run / "heartbeat.json").write_text(json.dumps({"step": step, "time": time.time(), "attempt": attempt}))
-        if step == int(at) and node == int(who) and (always or attempt.endswith(".0")):
-            while node and reached(run) < step:
-                time.sleep(0.01)  # the trainer's collectives keep the ranks together
+        if step == int(at) and (always or attempt.endswith(".0")):
+            while node != int(who) or (node and reached(run) < step):
+                time.sleep(0.01)  # the trainer's collectives keep the ranks together: the others never get past it
             return crash(run, attempt, node * options.nproc_per_node, host, int(code))
         if step % int(ENV.get("STUB_SAVE", "10")) == 0:
             save()
@@ -101,7 +106,7 @@ def crash(run: Path, attempt: str, rank: int, host: str, code: int) -> int:
 def as_preflight(argv: list[str]) -> int:
     run, node, host = Path(argv[argv.index("--run-dir") + 1]), ENV["SLURM_NODEID"], ENV["SLURMD_NODENAME"]
     who, *always = (ENV.get("STUB_BAD") or "none").split(":")
-    if ENV.get("STUB_HALT"):
+    if ENV.get("STUB_HALT") == "preflight":
         (run / "halt").touch()
     refused = who in (node, "all") and (bool(always) or ENV["DLA_ATTEMPT"].endswith(".0"))
     if refused:
@@ -111,14 +116,29 @@ def as_preflight(argv: list[str]) -> int:
     return 3 if refused else 0
 
 
+def before_the_report(argv: list[str]) -> None:
+    run = Path(argv[argv.index("--run-dir") + 1])
+    (run / "reporting").touch()
+    if ENV.get("STUB_HALT") == "report":
+        (run / "halt").touch()
+    time.sleep(float(ENV.get("STUB_REPORT", "0")))
+
+
+def die(*_: object) -> None:
+    time.sleep(float(ENV.get("STUB_TERM", "0")))
+    sys.exit(143)
+
+
 def main() -> int:
     argv = sys.argv[1:]
     module = argv[1] if argv[:1] == ["-m"] else ""
+    if module == "megatron_dla.launch.failure":
+        before_the_report(argv)
     if module == "megatron_dla.launch.preflight":
         return as_preflight(argv)
     if module != "torch.distributed.run":
         os.execv(ENV["STUB_REAL_PYTHON"], [ENV["STUB_REAL_PYTHON"], *argv])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, die)
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("--nnodes", "--node-rank", "--nproc-per-node", "--max-restarts", "--master-port"):
         parser.add_argument(name, type=int, required=True)

@@ -84,11 +84,13 @@ def test_a_chain_goes_on_where_requeue_is_not_allowed(
     cluster: Cluster, inputs: tuple[Path, ...], tmp_path: Path
 ) -> None:
     folder = tmp_path / "runs" / "tiny"
-    first, second = submitted(cluster, folder, *inputs, "--nodes", 2, "--chain", 2, STUB_STEPS=100, STUB_SAVE=1000)
+    first, second = submitted(
+        cluster, folder, *inputs, "--nodes", 2, "--chain", 2, STUB_STEPS=100_000, STUB_SAVE=100_000, STUB_AFTER=20
+    )
     first.training()
     assert second.job.state == "PENDING"
     first.warn()
     assert "requeue is not allowed" in first.ended("FAILED")
     saved = first.steps()[-1]
     second.ended("COMPLETED")
-    assert second.resumed_at(0) == saved and second.steps()[-1] == 100
+    assert second.resumed_at(0) == saved and second.steps()[-1] == saved + 20

@@ -18,7 +18,7 @@ def test_a_run_that_was_warned_requeued_and_resumed_equals_an_uninterrupted_one(
     cluster.run("scancel", "--batch", "--signal=USR1", first.number)  # what --signal=B:USR1@N does near the limit
     second = submit(cluster, whole, write_inputs(tmp_path, data, preflight=True), 2)
     for job, run in ((first, broken), (second, whole)):
-        assert job.wait(180) == "COMPLETED", text_of(run)
+        assert job.wait(400) == "COMPLETED", text_of(run)
     assert (first.info()["Restarts"], second.info()["Restarts"]) == ("1", "0")
     resumed = re.search(r"going on from \S*step_(\d+) at step (\d+)", text_of(broken))
     assert resumed and 1 <= int(resumed[1]) == int(resumed[2]) < STEPS, text_of(broken)
@@ -35,13 +35,13 @@ def test_a_lost_nodes_trainer_cannot_write_over_the_new_attempt(cluster: Cluster
     run = tmp_path / "runs" / "fenced"
     job = submit(cluster, run, write_inputs(tmp_path, data, steps=100_000, save_every=1, keep_checkpoints=3), 1)
     old = run / "logs" / f"{job.number}.0"
-    until("the first step", lambda: curve(run), 90)
+    until("the first step", lambda: curve(run), 240)
     (node,) = (p.stem for p in old.glob("n*.log"))
     cluster.kill_slurmd(node)
     try:
         claim = run / "attempt"
-        until("the new attempt's claim", lambda: f'"{job.number}.1"' in claim.read_text(), 90)
-        fenced = until("the old attempt's end", lambda: list((run / "exits" / f"{job.number}.0").glob("*")), 60)
+        until("the new attempt's claim", lambda: f'"{job.number}.1"' in claim.read_text(), 240)
+        fenced = until("the old attempt's end", lambda: list((run / "exits" / f"{job.number}.0").glob("*")), 120)
         said = json.loads(fenced[0].read_text())["message"]
         assert "was taken over by" in said and "publishes nothing" in said, said
         until_attempt_steps(run, f"{job.number}.1")
