@@ -114,6 +114,8 @@ def chat(
     """
     check_options("x", max_new_tokens, temperature, top_p, seed)
     session = open_session(hf_dir, adapter, session_file, any_base=any_base, device=device, chat=True)
+    if lines is None and hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a bad byte is one bad line, not the end of the chat
     lines, out = lines or sys.stdin, out or sys.stdout
     drawing = _drawing(temperature, top_p, seed)
     terminal = lines.isatty()
@@ -129,6 +131,7 @@ def chat(
         if not line.strip():
             continue
         try:
+            _check_text(line)
             if line.startswith("/"):
                 _command(session, line.split(), session_file, out)
             else:
@@ -164,6 +167,13 @@ def _command(session: Session, words: list[str], session_file: str | Path | None
         case _:
             raise UserError(f"{' '.join(words)}: unknown; " + ", ".join(COMMANDS))
     out.write(f"[{_sizes(session)}]\n")
+
+
+def _check_text(line: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("this line is not valid UTF-8 text: check the terminal's encoding") from error
 
 
 def _drawing(temperature: float, top_p: float, seed: int) -> dict[str, Any]:

@@ -138,6 +138,11 @@ def test_a_command_that_fails_says_so_and_the_chat_goes_on(dla):
     assert "'no/such/place' cannot be written" in out and len(SIZES.findall(out)) == 1
 
 
+def test_a_line_that_is_no_text_is_refused_and_the_chat_goes_on(dla):
+    code, out, _ = dla(*chat(), lines=b"hi\xff\nhello\n".decode(errors="surrogateescape"))
+    assert code == 0 and out.startswith("this line is not valid UTF-8 text") and len(SIZES.findall(out)) == 1
+
+
 def test_an_interrupted_answer_stays_in_the_history(dla, monkeypatch, tmp_path):
     count = [0]
     append = Session.append
