@@ -45,6 +45,19 @@ def load_backbone(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", devi
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device on this machine: use --device cpu")
     check_backbone(hf_dir)
+    other = "the weights and config.json are of different models, or the download is not complete: fetch both again"
+    return load_whole(hf_dir, "fetch it again", other, dtype=dtype).eval().to(device)
+
+
+def load_whole(hf_dir: str | Path, damaged: str, incomplete: str, **options: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, quiet, and only if every weight came from the files.
+
+    Args:
+        damaged, incomplete: the fix, for the messages. options: of transformers.
+
+    Raises:
+        CheckpointError: weights that are damaged, missing, left over or of another shape.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -53,30 +66,29 @@ def load_backbone(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", devi
     logging.set_verbosity_error()  # its report on the weights: ours follows
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(hf_dir), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            str(hf_dir), local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:  # transformers and safetensors raise almost anything for a damaged file
-        raise CheckpointError(f"{str(hf_dir)!r} is damaged ({_first_line(error)}): fetch it again") from error
+        raise CheckpointError(f"{str(hf_dir)!r} is damaged ({_first_line(error)}): {damaged}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
     model, report = loaded
-    _check_weights(model, report, repr(str(hf_dir)))
-    return model.eval().to(device)
+    _check_weights(model, report, repr(str(hf_dir)), incomplete)
+    return model
 
 
-def _check_weights(model: Any, report: dict[str, Any], where: str) -> None:
+def _check_weights(model: Any, report: dict[str, Any], where: str, fix: str) -> None:
     """CheckpointError unless every weight came from the files, and every weight of the files went somewhere."""
-    other = "the weights and config.json are of different models, or the download is not complete: fetch both again"
     for name, found, wanted in sorted(report["mismatched_keys"]):
-        raise CheckpointError(f"{where}: {name} has shape {list(found)}, config.json asks for {list(wanted)}: {other}")
+        raise CheckpointError(f"{where}: {name} has shape {list(found)}, config.json asks for {list(wanted)}: {fix}")
     for names, what in (
         (report["missing_keys"], "is missing from the weights"),
         (report["unexpected_keys"], "is in the weights and has no place in the model of config.json"),
     ):
         if names:
-            raise CheckpointError(f"{where}: {min(names)} {what} ({len(names)} in all): {other}")
+            raise CheckpointError(f"{where}: {min(names)} {what} ({len(names)} in all): {fix}")
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if model.config.tie_word_embeddings and not torch.equal(head, embedding):
         raise CheckpointError(

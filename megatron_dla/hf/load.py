@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_dla.adapters.load import load_whole
 from megatron_dla.errors import CheckpointError, UserError
 
 TOKENIZER = "tokenizer.model"
@@ -25,22 +26,12 @@ def load_model(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", device:
     """The causal language model of an exported directory, in eval mode.
 
     Raises:
-        CheckpointError: the directory holds no exported model. UserError: no such device.
+        CheckpointError: the directory holds no exported model, or not all of it. UserError: no such device.
     """
     check_device(device)
     _check_directory(hf_dir)
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(hf_dir), trust_remote_code=True, dtype=dtype)
-    except Exception as error:  # transformers and safetensors raise almost anything for a damaged file
-        raise _damaged(hf_dir, error) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    again = "export it again with `dla convert to-hf --overwrite`"
+    model = load_whole(hf_dir, again, again, dtype=dtype, trust_remote_code=True)
     return model.eval().to(device)
 
 

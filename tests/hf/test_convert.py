@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from megatron_dla.hf import mapping
 from megatron_dla.hf.cli import add_convert_parser, add_generate_parser
 from megatron_dla.hf.convert import code_files, from_hf, read_section, resolve_checkpoint, to_hf
 from megatron_dla.hf.generate import generate
+from megatron_dla.hf.load import load_model
 from megatron_dla.hf.verify import verify
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +60,24 @@ def test_round_trip_is_exact(exported, merged_of, tmp_path, name, size):
     assert replace(layout.model, pattern=want.model.pattern) == want.model
     assert (layout.vocab_size, layout.seq_len, layout.tokenizer_sha256) == (384, 128, want.tokenizer_sha256)
     assert layout.tensor_parallel == size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("model.norm.weight"), r"model\.norm\.weight is missing from the weights"),
+        (lambda x: x.update(more=torch.ones(2)), "more is in the weights and has no place"),
+        (lambda x: x.update({"model.norm.weight": torch.ones(7)}), r"model\.norm\.weight has shape \[7\]"),
+    ],
+    ids=["missing", "left over", "another shape"],
+)
+def test_an_export_is_loaded_whole_or_not_at_all(exported, tmp_path, change, message):
+    shutil.copytree(exported("gdn").directory, tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "hf")
 
 
 def test_every_key_has_one_place(exported, merged_of):
