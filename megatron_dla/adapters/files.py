@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_dla.adapters import upstream
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.errors import CheckpointError, ConfigError
+from megatron_dla.tensor_files import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "DELTA_MEM"
@@ -169,7 +169,7 @@ def write_adapter(
     if "safetensors" in formats:
         flat = {upstream.tensor_key(layer, name): x for layer, named in tensors.items() for name, x in named.items()}
         with written_whole(directory / WEIGHTS) as path:
-            save_file(flat, path, metadata={"format": "pt"})
+            save_tensors(flat, path, {"format": "pt"})
         base = adapter.base
         _write_json(directory / CONFIG, {
             "peft_type": PEFT_TYPE,

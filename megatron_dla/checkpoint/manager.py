@@ -1,6 +1,7 @@
 """Save, find, load and prune the checkpoints of a run.
 
-A checkpoint is written as step_N.ATTEMPT.partial and renamed to step_N when everything, the marker last, is on disk.
+A checkpoint is written as step_N.ATTEMPT.partial and renamed to step_N when everything is there: weights and
+optimizer state synced to the disk, the marker last.
 """
 
 from __future__ import annotations
@@ -114,8 +115,11 @@ class Checkpointer:
 
         Raises:
             FenceError: the run directory was taken over; nothing is published or deleted then.
+            FloatingPointError: a weight is not finite; nothing is written.
         """
         on_main(self.control.check)  # before the work; again before the result is published
+        weights = self._weights()
+        self._check_finite(weights, layout.step)
         root = checkpoint_dir(self.run_dir)
         partial = root / f"step_{layout.step}.{self.control.attempt}.partial"
         if self.rank == 0:
@@ -124,7 +128,6 @@ class Checkpointer:
         dist.barrier()
         tensor_rank, data_rank = self.groups.tp.rank(), self.groups.dp_cp.rank()
         updates = save_optimizer(self.engine, partial, tensor_rank, data_rank)
-        weights = self._weights()
         if data_rank == 0:
             save_weights(weights, partial, tensor_rank)
         torch.save(_random_state(), partial / f"random_{self.rank:05d}.pt")
@@ -158,6 +161,16 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         return final
+
+    def _check_finite(self, weights: dict[str, Tensor], step: int) -> None:
+        """Collective: ZeRO-0 applies a gradient that is not finite, the other stages drop it."""
+        name = next((name for name, x in weights.items() if not x.isfinite().all()), "")
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, name)
+        if name := max(found):
+            raise FloatingPointError(
+                f"{name} is not finite after step {step}, which is not saved: lower optimizer.lr or check the data"
+            )
 
     def _weights(self) -> dict[str, Tensor]:
         """This tensor-parallel rank's parameters (a collective under ZeRO-3: one is whole at a time)."""

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_dla.checkpoint.weights import Layout
 from megatron_dla.errors import CheckpointError
 from megatron_dla.parallel.tags import Tag, get_tag
+from megatron_dla.tensor_files import save_tensors
 
 OPTIMIZER = "optimizer"
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
@@ -99,7 +99,7 @@ def save_optimizer(engine: Any, directory: Path, tensor_rank: int, data_rank: in
     if data_rank == 0 or engine.zero_optimization_stage() or hasattr(engine.optimizer, "optimizer"):
         path = _file(directory, tensor_rank, data_rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(pieces, path)
+        save_tensors(pieces, path)
     return int(next(iter(state.values()))["step"])
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_dla.config import ModelSection, check_model, from_dict
 from megatron_dla.errors import CheckpointError
 from megatron_dla.parallel.tags import Tag, get_tag
+from megatron_dla.tensor_files import save_tensors
 
 LAYOUT, COMPLETE, WEIGHTS = "layout.json", "complete.json", "weights"
 FORMAT_VERSION = 1
@@ -92,7 +93,7 @@ def save_weights(state: dict[str, Tensor], directory: Path, rank: int) -> None:
     """Write this tensor-parallel rank's parameters."""
     path = weight_file(directory, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: x.detach().cpu().contiguous().clone() for name, x in state.items()}, path)
+    save_tensors({name: x.detach().cpu().contiguous().clone() for name, x in state.items()}, path)
 
 
 def load_merged(directory: str | Path) -> tuple[dict[str, Tensor], Layout]:

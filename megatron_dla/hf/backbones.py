@@ -81,8 +81,8 @@ def read_backbone(hf_dir: str | Path) -> tuple[ModelSection, BackboneInfo]:
 
 
 def tokenizer_digest(hf_dir: str | Path) -> str:
-    """sha256 of the directory's tokenizer.json or tokenizer.model; empty where it has neither."""
-    for name in ("tokenizer.json", "tokenizer.model"):
+    """sha256 of the directory's tokenizer.model, as shards carry it, or tokenizer.json; empty where it has neither."""
+    for name in ("tokenizer.model", "tokenizer.json"):
         path = Path(hf_dir) / name
         if path.is_file():
             return hashlib.sha256(path.read_bytes()).hexdigest()

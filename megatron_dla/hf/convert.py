@@ -111,6 +111,9 @@ def fresh_directory(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        mode = (new / marker).stat().st_mode  # as the umask says; safetensors makes files of mode 600
+        for path in new.iterdir():
+            path.chmod(mode)
         if out.exists():
             out.rename(old)
         new.rename(out)

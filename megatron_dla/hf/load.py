@@ -50,9 +50,15 @@ def load_tokenizer(hf_dir: str | Path) -> Any:
 def check_tokenizer(hf_dir: Path) -> str:
     """sha256 of the export's tokenizer.model. Raises CheckpointError if the model was trained with another one."""
     try:
-        wanted = json.loads((hf_dir / "config.json").read_text())["tokenizer_sha256"]
+        config = json.loads((hf_dir / "config.json").read_text())
+        if "tokenizer_sha256" not in config:
+            raise CheckpointError(
+                f"{str(hf_dir)!r} holds a model of type {config.get('model_type')}, not an export of DLA layers: use "
+                "transformers itself, or `dla generate --adapter` for one that carries a δ-mem"
+            )
+        wanted = config["tokenizer_sha256"]
         found = hashlib.sha256((hf_dir / TOKENIZER).read_bytes()).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise _damaged(hf_dir, error) from error
     if found != wanted:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,12 @@ class JsonlSink:
 
     def write(self, metrics: dict[str, Any]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(line: str, resumed_step: int) -> int:

@@ -30,7 +30,7 @@ from megatron_dla.parallel.groups import initialize_distributed, initialize_mode
 from megatron_dla.training.control import REASONS, RunControl
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
 from megatron_dla.training.signals import StopRequest
-from megatron_dla.training.step import train_step
+from megatron_dla.training.step import dropped_update, train_step
 
 
 class AdapterBatches(Protocol):
@@ -194,6 +194,8 @@ class AdapterTrainer:
             raise FloatingPointError(
                 f"the loss is {mean} at step {self.step + 1}: lower optimizer.lr or check the episodes"
             )
+        if dropped_update(self.engine):
+            self._say(f"step {self.step + 1}: the gradient is not finite, its update is dropped")
         return mean
 
     def _call(self, batch: Batch) -> MemoryCall:

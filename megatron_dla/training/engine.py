@@ -52,6 +52,7 @@ def deepspeed_config(config: RunConfig | AdapterRunConfig, dp_size: int, bf16: b
     if bf16:
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"  # else sums over ranks are bf16, fp32 parameters' included
     return settings
 
 

@@ -28,7 +28,7 @@ from megatron_dla.training.control import REASONS, RunControl
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
 from megatron_dla.training.schedule import gate_temperature
 from megatron_dla.training.signals import StopRequest
-from megatron_dla.training.step import train_step
+from megatron_dla.training.step import dropped_update, train_step
 from megatron_dla.training.validation import validate
 
 
@@ -161,6 +161,8 @@ class Trainer:
             raise FloatingPointError(
                 f"the loss is {mean} at step {self.step + 1}: lower optimizer.lr or check the data"
             )
+        if dropped_update(self.engine):
+            self._say(f"step {self.step + 1}: the gradient is not finite, its update is dropped")
         return mean
 
     def _metrics(self, loss: float, meter: StepMeter) -> dict[str, Any]:

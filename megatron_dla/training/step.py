@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,12 @@ from megatron_dla.adapters.calls import MemoryCall
 from megatron_dla.data.packing import Batch
 from megatron_dla.model.gpt import packed_sequence
 from megatron_dla.parallel.context import context_slice
+
+
+def dropped_update(engine: Any) -> bool:
+    """Whether the last step's gradient was not finite, which ZeRO-1 to 3 do not apply (ZeRO-0 does, and cannot say)."""
+    norm = engine.get_global_grad_norm()
+    return norm is not None and not math.isfinite(norm)
 
 
 def train_step(

@@ -80,6 +80,12 @@ def test_an_export_is_loaded_whole_or_not_at_all(exported, tmp_path, change, mes
         load_model(tmp_path / "hf")
 
 
+def test_an_export_has_the_mode_that_the_umask_gives(exported, tmp_path):
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in exported("gdn").directory.iterdir() if path.is_file()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_every_key_has_one_place(exported, merged_of):
     section, merged = exported("gdn_hybrid").section, merged_of("gdn_hybrid")
     state = mapping.to_hf_names(merged, section)

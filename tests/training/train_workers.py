@@ -24,6 +24,8 @@ from megatron_dla.training.loop import Trainer  # noqa: E402
 from megatron_dla.training.run import check_run  # noqa: E402
 from megatron_dla.training.schedule import lr_factor  # noqa: E402
 
+SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
+
 
 def make_trainer(values: dict[str, Any]) -> Trainer:
     """The real trainer; the pool's groups are switched to the config's layout first."""
@@ -86,6 +88,42 @@ def scalar_dtypes(values: dict[str, Any]) -> dict[str, tuple[str, bool]]:
     before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
     assert trainer.run() == 0
     return {name: (str(p.dtype), not torch.equal(p, before[name])) for name, p in mixer.named_parameters()}
+
+
+def summed_dtypes(values: dict[str, Any]) -> set[str]:
+    """Dtypes that a run sends to be summed over ranks, single numbers left out."""
+    found, real = set(), {name: getattr(torch.distributed, name) for name in SUMS}
+
+    def traced(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found.update(str(x.dtype) for x in args if isinstance(x, torch.Tensor) and x.numel() > 8)
+            return real[name](*args, **kwargs)
+
+        return call
+
+    trainer = make_trainer(values)
+    try:
+        for name in SUMS:
+            setattr(torch.distributed, name, traced(name))
+        assert trainer.run() == 0
+    finally:
+        for name, function in real.items():
+            setattr(torch.distributed, name, function)
+    return found
+
+
+def poisoned(values: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """A run whose gradient is not a number in step 2: what it prints, its error included, and its metrics."""
+    trainer = make_trainer(values)
+    weight = next(p for name, p in trainer.engine.module.named_parameters() if name.endswith("in_proj.weight"))
+    weight.register_hook(lambda gradient: gradient * float("nan") if trainer.step == 1 else gradient)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            trainer.run()
+        except FloatingPointError as error:
+            print(error)
+    torch.distributed.barrier()
+    return printed.getvalue(), read_metrics(trainer.run_dir / "metrics.jsonl")
 
 
 def resumed_optimizer(values: dict[str, Any]) -> list[tuple[str, float, float]]:
