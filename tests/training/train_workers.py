@@ -96,7 +96,9 @@ def summed_dtypes(values: dict[str, Any]) -> set[str]:
 
     def traced(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            found.update(str(x.dtype) for x in args if isinstance(x, torch.Tensor) and x.numel() > 8)
+            found.update(
+                str(x.dtype) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.numel() > 8
+            )
             return real[name](*args, **kwargs)
 
         return call
