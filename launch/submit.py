@@ -5,16 +5,18 @@ The batch script is slurm/pretrain.sbatch as it stands: a submission is sbatch's
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_any
 from megatron_dla.errors import ConfigError
@@ -151,6 +153,7 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
     """Write the run directory and submit; returns the job numbers. `about` goes into the record: git state, versions.
 
     Raises:
+        UserError: of `check_free`, asked again while no other `dla submit` can act on this run.
         SlurmError, OSError: sbatch refuses, or nothing can be written; no job is left then, and the run directory is as
             it was before.
     """
@@ -163,24 +166,45 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
     }  # fmt: skip
     made = next((p for p in (run_dir, *run_dir.parents) if p.parent.exists() and not p.exists()), None)
     resolved, submissions = run_dir / "config.yaml", run_dir / SUBMISSIONS
-    size = submissions.stat().st_size if submissions.exists() else 0
-    kept: list[Path] = []  # of earlier submissions; renamed, which needs no space on a full disk
-    try:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        for path in (resolved, *(run_dir / name for name in ("stop", "halt", "done", "failures"))):
-            if path.exists():
-                kept.append(path.rename(path.with_name(f".{path.name}.before")))
-        dump_config(request.config, resolved)
-        record["jobs"] = _submit_chain(request, argv, env)
-        with submissions.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-    except BaseException:
-        _cancel(record["jobs"])  # nobody would know of them
-        _undo(made, resolved, submissions, size, kept)
-        raise
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with submissions.open("ab", buffering=0) as file:  # nothing is written after a failure
+        _lock(file, run_dir)
+        check_free(request)
+        size, kept = (
+            submissions.stat().st_size,
+            [],
+        )  # of earlier submissions; renamed, which needs no space on a full disk
+        try:
+            (run_dir / "logs").mkdir(exist_ok=True)
+            for path in (resolved, *(run_dir / name for name in ("stop", "halt", "done", "failures"))):
+                if path.exists():
+                    kept.append(path.rename(path.with_name(f".{path.name}.before")))
+            dump_config(request.config, resolved)
+            record["jobs"] = _submit_chain(request, argv, env)
+            line = (json.dumps(record) + "\n").encode()
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(submissions))
+        except BaseException:
+            _cancel(record["jobs"])  # nobody would know of them
+            _undo(made, resolved, submissions, size, kept)
+            raise
     for path in kept:
         path.unlink()
     return record["jobs"]
+
+
+def _lock(file: IO[bytes], run_dir: Path) -> None:
+    """Until the file is closed; nothing on file systems without locks.
+
+    Raises:
+        SlurmError: another `dla submit` of this run has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SlurmError(f"another dla submit of {str(run_dir)!r} is at work: see dla jobs in a moment") from error
+    except OSError:
+        pass
 
 
 def _submit_chain(request: Request, argv: list[str], env: dict[str, str]) -> list[str]:
@@ -202,11 +226,15 @@ def _cancel(jobs: list[str]) -> None:
 
 
 def _undo(made: Path | None, resolved: Path, submissions: Path, size: int, kept: list[Path]) -> None:
-    if made is not None:
-        shutil.rmtree(made, ignore_errors=True)  # may not have been made
-        return
     resolved.unlink(missing_ok=True)
-    if submissions.exists():
-        os.truncate(submissions, size)
     for path in kept:
         path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".before")))
+    if size:
+        os.truncate(submissions, size)
+    else:
+        submissions.unlink()
+    for path in (resolved.parent / "logs", *resolved.parents) if made is not None else ():
+        with contextlib.suppress(OSError):  # another run stands beside this one by now
+            path.rmdir()
+        if path == made:
+            break

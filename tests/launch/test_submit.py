@@ -1,5 +1,6 @@
 """`dla submit` without a cluster: profiles, sbatch's command line, what is written and what is undone."""
 
+import fcntl
 import json
 import stat
 from pathlib import Path
@@ -41,6 +42,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         '[ -e "fail$n" ] && { echo "sbatch: error: no such partition" >&2; exit 1; }\necho "10$n"\n',
         executable=True,
     )
+    write(folder / "scontrol", "#!/bin/sh\necho Invalid job id specified >&2\nexit 1\n", executable=True)
     write(folder / "scancel", '#!/bin/sh\necho "scancel $*" >>"$(dirname "$0")/calls"\n', executable=True)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     return folder
@@ -179,8 +181,8 @@ def test_a_full_disk_leaves_no_job_and_everything_as_it_was(
 
     whole = Path.open
 
-    def open_full(path: Path, *args: str, **kwargs: str):  # every write to /dev/full fails, when the buffer goes out
-        return whole(Path("/dev/full") if path.name == full else path, *args, **kwargs)
+    def open_full(path: Path, mode: str = "r", *args, **kwargs):  # every write to /dev/full fails
+        return whole(Path("/dev/full") if path.name == full and "r" not in mode else path, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", open_full)
     with pytest.raises(OSError, match="No space left"):
@@ -189,6 +191,33 @@ def test_a_full_disk_leaves_no_job_and_everything_as_it_was(
     assert {p.name: p.read_text() for p in run.iterdir() if p.is_file()} == before
     calls = (slurm / "calls").read_text().splitlines() if (slurm / "calls").exists() else []
     assert calls == [] if full == "config.yaml" else calls[-1] == "scancel 101 102"
+
+
+def test_two_submissions_at_once_make_one_job(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    request = submit.make_request(str(paths[0]), [], str(paths[1]), 2)
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    with (run / "submissions.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the other one, between its look at the queue and its record
+        with pytest.raises(SlurmError, match="another dla submit"):
+            submit.submit(request, {})
+    assert not (slurm / "calls").exists() and [p.name for p in run.iterdir()] == ["submissions.jsonl"]
+    write(slurm / "scontrol", "#!/bin/sh\necho JobId=7 JobState=PENDING\n", executable=True)
+    write(run / "submissions.jsonl", '{"jobs": ["7"]}\n')  # it came between our first look and the lock
+    with pytest.raises(SlurmError, match=r"jobs in the queue: 7 \(PENDING\)"):
+        submit.submit(request, {})
+    assert not (slurm / "calls").exists()
+
+
+def test_a_refusal_leaves_the_runs_of_others(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    """Both found no directory runs/, and the other one was submitted first."""
+    write(slurm / "fail1", "")
+    sbatch = slurm / "sbatch"
+    other = tmp_path / "runs" / "other" / "config.yaml"
+    write(sbatch, sbatch.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\nmkdir -p {other.parent}; : >{other}\n", 1))
+    with pytest.raises(SlurmError):
+        submit.submit(submit.make_request(str(paths[0]), [], str(paths[1]), 2), {})
+    assert other.exists() and not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_a_damaged_record_is_said(capsys, tmp_path: Path) -> None:

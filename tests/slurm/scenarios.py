@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import Cluster, Job, until
+from lab import FINAL, Cluster, Job, until
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
@@ -117,8 +117,9 @@ def cancelled_stays_cancelled(cluster: Cluster, script: Path = SCRIPT, warned: b
     if warned:
         run.warn()
     cluster.run("scancel", run.job.number)
-    run.ended("CANCELLED")
-    run.job.wait_log("not requeued by itself: cancelled")
+    until("the end", lambda: (i := run.job.info()) and (i["JobState"] in FINAL or i["Restarts"] != "0"), 180)
+    assert run.job.info()["Restarts"] == "0", run.text()
+    run.job.wait_log("not requeued by itself: cancelled", 60)
     assert "FAILED" not in run.job.log() and not (run.dir / "failures").exists(), run.text()
     time.sleep(1)
     info = run.job.info()
