@@ -64,6 +64,7 @@ def test_shards_and_chunks_change_nothing(case: Case) -> None:
             assert torch.equal(getattr(whole, name), getattr(parts, name)), (shard, name)
     real = decide(**x, **case.rule)
     assert torch.equal(whole.start, real.start) and torch.equal(whole.death, real.death)
+    torch.testing.assert_close(whole.score, real.score, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
