@@ -81,6 +81,17 @@ def test_goes_on_from_a_cache(delta: bool) -> None:
     assert torch.equal(found.cache_death, want.cache_death) and bool((found.cache_death < 40).any())
 
 
+@pytest.mark.parametrize("capacity", [2, 3, 5])
+def test_ties_go_to_the_oldest_pair(capacity: int) -> None:
+    """Orthogonal tokens: every score is sqrt(2), every pair costs the same, and the second slot dies."""
+    T = capacity + 1
+    k = torch.eye(T, device=DEVICE).view(1, T, 1, T)
+    g = torch.zeros(1, T, 1, device=DEVICE)
+    found = decide(k, k, g, tau=1.2, capacity=capacity, tile=16, want_lo=True)
+    assert found.death[0, :, 0].tolist() == [T, capacity, *[T] * (T - 2)]
+    assert found.lo is not None and found.lo[0, :, 0].tolist() == [0] * capacity + [1]
+
+
 def test_a_wrong_victim_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The capacity kernel fed with sums of another head merges other pairs: the replay must say so."""
     real = triton_capacity.capacity_kernel
