@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from typing import Any
 
@@ -27,28 +28,40 @@ def resolve_device(asked: str | None, option: str = "--device") -> torch.device:
 
 
 def _numbers(args: argparse.Namespace, name: str, default: Any, least: int) -> Any:
-    value = getattr(args, name) or default
+    value = getattr(args, name)
+    value = default if value is None else value
     for x in value if isinstance(value, list) else [value]:
         if x < least:
             raise UserError(f"--{name} {x}: want at least {least}")
     return sorted(set(value)) if isinstance(value, list) else value
 
 
-def make_sweep(args: argparse.Namespace, device: torch.device, backend: str) -> Sweep:
-    """The request with this device's defaults, ceilings measured. Raises UserError on a size that cannot be."""
+def request(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What is asked for, with this device's defaults: fields of `Sweep`, and `budget_s`. Raises UserError."""
     default: dict[str, Any] = DEFAULTS[device.type]
-    asked = {
+    budget = default["budget"] if args.budget is None else args.budget
+    if not 0 < budget < math.inf:
+        raise UserError(f"--budget {budget:g}: want seconds, more than 0")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed {args.seed}: want a number in [0, 2^31)")
+    return {
         "lengths": _numbers(args, "lengths", LENGTHS[device.type], 2),
         "capacities": _numbers(args, "capacities", default["capacities"], 2),
         "dims": _numbers(args, "dims", default["dims"], 1),
         "heads": _numbers(args, "heads", default["heads"], 1),
+        "seed": args.seed,
+        "backbones": args.backbones,
+        "budget_s": budget,
     }
+
+
+def make_sweep(asked: dict[str, Any], device: torch.device, backend: str) -> Sweep:
+    """The sweep of a `request`, ceilings measured."""
     cuda = device.type == "cuda"
-    watch = Stopwatch(device, budget_s=args.budget or (0.5 if cuda else 1.5), least=3 if cuda else 2)
+    watch = Stopwatch(device, budget_s=asked.pop("budget_s"), least=3 if cuda else 2)
     return Sweep(
-        device=device, backend=backend, seed=args.seed, backbones=args.backbones, watch=watch,
-        ceilings=measure_ceilings(watch), backward=cuda, dtype=torch.bfloat16 if cuda else torch.float32,
-        limit_s=20.0 if cuda else 60.0, **asked,
+        device=device, backend=backend, watch=watch, ceilings=measure_ceilings(watch), backward=cuda,
+        dtype=torch.bfloat16 if cuda else torch.float32, limit_s=20.0 if cuda else 60.0, **asked,
     )  # fmt: skip
 
 
@@ -61,13 +74,16 @@ def bench_kernels(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is a file: give a directory")
+    asked = request(args, device)
+    if not args.tune:
+        args.out.mkdir(parents=True, exist_ok=True)  # before minutes are spent: it may not be possible
     if device.type == "cpu":
         torch.set_num_threads(1)  # see Stopwatch
     backend, words = usable_backend(device)
     facts = report.environment(device)
     name = facts.get("gpu") or f"{facts['machine']}, {facts['threads']} threads"
     print(f"{name} | torch {facts['torch']} triton {facts['triton']} fla {facts['fla']} | DLA backend: {words}")
-    sweep = make_sweep(args, device, backend)
+    sweep = make_sweep(asked, device, backend)
     print(f"measured here: {sweep.ceilings.tflops:.3g} TFLOP/s matrix product, {sweep.ceilings.tbytes:.3g} TB/s copy")
     if args.tune:
         from .tune import tune

@@ -153,14 +153,21 @@ def test_command_writes_json_and_plot_and_exits_by_the_targets(tmp_path: Path, c
         (["--lengths", "0"], ["--lengths 0", "at least 2"]),
         (["--capacities", "1"], ["--capacities 1"]),
         (["--heads", "-3"], ["--heads -3"]),
+        (["--heads", "0"], ["--heads 0", "at least 1"]),
+        (["--budget", "nan"], ["--budget nan"]),
+        (["--budget", "0"], ["--budget 0"]),
+        (["--budget", "-1"], ["--budget -1"]),
+        (["--seed", str(2**70)], [f"--seed {2**70}"]),
         (["--out", __file__], ["is a file"]),
+        (["--out", f"{__file__}/deeper"], [f"{__file__}/deeper", "Not a directory"]),
     ],
 )
 def test_requests_that_cannot_be_measured(capsys, arguments: list[str], words: list[str]) -> None:
     arguments = arguments if "--device" in arguments else ["--device", "cpu", *arguments]
     assert main(["bench", "kernels", *arguments]) == 2
-    line = capsys.readouterr().err
+    printed, line = capsys.readouterr()
     assert len(line.strip().splitlines()) == 1 and all(word in line for word in words), line
+    assert not printed  # refused before anything is measured
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -76,3 +76,13 @@ def test_bf16_tokens_and_a_threshold_a_head() -> None:
     want, _ = dla_attention(**x, tau=tau, capacity=3, backend="torch")
     torch.testing.assert_close(torch.cat(outs, 1), want, atol=0.05, rtol=0.02)
     assert outs[0].dtype == torch.bfloat16 and cache.states.dtype == torch.float32
+
+
+def test_ties_go_to_the_oldest_pair() -> None:
+    """Orthogonal tokens: every score is sqrt(2), and the first pair merges."""
+    cache = SlotCache.empty(1, 1, 4, 5, 5, device=DEVICE)
+    for t in range(5):
+        x = torch.eye(5, device=DEVICE)[t].view(1, 1, 1, 5)
+        rest = torch.zeros(1, 1, 1, device=DEVICE), torch.ones(1, 1, 1, 4, device=DEVICE)
+        decode_step(x, x, x, *rest, cache, tau=1.2, capacity=4, backend="triton")
+    assert cache.start.flatten().tolist() == [0, 2, 3, 4] and cache.count.flatten().tolist() == [2, 1, 1, 1]

@@ -64,6 +64,7 @@ def test_shards_and_chunks_change_nothing(case: Case) -> None:
             assert torch.equal(getattr(whole, name), getattr(parts, name)), (shard, name)
     real = decide(**x, **case.rule)
     assert torch.equal(whole.start, real.start) and torch.equal(whole.death, real.death)
+    torch.testing.assert_close(whole.score, real.score, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
@@ -78,6 +79,17 @@ def test_goes_on_from_a_cache(delta: bool) -> None:
         assert forced_replay(**tail, partition=found, **rule, cache=cache) == []
     want = partition(**tail, **rule, cache=cache, backend="torch")
     assert torch.equal(found.cache_death, want.cache_death) and bool((found.cache_death < 40).any())
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 5])
+def test_ties_go_to_the_oldest_pair(capacity: int) -> None:
+    """Orthogonal tokens: every score is sqrt(2), every pair costs the same, and the second slot dies."""
+    T = capacity + 1
+    k = torch.eye(T, device=DEVICE).view(1, T, 1, T)
+    g = torch.zeros(1, T, 1, device=DEVICE)
+    found = decide(k, k, g, tau=1.2, capacity=capacity, tile=16, want_lo=True)
+    assert found.death[0, :, 0].tolist() == [T, capacity, *[T] * (T - 2)]
+    assert found.lo is not None and found.lo[0, :, 0].tolist() == [0] * capacity + [1]
 
 
 def test_a_wrong_victim_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
