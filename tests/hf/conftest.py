@@ -97,29 +97,38 @@ def write_checkpoint():
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer):
-    """`exported(name)`: the case of that name, built once."""
+def saved(tokenizer: Tokenizer):
+    """`saved(section, run)`: (Megatron model, its step_3 directory in the run)."""
     compat.install()
     from megatron_dla.checkpoint.weights import parameter_tags
     from megatron_dla.model.gpt import build_model
     from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel
 
-    made: dict[str, Exported] = {}
-
-    def get(name: str) -> Exported:
-        if name in made:
-            return made[name]
+    def make(section: ModelSection, run: Path) -> tuple[Any, Path]:
         initialize_distributed("cpu")
         initialize_model_parallel(1, 0)
-        section = SECTIONS[name]
         model = build_model(section, ParallelSection(), vocab_size=tokenizer.vocab_size, seq_len=128, seed=7).eval()
         randomise(model)
-        run = tmp_path_factory.mktemp(name)
         step = run / "checkpoints" / "step_3"
         save_weights(dict(model.named_parameters()), step, 0)
         Layout(section, 384, tokenizer.sha256, 1, 128, 3, parameter_tags(model)).save(step / LAYOUT)
         (step / COMPLETE).write_text("{}")
         (run / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+        return model, step
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, saved):
+    """`exported(name)`: the case of that name, built once."""
+    made: dict[str, Exported] = {}
+
+    def get(name: str) -> Exported:
+        if name in made:
+            return made[name]
+        section, run = SECTIONS[name], tmp_path_factory.mktemp(name)
+        model, step = saved(section, run)
         made[name] = Exported(section, model, step, to_hf(step, run / f"hf_{name}"))
         return made[name]
 
