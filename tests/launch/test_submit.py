@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import resource
 import stat
 from pathlib import Path
 
@@ -191,6 +192,25 @@ def test_a_full_disk_leaves_no_job_and_everything_as_it_was(
     assert {p.name: p.read_text() for p in run.iterdir() if p.is_file()} == before
     calls = (slurm / "calls").read_text().splitlines() if (slurm / "calls").exists() else []
     assert calls == [] if full == "config.yaml" else calls[-1] == "scancel 101 102"
+
+
+def test_a_record_that_fits_in_part_is_taken_back(
+    slurm: Path, tmp_path: Path, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = write(tmp_path / "runs" / "tiny" / "submissions.jsonl", json.dumps({"jobs": ["7"]}) + "\n")
+    before, limits = record.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def chain(*_: object) -> list[str]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        return ["101"]
+
+    monkeypatch.setattr(submit, "_submit_chain", chain)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            submit.submit(submit.make_request(str(paths[0]), [], str(paths[1]), 2), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert record.read_text() == before and (slurm / "calls").read_text() == "scancel 101\n"
 
 
 def test_two_submissions_at_once_make_one_job(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
