@@ -104,6 +104,8 @@ def load_tokenizer(hf_dir: str | Path) -> Any:
         CheckpointError: there is none, or it has tokens that the model of the same directory does not have (fewer are
             normal: embeddings are padded).
     """
+    if not Path(hf_dir).is_dir():
+        raise CheckpointError(f"{str(hf_dir)!r}: no such directory: want a Hugging Face model's")
     path = Path(hf_dir) / "config.json"
     rows = check_backbone(hf_dir).get("vocab_size") if path.is_file() else None
     from transformers import AutoTokenizer

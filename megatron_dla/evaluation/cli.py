@@ -95,9 +95,12 @@ def _check(args: argparse.Namespace) -> list[str]:
     for name, option, given in (("ppl", "--text FILE", args.text), ("locomo", "--locomo FILE", args.locomo)):
         if name in tasks and not given:
             raise UserError(f"--tasks {name} needs {option}")
-    for name, low in (("episodes", 2), ("window", 2), ("windows", 1), ("context", 1), ("questions", 0), ("batch", 1)):
+    least = {"episodes": 2, "window": 2, "windows": 1, "context": 1, "questions": 0, "batch": 1, "seed": 0}
+    for name, low in least.items():
         if getattr(args, name) < low:
             raise UserError(f"--{name} {getattr(args, name)}: want at least {low}")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file, want a directory")
     return tasks
 
 
@@ -147,13 +150,16 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--set {pair}: want KEY=VALUE")
-        out[key] = int(value) if value.lstrip("-").isdigit() else value
+        try:
+            out[key] = int(value)
+        except ValueError:
+            out[key] = value
     return out
 
 
 def _read(file: str) -> str:
     try:
-        return Path(file).read_text()
+        return Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--text {file}: not UTF-8 text ({error})") from error
 

@@ -186,6 +186,9 @@ def make_task(name: str, **settings: Any) -> RecallTask:
     known = TASKS[name].__dataclass_fields__
     if unknown := sorted(set(settings) - set(known)):
         raise UserError(f"recall task {name!r} has no {unknown[0]!r}: it has {', '.join(known)}")
+    for key, value in settings.items():
+        if isinstance(known[key].default, int) and not isinstance(value, int):
+            raise UserError(f"{key} = {value!r}: want a whole number")
     return TASKS[name](**settings)
 
 

@@ -157,6 +157,25 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     assert zero == []
 
 
+@pytest.mark.parametrize("name", ["TSW", "SSW", "uncoupled"])
+def test_mean_gates_are_those_of_the_writes(name: str) -> None:
+    """Not of padding, nor of tokens that only read; by message, one gate a message."""
+    memory = build(VARIANTS[name])
+    x, message = (y[:1] for y in tokens())
+    valid, write = torch.ones(1, 17, dtype=torch.bool), torch.ones(1, 17, dtype=torch.bool)
+    valid[:, :1] = write[:, 9:] = False
+    written = list(x[0, 1:9])
+    if name == "SSW":  # message 2 is cut short by the tokens that do not write
+        written = [x[0, span].mean(0) for span in (slice(2, 5), slice(5, 6), slice(6, 9))]
+    inputs = MemoryInputs(valid=valid, write=write, message=message)
+    result = memory.scan(memory.project(x), memory.initial_state(1, "cpu", x.dtype), inputs)
+    features = [memory._write_features(memory.project(y)[memory.config.width :]) for y in written]
+    for gate in ("beta", "keep"):
+        want = torch.stack([f[gate] for f in features]).mean()
+        torch.testing.assert_close(result.mean(getattr(result, gate)), want)
+        assert abs(want - getattr(result, gate).mean()) > 1e-3
+
+
 def test_controls() -> None:
     x, _ = tokens()
     memory = build(VARIANTS["TSW"])

@@ -80,6 +80,9 @@ BAD = {
     ("--episodes", "1"): "--episodes 1: want at least 2",
     ("--set", "people"): "--set people: want KEY=VALUE",
     ("--set", "cats=2"): "recall task 'facts' has no 'cats'",
+    ("--set", "people=many"): "people = 'many': want a whole number",
+    ("--set", "people=--2"): "people = '--2': want a whole number",
+    ("--seed", "-1"): "--seed -1: want at least 0",
     ("--static", "{place}/one"): "this adapter has delta_mem.memory = 'online'",
     ("--tasks", "ppl", "--text", "{place}/none"): "No such file",
     ("--tasks", "ppl", "--text", "{place}/text.txt", "--window", "999"): "no window of 999 tokens",
@@ -93,6 +96,15 @@ def test_bad_arguments_are_named(dla, tmp_path, arguments):
     code, out, err = dla("{place}/base", *arguments, "--out", str(tmp_path / "out"))
     assert code == 2 and BAD[arguments] in err and len(err.splitlines()) == 1 and not out
     assert not (tmp_path / "out").exists()
+
+
+def test_no_model_and_no_place_for_the_report_are_named_first(dla, place, tmp_path):
+    for arguments, message in (
+        ((str(tmp_path / "none"),), f"'{tmp_path}/none': no such directory"),
+        (("{place}/base", "--out", "{place}/text.txt"), "text.txt: is a file, want a directory"),
+    ):
+        code, out, err = dla(*arguments)
+        assert code == 2 and message in err and len(err.splitlines()) == 1 and not out
 
 
 def test_adapter_of_another_model_is_refused(dla, tmp_path):
