@@ -12,7 +12,7 @@ import torch
 import triton_interpreter
 from cases import Case
 
-from megatron_dla.kernels.dla import SlotCache, dla_attention, partition
+from megatron_dla.kernels.dla import Partition, SlotCache, dla_attention, partition
 
 triton = pytest.importorskip("triton")
 from megatron_dla.kernels.dla import triton_attention, triton_chunk, triton_launch  # noqa: E402
@@ -124,6 +124,29 @@ def test_cache_in_and_out(small_tiles: None, delta: bool) -> None:
     weights = torch.randn(mid.states.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     gates.check_all(
         tail, cotangent(case, FP32)[:, 50:], dtype=FP32, backend="triton", **rule, partition=part, cache=mid,
+        states_cotangent=weights,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_slots_of_a_cache_that_merge_as_a_block_begins(small_tiles: None, delta: bool) -> None:
+    """They are there before the block's first token, and gone at it."""
+    case = replace(BASE, T=40, H=1, delta=delta)
+    x = inputs_of(case, FP32)
+    rule = dict(tau=case.tau, capacity=case.capacity)
+    head, tail = ({name: y[:, part].contiguous() for name, y in x.items()} for part in (slice(4), slice(4, None)))
+    _, cache = dla_attention(**head, tau=0.0, capacity=case.capacity, return_cache=True, backend="torch")
+    T = case.T - 4
+    opens = torch.isin(torch.arange(T, device=DEVICE), torch.tensor([0, 16, 32], device=DEVICE)).view(1, T, 1)
+    part = Partition(
+        start=opens, death=torch.full((1, T, 1), T, dtype=torch.int32, device=DEVICE),
+        score=torch.ones(1, T, 1, device=DEVICE),
+        cache_death=torch.tensor([T, 0, 16, 32], dtype=torch.int32, device=DEVICE).view(1, 1, 4),
+    )  # fmt: skip
+    assert cache is not None and cache.live.tolist() == [[4]]
+    weights = torch.randn(cache.states.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    gates.check_all(
+        tail, cotangent(case, FP32)[:, 4:], dtype=FP32, backend="triton", **rule, partition=part, cache=cache,
         states_cotangent=weights,
     )  # fmt: skip
 
