@@ -59,17 +59,29 @@ def test_kernels_and_export_need_no_megatron() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_readme_names_only_what_exists() -> None:
-    text = (ROOT / "README.md").read_text() + (ROOT / "kernels/dla/README.md").read_text()
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / path).exists() or (ROOT / "kernels/dla" / path).exists(), path
-    for target in re.findall(r"make ([a-z-]+)", text):
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "kernels").glob("*/README.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_name_only_what_exists(page: Path) -> None:
+    text = page.read_text()
+    for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in {_anchor(line) for line in path.read_text().splitlines() if line.startswith("#")}, anchor
+    for target in re.findall(r"`make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
     for path in re.findall(r"configs/[a-z0-9_]+\.yaml", text):
         assert (ROOT / path).exists(), path
     commands = set(build_parser()._subparsers._group_actions[0].choices)
     for command in re.findall(r"^ *dla ([a-z]+)", text, re.M):
         assert command in commands, command
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lstrip("# ").lower()).replace(" ", "-")
 
 
 def test_configs_are_plain_yaml_mappings() -> None:
