@@ -59,6 +59,7 @@ FULL = [
     *both(replace(BASE, name="no boundary", tau=2.5, T=40, B=2, H=1)),
     *both(replace(BASE, name="three tokens", T=3, B=4)),
     *both(replace(BASE, name="shared keys, odd dims", H=4, G=2, Dk=20, Dv=19, T=40)),
+    replace(BASE, name="three heads in one program of dk (mamba2)", H=6, G=2, T=24),
 ]
 
 
@@ -203,6 +204,15 @@ def test_same_bits_in_every_run_and_order(small_tiles: None, delta: bool) -> Non
         second = gates.run(x, cotangent(case, BF16), backend="triton", **rule)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 12, 24])
+def test_a_program_of_dk_adds_up_whole_shares_of_a_group(heads: int) -> None:
+    """All of the group where tokens give enough programs, one or an odd share of it where they do not."""
+    plan = triton_launch.Plan(BF16, 64, 64, heads, 1, 30, False)
+    shares = [triton_chunk.heads_per_program(plan, tokens) for tokens in (1, 5000, 10000, 20000, 1 << 20)]
+    assert all(heads % share == 0 for share in shares) and shares == sorted(shares)
+    assert shares[0] % 2 == 1 and shares[-1] == heads
 
 
 def drop_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
