@@ -221,19 +221,28 @@ class Cluster:
         """Every process of the node dies at once; Slurm is told, as an operator would, instead of timing out."""
         kill = 'for _ in 1 2 3 4 5; do p=$(ip netns pids "$0"); [ -z "$p" ] || kill -KILL $p; sleep 0.05; done'
         self.run("bash", "-c", kill, node, check=False)
-        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
+        self._mark_down(node, "power")
 
     def kill_slurmd(self, node: str) -> None:
         """The daemon dies, the processes of its jobs live on; Slurm is told that the node is down."""
         self.run("bash", "-c", f"kill -KILL $(cat {self.dir}/run/slurmd-{node}.pid)")
-        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=slurmd")
+        self._mark_down(node, "slurmd")
+
+    def _mark_down(self, node: str, reason: str) -> None:
+        """Until the node stays down for two seconds: a reply of before its end may still bring it back."""
+        since = 0.0
+        while not self.node_state(node).startswith("down") or time.monotonic() - since < 2:
+            if not self.node_state(node).startswith("down"):
+                self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", f"Reason={reason}")
+                since = time.monotonic()
+            time.sleep(0.1)
 
     def start_node(self, node: str) -> None:
         self.run("bash", HERE / "cluster.sh", "node", self.dir, node)
-        self.wait_node(node, "idle", 90)
+        self.wait_node(node, "idle", 180)
 
     def node_state(self, node: str) -> str:
         return self.run("sinfo", "--noheader", "--nodes", node, "--format=%T").stdout.strip()
 
-    def wait_node(self, node: str, state: str, seconds: float = 90) -> None:
+    def wait_node(self, node: str, state: str, seconds: float = 180) -> None:
         until(f"{node} to be {state}", lambda: self.node_state(node) == state, seconds)
