@@ -170,10 +170,8 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
     with submissions.open("ab", buffering=0) as file:  # nothing is written after a failure
         _lock(file, run_dir)
         check_free(request)
-        size, kept = (
-            submissions.stat().st_size,
-            [],
-        )  # of earlier submissions; renamed, which needs no space on a full disk
+        size = submissions.stat().st_size  # of earlier submissions' lines
+        kept: list[Path] = []  # their files, renamed: that needs no space on a full disk
         try:
             (run_dir / "logs").mkdir(exist_ok=True)
             for path in (resolved, *(run_dir / name for name in ("stop", "halt", "done", "failures"))):
