@@ -24,7 +24,7 @@ from megatron_dla.checkpoint.optimizer import load_optimizer, save_optimizer
 from megatron_dla.checkpoint.weights import (
     COMPLETE,
     LAYOUT,
-    Layout,
+    CheckpointLayout,
     load_merged,
     parameter_tags,
     save_weights,
@@ -108,7 +108,7 @@ class Checkpointer:
         self.run_dir, self.engine, self.groups, self.keep, self.control = run_dir, engine, groups, keep, control
         self.rank = dist.get_rank()
 
-    def save(self, layout: Layout, data_state: dict[str, Any]) -> Path:
+    def save(self, layout: CheckpointLayout, data_state: dict[str, Any]) -> Path:
         """Write a checkpoint (a collective); returns its directory.
 
         `data_state` is the loader's state of the whole batch, already merged over the data-parallel ranks.
@@ -134,7 +134,7 @@ class Checkpointer:
         dist.barrier()
         return on_main(lambda: self._publish(partial, layout, data_state, updates))
 
-    def _publish(self, partial: Path, layout: Layout, data_state: dict[str, Any], updates: int) -> Path:
+    def _publish(self, partial: Path, layout: CheckpointLayout, data_state: dict[str, Any], updates: int) -> Path:
         """On rank 0: mark the checkpoint complete, give it its name, delete older ones."""
         final = checkpoint_dir(self.run_dir) / f"step_{layout.step}"
         layout.save(partial / LAYOUT)
@@ -192,7 +192,7 @@ class Checkpointer:
                 (path / COMPLETE).unlink()  # first: a half-deleted checkpoint must not be resumed
                 shutil.rmtree(path)
 
-    def load(self, path: Path, layout: Layout) -> tuple[int, dict[str, Any]]:
+    def load(self, path: Path, layout: CheckpointLayout) -> tuple[int, dict[str, Any]]:
         """Restore optimizer, schedule and random state; returns the step and the loader's state.
 
         The weights must be in the model already (`load_weights`, before ZeRO takes its copies). The layout may be
@@ -231,9 +231,9 @@ class Checkpointer:
         return step, data_state
 
 
-def check_same_model(path: Path, layout: Layout) -> None:
+def check_same_model(path: Path, layout: CheckpointLayout) -> None:
     """CheckpointError where a checkpoint belongs to another model, vocabulary or tokenizer."""
-    saved = Layout.load(path)
+    saved = CheckpointLayout.load(path)
     if (saved.tokenizer_sha256, saved.vocab_size) != (layout.tokenizer_sha256, layout.vocab_size):
         raise CheckpointError(
             f"vocabulary mismatch: {str(path)!r} was trained with tokenizer {saved.tokenizer_sha256[:12]} "
@@ -259,7 +259,7 @@ def check_same_model(path: Path, layout: Layout) -> None:
         )
 
 
-def _what(layout: Layout) -> str:
+def _what(layout: CheckpointLayout) -> str:
     if not layout.adapter:
         return "a whole model"
     base, config = layout.adapter["base"], layout.adapter["delta_mem"]

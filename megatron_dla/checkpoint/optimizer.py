@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from megatron_dla.checkpoint.weights import Layout
+from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.errors import CheckpointError
 from megatron_dla.parallel.tags import Tag, get_tag
 from megatron_dla.tensor_files import save_tensors
@@ -128,7 +128,7 @@ class SavedState:
     """Reads whole parameters' state from the pieces of a checkpoint, one at a time."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self.layout = directory, Layout.load(directory)
+        self.directory, self.layout = directory, CheckpointLayout.load(directory)
         self._pieces: dict[tuple[int, str, str], list[tuple[int, str, Any]]] = {}
         for path in sorted((directory / OPTIMIZER).glob("tp_*_dp_*.safetensors")):
             file = safe_open(path, "pt")

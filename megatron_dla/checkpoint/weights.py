@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 
 
 @dataclass
-class Layout:
+class CheckpointLayout:
     """What `layout.json` says of a checkpoint.
 
     Attributes:
@@ -55,7 +55,7 @@ class Layout:
         path.write_text(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1))
 
     @classmethod
-    def load(cls, directory: Path) -> Layout:
+    def load(cls, directory: Path) -> CheckpointLayout:
         """Raises CheckpointError where the directory holds no complete checkpoint of this format."""
         if not (directory / COMPLETE).is_file():
             raise CheckpointError(
@@ -96,7 +96,7 @@ def save_weights(state: dict[str, Tensor], directory: Path, rank: int) -> None:
     save_tensors({name: x.detach().cpu().contiguous().clone() for name, x in state.items()}, path)
 
 
-def load_merged(directory: str | Path) -> tuple[dict[str, Tensor], Layout]:
+def load_merged(directory: str | Path) -> tuple[dict[str, Tensor], CheckpointLayout]:
     """The whole model's tensors from all ranks' files.
 
     Returns:
@@ -107,7 +107,7 @@ def load_merged(directory: str | Path) -> tuple[dict[str, Tensor], Layout]:
         CheckpointError: incomplete, or a file is missing or damaged.
     """
     directory = Path(directory)
-    layout = Layout.load(directory)
+    layout = CheckpointLayout.load(directory)
     parts = []
     for rank in range(layout.tensor_parallel):
         path = weight_file(directory, rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_dla.checkpoint.weights import Layout
+from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import layer_letters
 
 CARD = """---
@@ -32,7 +32,7 @@ rows, of which the tokenizer uses {tokens}.
 """
 
 
-def model_card(layout: Layout, name: str, parameters: int, tokens: int) -> str:
+def model_card(layout: CheckpointLayout, name: str, parameters: int, tokens: int) -> str:
     """What the model is and how to load it. `name`: the directory's; `tokens`: the tokenizer's vocabulary."""
     m = layout.model
     return CARD.format(

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, Layout, load_merged, save_weights, split_merged
+from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, CheckpointLayout, load_merged, save_weights, split_merged
 from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.config.checks import check_model, check_tensor_parallel
 from megatron_dla.config.load import from_dict
@@ -122,7 +122,7 @@ def fresh_directory(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def tokenizer_file(checkpoint: Path, given: str | Path | None, layout: Layout) -> Path:
+def tokenizer_file(checkpoint: Path, given: str | Path | None, layout: CheckpointLayout) -> Path:
     """The tokenizer of the run, checked against the hash in the layout."""
     path = Path(given) if given is not None else checkpoint.resolve().parent.parent / TOKENIZER
     path = path / TOKENIZER if path.is_dir() else path
@@ -137,7 +137,7 @@ def tokenizer_file(checkpoint: Path, given: str | Path | None, layout: Layout) -
     return path
 
 
-def _config(layout: Layout, tokens: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+def _config(layout: CheckpointLayout, tokens: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
     """config.json: every field of the model section, so that `from_hf` gets the same section back."""
     fields = {_RENAMED.get(name, name): value for name, value in asdict(layout.model).items() if name != "pattern"}
     return {
@@ -214,7 +214,7 @@ def to_hf(
 
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(out_dir)
     with fresh_directory(out, overwrite, "config.json") as new:
-        held = Layout.load(checkpoint)
+        held = CheckpointLayout.load(checkpoint)
         if held.adapter:
             raise CheckpointError(f"{str(checkpoint)!r} holds a δ-mem adapter: use `dla convert adapter`")
         source = tokenizer_file(checkpoint, tokenizer, held)
@@ -233,7 +233,7 @@ def to_hf(
     return out
 
 
-def _generation_config(layout: Layout, tokens: dict[str, int]) -> dict[str, Any]:
+def _generation_config(layout: CheckpointLayout, tokens: dict[str, int]) -> dict[str, Any]:
     """generation_config.json: ends at eos, and never draws a padded row of the embedding."""
     config: dict[str, Any] = {"bos_token_id": tokens["bos"], "eos_token_id": tokens["eos"]}
     config["pad_token_id"] = tokens["eos"]
@@ -330,7 +330,7 @@ def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel:
         tags = mapping.parameter_tags(section, tensor_parallel)
         for rank in range(tensor_parallel):
             save_weights(split_merged(merged, tags, rank, tensor_parallel), new, rank)
-        Layout(
+        CheckpointLayout(
             model=section, vocab_size=vocab_size, tokenizer_sha256=digest, tensor_parallel=tensor_parallel,
             seq_len=seq_len, step=0, tags=tags,
         ).save(new / LAYOUT)  # fmt: skip

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_dla.checkpoint.weights import Layout, load_merged
+from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged
 from megatron_dla.config import ModelSection, attention_head_dim, layer_letters
 from megatron_dla.errors import CheckpointError
 from megatron_dla.hf import mapping
@@ -35,7 +35,7 @@ def to_plain(
     from huggingface_hub import save_torch_state_dict
 
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(out_dir)
-    layout = Layout.load(checkpoint)
+    layout = CheckpointLayout.load(checkpoint)
     family = _family(layout, checkpoint)
     source = tokenizer_file(checkpoint, tokenizer, layout)
     with fresh_directory(out, overwrite, "config.json") as new:
@@ -50,7 +50,7 @@ def to_plain(
     return out
 
 
-def _family(layout: Layout, checkpoint: Path) -> str:
+def _family(layout: CheckpointLayout, checkpoint: Path) -> str:
     """model_type of the section. Raises CheckpointError where there is none."""
     m, where = layout.model, repr(str(checkpoint))
     letters = set(layer_letters(m))
@@ -65,7 +65,7 @@ def _family(layout: Layout, checkpoint: Path) -> str:
     return "smollm3" if "N" in letters else "qwen3" if m.qk_norm else "llama"
 
 
-def _config(layout: Layout, family: str, tokens: dict[str, int]) -> dict[str, Any]:
+def _config(layout: CheckpointLayout, family: str, tokens: dict[str, int]) -> dict[str, Any]:
     from megatron_dla.adapters.families import FAMILIES
 
     m: ModelSection = layout.model

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dla.checkpoint.weights import Layout, load_merged, split_merged
+from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, split_merged
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.hf.convert import resolve_checkpoint
 from megatron_dla.hf.load import check_tokenizer, load_model
@@ -52,7 +52,7 @@ class Report:
         )
 
 
-def megatron_model(checkpoint: str | Path) -> tuple[Any, Layout]:
+def megatron_model(checkpoint: str | Path) -> tuple[Any, CheckpointLayout]:
     """The checkpoint's Megatron model at TP = 1 on the CPU, fp32, in this process.
 
     Raises:
@@ -130,7 +130,7 @@ def verify(checkpoint_dir: str | Path, hf_dir: str | Path, *, tolerance: float =
     if not 1 <= tokens <= 65536 or not tolerance > 0:
         raise UserError(f"tokens = {tokens}, tolerance = {tolerance}: want 1 to 65536 tokens, a positive tolerance")
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(hf_dir)
-    Layout.load(checkpoint)  # before anything slow
+    CheckpointLayout.load(checkpoint)  # before anything slow
     exported = load_model(out, dtype=torch.float32)
     check_tokenizer(out)
     reference, layout = megatron_model(checkpoint)

@@ -18,7 +18,7 @@ from megatron_dla.adapters.files import Fingerprint
 from megatron_dla.adapters.memory import half_life
 from megatron_dla.checkpoint.manager import Checkpointer, check_same_model, complete_checkpoints, load_weights
 from megatron_dla.checkpoint.optimizer import local_shapes
-from megatron_dla.checkpoint.weights import Layout, parameter_tags
+from megatron_dla.checkpoint.weights import CheckpointLayout, parameter_tags
 from megatron_dla.config.adapter import AdapterRunConfig
 from megatron_dla.data.packing import Batch
 from megatron_dla.errors import STOPPED
@@ -130,7 +130,7 @@ class AdapterTrainer:
         tags, shapes = parameter_tags(model), local_shapes(model)
         found = complete_checkpoints(run_dir) if config.training.resume else []
         newest = found[-1][1] if found else None
-        self.layout = Layout(
+        self.layout = CheckpointLayout(
             model=section, vocab_size=section.vocab_multiple, tokenizer_sha256="",
             tensor_parallel=self.groups.tp.size(), seq_len=self.batches.seq_len, step=0, tags=tags, shapes=shapes,
             adapter={"delta_mem": config.delta_mem.to_dict(), "base": {"name": base.name, "sha256": base.sha256}},

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_dla.checkpoint.manager import Checkpointer, complete_checkpoints, is_weights_only, load_weights
 from megatron_dla.checkpoint.optimizer import local_shapes
-from megatron_dla.checkpoint.weights import Layout, parameter_tags
+from megatron_dla.checkpoint.weights import CheckpointLayout, parameter_tags
 from megatron_dla.config import RunConfig
 from megatron_dla.data import TokenLoader
 from megatron_dla.data_prep.index import ShardIndex
@@ -92,7 +92,7 @@ class Trainer:
             dp_rank=self.groups.dp.rank(), dp_size=self.groups.dp.size(), seed=config.run.seed,
             verify=config.data.verify,
         )  # fmt: skip
-        self.layout = Layout(
+        self.layout = CheckpointLayout(
             model=config.model, vocab_size=vocab_size, tokenizer_sha256=index.tokenizer_sha256,
             tensor_parallel=self.groups.tp.size(), seq_len=config.data.seq_len, step=0, tags=tags, shapes=shapes,
         )  # fmt: skip

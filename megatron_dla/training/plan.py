@@ -14,7 +14,7 @@ CHUNK = 64  # tokens between two kept slot states in the backward pass of one la
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResourcePlan:
     """Bytes are of one rank; traffic is what one rank sends in one optimizer step.
 
     Attributes:
@@ -35,7 +35,7 @@ class Plan:
         return sum(self.memory.values())
 
 
-def make_plan(config: RunConfig, world_size: int, vocab_size: int, bf16: bool) -> Plan:
+def make_plan(config: RunConfig, world_size: int, vocab_size: int, bf16: bool) -> ResourcePlan:
     """The plan of a config that `check_config` has accepted; `vocab_size` is the padded one."""
     tensor, context = config.parallel.tensor, config.parallel.context_parallel_size
     data = world_size // (tensor * context)
@@ -43,7 +43,7 @@ def make_plan(config: RunConfig, world_size: int, vocab_size: int, bf16: bool) -
     memory, host = _states(config, parameters, data * context, bf16)
     memory |= _activations(config, vocab_size, 2 if bf16 else 4)
     traffic = _traffic(config, parameters, data, 2 if bf16 else 4)
-    return Plan(tensor, context, data, parameters, memory, host, traffic)
+    return ResourcePlan(tensor, context, data, parameters, memory, host, traffic)
 
 
 def _states(config: RunConfig, parameters: int, replicas: int, bf16: bool) -> tuple[dict[str, float], float]:
@@ -135,7 +135,7 @@ def _size(n: float) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"
 
 
-def render(plan: Plan) -> str:
+def render(plan: ResourcePlan) -> str:
     """The lines that `--dry-run` adds."""
     lines = [f"a rank       {plan.parameters:,} parameters (tensor {plan.tensor})"]
     parts = ", ".join(f"{name} {_size(n)}" for name, n in plan.memory.items())

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_dla.checkpoint.manager import check_same_model, complete_checkpoints
-from megatron_dla.checkpoint.weights import Layout
+from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import (
     AdapterRunConfig,
     RunConfig,
@@ -102,7 +102,7 @@ def check_run(config: RunConfig, world_size: int, device: tuple[str, bool] | Non
             )
         vocab = padded_vocab(index.vocab_size, config.model.vocab_multiple)
         tensor = config.parallel.tensor
-        layout = Layout(config.model, vocab, index.tokenizer_sha256, tensor, config.data.seq_len, 0, {})
+        layout = CheckpointLayout(config.model, vocab, index.tokenizer_sha256, tensor, config.data.seq_len, 0, {})
         check_same_model(found[-1][1], layout)
     return index
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_dla import compat
-from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, Layout, load_merged, save_weights, split_merged
+from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, CheckpointLayout, load_merged, save_weights, split_merged
 from megatron_dla.config import ModelSection, ParallelSection
 from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
 from megatron_dla.hf import mapping
@@ -85,7 +85,7 @@ def _write_checkpoint(
     tags = mapping.parameter_tags(section, tensor_parallel)
     for rank in range(tensor_parallel):
         save_weights(split_merged(merged, tags, rank, tensor_parallel), directory, rank)
-    Layout(section, 384, sha256, tensor_parallel, 128, step, tags).save(directory / LAYOUT)
+    CheckpointLayout(section, 384, sha256, tensor_parallel, 128, step, tags).save(directory / LAYOUT)
     (directory / COMPLETE).write_text("{}")
     return directory
 
@@ -111,7 +111,7 @@ def saved(tokenizer: Tokenizer):
         randomise(model)
         step = run / "checkpoints" / "step_3"
         save_weights(dict(model.named_parameters()), step, 0)
-        Layout(section, 384, tokenizer.sha256, 1, 128, 3, parameter_tags(model)).save(step / LAYOUT)
+        CheckpointLayout(section, 384, tokenizer.sha256, 1, 128, 3, parameter_tags(model)).save(step / LAYOUT)
         (step / COMPLETE).write_text("{}")
         (run / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
         return model, step

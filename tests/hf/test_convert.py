@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dla.checkpoint.weights import Layout, load_merged, parameter_tags
+from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, parameter_tags
 from megatron_dla.errors import CheckpointError, ConfigError, UserError
 from megatron_dla.hf import mapping
 from megatron_dla.hf.cli import add_convert_parser, add_generate_parser
@@ -56,7 +56,7 @@ def test_round_trip_is_exact(exported, merged_of, tmp_path, name, size):
     merged, layout = load_merged(from_hf(case.directory, tmp_path / "step_0", size))
     assert merged.keys() == merged_of(name).keys()
     assert all(torch.equal(merged[key], x) for key, x in merged_of(name).items())
-    want = Layout.load(case.checkpoint)
+    want = CheckpointLayout.load(case.checkpoint)
     assert replace(layout.model, pattern=want.model.pattern) == want.model
     assert (layout.vocab_size, layout.seq_len, layout.tokenizer_sha256) == (384, 128, want.tokenizer_sha256)
     assert layout.tensor_parallel == size
