@@ -44,12 +44,12 @@ def refused(capsys, *arguments: object) -> str:
         ("model.tau=high", ["model.tau", "'high'", "float"]),
         ("training.steps=2.5", ["training.steps", "2.5", "int"]),
         ("model.backbone=rwkv", ["model.backbone", "mamba2, gdn"]),
-        ("parallel.tensor=3", ["model.num_heads = 4", "parallel.tensor = 3"]),
+        ("parallel.tensor_model_parallel_size=3", ["model.num_heads = 4", "parallel.tensor_model_parallel_size = 3"]),
         ("model.pattern=DX", ["model.pattern", "'DX'"]),
         ("training.global_batch_size=7", ["global_batch_size = 7", "multiple"]),
         ("data.num_streams=64 training.global_batch_size=64", ["data.num_streams = 64", "train shards"]),
         ("data.dir=/nowhere", ["/nowhere"]),
-        ("parallel.sequence=true", ["parallel.sequence", "parallel.tensor"]),
+        ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "parallel.tensor_model_parallel_size"]),
         ("model.capacity=1", ["model.capacity = 1", "2 slots"]),
         ("optimizer.lr=-1", ["optimizer.lr"]),
         ("optimizer.lr=.nan", ["optimizer.lr", "nan"]),
@@ -114,7 +114,9 @@ def test_cuda_where_there_is_none(capsys, config: Path) -> None:
 
 
 def test_processes_that_do_not_fit_the_layout(capsys, config: Path) -> None:
-    assert "does not divide the 3 processes" in refused(capsys, "run", config, "--nproc", 3, "parallel.tensor=2")
+    assert "does not divide the 3 processes" in refused(
+        capsys, "run", config, "--nproc", 3, "parallel.tensor_model_parallel_size=2"
+    )
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -172,7 +174,7 @@ def test_a_run_directory_in_use(capsys, config: Path) -> None:
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(capsys, config: Path) -> None:
-    assert main(["run", str(config), "--nproc", "2", "--dry-run", "parallel.tensor=2"]) == 0
+    assert main(["run", str(config), "--nproc", "2", "--dry-run", "parallel.tensor_model_parallel_size=2"]) == 0
     printed = capsys.readouterr().out
     assert "2 processes = tensor 2 x data 1" in printed and "parameters" in printed
     assert not (config.parent / "runs").exists()

@@ -50,7 +50,9 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         assert config.backbone.dir and bool(config.episodes.train) != bool(config.episodes.documents)
         return
     check_model(config.model)
-    check_tensor_parallel(config.model, config.parallel.tensor, config.parallel.sequence, config.data.seq_len)
+    check_tensor_parallel(
+        config.model, config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel, config.data.seq_len
+    )
 
 
 def test_kernels_and_export_need_no_megatron() -> None:

@@ -7,6 +7,10 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_dla.errors import ConfigError
 
+# files on disk keep the first release's names: keys of the config, and target modules
+_STORED = {"target_modules": "heads", "layers_to_transform": "layers"}
+_MODULES = {"q": "q_proj", "o": "o_proj"}
+
 
 @dataclass(frozen=True)
 class DeltaMemConfig:
@@ -20,9 +24,9 @@ class DeltaMemConfig:
     """The correction is scaled by alpha / rank (also with several states)."""
     write: Literal["token", "message"] = "token"
     """token: every token writes (TSW; with several states MSW). message: the mean of each chat message does (SSW)."""
-    heads: tuple[str, ...] = ("q", "o")
-    """Where the read steers: q = the query before its norm and RoPE, o = the output after its projection."""
-    layers: tuple[int, ...] | None = None
+    target_modules: tuple[str, ...] = ("q_proj", "o_proj")
+    """Projections whose output the read corrects: q_proj (before the query's norm and RoPE), o_proj."""
+    layers_to_transform: tuple[int, ...] | None = None
     """Layers that carry a memory, counted from 0; None = every softmax attention layer."""
     rowwise_gates: bool = True
     """One gate per state row; False: one per state."""
@@ -49,9 +53,10 @@ class DeltaMemConfig:
     """Writes by message without message ids. token: silently by token (the published code)."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", tuple(self.heads))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+        names = tuple(_MODULES.get(name, name) for name in self.target_modules)
+        object.__setattr__(self, "target_modules", names)
+        if self.layers_to_transform is not None:
+            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         self._in_range("rank", 8, 64)
         self._in_range("num_states", 1, 8)
         self._in_range("reference_width", 1, 512)
@@ -59,9 +64,10 @@ class DeltaMemConfig:
             choices = get_args(kind)
             if choices and all(isinstance(c, str) for c in choices) and getattr(self, name) not in choices:
                 raise ConfigError(f"delta_mem.{name} = {getattr(self, name)!r}: use one of {', '.join(choices)}")
-        if not self.heads or set(self.heads) - {"q", "o"} or len(set(self.heads)) != len(self.heads):
+        if not names or set(names) - set(_MODULES.values()) or len(set(names)) != len(names):
             raise ConfigError(
-                f"delta_mem.heads = {list(self.heads)}: use q, o or both (steering of keys and values is not supported)"
+                f"delta_mem.target_modules = {list(names)}: use q_proj, o_proj or both (correcting keys and values is "
+                "not supported)"
             )
         if self.update == "no_lambda" and not self.couple_lambda:
             raise ConfigError("delta_mem.update = 'no_lambda' has no keep gate: set delta_mem.couple_lambda to true")
@@ -86,22 +92,28 @@ class DeltaMemConfig:
 
     def carries(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) has a memory, if it is a softmax layer."""
-        return self.layers is None or layer in self.layers
+        return self.layers_to_transform is None or layer in self.layers_to_transform
 
     def count_parameters(self, hidden_size: int, query_size: int) -> int:
         """Trained parameters of one layer: 3 R d + gates + (H_q d_h) R + d R."""
         R, d, gates = self.width, hidden_size, self.gate_width * (hidden_size + 1)
         gates *= 1 if self.couple_lambda else 2
-        return 3 * R * d + gates + query_size * R * ("q" in self.heads) + d * R * ("o" in self.heads)
+        q, o = "q_proj" in self.target_modules, "o_proj" in self.target_modules
+        return 3 * R * d + gates + query_size * R * q + d * R * o
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON and YAML have it: lists for tuples."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """As adapter files, checkpoints and sessions store it: lists for tuples, their key names."""
+        short = {name: stored for stored, name in _MODULES.items()}
+        values = asdict(self) | {"target_modules": [short[name] for name in self.target_modules]}
+        return {
+            _STORED.get(name, name): list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DeltaMemConfig:
-        """Raises ConfigError on an unknown key."""
-        known = get_type_hints(cls)
+        """From what `to_dict` gives. Raises ConfigError on an unknown key."""
+        known = {_STORED.get(name, name): name for name in get_type_hints(cls)}
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"delta_mem.{unknown[0]}: unknown key; known are {', '.join(known)}")
-        return cls(**values)
+        return cls(**{known[key]: value for key, value in values.items()})

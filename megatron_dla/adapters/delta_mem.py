@@ -130,10 +130,10 @@ class DeltaMemSelfAttention(SelfAttention):
         if inference_context is not None:
             raise ValueError("δ-mem does not decode inside Megatron: export the model and generate there")
         dtype, parallel, cp = hidden_states.dtype, self.config.sequence_parallel, self.pg_collection.cp
-        memory, heads = self.delta_mem, self.delta_mem.config.heads
+        memory, targets = self.delta_mem, self.delta_mem.config.target_modules
         call, result = self._remember(hidden_states, packed_seq_params)
         reads = context_slice(result.reads.transpose(0, 1), cp, 0)  # [S / cp, B, R]
-        if "q" in heads:
+        if "q_proj" in targets:
             whole = reads if parallel else copy_to_tensor_model_parallel_region(reads, group=self.tp_group)
             correction = memory.delta_q(whole, dtype, call.control.scale)
             self.q_layernorm.correction = correction.unflatten(-1, (-1, self.hidden_size_per_attention_head))
@@ -141,7 +141,7 @@ class DeltaMemSelfAttention(SelfAttention):
             hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
         )
         base = output
-        if "o" in heads:
+        if "o_proj" in targets:
             mine = context_slice(reads, self.tp_group if parallel else None, 0)
             output = output + memory.delta_o(mine, dtype, call.control.scale)
         gate, lost = result.mean(result.beta), result.mean(1 - result.keep).detach()
@@ -219,22 +219,23 @@ def add_memories(block: TransformerBlockSubmodules, config: DeltaMemConfig) -> T
     """The block's spec, changed in place: softmax layers that `config` names get a memory.
 
     Raises:
-        ConfigError: `delta_mem.layers` names another layer, or the model has no softmax layer.
+        ConfigError: `delta_mem.layers_to_transform` names another layer, or the model has no softmax layer.
     """
     specs = {i: layer.submodules.self_attention for i, layer in enumerate(block.layer_specs)}
     softmax = [i for i, spec in specs.items() if spec.module is SelfAttention]
-    if wrong := sorted(set(config.layers or ()) - set(softmax)):
+    if wrong := sorted(set(config.layers_to_transform or ()) - set(softmax)):
         raise ConfigError(
-            f"delta_mem.layers: layer {wrong[0]} is no softmax attention layer of this model; those are {softmax}"
+            f"delta_mem.layers_to_transform: layer {wrong[0]} is no softmax attention layer of this model; those are "
+            f"{softmax}"
         )
     if not (chosen := [i for i in softmax if config.carries(i)]):
         raise ConfigError(
-            "delta_mem: no softmax attention layer to carry a memory: see model.pattern, delta_mem.layers"
+            "delta_mem: no softmax attention layer to carry a memory: see model.pattern, delta_mem.layers_to_transform"
         )
     steered = {HeadNorm: SteeredHeadNorm, IdentityOp: SteeredIdentity}
     for spec in (specs[i] for i in chosen):
         spec.module, spec.params = DeltaMemSelfAttention, {**spec.params, "delta_mem": config}
-        if "q" in config.heads:
+        if "q_proj" in config.target_modules:
             spec.submodules.q_layernorm = steered[spec.submodules.q_layernorm]
     return block
 

@@ -123,7 +123,7 @@ class DeltaMemModel(nn.Module):
 
         self._hooks.append(attention.register_forward_pre_hook(before, with_kwargs=True))
         self._hooks.append(attention.register_forward_hook(after, always_call=True))
-        if "q" in self.config.heads:
+        if "q_proj" in self.config.target_modules:
             self._hooks.append(attention.q_proj.register_forward_hook(steer_query))
 
     def _read_and_write(self, layer: int, call: _Call, x: Tensor) -> _Open:
@@ -134,7 +134,7 @@ class DeltaMemModel(nn.Module):
 
     def _steer_output(self, layer: int, now: _Open, output: Tensor) -> Tensor:
         delta = torch.zeros_like(output)
-        if "o" in self.config.heads:
+        if "o_proj" in self.config.target_modules:
             delta = now.memory.delta_o(now.result.reads, output.dtype, now.call.control.scale)
         if now.call.wants_stats:
             now.call.stats[layer] = _layer_stats(self.config, now, output, delta)
@@ -257,14 +257,17 @@ def attach(
         dtype: of the adapter's parameters; the mathematics of the state is fp32 anyway.
 
     Raises:
-        CheckpointError: the model is not supported. ConfigError: `config.layers` names a layer that is not there.
+        CheckpointError: the model is not supported.
+        ConfigError: `config.layers_to_transform` names a layer that the model does not have.
     """
     values: dict[str, Any] = base.config.to_dict() if hasattr(base, "config") else {}  # type: ignore[union-attr,operator]
     ours = [kind.__name__ for kind in type(base).__mro__ if kind.__name__ in FAMILIES.values()]
     check_servable(values | {"architectures": ours[:1] or [type(base).__name__]}, "the base model's config")
     attentions = _attentions(base)
-    if wrong := sorted(set(config.layers or ()) - set(range(len(attentions)))):
-        raise ConfigError(f"delta_mem.layers has {wrong[0]}: the model has layers 0 to {len(attentions) - 1}")
+    if wrong := sorted(set(config.layers_to_transform or ()) - set(range(len(attentions)))):
+        raise ConfigError(
+            f"delta_mem.layers_to_transform has {wrong[0]}: the model has layers 0 to {len(attentions) - 1}"
+        )
     base.requires_grad_(False)
     memories = {}
     for layer, attention in enumerate(attentions):

@@ -125,7 +125,7 @@ def load_tokenizer(hf_dir: str | Path) -> Any:
 
 def adapter_of(directory: str | Path | None) -> Adapter:
     """`read_adapter`; without a directory an adapter of no layers, which leaves any model as it is."""
-    return Adapter(DeltaMemConfig(layers=()), {}) if directory is None else read_adapter(directory)
+    return Adapter(DeltaMemConfig(layers_to_transform=()), {}) if directory is None else read_adapter(directory)
 
 
 def put_on(base: nn.Module, adapter: Adapter, *, any_base: bool = False) -> DeltaMemModel:

@@ -126,9 +126,9 @@ class DeltaMemory(nn.Module):
         self.beta_bias = parameter(config.gate_width)
         if not config.couple_lambda:
             self.lambda_proj, self.lambda_bias = parameter(config.gate_width, d), parameter(config.gate_width)
-        if "q" in config.heads:
+        if "q_proj" in config.target_modules:
             self.delta_q_proj = parameter(query_size, R)
-        if "o" in config.heads:
+        if "o_proj" in config.target_modules:
             self.delta_o_proj = parameter(d, R)
 
     # ---- projections
@@ -295,7 +295,7 @@ class DeltaMemory(nn.Module):
             self.lambda_proj.zero_()
             self.lambda_bias.fill_(self.config.lambda_bias)
         for head, base in (("q", query_weight), ("o", output_weight)):
-            if head in self.config.heads:
+            if f"{head}_proj" in self.config.target_modules:
                 key = f"delta_{head}_proj"
                 getattr(self, key).copy_(steering_start(self.config, base, seed, f"{name}.{key}"))
 

@@ -80,8 +80,8 @@ def to_upstream(config: DeltaMemConfig) -> dict[str, Any]:
         )
     values = {published: getattr(config, ours) for ours, published in _SAME.items()}
     values |= {
-        "delta_heads": list(config.heads),
-        "target_layers": [] if config.layers is None else list(config.layers),
+        "delta_heads": [name.removesuffix("_proj") for name in config.target_modules],
+        "target_layers": list(config.layers_to_transform or ()),
         "memory_write_granularity": _WRITE[config.write],
     }
     return values | _FIXED
@@ -112,7 +112,8 @@ def from_upstream(values: Mapping[str, Any], where: str) -> DeltaMemConfig:
     ours.setdefault("output_init", "zero")
     ours["lambda_bias"] = -float(ours.get("beta_bias", -1.5))
     ours |= {"write": write, "message_read": "pre_call" if write == "message" else "streaming"}
-    ours |= {"heads": tuple(head for head in heads if head in "qo"), "layers": values.get("target_layers") or None}
+    ours["target_modules"] = tuple(f"{head}_proj" for head in heads if head in "qo")
+    ours["layers_to_transform"] = values.get("target_layers") or None
     try:
         return DeltaMemConfig(**ours)
     except (ConfigError, TypeError) as error:
@@ -124,7 +125,7 @@ def drop_inactive(tensors: dict[int, dict[str, Tensor]], config: DeltaMemConfig,
     for layer, parameters in tensors.items():
         for head in "qkvo":
             name = f"delta_{head}_proj"
-            if head in config.heads or name not in parameters:
+            if f"{head}_proj" in config.target_modules or name not in parameters:
                 continue
             if parameters.pop(name).count_nonzero():
                 raise CheckpointError(

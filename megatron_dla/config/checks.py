@@ -7,6 +7,8 @@ import math
 from megatron_dla.config.schema import ModelSection, ParallelSection, RunConfig
 from megatron_dla.errors import ConfigError
 
+TP = "parallel.tensor_model_parallel_size"
+
 
 def _divisors(n: int, at_most: int = 1024) -> str:
     return ", ".join(str(d) for d in range(1, min(n, at_most) + 1) if n % d == 0)
@@ -94,7 +96,7 @@ def check_attention(model: ModelSection) -> None:
 def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_len: int) -> None:
     """What the tensor-parallel size must divide."""
     if tensor < 1:
-        raise ConfigError(f"parallel.tensor = {tensor}: must be at least 1")
+        raise ConfigError(f"{TP} = {tensor}: must be at least 1")
     sizes: dict[str, int] = {}
     groups: dict[str, int] = {}
     if "D" in layer_letters(model):
@@ -103,31 +105,31 @@ def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_
         sizes["attention_heads"], groups["attention_groups"] = model.attention_heads, model.attention_groups
     sizes["ffn_hidden_size"] = model.ffn_hidden_size
     valid = [n for n in range(1, min(sizes.values()) + 1) if _shares(n, sizes | {"": model.vocab_multiple}, groups)]
-    fix = f"use parallel.tensor in {{{', '.join(map(str, valid))}}}"
+    fix = f"use {TP} in {{{', '.join(map(str, valid))}}}"
     for key, value in sizes.items():
         if value % tensor:
-            raise ConfigError(f"model.{key} = {value} is not divisible by parallel.tensor = {tensor}: {fix}")
+            raise ConfigError(f"model.{key} = {value} is not divisible by {TP} = {tensor}: {fix}")
     for key, value in groups.items():
         if value % tensor and tensor % value:
             raise ConfigError(
-                f"model.{key} = {value} and parallel.tensor = {tensor}: one must divide the other (whole groups a "
+                f"model.{key} = {value} and {TP} = {tensor}: one must divide the other (whole groups a "
                 f"rank, or one group for several ranks): {fix}"
             )
     if softmax_layers(model) and 2 * model.attention_groups * attention_head_dim(model) % tensor:
         raise ConfigError(
             f"model.attention_head_dim = {attention_head_dim(model)}: keys and values of {model.attention_groups} "
-            f"groups do not divide over parallel.tensor = {tensor}: {fix}"
+            f"groups do not divide over {TP} = {tensor}: {fix}"
         )
     if model.vocab_multiple % tensor:
         raise ConfigError(
-            f"model.vocab_multiple = {model.vocab_multiple} must be a multiple of parallel.tensor = {tensor}: {fix} "
+            f"model.vocab_multiple = {model.vocab_multiple} must be a multiple of {TP} = {tensor}: {fix} "
             "(of an imported model it is the whole vocabulary)"
         )
     if sequence and tensor == 1:
-        raise ConfigError("parallel.sequence = true needs parallel.tensor > 1 (it shares one layer's activations)")
+        raise ConfigError(f"parallel.sequence_parallel = true needs {TP} > 1 (it shares one layer's activations)")
     if sequence and seq_len % tensor:
         raise ConfigError(
-            f"data.seq_len = {seq_len} must be a multiple of parallel.tensor = {tensor} with parallel.sequence"
+            f"data.seq_len = {seq_len} must be a multiple of {TP} = {tensor} with parallel.sequence_parallel"
         )
 
 
@@ -158,16 +160,17 @@ def check_context_parallel(
     model: ModelSection, parallel: ParallelSection, seq_len: int, world_size: int | None = None
 ) -> None:
     """What the context-parallel size must divide; sizes that are named also divide `world_size` processes, if given."""
-    size, tensor = parallel.context_parallel_size, parallel.tensor
+    size, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     if size < 1:
         raise ConfigError(f"parallel.context_parallel_size = {size}: must be at least 1")
     if size == 1:
         return
-    pieces = size * (tensor if parallel.sequence else 1)
+    pieces = size * (tensor if parallel.sequence_parallel else 1)
     if seq_len % pieces:
         raise ConfigError(
             f"data.seq_len = {seq_len} is not divisible by parallel.context_parallel_size"
-            f"{' x tensor (parallel.sequence)' if parallel.sequence else ''} = {pieces}: use a multiple of {pieces}"
+            f"{f' x {TP} (parallel.sequence_parallel)' if parallel.sequence_parallel else ''} = {pieces}: use a "
+            f"multiple of {pieces}"
         )
     heads, groups = {}, {}
     if parallel.cp_scheme == "chain":
@@ -181,13 +184,13 @@ def check_context_parallel(
     if not heads:
         return
     if not _fits(size, tensor, heads, groups):
-        ranks, least = (world_size or 0) // tensor, tensor if parallel.sequence else 1
+        ranks, least = (world_size or 0) // tensor, tensor if parallel.sequence_parallel else 1
         largest = math.gcd(*heads.values()) // tensor
         sizes = (n for n in range(1, largest + 1) if ranks % n == 0 and seq_len % (n * least) == 0)
         valid = [n for n in sizes if _fits(n, tensor, heads, groups)]
         named = ", ".join(f"model.{key} = {getattr(model, key)}" for key in (*heads, *groups))
         raise ConfigError(
-            f"parallel.context_parallel_size = {size} with parallel.tensor = {tensor}: heads must be divisible by "
+            f"parallel.context_parallel_size = {size} with {TP} = {tensor}: heads must be divisible by "
             f"their product {size * tensor}, and a tensor-parallel rank's q/k groups must divide the size or be its "
             f"multiple ({named}): use parallel.context_parallel_size in {{{', '.join(map(str, valid))}}}"
         )
@@ -242,11 +245,16 @@ def check_config(config: RunConfig, world_size: int) -> None:
     training, optimizer, parallel = config.training, config.optimizer, config.parallel
     check_model(config.model)
     _positive(config.data, "data", "seq_len", "num_streams")
-    check_tensor_parallel(config.model, parallel.tensor, parallel.sequence, config.data.seq_len)
+    check_tensor_parallel(
+        config.model, parallel.tensor_model_parallel_size, parallel.sequence_parallel, config.data.seq_len
+    )
     check_context_parallel(config.model, parallel, config.data.seq_len, world_size)
-    ranks, name = parallel.tensor, "parallel.tensor"
+    ranks, name = parallel.tensor_model_parallel_size, TP
     if parallel.context_parallel_size > 1:
-        ranks, name = ranks * parallel.context_parallel_size, "parallel.tensor x parallel.context_parallel_size"
+        ranks, name = (
+            ranks * parallel.context_parallel_size,
+            f"{TP} x parallel.context_parallel_size",
+        )
     if world_size % ranks:
         raise ConfigError(
             f"{name} = {ranks} does not divide the {world_size} processes of this run: "
@@ -285,7 +293,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, key) < 1:
             raise ConfigError(f"optimizer.{key} = {getattr(optimizer, key)}: must be in [0, 1)")
-    for key in ("warmup_steps", "weight_decay", "clip", "tau_lr_ratio"):
+    for key in ("warmup_steps", "weight_decay", "clip_grad", "tau_lr_ratio"):
         if getattr(optimizer, key) < 0:
             raise ConfigError(f"optimizer.{key} = {getattr(optimizer, key)}: must not be negative")
     for key in ("eval_every", "eval_rows", "save_every", "keep_checkpoints"):

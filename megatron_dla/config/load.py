@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_dla.config.adapter import AdapterRunConfig
+from megatron_dla.config.aliases import rename_keys, rename_overrides
 from megatron_dla.config.schema import RunConfig
 from megatron_dla.errors import ConfigError
 
@@ -134,15 +135,15 @@ def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
         raise ConfigError(f"config {str(path)!r} is not valid YAML: {str(error).replace(chr(10), ' ')}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {str(path)!r} must be a mapping of sections, got {type(values).__name__}")
-    for override in overrides:
-        keys, value = parse_override(override)
+    rename_keys(values)
+    for keys, value in rename_overrides(map(parse_override, overrides)):
         node = values
         for key in keys[:-1]:
             if node.get(key) is None:
                 node[key] = {}
             node = node[key]
             if not isinstance(node, dict):
-                raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
+                raise ConfigError(f"override {'.'.join(keys)}={value}: {key!r} is a value, not a section")
         node[keys[-1]] = value
     return values
 

@@ -99,10 +99,10 @@ class ModelSection:
 class ParallelSection:
     """How one model is spread; the rest of the processes are data-parallel."""
 
-    tensor: int = 1
+    tensor_model_parallel_size: int = 1
     """Processes that share each layer, by heads and columns."""
-    sequence: bool = False
-    """Megatron sequence parallelism between the tensor-parallel regions (needs tensor > 1)."""
+    sequence_parallel: bool = False
+    """Megatron sequence parallelism between the tensor-parallel regions (needs tensor_model_parallel_size > 1)."""
     context_parallel_size: int = 1
     """Processes that share each row: every one holds a contiguous part of its tokens."""
     cp_scheme: Literal["heads", "chain"] = "heads"
@@ -121,7 +121,7 @@ class OptimizerSection:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip: float = 1.0
+    clip_grad: float = 1.0
     """Global gradient norm; 0 = off."""
     tau_lr_ratio: float = 1.0
     """Learning rate of a learned tau as a share of lr."""

@@ -109,7 +109,7 @@ def _put(base: Any, adapter: Any, any_base: bool) -> Any:
     from megatron_dla.adapters.files import Adapter
     from megatron_dla.adapters.load import put_on
 
-    return put_on(base, adapter or Adapter(DeltaMemConfig(layers=()), {}), any_base=any_base)
+    return put_on(base, adapter or Adapter(DeltaMemConfig(layers_to_transform=()), {}), any_base=any_base)
 
 
 def _prepare(name: str, args: argparse.Namespace, tokenizer: Any) -> Callable[[Any, Any, int], Any]:

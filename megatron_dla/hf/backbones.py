@@ -260,7 +260,7 @@ def build_backbone(
         ConfigError: a parallel size that does not divide the model; the message has those that do.
     """
     section, info = read_backbone(hf_dir)
-    check_tensor_parallel(section, parallel.tensor, parallel.sequence, seq_len)
+    check_tensor_parallel(section, parallel.tensor_model_parallel_size, parallel.sequence_parallel, seq_len)
     check_context_parallel(section, parallel, seq_len)
     weights = BackboneWeights(hf_dir, section, info.vocab_size)
     from megatron_dla.model.gpt import build_model

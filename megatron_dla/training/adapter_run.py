@@ -60,7 +60,7 @@ def check_adapter_run(
         )
     if read:
         parallel = config.parallel
-        make_batches(config)(0, world_size // (parallel.tensor * parallel.context_parallel_size))
+        make_batches(config)(0, world_size // (parallel.tensor_model_parallel_size * parallel.context_parallel_size))
     return section, info, fingerprint(config.backbone.dir)
 
 
@@ -69,7 +69,7 @@ def _check_ranges(config: AdapterRunConfig) -> None:
         "episodes": {"num_streams": 1, "write_length": 2, "read_length": 2, "recent_messages": 1, "row_length": 0},
         "training": {"steps": 1, "micro_batch_size": 1, "global_batch_size": 1, "gate_weight": 0, "log_every": 1,
                      "eval_every": 0, "save_every": 0, "keep_checkpoints": 0},
-        "optimizer": {"warmup_steps": 0, "lr": 0, "weight_decay": 0, "clip": 0},
+        "optimizer": {"warmup_steps": 0, "lr": 0, "weight_decay": 0, "clip_grad": 0},
     }  # fmt: skip
     for section, keys in least.items():
         for key, low in keys.items():
@@ -100,15 +100,19 @@ def memory_layer_numbers(config: AdapterRunConfig, section: ModelSection) -> lis
     """Layers that will carry a memory, from 0.
 
     Raises:
-        ConfigError: `delta_mem.layers` names one that does not exist.
+        ConfigError: `delta_mem.layers_to_transform` names one that does not exist.
     """
     softmax = [i for i, letter in enumerate(layer_letters(section)) if letter != "D"]
-    if wrong := sorted(set(config.delta_mem.layers or ()) - set(softmax)):
+    if wrong := sorted(set(config.delta_mem.layers_to_transform or ()) - set(softmax)):
         raise ConfigError(
-            f"delta_mem.layers: {wrong[0]} is no attention layer of the backbone; it has 0 to {softmax[-1]}"
+            f"delta_mem.layers_to_transform: {wrong[0]} is no attention layer of the backbone; it has 0 to "
+            f"{softmax[-1]}"
         )
     if not (chosen := [i for i in softmax if config.delta_mem.carries(i)]):
-        raise ConfigError(f"delta_mem.layers = {config.delta_mem.layers}: no layer would carry a memory; leave it out")
+        raise ConfigError(
+            f"delta_mem.layers_to_transform = {config.delta_mem.layers_to_transform}: no layer would carry a memory; "
+            "leave it out"
+        )
     return chosen
 
 
@@ -116,21 +120,24 @@ def row_length(config: AdapterRunConfig) -> int:
     """Tokens of a row: as asked for, or of one episode, rounded up for the sequence- and context-parallel cuts."""
     episodes, parallel = config.episodes, config.parallel
     length = episodes.row_length or episodes.write_length + episodes.read_length
-    multiple = parallel.context_parallel_size * (parallel.tensor if parallel.sequence else 1)
+    multiple = parallel.context_parallel_size * (
+        parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    )
     return -(-length // multiple) * multiple
 
 
 def _check_layout(config: AdapterRunConfig, section: ModelSection, world_size: int) -> None:
     parallel, training = config.parallel, config.training
     length = row_length(config)
-    check_tensor_parallel(section, parallel.tensor, parallel.sequence, length)
+    check_tensor_parallel(section, parallel.tensor_model_parallel_size, parallel.sequence_parallel, length)
     check_context_parallel(section, parallel, length)
     if parallel.cp_scheme != "heads":
         raise ConfigError("parallel.cp_scheme = 'chain' is for DLA layers: use 'heads' under an adapter")
-    if world_size % (parallel.tensor * parallel.context_parallel_size):
+    if world_size % (parallel.tensor_model_parallel_size * parallel.context_parallel_size):
         raise ConfigError(
-            f"{world_size} processes are not a multiple of parallel.tensor x parallel.context_parallel_size = "
-            f"{parallel.tensor * parallel.context_parallel_size}"
+            f"{world_size} processes are not a multiple of parallel.tensor_model_parallel_size x "
+            "parallel.context_parallel_size = "
+            f"{parallel.tensor_model_parallel_size * parallel.context_parallel_size}"
         )
     if training.zero_stage not in (0, 1, 2):
         raise ConfigError(f"training.zero_stage = {training.zero_stage}: use 0, 1 or 2 (the adapter is a few MB)")
@@ -140,7 +147,7 @@ def _check_layout(config: AdapterRunConfig, section: ModelSection, world_size: i
 
 def _check_batch(config: AdapterRunConfig, world_size: int) -> None:
     training, parallel = config.training, config.parallel
-    data = world_size // (parallel.tensor * parallel.context_parallel_size)
+    data = world_size // (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
     unit = training.micro_batch_size * data
     if training.steps < 1 or training.micro_batch_size < 1 or training.global_batch_size % unit:
         raise ConfigError(
@@ -155,7 +162,7 @@ def describe_adapter_run(config: AdapterRunConfig, section: ModelSection, info: 
     heads = section.attention_heads * attention_head_dim(section)
     trained = len(layers) * config.delta_mem.count_parameters(section.hidden_size, heads)
     parallel, training, memory = config.parallel, config.training, config.delta_mem
-    data = world_size // (parallel.tensor * parallel.context_parallel_size)
+    data = world_size // (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
     source = config.episodes.train or config.episodes.documents
     state = len(layers) * memory.num_states * memory.rank**2 * 4
     return "\n".join(
@@ -164,9 +171,9 @@ def describe_adapter_run(config: AdapterRunConfig, section: ModelSection, info: 
             f"backbone     {config.backbone.dir}: {info.architecture}, frozen",
             f"adapter      {trained:,} parameters in {len(layers)} layers, {memory.num_states} state(s) of "
             f"{memory.rank} x {memory.rank} each, writes by {memory.write}; {state:,} bytes of state a sequence",
-            f"layout       {world_size} processes = tensor {parallel.tensor} x context "
+            f"layout       {world_size} processes = tensor {parallel.tensor_model_parallel_size} x context "
             f"{parallel.context_parallel_size} x data {data}"
-            f"{', sequence parallel' if parallel.sequence else ''}, ZeRO-{training.zero_stage}",
+            f"{', sequence parallel' if parallel.sequence_parallel else ''}, ZeRO-{training.zero_stage}",
             f"episodes     {source}: write {config.episodes.write_length}, read {config.episodes.read_length}, rows of "
             f"{row_length(config)} tokens",
             f"length       {training.steps} steps of {training.global_batch_size} rows",

@@ -41,7 +41,7 @@ def deepspeed_config(config: RunConfig | AdapterRunConfig, dp_size: int, bf16: b
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optimizer.clip,
+        "gradient_clipping": config.optimizer.clip_grad,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": training.zero_stage},

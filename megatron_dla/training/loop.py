@@ -65,7 +65,9 @@ class Trainer:
         initialize_distributed(device)
         self.control = control or RunControl(run_dir, dist.get_rank())
         self.control.attempt = on_main(self.control.claim)
-        initialize_model_parallel(config.parallel.tensor, config.run.seed, config.parallel.context_parallel_size)
+        initialize_model_parallel(
+            config.parallel.tensor_model_parallel_size, config.run.seed, config.parallel.context_parallel_size
+        )
         self.groups = process_groups()
         self.is_main = dist.get_rank() == 0
         self.device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)

@@ -37,7 +37,7 @@ class ResourcePlan:
 
 def make_plan(config: RunConfig, world_size: int, vocab_size: int, bf16: bool) -> ResourcePlan:
     """The plan of a config that `check_config` has accepted; `vocab_size` is the padded one."""
-    tensor, context = config.parallel.tensor, config.parallel.context_parallel_size
+    tensor, context = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
     data = world_size // (tensor * context)
     parameters = parameters_per_rank(config.model, vocab_size, tensor)
     memory, host = _states(config, parameters, data * context, bf16)
@@ -71,9 +71,9 @@ def mixer_widths(m: ModelSection, tensor: int) -> tuple[int, int]:
 def _activations(config: RunConfig, vocab_size: int, element: int) -> dict[str, float]:
     """Kept for the backward pass of one micro-batch."""
     m, parallel, training = config.model, config.parallel, config.training
-    tensor, context = parallel.tensor, parallel.context_parallel_size
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     tokens = training.micro_batch_size * config.data.seq_len / context
-    residual = m.hidden_size * element / (tensor if parallel.sequence else 1)
+    residual = m.hidden_size * element / (tensor if parallel.sequence_parallel else 1)
     projected, _ = mixer_widths(m, tensor)
     inner, heads = m.num_heads * m.value_dim // tensor, m.num_heads // tensor
     core = (projected + inner) * element + 4 * (projected + heads * m.capacity)  # conv outputs, fp32 inputs
@@ -96,7 +96,7 @@ def _activations(config: RunConfig, vocab_size: int, element: int) -> dict[str, 
 
 def _traffic(config: RunConfig, parameters: int, data: int, element: int) -> dict[str, float]:
     m, parallel, training = config.model, config.parallel, config.training
-    tensor, context = parallel.tensor, parallel.context_parallel_size
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     letters, replicas = layer_letters(m), data * context
     micro_batches = training.global_batch_size // (training.micro_batch_size * data)
     tokens = training.micro_batch_size * config.data.seq_len / context
@@ -115,7 +115,7 @@ def _traffic(config: RunConfig, parameters: int, data: int, element: int) -> dic
 def context_bytes(config: RunConfig, element: int) -> float:
     """Sent by one rank in one forward pass of one micro-batch, over all layers."""
     m, parallel = config.model, config.parallel
-    tensor, context = parallel.tensor, parallel.context_parallel_size
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     batch, letters = config.training.micro_batch_size, layer_letters(m)
     tokens, share = batch * config.data.seq_len / context, (context - 1) / context
     inner = m.num_heads * m.value_dim // tensor

@@ -101,7 +101,7 @@ def check_run(config: RunConfig, world_size: int, device: tuple[str, bool] | Non
                 f"{str(run_dir)!r} already holds checkpoints: choose another run.name, or training.resume=true"
             )
         vocab = padded_vocab(index.vocab_size, config.model.vocab_multiple)
-        tensor = config.parallel.tensor
+        tensor = config.parallel.tensor_model_parallel_size
         layout = CheckpointLayout(config.model, vocab, index.tokenizer_sha256, tensor, config.data.seq_len, 0, {})
         check_same_model(found[-1][1], layout)
     return index
@@ -147,7 +147,11 @@ def write_command(config: RunConfig | AdapterRunConfig, run_dir: Path, world_siz
 
 def describe(config: RunConfig, index: ShardIndex | None, world_size: int) -> str:
     """What a start would do, in a few lines; without an index (no data here) of a vocabulary that is assumed."""
-    training, tensor, context = config.training, config.parallel.tensor, config.parallel.context_parallel_size
+    training, tensor, context = (
+        config.training,
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.context_parallel_size,
+    )
     data = world_size // (tensor * context)
     device, bf16 = planned_device(config)
     vocab = _vocabulary(config, index)
@@ -162,7 +166,7 @@ def describe(config: RunConfig, index: ShardIndex | None, world_size: int) -> st
             f"{flops_per_token(config.model, vocab, config.data.seq_len):.3g} FLOP a token (forward and backward)",
             f"layout       {world_size} processes = tensor {tensor}"
             f"{f' x context {context}' if context > 1 else ''} x data {data}"
-            f"{', sequence parallel' if config.parallel.sequence else ''}, ZeRO-{training.zero_stage}, "
+            f"{', sequence parallel' if config.parallel.sequence_parallel else ''}, ZeRO-{training.zero_stage}, "
             f"{device}, {'bf16' if bf16 else 'fp32'}",
             f"batch        {training.global_batch_size} rows of {config.data.seq_len} tokens, "
             f"{accumulation} micro-batch(es) of {training.micro_batch_size}",

@@ -443,12 +443,13 @@ def test_misuse_is_refused(run: Callable, words: str) -> None:
 )
 def test_layers_that_cannot_carry_a_memory_are_named(pattern: str, layers: tuple | None, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        build(dataclasses.replace(BASE_SECTION, pattern=pattern), DeltaMemConfig(layers=layers))
+        build(dataclasses.replace(BASE_SECTION, pattern=pattern), DeltaMemConfig(layers_to_transform=layers))
 
 
 def test_only_the_chosen_layers_carry_a_memory() -> None:
     for section, config, want in (
-        (SECTION, DeltaMemConfig(layers=(1,)), [1]), (SECTION, TSW, [0, 1]), (VARIANTS["TSW, hybrid"][0], TSW, [1]),
+        (SECTION, DeltaMemConfig(layers_to_transform=(1,)), [1]),
+        (SECTION, TSW, [0, 1]), (VARIANTS["TSW, hybrid"][0], TSW, [1]),
     ):  # fmt: skip
         model = build(section, config)
         assert [layer.layer for layer in memory_layers(model)] == want

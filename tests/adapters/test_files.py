@@ -16,7 +16,9 @@ from megatron_dla.adapters.load import load_adapted, load_backbone, put_on
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import CheckpointError, ConfigError
 
-PARTIAL = DeltaMemConfig(rank=16, heads=("o",), layers=(0, 2), couple_lambda=False, update="lambda_outside")
+PARTIAL = DeltaMemConfig(
+    rank=16, target_modules=("o_proj",), layers_to_transform=(0, 2), couple_lambda=False, update="lambda_outside"
+)
 STORED = {**CONFIGS, "partial": PARTIAL, "static": DeltaMemConfig(memory="static"),
           "pre_call": DeltaMemConfig(write="message", message_read="pre_call")}  # fmt: skip
 PUBLISHED = ["TSW", "MSW", "partial", "pre_call"]
@@ -73,15 +75,15 @@ def test_published_form_computes_the_same(tmp_path, name):
     assert found.config == STORED[name] and found.base is None
     assert torch.equal(logits(put_on(build_base(), found)), logits(model))
     flat = torch.load(tmp_path / upstream.WEIGHTS, weights_only=True)
-    heads = {f"delta_{head}_proj" for head in STORED[name].heads}
+    heads = {f"delta_{module}" for module in STORED[name].target_modules}
     gates = {"beta_proj", "beta_bias"} | (set() if STORED[name].couple_lambda else {"lambda_proj", "lambda_bias"})
     wanted = {"memory_q_proj", "memory_k_proj", "memory_v_proj"} | heads | gates
-    layers = STORED[name].layers or range(3)
+    layers = STORED[name].layers_to_transform or range(3)
     assert set(flat) == {f"model.layers.{layer}.self_attn.{key}" for layer in layers for key in wanted}
 
 
 def test_published_config_says_what_other_loaders_need(tmp_path):
-    config = DeltaMemConfig(num_states=2, beta_bias=-5.0, rowwise_gates=False, layers=(1,))
+    config = DeltaMemConfig(num_states=2, beta_bias=-5.0, rowwise_gates=False, layers_to_transform=(1,))
     write_adapter(tmp_path, adapter_of(build_adapted(config)), formats=["upstream"])
     values = json.loads((tmp_path / upstream.CONFIG).read_text())
     assert {key: values[key] for key in (

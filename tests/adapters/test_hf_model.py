@@ -161,10 +161,10 @@ def test_every_attention_is_the_equations(family):
 
 def test_heads_and_layers_of_the_config_alone_are_steered():
     ids = tokens()
-    for heads in (("q",), ("o",)):
-        model = build_adapted(DeltaMemConfig(heads=heads, layers=(1,)))
+    for head in "qo":
+        model = build_adapted(DeltaMemConfig(target_modules=(f"{head}_proj",), layers_to_transform=(1,)))
         steering = {name.rpartition(".")[2] for name in model.state_dict() if "delta" in name}
-        assert model.layers == [1] and steering == {f"delta_{heads[0]}_proj"}
+        assert model.layers == [1] and steering == {f"delta_{head}_proj"}
         with torch.no_grad():
             assert (model(ids).logits - model.base(ids).logits).abs().max() > 1e-3
 
@@ -315,7 +315,7 @@ def test_what_does_not_fit_is_refused_by_name():
     with pytest.raises(CheckpointError, match=r"model_type = gpt2 .*use a model of one of LlamaForCausalLM .*smollm3"):
         attach(other, DeltaMemConfig())
     with pytest.raises(ConfigError, match="layers 0 to 2"):
-        attach(build_base(), DeltaMemConfig(layers=(0, 3)))
+        attach(build_base(), DeltaMemConfig(layers_to_transform=(0, 3)))
     model = build_adapted()
     with pytest.raises(ValueError, match=r"\[2\] rows do not fit: .* 3 rows"):
         model(tokens(3), states=model.initial_states(2))

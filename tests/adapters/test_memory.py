@@ -231,7 +231,7 @@ def test_steering_starts() -> None:
         ({"rank": 4}, "delta_mem.rank = 4"),
         ({"num_states": 9}, "delta_mem.num_states = 9"),
         ({"write": "word"}, "delta_mem.write = 'word'"),
-        ({"heads": ["q", "k"]}, "delta_mem.heads"),
+        ({"heads": ["q", "k"]}, "delta_mem.target_modules"),
         ({"ranks": 8}, "delta_mem.ranks: unknown key"),
         ({"update": "no_lambda", "couple_lambda": False}, "delta_mem.update"),
     ],

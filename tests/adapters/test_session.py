@@ -154,7 +154,7 @@ def test_tokens_of_another_vocabulary_are_refused(tsw, token):
 
 
 def test_controls_hold_for_the_whole_session(tsw):
-    plain = Session(build_adapted(DeltaMemConfig(layers=()), base=build_base()))
+    plain = Session(build_adapted(DeltaMemConfig(layers_to_transform=()), base=build_base()))
     off, frozen = (Session(tsw, control=control) for control in (MemoryControl(scale=0.0), MemoryControl(freeze=True)))
     for session in (plain, off, frozen):
         session.append(ROW[:9])
@@ -304,7 +304,7 @@ def test_a_saved_session_goes_on_bit_for_bit(model, tmp_path, cache):
 
 
 def test_a_new_session_and_a_model_without_adapter_are_saved_too(tmp_path):
-    model = build_adapted(DeltaMemConfig(layers=()))
+    model = build_adapted(DeltaMemConfig(layers_to_transform=()))
     save_session(Session(model), tmp_path / "s")
     again = load_session(tmp_path / "s", model)
     assert again.tokens_seen == 0 and torch.equal(again.append(ROW), Session(model).append(ROW))

@@ -176,13 +176,13 @@ def test_weights_that_do_not_fit_are_named(written) -> None:
     [
         (
             {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3},
-            r"attention_heads = 9 is not divisible by parallel.tensor = 2: use parallel.tensor in \{1, 3\}",
+            r"attention_heads = 9 is not divisible by .*_size = 2: use parallel.tensor_model_parallel_size in \{1, 3\}",
         ),
         (
             {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
-            r"attention_groups = 3 and parallel.tensor = 2: .* use parallel.tensor in \{1, 3, 6\}",
+            r"attention_groups = 3 and .*_size = 2: .*use parallel.tensor_model_parallel_size in \{1, 3, 6\}",
         ),
-        ({"vocab_size": 97}, r"vocab.* = 97 .*parallel.tensor = 2"),
+        ({"vocab_size": 97}, r"vocab.* = 97 .*parallel.tensor_model_parallel_size = 2"),
     ],
     ids=str,
 )

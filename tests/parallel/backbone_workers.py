@@ -25,11 +25,11 @@ def imported(
     hf_dir: Path, parallel: ParallelSection, ids: Tensor, cotangent: Tensor, documents: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Logits [B, S, vocab] and the embedding output's gradient [B, S, d], whole, of one layout."""
-    lay_out(parallel.tensor, parallel.context_parallel_size)
+    lay_out(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
     S = ids.shape[1]
     model, section = build_backbone(hf_dir, parallel, seq_len=S)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    tags = mapping.parameter_tags(section, parallel.tensor)
+    tags = mapping.parameter_tags(section, parallel.tensor_model_parallel_size)
     assert {name: _cut(get_tag(p)) for name, p in model.named_parameters()} == {n: _cut(tags[n]) for n in tags}
     groups, seen = process_groups(), []
 
@@ -43,7 +43,7 @@ def imported(
     mine = context_slice(cotangent, groups.cp).chunk(groups.tp.size(), -1)[groups.tp.rank()]
     logits.backward(mine)
     gradient = seen[0].grad
-    if parallel.sequence:
+    if parallel.sequence_parallel:
         gradient = gathered_over(gradient, groups.tp, 0)
     whole = gathered_over(gathered_over(logits.detach(), groups.tp, -1), groups.cp, 1)
     return whole, gathered_over(gradient.transpose(0, 1), groups.cp, 1)

@@ -41,7 +41,7 @@ class Case:
         return RunConfig(
             model=self.section,
             parallel=self.parallel,
-            optimizer=OptimizerSection(lr=2e-3, warmup_steps=3, clip=0.5, eps=1e-4, tau_lr_ratio=2.0),
+            optimizer=OptimizerSection(lr=2e-3, warmup_steps=3, clip_grad=0.5, eps=1e-4, tau_lr_ratio=2.0),
             training=TrainingSection(**training | dict(self.training)),
         )
 
@@ -91,7 +91,7 @@ def reference(case: Case) -> dict[str, Any]:
         if step == 0:
             result["output"] = losses.detach()
             result["gradients"] = layout_free(model, {n: p.grad.clone() for n, p in model.named_parameters()})
-        result["norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip).item())
+        result["norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_grad).item())
         optimizer.step()
         schedule.step()
         result["loss"].append(loss.item())
@@ -104,7 +104,7 @@ def distributed(case: Case) -> dict[str, Any]:
     compat.import_deepspeed()
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-    lay_out(case.parallel.tensor, case.parallel.context_parallel_size)
+    lay_out(case.parallel.tensor_model_parallel_size, case.parallel.context_parallel_size)
     groups, config = process_groups(), case.config(torch.distributed.get_world_size())
     model = built(case.section, case.parallel, config.training.recompute)
     engine = build_engine(model, parameter_groups(model, config), config, groups, bf16=False)
@@ -207,7 +207,7 @@ def recomputed(case: Case, want: dict[str, Any]) -> tuple[dict[str, float], int,
 def drift(case: Case) -> tuple[str, str]:
     """What `check_replicas` says of a fresh engine, and after one bit of one replica was changed on one rank."""
     compat.import_deepspeed()
-    lay_out(case.parallel.tensor, case.parallel.context_parallel_size)
+    lay_out(case.parallel.tensor_model_parallel_size, case.parallel.context_parallel_size)
     groups, config = process_groups(), case.config(torch.distributed.get_world_size())
     model = built(case.section, case.parallel)
     engine = build_engine(model, parameter_groups(model, config), config, groups, bf16=False)

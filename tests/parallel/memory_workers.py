@@ -35,7 +35,7 @@ class MemoryCase:
 
 
 def build(case: MemoryCase, parallel: ParallelSection):
-    lay_out(parallel.tensor, parallel.context_parallel_size)
+    lay_out(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
     model = build_model(
         case.section, parallel, vocab_size=VOCAB, seq_len=S, seed=3, dtype=torch.float64,
         recompute=case.recompute, delta_mem=case.memory,

@@ -132,6 +132,6 @@ def broken(case: Case, want: dict[str, Any], kind: str, target: str) -> tuple[fl
 
 def tags(case: Case) -> dict[str, str]:
     """{leaf: kind of tag} of every parameter at a layout."""
-    engine_workers.lay_out(case.parallel.tensor, case.parallel.context_parallel_size)
+    engine_workers.lay_out(case.parallel.tensor_model_parallel_size, case.parallel.context_parallel_size)
     model = engine_workers.built(case.section, case.parallel)
     return {leaf(name): get_tag(p).kind for name, p in model.named_parameters()}

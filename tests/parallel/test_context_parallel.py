@@ -94,7 +94,12 @@ CP4 = {"context_parallel_size": 4}
     "model,parallel,seq_len,words",
     [
         ({"num_heads": 6, "num_groups": 6}, CP4, 96, r"context_parallel_size in \{1, 2, 3, 6\}"),
-        ({"num_heads": 48}, {"tensor": 8, "context_parallel_size": 4}, 96, r"48.* in \{1, 2, 3, 6\}"),
+        (
+            {"num_heads": 48},
+            {"tensor_model_parallel_size": 8, "context_parallel_size": 4},
+            96,
+            r"48.* in \{1, 2, 3, 6\}",
+        ),
         ({"num_heads": 12, "num_groups": 6}, CP4, 96, r"num_groups = 6\).*\{1, 2, 3, 6, 12\}"),
         ({"pattern": "A", "attention_heads": 6, "attention_groups": 2}, CP4, 96, r"\{1, 2, 6\}"),
         ({"tau_mode": "learned"}, {"context_parallel_size": 2, "cp_scheme": "chain"}, 64, "parallel.cp_scheme=heads"),
@@ -111,6 +116,9 @@ def test_sizes_that_do_not_divide_are_named(model: dict, parallel: dict, seq_len
 
 
 def test_named_sizes_divide_the_processes() -> None:
-    changes = {"model": {"num_heads": 48, "num_groups": 1}, "parallel": {"tensor": 8, "context_parallel_size": 4}}
+    changes = {
+        "model": {"num_heads": 48, "num_groups": 1},
+        "parallel": {"tensor_model_parallel_size": 8, "context_parallel_size": 4},
+    }
     with pytest.raises(ConfigError, match=r"use parallel.context_parallel_size in \{1, 2\}"):
         check_config(from_dict(changes | {"data": {"seq_len": 96, "dir": "x"}}), 32)

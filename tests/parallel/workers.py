@@ -107,7 +107,7 @@ def perturb(model: torch.nn.Module, section: ModelSection) -> None:
 
 def run_layer(section: ModelSection, parallel: ParallelSection, letter: str, documents: list[int], seed: int):
     """One TransformerLayer in float64: (output [S, B, hidden], input gradient, {key: gradient}), whole tensors."""
-    tensor = parallel.tensor
+    tensor = parallel.tensor_model_parallel_size
     lay_out(tensor, parallel.context_parallel_size)
     config = transformer_config(section, parallel, torch.float64, True)
     groups = process_groups()
@@ -121,7 +121,7 @@ def run_layer(section: ModelSection, parallel: ParallelSection, letter: str, doc
     full = torch.randn(S, B, section.hidden_size, generator=gen, dtype=torch.float64)
     cotangent = torch.randn(full.shape, generator=gen, dtype=torch.float64)
     packed = packed_sequence(torch.tensor(documents, dtype=torch.int32) if documents else None, S)
-    owners = [groups.cp] + ([groups.tp] if parallel.sequence else [])  # who holds which part of the sequence
+    owners = [groups.cp] + ([groups.tp] if parallel.sequence_parallel else [])  # who holds which part of the sequence
     mine = [full, cotangent]
     for group in owners:
         mine = [context_slice(t, group, 0) for t in mine]
@@ -165,7 +165,7 @@ def layer_parity(section: ModelSection, parallel: ParallelSection, letter: str, 
 
 def run_model(section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int):
     """The whole model in float64 with a random cotangent on the token losses: (losses, {key: gradient})."""
-    lay_out(parallel.tensor, parallel.context_parallel_size)
+    lay_out(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
     S, B, vocab = 48, 2, 200
     model = build_model(section, parallel, vocab_size=vocab, seq_len=S, seed=seed, dtype=torch.float64)
     perturb(model, section)
@@ -190,7 +190,7 @@ def boundary_rates(section: ModelSection, parallel: ParallelSection, seed: int) 
     """Boundary rate of each local head over the layers [layers, H local]: the parity cases must merge and not merge."""
     from megatron_dla.model.gpt import dla_mixers
 
-    lay_out(parallel.tensor, parallel.context_parallel_size)
+    lay_out(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
     model = build_model(section, parallel, vocab_size=200, seq_len=48, seed=seed)
     perturb(model, section)
     tokens = torch.randint(0, 200, (2, 48), generator=torch.Generator().manual_seed(seed))
@@ -218,7 +218,7 @@ def meta_model(section: ModelSection, parallel: ParallelSection, vocab_size: int
 
 
 def parameter_count(section: ModelSection, parallel: ParallelSection, vocab_size: int) -> int:
-    lay_out(parallel.tensor, parallel.context_parallel_size)
+    lay_out(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
     model = build_model(section, parallel, vocab_size=vocab_size, seq_len=16, seed=1)
     return sum(p.numel() for p in model.parameters())
 
@@ -228,7 +228,7 @@ def sent_forward(section: ModelSection, parallel: ParallelSection) -> dict[str, 
     from megatron_dla.config import DataSection, RunConfig, TrainingSection
     from megatron_dla.training.plan import context_bytes
 
-    lay_out(parallel.tensor, parallel.context_parallel_size)
+    lay_out(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
     model = build_model(section, parallel, vocab_size=60, seq_len=48, seed=1)
     sent = {"bytes": 0.0, "scalars": 0.0}
     originals = {name: getattr(dist, name) for name in ("all_to_all_single", "send", "batch_isend_irecv")}

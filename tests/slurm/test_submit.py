@@ -18,7 +18,7 @@ def inputs(data: Path, tmp_path: Path) -> tuple[Path, ...]:
     config, profile = write_inputs(tmp_path, data)
     keys = yaml.safe_load(profile.read_text()) | {"python": str(STUB), "host_python": sys.executable}
     profile.write_text(yaml.safe_dump(keys | {"gpus_per_node": 4, "processes_per_node": 4, "preflight": True}))
-    return config, "--profile", profile, "parallel.tensor=4", "training.device=auto"
+    return config, "--profile", profile, "parallel.tensor_model_parallel_size=4", "training.device=auto"
 
 
 def submitted(cluster: Cluster, run: Path, *arguments: object, **stub: object) -> list[Run]:

@@ -69,7 +69,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     """Runs to the end (or to `stop_after`); metrics, the adapter, the episodes of the first step, and logits."""
     stop_after = values["training"].pop("stop_after", None)
     config: AdapterRunConfig = fill(AdapterRunConfig, values)
-    lay_out(config.parallel.tensor, config.parallel.context_parallel_size)
+    lay_out(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size)
     *_, base = check_adapter_run(config, torch.distributed.get_world_size())
     run_dir = Path(config.run.dir) / config.run.name
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,8 @@ def data(tmp_path_factory) -> Path:
 
 
 LAYOUTS = {
-    "TP2": (2, {"parallel": {"tensor": 2}}),
-    "TP2+SP": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "TP2": (2, {"parallel": {"tensor_model_parallel_size": 2}}),
+    "TP2+SP": (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
     "CP2": (2, {"parallel": {"context_parallel_size": 2}}),
     "DP2, ZeRO-2, recomputed": (2, {"training": {"zero_stage": 2, "recompute": "full"}}),
 }
@@ -148,13 +148,13 @@ def run_cli(tmp_path: Path, values: dict, *more: str) -> int:
         ({"training": {"zero_stage": 3}}, "training.zero_stage = 3"),
         ({"training": {"global_batch_size": 3}}, "training.global_batch_size = 3"),
         ({"delta_mem": {"rank": 3}}, "delta_mem.rank = 3"),
-        ({"delta_mem": {"layers": [7]}}, "delta_mem.layers"),
-        ({"delta_mem": {"heads": ["k"]}}, "delta_mem.heads"),
-        ({"parallel": {"tensor": 3}}, "parallel.tensor = 3"),
+        ({"delta_mem": {"layers_to_transform": [7]}}, "delta_mem.layers_to_transform"),
+        ({"delta_mem": {"target_modules": ["k_proj"]}}, "delta_mem.target_modules"),
+        ({"parallel": {"tensor_model_parallel_size": 3}}, "parallel.tensor_model_parallel_size = 3"),
         ({"episodes": {"write_length": 4000, "row_length": 0}}, "longer than the backbone's"),
         ({"episodes": {"row_length": 20}}, "does not fit a row of 20"),
         ({"episodes": {"write_length": 0}}, "episodes.write_length = 0"),
-        ({"delta_mem": {"layers": []}}, "delta_mem.layers = ()"),
+        ({"delta_mem": {"layers_to_transform": []}}, "delta_mem.layers_to_transform = ()"),
         ({"optimizer": {"warmup_steps": 4}}, "optimizer.warmup_steps = 4"),
         ({"training": {"log_every": 0}}, "training.log_every = 0"),
     ],

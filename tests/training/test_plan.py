@@ -58,7 +58,7 @@ def test_context_traffic_is_what_is_sent(ranks, scheme: str, groups: int) -> Non
 @pytest.mark.parametrize("name", ["dla_mamba2_780m", "dla_gdn_1b3"])
 def test_dry_run_of_the_big_configs_on_32_gpus(capsys, name: str) -> None:
     started = time.monotonic()
-    overrides = ["training.recompute=full", "parallel.tensor=2"] if name == "dla_gdn_1b3" else []
+    overrides = ["training.recompute=full", "parallel.tensor_model_parallel_size=2"] if name == "dla_gdn_1b3" else []
     assert main(["train", str(CONFIGS / f"{name}.yaml"), "--dry-run", "--world-size", "32", *overrides]) == 2
     assert time.monotonic() - started < 30
     printed = capsys.readouterr()

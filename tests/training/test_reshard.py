@@ -23,7 +23,7 @@ def data(tmp_path_factory) -> Path:
 
 def config(data: Path, runs: Path, name: str, model: str, tensor: int, stage: int, **training) -> dict:
     return tiny.config_dict(
-        data, runs, run={"name": name}, model=MODELS[model], parallel={"tensor": tensor},
+        data, runs, run={"name": name}, model=MODELS[model], parallel={"tensor_model_parallel_size": tensor},
         training={"steps": 10, "save_every": 5, "keep_checkpoints": 0, "zero_stage": stage} | training,
     )  # fmt: skip
 
@@ -66,13 +66,16 @@ def same_losses(got: list[dict], want: list[dict]) -> None:
 
 LAYOUTS = {
     "tp1": ("mamba2", 1, {}),
-    "tp4, shared groups": ("mamba2", 4, {"parallel": {"tensor": 4}}),
+    "tp4, shared groups": ("mamba2", 4, {"parallel": {"tensor_model_parallel_size": 4}}),
     "tp1 dp2 zero2": ("hybrid", 2, {"training": {"zero_stage": 2}}),
     "dp2 zero0": ("mamba2", 2, {"training": {"zero_stage": 0}}),
-    "tp2 dp2 zero3": ("hybrid", 4, {"parallel": {"tensor": 2}, "training": {"zero_stage": 3}}),
+    "tp2 dp2 zero3": ("hybrid", 4, {"parallel": {"tensor_model_parallel_size": 2}, "training": {"zero_stage": 3}}),
     "tp2+sp cp2 zero2": (
         "mamba2", 4,
-        {"parallel": {"tensor": 2, "sequence": True, "context_parallel_size": 2}, "training": {"zero_stage": 2}},
+        {
+            "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2},
+            "training": {"zero_stage": 2},
+        },
     ),
 }  # fmt: skip
 
@@ -92,12 +95,12 @@ def test_there_and_back(ranks, data, straight, tmp_path, stage: int) -> None:
     same_losses(got[5:], straight["mamba2"][1][5:])
     for step in (8, 9, 10):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step}")
-    got = resumed(ranks, data, straight, tmp_path, "mamba2", 4, {"parallel": {"tensor": 2}})
+    got = resumed(ranks, data, straight, tmp_path, "mamba2", 4, {"parallel": {"tensor_model_parallel_size": 2}})
     same_losses(got[7:], straight["mamba2"][1][7:])
 
 
 def test_the_same_layout_goes_on_bit_for_bit(ranks, data, straight, tmp_path) -> None:
-    got = resumed(ranks, data, straight, tmp_path, "hybrid", 4, {"parallel": {"tensor": 2}})
+    got = resumed(ranks, data, straight, tmp_path, "hybrid", 4, {"parallel": {"tensor_model_parallel_size": 2}})
     want = straight["hybrid"][1]
     for a, b in zip(got, want, strict=True):
         assert (a["step"], a["loss"], a["grad_norm"]) == (b["step"], b["loss"], b["grad_norm"])

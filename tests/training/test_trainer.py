@@ -49,7 +49,9 @@ def run_config(data: Path, runs: Path, backbone: str, **sections) -> dict:
 @pytest.mark.parametrize("backbone", ["mamba2", "gdn"])
 @pytest.mark.parametrize("sequence", [False, True], ids=["", "sp"])
 def test_zero1_tp2_dp2_equals_one_process(ranks, data, plain, tmp_path, backbone, sequence) -> None:
-    values = run_config(data, tmp_path, backbone, parallel={"tensor": 2, "sequence": sequence})
+    values = run_config(
+        data, tmp_path, backbone, parallel={"tensor_model_parallel_size": 2, "sequence_parallel": sequence}
+    )
     metrics = ranks(4).run(train_workers.train, values)[0]
     losses, norms, weights = plain[backbone]
     got = torch.tensor([m["loss"] for m in metrics]), torch.tensor([m["grad_norm"] for m in metrics])
@@ -186,7 +188,7 @@ def test_a_run_starts_from_converted_weights_at_another_layout(ranks, data, plai
     to_hf(trained, tmp_path / "hf", tokenizer=data)
     values["run"]["name"] = "second"
     from_hf(tmp_path / "hf", tmp_path / "second" / "checkpoints" / "step_0")
-    values["parallel"] = {"tensor": 2}
+    values["parallel"] = {"tensor_model_parallel_size": 2}
     values["training"] |= {"steps": 1, "eval_every": 1, "eval_rows": 4}
     metrics = ranks(2).run(train_workers.train, values)[0]
     straight = plain["gdn"][0]
@@ -254,7 +256,7 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(data, tmp_path) ->
     paths = {}
     for name in ("straight", "stopped"):
         values = run_config(
-            data, tmp_path, "gdn", run={"name": name}, parallel={"tensor": 2},
+            data, tmp_path, "gdn", run={"name": name}, parallel={"tensor_model_parallel_size": 2},
             training={"steps": 12, "eval_every": 6, "eval_rows": 4},
         )  # fmt: skip
         paths[name] = tmp_path / f"{name}.yaml"
@@ -289,7 +291,7 @@ def test_a_shard_damaged_under_two_ranks_gives_one_line_and_exit_code_2(data, tm
     for shard in (copy / "train").glob("*.tar"):
         shard.write_bytes(shard.read_bytes()[:-1024] + bytes(1023) + b"x")
     config = tmp_path / "damaged.yaml"
-    values = run_config(copy, tmp_path, "mamba2", parallel={"tensor": 2})
+    values = run_config(copy, tmp_path, "mamba2", parallel={"tensor_model_parallel_size": 2})
     config.write_text(yaml.safe_dump(values))
     process = start(config, stderr=subprocess.PIPE, text=True)
     _, printed = process.communicate(timeout=200)

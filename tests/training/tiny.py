@@ -64,7 +64,7 @@ def config_dict(data: Path, runs: Path, **sections: dict[str, Any]) -> dict[str,
             "capacity": 3, "tau": 1.2, "ffn_hidden_size": 64, "attention_heads": 4, "attention_groups": 2,
             "init_std": 0.1, "vocab_multiple": 16,
         },
-        "optimizer": {"lr": 2e-3, "warmup_steps": 2, "clip": 0.5},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 2, "clip_grad": 0.5},
         "training": {
             "steps": 5, "global_batch_size": 8, "micro_batch_size": 2, "device": "cpu", "precision": "fp32",
             "log_every": 1, "eval_every": 0, "save_every": 0,

@@ -30,7 +30,7 @@ SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
 def make_trainer(values: dict[str, Any]) -> Trainer:
     """The real trainer; the pool's groups are switched to the config's layout first."""
     config = from_dict(values)
-    lay_out(config.parallel.tensor, config.parallel.context_parallel_size)
+    lay_out(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size)
     check_run(config, torch.distributed.get_world_size())
     run_dir = Path(config.run.dir) / config.run.name
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def plain_training(values: dict[str, Any]) -> tuple[list[float], list[float], di
         loss = (token_losses * batch.loss_mask).sum() / batch.loss_mask.sum()
         optimizer.zero_grad()
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_grad).item())
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
