@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import triton_interpreter
-from distributed import Ranks
+
+from tests.support import triton_interpreter
+from tests.support.distributed import Ranks
 
 if not torch.cuda.is_available():
     triton_interpreter.use_interpreter()  # before any test imports triton

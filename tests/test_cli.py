@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
 
 from megatron_dla.cli import main
 from megatron_dla.training.fence import Fence
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

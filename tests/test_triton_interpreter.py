@@ -11,9 +11,11 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-import triton_interpreter  # noqa: E402
+
+from tests.support import triton_interpreter  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not used beside a GPU")
+ROOT = Path(__file__).resolve().parents[1]
 BF16 = torch.bfloat16
 
 
@@ -179,6 +181,7 @@ def test_programs_can_run_backwards() -> None:
 
 
 def test_processes_without_kernels_do_not_import_triton() -> None:
-    code = "import triton_interpreter as t; t.use_interpreter(); import sys; assert 'triton' not in sys.modules\n"
+    code = "import sys\nfrom tests.support import triton_interpreter as t; t.use_interpreter()\n"
+    code += "assert 'triton' not in sys.modules\n"
     code += "import triton; assert hasattr(sys.modules[t.INTERPRETER], '_strict')"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(Path(__file__).parent)})
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT)})

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.tiny_hf import CONFIGS, build_adapted, build_tokenizer, save_base
 
 from megatron_dla import cli
 from megatron_dla.adapters.chat import render_chat
@@ -17,6 +16,7 @@ from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.files import Adapter, fingerprint, read_adapter, write_adapter
 from megatron_dla.adapters.session import Session
 from megatron_dla.adapters.session_file import load_session
+from tests.support.tiny_hf import CONFIGS, build_adapted, build_tokenizer, save_base
 
 SIZES = re.compile(r"\[state (\d+) bytes after (\d+) tokens, KV cache (\d+) bytes of (\d+) tokens\]")
 

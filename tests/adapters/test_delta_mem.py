@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
-from workers import BASE_SECTION, check, errors, lay_out, perturb
 
 from megatron_dla.adapters.calls import MemoryCall
 from megatron_dla.adapters.config import DeltaMemConfig
@@ -20,6 +19,7 @@ from megatron_dla.errors import ConfigError
 from megatron_dla.model.gpt import build_model, packed_sequence, transformer_config
 from megatron_dla.model.spec import block_spec
 from megatron_dla.parallel.groups import initialize_distributed, process_groups
+from tests.support.workers import BASE_SECTION, check, errors, lay_out, perturb
 
 SECTION = dataclasses.replace(BASE_SECTION, pattern="A")
 NORMED = dataclasses.replace(SECTION, qk_norm=True, attention_head_dim=10)

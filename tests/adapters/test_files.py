@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapters.tiny_hf import CONFIGS, build_adapted, build_base, save_base, tokens
 from safetensors.torch import load_file, save_file
 
 from megatron_dla.adapters import upstream
@@ -15,6 +14,7 @@ from megatron_dla.adapters.files import CONFIG, WEIGHTS, Adapter, Fingerprint, f
 from megatron_dla.adapters.load import load_adapted, load_backbone, put_on
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import CheckpointError, ConfigError
+from tests.support.tiny_hf import CONFIGS, build_adapted, build_base, save_base, tokens
 
 PARTIAL = DeltaMemConfig(
     rank=16, target_modules=("o_proj",), layers_to_transform=(0, 2), couple_lambda=False, update="lambda_outside"

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from adapters.tiny_hf import CONFIGS, build_adapted, build_base, build_tokenizer, tokens
 from safetensors.torch import load_file, safe_open, save_file
 
 from megatron_dla.adapters.chat import render_chat
@@ -15,6 +14,7 @@ from megatron_dla.adapters.memory import MemoryControl, MemoryInputs
 from megatron_dla.adapters.session import Session
 from megatron_dla.adapters.session_file import load_session, save_session
 from megatron_dla.errors import CheckpointError, UserError
+from tests.support.tiny_hf import CONFIGS, build_adapted, build_base, build_tokenizer, tokens
 
 ROW = tokens(1, 30)[0].tolist()
 NUMBERS = [-1] * 4 + [0] * 9 + [1] * 10 + [2] * 7

@@ -4,12 +4,12 @@ import json
 import math
 
 import pytest
-from adapters.tiny_hf import save_base
-from evaluation.tiny_eval import build_model, save_words
 
 from megatron_dla import cli
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.files import Adapter, fingerprint, write_adapter
+from tests.support.tiny_eval import build_model, save_words
+from tests.support.tiny_hf import save_base
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from evaluation.tiny_eval import build_model, build_words
 
 from megatron_dla.adapters.decode import generate_batch, stop_tokens
 from megatron_dla.adapters.hf_model import select_states
@@ -13,6 +12,7 @@ from megatron_dla.evaluation import locomo
 from megatron_dla.evaluation.locomo import answer_f1, locomo_table, read_locomo, token_f1
 from megatron_dla.evaluation.scoring import PLAIN, READ_ONLY, Told, tell
 from megatron_dla.evaluation.stemming import stem
+from tests.support.tiny_eval import build_model, build_words
 
 # examples of the 1980 paper, carried through all steps
 STEMS = """caresses caress ponies poni ties ti cats cat feed feed agreed agre plastered plaster bled bled motoring motor

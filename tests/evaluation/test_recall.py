@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from evaluation.tiny_eval import build_words
 
 from megatron_dla.adapters.episodes import read_episodes
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.recall import CATEGORIES, PEOPLE, make_task, stories, write_documents, write_stories
+from tests.support.tiny_eval import build_words
 
 TASKS = [
     make_task("profile"),

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from evaluation.tiny_eval import build_model, build_words
 from transformers import DynamicCache
 
 from megatron_dla.adapters.config import DeltaMemConfig
@@ -14,6 +13,7 @@ from megatron_dla.evaluation.recall import Question, Story, make_task, stories
 from megatron_dla.evaluation.scoring import READ_ONLY, derangement, encode_stories, score, tell
 from megatron_dla.evaluation.table import Table, join_tables
 from megatron_dla.evaluation.tasks import perplexity_table, recall_table, text_windows
+from tests.support.tiny_eval import build_model, build_words
 
 SSW = DeltaMemConfig(write="message")
 COUNT = 5

@@ -5,7 +5,6 @@ import json
 import re
 
 import pytest
-import tiny_backbones
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +17,7 @@ from megatron_dla.hf import mapping, smollm2
 from megatron_dla.hf.backbones import BackboneWeights, build_backbone, read_backbone
 from megatron_dla.hf.verify import megatron_logits, megatron_model
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel
+from tests.support import tiny_backbones
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_planted_faults_are_found(arch: int) -> None:
-    done = run(str(Path(__file__).with_name("aot_toys.py")), str(arch))
+    done = run("-m", "tests.support.aot_toys", str(arch))
     assert done.returncode == 0
     reports = json.loads(done.stdout.splitlines()[-1])
     found: dict[str, list[dict]] = {}

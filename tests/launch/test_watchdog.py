@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
 
 from megatron_dla.launch import watchdog
 from megatron_dla.launch.watchdog import NO_STACKS, place_of
+from tests.support import tiny
 
 # two ranks train, that is add one number a step; after step 2 one of them sleeps and the other waits for it
 TRAINER = """

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from workers import BASE_SECTION, lay_out, perturb
 
 from megatron_dla.config import ParallelSection
 from megatron_dla.mixers.functional import slot_weights
 from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence
 from megatron_dla.parallel.groups import initialize_distributed
+from tests.support.workers import BASE_SECTION, lay_out, perturb
 
 SECTIONS = {
     "mamba2": BASE_SECTION,

@@ -1,9 +1,10 @@
 """Shared by the tests of layouts: reference runs in one process, each computed once a file."""
 
-import engine_workers
 import pytest
-from distributed import Ranks
-from engine_workers import Case
+
+from tests.support import engine_workers
+from tests.support.distributed import Ranks
+from tests.support.engine_workers import Case
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """Imported full-attention models over several ranks: logits and the gradient through them are those of transformers."""
 
-import backbone_workers
 import pytest
-import tiny_backbones
-from workers import check, errors
 
 from megatron_dla.config import ParallelSection
+from tests.support import backbone_workers, tiny_backbones
+from tests.support.workers import check, errors
 
 LAYOUTS = {"tp2": ParallelSection(2), "tp2sp": ParallelSection(2, True), "cp2": ParallelSection(1, False, 2)}
 

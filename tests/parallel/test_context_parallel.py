@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-import workers
-from workers import BASE_SECTION as BASE
-from workers import check
 
 from megatron_dla.config import ParallelSection, check_config, check_context_parallel, from_dict
 from megatron_dla.errors import ConfigError
+from tests.support import workers
+from tests.support.workers import BASE_SECTION as BASE
+from tests.support.workers import check
 
 HEADS = ParallelSection(context_parallel_size=2)
 SECTIONS = {

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import memory_workers
 import pytest
-from memory_workers import MUTATIONS, MemoryCase
-from workers import BASE_SECTION, check
 
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.config import ParallelSection
+from tests.support import memory_workers
+from tests.support.memory_workers import MUTATIONS, MemoryCase
+from tests.support.workers import BASE_SECTION, check
 
 SECTION = dataclasses.replace(BASE_SECTION, pattern="A")
 NORMED = dataclasses.replace(SECTION, qk_norm=True, attention_head_dim=10)

@@ -5,11 +5,10 @@ Reductions and tags are found from the models themselves, so a new parameter is 
 
 import dataclasses
 
-import engine_workers
-import mutation_workers
 import pytest
-from engine_workers import Case
-from test_parity_matrix import CHAIN, CP2, GDN, HYBRID, MAMBA, SP2, TP2
+
+from tests.support import engine_workers, mutation_workers
+from tests.support.engine_workers import CHAIN, CP2, GDN, HYBRID, MAMBA, SP2, TP2, Case
 
 LIMIT = 1e-4  # the matrix allows 1e-5; what is lost must stand out
 # MAMBA has one q/k group for all heads (replicated weights); norms need their sum only under sequence parallelism

@@ -2,18 +2,13 @@
 
 import dataclasses
 
-import engine_workers
 import pytest
-from engine_workers import BASE, Case
-from workers import check
 
 from megatron_dla.config import ParallelSection as P
+from tests.support import engine_workers
+from tests.support.engine_workers import CHAIN, CP2, CP2TP2, GDN, HYBRID, MAMBA, SP2, TP2, TP4, Case
+from tests.support.workers import check
 
-MAMBA = dataclasses.replace(BASE, num_groups=1, tau_mode="learned")
-GDN = dataclasses.replace(BASE, backbone="gdn", num_groups=4)
-HYBRID = dataclasses.replace(BASE, backbone="gdn", pattern="DA", tie_embeddings=True)
-TP2, SP2, TP4 = P(2), P(2, True), P(4, True)
-CP2, CP2TP2, CHAIN = P(context_parallel_size=2), P(2, False, 2), P(context_parallel_size=2, cp_scheme="chain")
 MATRIX = {
     "tp2 mamba2": (2, Case(MAMBA, TP2)),
     "tp2+sp gdn": (2, Case(GDN, SP2)),

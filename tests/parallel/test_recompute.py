@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import engine_workers
 import pytest
-from engine_workers import Case
-from test_parity_matrix import CHAIN, CP2, GDN, HYBRID, MAMBA, SP2
-from workers import check
 
 from megatron_dla.config import ParallelSection, check_config, from_dict
 from megatron_dla.errors import ConfigError
+from tests.support import engine_workers
+from tests.support.engine_workers import CHAIN, CP2, GDN, HYBRID, MAMBA, SP2, Case
+from tests.support.workers import check
 
 STEPS = 3
 CASES = {

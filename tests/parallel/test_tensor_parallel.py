@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
-import workers
-from workers import BASE_SECTION as BASE
-from workers import check
 
 from megatron_dla.config import ParallelSection
+from tests.support import workers
+from tests.support.workers import BASE_SECTION as BASE
+from tests.support.workers import check
 
 BACKBONES = {
     "mamba2": BASE,

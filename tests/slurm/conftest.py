@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
-from lab import Cluster, missing
+
+from tests.support import tiny
+from tests.support.slurm.lab import Cluster, missing
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,8 +4,8 @@ import json
 import time
 from pathlib import Path
 
-from lab import Cluster
-from real import submit, text_of, until_attempt_steps, write_inputs
+from tests.support.slurm.lab import Cluster
+from tests.support.slurm.real import submit, text_of, until_attempt_steps, write_inputs
 
 
 def test_a_hung_and_a_killed_rank_end_their_attempt_and_are_named(cluster: Cluster, data: Path, tmp_path: Path) -> None:

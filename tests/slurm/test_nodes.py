@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import scenarios
-from lab import Cluster
-from scenarios import start
+from tests.support.slurm import scenarios
+from tests.support.slurm.lab import Cluster
+from tests.support.slurm.scenarios import start
 
 
 def test_a_power_cut_moves_the_job_to_another_node(cluster: Cluster) -> None:

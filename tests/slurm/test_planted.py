@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import scenarios
-from lab import Cluster
+
+from tests.support.slurm import scenarios
+from tests.support.slurm.lab import Cluster
 
 # name: (text, what stands there instead, the scenario that must fail)
 PLANTED: dict[str, tuple[str, str, Callable[[Cluster, Path], None]]] = {

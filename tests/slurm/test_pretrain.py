@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import scenarios
-from lab import Cluster, until
-from scenarios import start
+
+from tests.support.slurm import scenarios
+from tests.support.slurm.lab import Cluster, until
+from tests.support.slurm.scenarios import start
 
 
 def test_every_node_is_told_its_rank_and_the_meeting_point(cluster: Cluster) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lab import Cluster, Job
-from real import dla, write_inputs
-from scenarios import STUB, Run
+
+from tests.support.slurm.lab import Cluster, Job
+from tests.support.slurm.real import dla, write_inputs
+from tests.support.slurm.scenarios import STUB, Run
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from lab import Cluster, until
-from real import STEPS, curve, submit, text_of, until_attempt_steps, write_inputs
+from tests.support.slurm.lab import Cluster, until
+from tests.support.slurm.real import STEPS, curve, submit, text_of, until_attempt_steps, write_inputs
 
 
 def test_a_run_that_was_warned_requeued_and_resumed_equals_an_uninterrupted_one(

@@ -4,12 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import adapter_workers
 import pytest
 import torch
 import yaml
-from adapter_workers import backbone, config_dict
-from distributed import Ranks
 
 from megatron_dla.adapters.episodes import collate, read_episodes
 from megatron_dla.adapters.hf_model import attach
@@ -19,6 +16,9 @@ from megatron_dla.adapters.two_pass import answer_loss
 from megatron_dla.cli import main
 from megatron_dla.config import AdapterRunConfig
 from megatron_dla.evaluation.recall import ProfileTask, write_stories
+from tests.support import adapter_workers
+from tests.support.adapter_workers import backbone, config_dict
+from tests.support.distributed import Ranks
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
-import train_workers
 
 from megatron_dla.errors import ConfigError, FenceError, UserError
 from megatron_dla.training import fence as fences
 from megatron_dla.training.control import RunControl, exit_code
 from megatron_dla.training.fence import Claim, Fence, attempt_id, read_claim, write_atomic
+from tests.support import tiny, train_workers
 
 
 def claimed(run_dir: Path, attempt: str) -> Fence:

@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 
 import pytest
-import workers
-from engine_workers import BASE
 
 from megatron_dla.cli import main
 from megatron_dla.config import ParallelSection, load_config
@@ -14,6 +12,8 @@ from megatron_dla.model.counts import count_parameters, parameters_per_rank
 from megatron_dla.model.gpt import padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed
 from megatron_dla.training import run
+from tests.support import workers
+from tests.support.engine_workers import BASE
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

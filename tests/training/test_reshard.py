@@ -4,11 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-import train_workers
 
 from megatron_dla.checkpoint.optimizer import SavedState
+from tests.support import tiny, train_workers
 
 MODELS = {
     "mamba2": {"backbone": "mamba2", "tau_mode": "learned"},
@@ -31,7 +30,7 @@ def config(data: Path, runs: Path, name: str, model: str, tensor: int, stage: in
 @pytest.fixture(scope="module")
 def straight(data, pools, tmp_path_factory):
     """{model: (run directory, metrics)} of the uninterrupted run, with a checkpoint at step 5."""
-    from distributed import Ranks
+    from tests.support.distributed import Ranks
 
     pools.setdefault(4, Ranks(4))
     runs, found = tmp_path_factory.mktemp("straight"), {}

@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-import train_workers
 import yaml
 
 from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.cli import main
 from megatron_dla.metrics.sinks import read_metrics
+from tests.support import tiny, train_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +28,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def plain(data: Path, tmp_path_factory):
     """Losses, norms and weights of the run without DeepSpeed, once for all layouts: {backbone: ...}."""
-    from distributed import Ranks
+    from tests.support.distributed import Ranks
 
     pool = Ranks(1)
     runs = tmp_path_factory.mktemp("plain")

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from memory_cases import FORMS, Case, assert_gates, recurrence, run
 from torch import Tensor
 
 from megatron_dla.kernels.delta_mem import delta_mem_scan
 from megatron_dla.kernels.delta_mem.fla_mapping import LEAST_KEEP, fla_scan
+from tests.support.memory_cases import FORMS, Case, assert_gates, recurrence, run
 
 
 def gated_delta_rule(

@@ -6,13 +6,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import gates
 import pytest
 import torch
-from memory_cases import FORMS, MUTATIONS, Case, assert_exact, assert_gates, recurrence, run
 
 from megatron_dla.kernels.delta_mem import apply_summary, chunk_summary, compose, delta_mem_scan, delta_mem_step
 from megatron_dla.kernels.delta_mem.chunk import chunk_plan
+from tests.support import gates
+from tests.support.memory_cases import FORMS, MUTATIONS, Case, assert_exact, assert_gates, recurrence, run
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = Case(B=2, N=2)

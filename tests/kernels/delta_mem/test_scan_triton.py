@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-import triton_interpreter
-from memory_cases import MUTATIONS, Case, assert_gates, recurrence, run
 
 from megatron_dla.kernels.delta_mem import delta_mem_scan, delta_mem_step
+from tests.support import triton_interpreter
+from tests.support.memory_cases import MUTATIONS, Case, assert_gates, recurrence, run
 
 pytest.importorskip("triton")
 from megatron_dla.kernels.delta_mem import triton_scan

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from cases import Case
-from test_dla_attention import assert_same
 
 from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention, partition
 from megatron_dla.kernels.dla.naive import naive_attention
+from tests.support.dla_cases import Case, assert_same
 
 FIELDS = ("start", "count", "live", "position")
 

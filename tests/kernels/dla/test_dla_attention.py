@@ -1,51 +1,13 @@
 """naive = materialised = torch chunkwise: outputs, decisions and every gradient in float64."""
 
 import dataclasses
-import random
 
 import pytest
 import torch
-from cases import CASES, Case
 
 from megatron_dla.kernels.dla import Partition, chunk, dla_attention, partition
 from megatron_dla.kernels.dla.naive import materialised_attention, naive_attention
-
-TOLERANCE = 1e-10
-
-
-def gradients(out: torch.Tensor, inputs: dict[str, torch.Tensor], cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
-    grads = torch.autograd.grad(out, list(inputs.values()), cotangent, allow_unused=True, retain_graph=True)
-    zipped = zip(inputs.items(), grads, strict=True)
-    return {name: torch.zeros_like(x) if grad is None else grad for (name, x), grad in zipped}
-
-
-def assert_same(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    scale = want.detach().abs().max().clamp(min=1e-12)
-    error = ((got - want).detach().abs().max() / scale).item()
-    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
-
-
-def random_case(seed: int) -> Case:
-    rnd = random.Random(seed)
-    T, B = rnd.randint(2, 110), rnd.randint(1, 2)
-    ends = sorted(rnd.sample(range(1, B * T), min(rnd.choice([0, 0, 3, 6]), B * T - 1)))
-    return Case(
-        name=f"random {seed}",
-        T=T,
-        B=B,
-        H=rnd.choice([2, 4]),
-        G=rnd.choice([1, 2]),
-        Dk=rnd.randint(2, 12),
-        Dv=rnd.randint(2, 12),
-        tau=rnd.choice([0.4, 0.8, 1.1, 1.25]),
-        capacity=rnd.choice([2, 3, 7]),
-        chunk_size=rnd.choice([16, 32, 64]),
-        decay=rnd.choice([0.0, 0.1, 3.0]),
-        delta=rnd.random() < 0.5,
-        topic=rnd.choice([0, 4, 15]),
-        documents=tuple(ends),
-        seed=seed,
-    )
+from tests.support.dla_cases import CASES, Case, assert_same, gradients, random_case
 
 
 @pytest.mark.parametrize("case", [*CASES, *(random_case(100 + i) for i in range(12))], ids=lambda c: c.name)

@@ -1,12 +1,12 @@
 """The gates pass the torch path, and stop errors of the size that a wrong kernel makes."""
 
-import gates
 import pytest
 import torch
-from cases import Case
 
 from megatron_dla.kernels.dla import dla_attention, partition
 from megatron_dla.kernels.dla.naive import naive_attention
+from tests.support import gates
+from tests.support.dla_cases import Case
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

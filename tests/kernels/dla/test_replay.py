@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from cases import CASES, Case
-from replay import Violation, forced_replay, open_scores
 
 from megatron_dla.kernels.dla import Partition, dla_attention, partition
+from tests.support.dla_cases import CASES, Case
+from tests.support.replay import Violation, forced_replay, open_scores
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, Case
-from test_dla_attention import assert_same, gradients, random_case
 
 from megatron_dla.kernels.dla import dla_attention, partition
 from megatron_dla.kernels.dla.naive import document_starts, materialised_attention
 from megatron_dla.kernels.dla.soft import interpolated_weights, soft_attention
+from tests.support.dla_cases import CASES, Case, assert_same, gradients, random_case
 
 
 def by_definition(case: Case, x: dict, tau: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from cases import CASES, Case
-from dense_threshold import dense_threshold_gradient, random_problem
-from test_dla_attention import assert_same, random_case
 
 from megatron_dla.kernels.dla import dla_attention, partition
 from megatron_dla.kernels.dla import threshold as threshold_module
 from megatron_dla.kernels.dla.naive import document_starts, naive_attention, slot_of
 from megatron_dla.kernels.dla.threshold import threshold_gradient
+from tests.support.dense_threshold import dense_threshold_gradient, random_problem
+from tests.support.dla_cases import CASES, Case, assert_same, random_case
 
 
 def by_definition(case: Case, x: dict, decided, cotangent: torch.Tensor, tau: torch.Tensor, temperature: float):

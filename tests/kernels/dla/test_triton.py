@@ -6,13 +6,12 @@ Tiles are shrunk so that a hundred tokens cross tiles, blocks and windows; `test
 from collections.abc import Iterator
 from dataclasses import replace
 
-import gates
 import pytest
 import torch
-import triton_interpreter
-from cases import Case
 
 from megatron_dla.kernels.dla import Partition, SlotCache, dla_attention, partition
+from tests.support import gates, triton_interpreter
+from tests.support.dla_cases import Case
 
 triton = pytest.importorskip("triton")
 from megatron_dla.kernels.dla import triton_attention, triton_chunk, triton_launch  # noqa: E402

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case
 
 from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention
+from tests.support.dla_cases import Case
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, Case
-from replay import forced_replay
 
 from megatron_dla.kernels.dla import dla_attention, partition
+from tests.support.dla_cases import CASES, Case
+from tests.support.replay import forced_replay
 
 pytest.importorskip("triton")
 from megatron_dla.kernels.dla import triton_capacity, triton_partition

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import triton_interpreter
-from cases import CASES, Case
-from dense_threshold import random_problem
-from test_dla_attention import assert_same
 
 from megatron_dla.kernels.dla.threshold import threshold_gradient
 from megatron_dla.kernels.dla.triton_threshold import threshold_gradient as triton_gradient
+from tests.support import triton_interpreter
+from tests.support.dense_threshold import random_problem
+from tests.support.dla_cases import CASES, Case, assert_same
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = [

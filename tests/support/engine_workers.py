@@ -7,8 +7,6 @@ from collections import Counter
 from typing import Any
 
 import torch
-import workers
-from workers import BASE_SECTION, gathered_over, lay_out, layout_free, perturb
 
 from megatron_dla import compat
 from megatron_dla.config import ModelSection, OptimizerSection, ParallelSection, RunConfig, TrainingSection
@@ -20,9 +18,17 @@ from megatron_dla.parallel.tags import get_tag
 from megatron_dla.training.engine import build_engine, parameter_groups
 from megatron_dla.training.schedule import lr_factor
 from megatron_dla.training.step import train_step
+from tests.support import workers
+from tests.support.workers import BASE_SECTION, gathered_over, lay_out, layout_free, perturb
 
 STEPS, ROWS, SEQ, VOCAB = 20, 4, 32, 60
 BASE = dataclasses.replace(BASE_SECTION, hidden_size=24, ffn_hidden_size=32, init_std=0.15)
+MAMBA = dataclasses.replace(BASE, num_groups=1, tau_mode="learned")
+GDN = dataclasses.replace(BASE, backbone="gdn", num_groups=4)
+HYBRID = dataclasses.replace(BASE, backbone="gdn", pattern="DA", tie_embeddings=True)
+TP2, SP2, TP4 = ParallelSection(2), ParallelSection(2, True), ParallelSection(4, True)
+CP2, CP2TP2 = ParallelSection(context_parallel_size=2), ParallelSection(2, False, 2)
+CHAIN = ParallelSection(context_parallel_size=2, cp_scheme="chain")
 
 
 @dataclasses.dataclass(frozen=True)

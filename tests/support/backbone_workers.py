@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from workers import gathered_over, lay_out
 
 from megatron_dla.config import ParallelSection
 from megatron_dla.hf import mapping
@@ -15,6 +14,7 @@ from megatron_dla.model.gpt import packed_sequence
 from megatron_dla.parallel.context import context_slice
 from megatron_dla.parallel.groups import process_groups
 from megatron_dla.parallel.tags import Tag, get_tag
+from tests.support.workers import gathered_over, lay_out
 
 
 def _cut(tag: Tag) -> tuple:

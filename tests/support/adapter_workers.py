@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from workers import lay_out
 
 from megatron_dla import compat
+from tests.support.workers import lay_out
 
 compat.install()
 

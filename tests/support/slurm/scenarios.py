@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import FINAL, Cluster, Job, until
+from tests.support.slurm.lab import FINAL, Cluster, Job, until
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
-STUB = ROOT / "tests" / "slurm" / "stub_python.py"
+STUB = Path(__file__).with_name("stub_python.py")
 
 
 @dataclass

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters.tiny_hf import TEMPLATE, build_adapted
 
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.hf_model import DeltaMemModel
 from megatron_dla.evaluation.recall import CATEGORIES, FILLERS, PEOPLE, RELATIONS
+from tests.support.tiny_hf import TEMPLATE, build_adapted
 
 SPECIAL = ("<|im_end|>", "<pad>", "<|im_start|>", "<unk>")
 
@@ -40,7 +40,7 @@ def build_words(template: bool = True) -> Any:
 
 def build_model(config: DeltaMemConfig | None = None, dtype: torch.dtype = torch.float64) -> DeltaMemModel:
     """The random Llama of the adapters' tests (260 tokens: room for every word), its memory not small."""
-    from adapters.tiny_hf import build_base
+    from tests.support.tiny_hf import build_base
 
     model = build_adapted(config, base=build_base(dtype=dtype))
     with torch.no_grad():
@@ -50,7 +50,7 @@ def build_model(config: DeltaMemConfig | None = None, dtype: torch.dtype = torch
 
 
 def save_words(directory: Path, **kwargs: Any) -> Path:
-    from adapters.tiny_hf import build_base
+    from tests.support.tiny_hf import build_base
 
     build_base().save_pretrained(directory)
     build_words(**kwargs).save_pretrained(directory)

@@ -4,12 +4,12 @@ import re
 import sys
 from pathlib import Path
 
-import tiny
 import yaml
-from lab import Cluster, Job, until
-from scenarios import ROOT
 
 from megatron_dla.metrics.sinks import read_metrics
+from tests.support import tiny
+from tests.support.slurm.lab import Cluster, Job, until
+from tests.support.slurm.scenarios import ROOT
 
 STEPS = 6
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import gates
 import torch
 from torch import Tensor
 
 from megatron_dla.kernels.delta_mem import delta_mem_scan
+from tests.support import gates
 
 FORMS = ("coupled", "uncoupled", "lambda_outside", "no_lambda")
 Scan = Callable[..., tuple[Tensor, Tensor]]

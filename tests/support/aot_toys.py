@@ -1,4 +1,7 @@
-"""Toy kernels with planted faults for test_aot.py: python aot_toys.py ARCH, in a process without TRITON_INTERPRET."""
+"""Toy kernels with planted faults for test_aot.py.
+
+`python -m tests.support.aot_toys ARCH` runs them, in a process without TRITON_INTERPRET.
+"""
 
 import dataclasses
 import json

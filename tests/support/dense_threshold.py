@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import Case
 from torch import Tensor
 
 from megatron_dla.kernels.dla import partition
 from megatron_dla.kernels.dla.chunk import begin_of_document
 from megatron_dla.kernels.dla.naive import document_starts
+from tests.support.dla_cases import Case
 
 
 def random_problem(case: Case, dtype: torch.dtype = torch.float64, temperature: float = 0.3) -> tuple[Any, ...]:

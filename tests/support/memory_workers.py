@@ -9,7 +9,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from workers import ALONE, errors, gathered_over, get_tag, gradients, lay_out, layout_free, perturb, whole
 
 from megatron_dla.adapters import delta_mem
 from megatron_dla.adapters.calls import MemoryCall
@@ -20,6 +19,7 @@ from megatron_dla.config import ModelSection, ParallelSection
 from megatron_dla.model.gpt import build_model
 from megatron_dla.parallel.context import context_slice
 from megatron_dla.parallel.groups import process_groups
+from tests.support.workers import ALONE, errors, gathered_over, get_tag, gradients, lay_out, layout_free, perturb, whole
 
 S, B, VOCAB, WRITE = 24, 2, 60, 15
 

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import engine_workers
 import torch
-from engine_workers import Case
 
 from megatron_dla.mixers import dla, norms, softmax
 from megatron_dla.parallel import context, mpu, neighbours
 from megatron_dla.parallel.tags import Tag, get_tag, sum_gradient
 from megatron_dla.training import engine as training_engine
+from tests.support import engine_workers
+from tests.support.engine_workers import Case
 
 
 def leaf(name: str) -> str:
