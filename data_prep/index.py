@@ -10,30 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import DataError
+from megatron_dla.files import write_text
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.model"
 REBUILD = "rebuild with `dla data shards ... --overwrite` or copy it again"
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content. Raises OSError."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -125,7 +107,7 @@ class ShardIndex:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write atomically to a file, or as `index.json` into a directory."""
         file = Path(path)
-        atomic_write(file / INDEX_NAME if file.is_dir() else file, self._json().encode("utf-8"))
+        write_text(file / INDEX_NAME if file.is_dir() else file, self._json())
 
     @property
     def fingerprint(self) -> str:

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dla.data_prep.index import INDEX_NAME, TOKENIZER_NAME, ShardIndex, ShardInfo, atomic_write, file_sha256
+from megatron_dla.data_prep.index import INDEX_NAME, TOKENIZER_NAME, ShardIndex, ShardInfo
 from megatron_dla.data_prep.sources import DocumentSource
 from megatron_dla.data_prep.tokenise import Spool, token_dtype, tokenise
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
+from megatron_dla.files import file_sha256, write_bytes
 
 _BUILDING = ".building"
 SPLITS = ("train", "val")
@@ -181,7 +182,7 @@ def _publish(root: Path, building: Path, index: ShardIndex, tokenizer: Tokenizer
     for shard in index.shards:
         (root / shard.split).mkdir(exist_ok=True)
         os.replace(building / shard.path, root / shard.path)
-    atomic_write(root / TOKENIZER_NAME, model)
+    write_bytes(root / TOKENIZER_NAME, model)
     index.save(root / INDEX_NAME)
 
 

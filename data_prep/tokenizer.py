@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dla.data_prep.index import TOKENIZER_NAME, atomic_write
+from megatron_dla.data_prep.index import TOKENIZER_NAME
 from megatron_dla.data_prep.sources import DocumentSource
 from megatron_dla.errors import DataError
+from megatron_dla.files import write_bytes
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 _SPACE = "\u2581"  # sentencepiece stores every space as this character
@@ -200,7 +201,7 @@ def train_tokenizer(
         bad = next((piece for piece in checked if tokenizer.decode(tokenizer.encode(piece)) != piece), None)
         if bad is not None:
             raise DataError(f"{target}: not written, it would lose text: {bad[:80]!r} does not survive a round trip")
-        atomic_write(target, model)
+        write_bytes(target, model)
     finally:
         temporary.unlink(missing_ok=True)
     tokenizer.path = target

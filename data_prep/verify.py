@@ -80,7 +80,7 @@ def _shard_problems(
     root: Path, index: ShardIndex, shard: ShardInfo, token_bytes: np.ndarray | None, deep: bool
 ) -> list[str]:
     from megatron_dla.data.shards import ShardReader, read_samples  # imports torch, which the rest does without
-    from megatron_dla.data_prep.index import file_sha256
+    from megatron_dla.files import file_sha256
 
     path = root / shard.path
     try:

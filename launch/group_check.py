@@ -13,8 +13,9 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
+from megatron_dla.files import write_json
 from megatron_dla.launch.verdict import RankReport
-from megatron_dla.training.fence import node_name, write_atomic
+from megatron_dla.training.fence import node_name
 
 MATRIX = {"cuda": 8192, "cpu": 512}  # rows of a square matmul: 1.1 TFLOP in bf16, 0.27 GFLOP in fp32
 ALL_REDUCE = {"cuda": 64 << 20, "cpu": 1 << 20}  # bytes
@@ -26,7 +27,7 @@ def check(path: Path, report: RankReport, timeout_s: float) -> None:
 
     def enter(stage: str) -> None:
         report.stage = stage
-        write_atomic(path, asdict(report))
+        write_json(path, asdict(report), fsync=False)
 
     enter("started")
     import torch
@@ -81,7 +82,7 @@ def main() -> int:
         check(path, report, timeout_s)
     except Exception as error:  # whatever it is, it is this node's or its network's
         report.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        write_atomic(path, asdict(report))
+        write_json(path, asdict(report), fsync=False)
         return 1
     return 0
 

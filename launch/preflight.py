@@ -25,26 +25,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_dla.errors import BAD_INPUT, UserError
+from megatron_dla.files import create_json, write_json
 from megatron_dla.launch.health import NodeReport, look_at_node
 from megatron_dla.launch.verdict import STAGES, Limits, RankReport, Verdict, judge, own_problems
-from megatron_dla.training.fence import attempt_id, node_name, write_atomic
+from megatron_dla.training.fence import attempt_id, node_name
 
 BAD_NODES = "bad_nodes"
 FOUND_BAD = 3  # exit code
 POLL_S = 0.1
-
-
-def _once(path: Path, value: dict) -> bool:
-    """Write a JSON file unless another node has; whether it was this one."""
-    partial = path.with_name(f".{path.name}.{node_name()}.{os.getpid()}")
-    partial.write_text(json.dumps(value))
-    try:
-        os.link(partial, path)
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        partial.unlink()
 
 
 def _wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
@@ -91,7 +79,7 @@ class Preflight:
             print(f"{self.host}: {problem}", flush=True)
         try:
             (self.folder / "group").mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / f"{self.host}.json", asdict(report))
+            write_json(self.folder / f"{self.host}.json", asdict(report), fsync=False)
         except OSError as error:  # the others will miss the report
             print(f"bad node {self.host}: no report can be written: {error}", flush=True)
             return FOUND_BAD
@@ -114,7 +102,7 @@ class Preflight:
             return []
         well = [r for r in self._reports() if not own_problems(r, self.args.gpus, self.limits)]
         path = self.folder / "group" / "members.json"
-        _once(path, {"members": [asdict(report) for report in well]})
+        create_json(path, {"members": [asdict(report) for report in well]})
         return [NodeReport.from_json(values) for values in json.loads(path.read_text())["members"]]
 
     def _check_together(self, members: list[NodeReport]) -> list[RankReport]:
@@ -160,11 +148,12 @@ class Preflight:
                 child.kill()
             if path.exists():
                 values = json.loads(path.read_text())
-                write_atomic(path, values | {"error": values["error"] or f"no end within {self.args.timeout:g} s"})
+                values["error"] = values["error"] or f"no end within {self.args.timeout:g} s"
+                write_json(path, values, fsync=False)
 
     def _announce(self, verdict: Verdict, ranks: list[RankReport], report: NodeReport) -> None:
         """The first node that has a verdict prints and records it, all nodes come to the same one."""
-        if not _once(self.folder / "group" / "verdict.json", asdict(verdict)):
+        if not create_json(self.folder / "group" / "verdict.json", asdict(verdict)):
             return
         for left_out in report.left_out:
             print(f"left out: {left_out}")

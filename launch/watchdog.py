@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dla.errors import BAD_INPUT
+from megatron_dla.files import write_json
 from megatron_dla.training.control import EXITS, HEARTBEAT, RANKS, STACKS
-from megatron_dla.training.fence import attempt_id, node_name, process_start, write_atomic
+from megatron_dla.training.fence import attempt_id, node_name, process_start
 
 HUNG = 4  # exit code
 GRACE_S = 20.0
@@ -206,7 +207,7 @@ class Watchdog:
         folder = self.run_dir / EXITS / self.attempt
         folder.mkdir(parents=True, exist_ok=True)
         values = {"step": self.step, "time": time.time(), "silent_s": round(silent, 1)}
-        write_atomic(folder / "hang.json", values | {"ranks": [asdict(rank) for rank in ranks]})
+        write_json(folder / "hang.json", values | {"ranks": [asdict(rank) for rank in ranks]}, fsync=False)
         print(f"all stacks are in {self.run_dir / STACKS / self.attempt}; ending the attempt", flush=True)
         self.target.end(ranks)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from megatron_dla.adapters import upstream
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.errors import CheckpointError, ConfigError
-from megatron_dla.tensor_files import save_tensors
+from megatron_dla.files import atomic_path, load_tensors, save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "DELTA_MEM"
@@ -211,9 +210,7 @@ def _read_safetensors(directory: Path) -> Adapter:
         raise CheckpointError(f"{where} is damaged ({error})") from error
     path = directory / WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:
-            # copies: the tensors are the mapped file, which may be overwritten
-            flat = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        flat, _ = load_tensors(path)
     except Exception as error:
         raise CheckpointError(f"{str(path)!r} is missing or damaged ({error})") from error
     sha, name = values.get("base_model_sha256"), values.get("base_model_name_or_path")
@@ -237,16 +234,9 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when all went well: a reader never sees half a file.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """`atomic_path`. Raises CheckpointError where the file cannot be written."""
     try:
-        yield part
-        os.replace(part, path)
+        with atomic_path(path) as part:
+            yield part
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be written ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_dla.adapters.files import Fingerprint, adapter_sha256, fingerprint, written_whole
@@ -22,6 +20,7 @@ from megatron_dla.adapters.memory import MemoryInputs, MemoryState
 from megatron_dla.adapters.messages import Pending
 from megatron_dla.adapters.session import Session, cache_tensors, make_cache
 from megatron_dla.errors import CheckpointError
+from megatron_dla.files import load_tensors, save_tensors
 
 FORMAT = "megatron_dla δ-mem session 2"
 _CHECKSUM = "checksum"
@@ -60,7 +59,7 @@ def save_session(session: Session, path: str | Path, *, cache: bool = True) -> N
             }
     metadata[_CHECKSUM] = _checksum(tensors, metadata)
     with written_whole(Path(path)) as part:
-        save_file(tensors, part, metadata=metadata)
+        save_tensors(tensors, part, metadata, private=True)
 
 
 def load_session(path: str | Path, model: DeltaMemModel, tokenizer: Any = None) -> Session:
@@ -94,19 +93,14 @@ def load_session(path: str | Path, model: DeltaMemModel, tokenizer: Any = None) 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(
-                    f"{str(path)!r} is no δ-mem session of this version (format {metadata.get('format')!r}, want "
-                    f"{FORMAT!r}): {_FIX}"
-                )
-            # copies: the tensors are the mapped file, which may be overwritten
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except CheckpointError:
-        raise
+        tensors, metadata = load_tensors(path)
     except Exception as error:  # safetensors raises its own and OSError alike
         raise CheckpointError(f"{str(path)!r} is missing, damaged or no session ({error}): {_FIX}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{str(path)!r} is not a δ-mem session of this version (format {metadata.get('format')!r}, want "
+            f"{FORMAT!r}): {_FIX}"
+        )
     if metadata.pop(_CHECKSUM, None) != _checksum(tensors, metadata):
         raise _damaged(path, "its contents do not agree with its checksum")
     return tensors, metadata

@@ -32,6 +32,7 @@ from megatron_dla.checkpoint.weights import (
 )
 from megatron_dla.config import layer_letters
 from megatron_dla.errors import CheckpointError, FenceError
+from megatron_dla.files import write_text
 from megatron_dla.parallel.groups import on_main
 
 DATA_STATE = "data_state.json"
@@ -149,10 +150,7 @@ class Checkpointer:
         }
         try:
             with self.control.publishing():
-                with (partial / COMPLETE).open("w") as file:
-                    json.dump(marker, file)
-                    file.flush()
-                    os.fsync(file.fileno())
+                write_text(partial / COMPLETE, json.dumps(marker))
                 if final.exists():
                     shutil.rmtree(final)
                 os.rename(partial, final)

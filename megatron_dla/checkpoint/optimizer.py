@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.errors import CheckpointError
+from megatron_dla.files import save_tensors
 from megatron_dla.parallel.tags import Tag, get_tag
-from megatron_dla.tensor_files import save_tensors
 
 OPTIMIZER = "optimizer"
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from megatron_dla.config import ModelSection, check_model, from_dict
 from megatron_dla.errors import CheckpointError
+from megatron_dla.files import save_tensors
 from megatron_dla.parallel.tags import Tag, get_tag
-from megatron_dla.tensor_files import save_tensors
 
 LAYOUT, COMPLETE, WEIGHTS = "layout.json", "complete.json", "weights"
 FORMAT_VERSION = 1

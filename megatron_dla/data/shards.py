@@ -14,8 +14,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from megatron_dla.data_prep.index import REBUILD, ShardIndex, ShardInfo, file_sha256
+from megatron_dla.data_prep.index import REBUILD, ShardIndex, ShardInfo
 from megatron_dla.errors import DataError
+from megatron_dla.files import file_sha256
 
 Verify = Literal["sha256", "size", "none"]
 _checked: set[tuple[str, int, int, str]] = set()  # path, size, mtime, sha256 found good by this process

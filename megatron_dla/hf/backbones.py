@@ -6,7 +6,6 @@ rank never holds more of the model than its part and one layer's matrix. What we
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from megatron_dla.config import (
     check_tensor_parallel,
 )
 from megatron_dla.errors import CheckpointError
+from megatron_dla.files import file_sha256
 from megatron_dla.hf import mapping
 from megatron_dla.parallel.tags import get_tag
 
@@ -85,7 +85,7 @@ def tokenizer_digest(hf_dir: str | Path) -> str:
     for name in ("tokenizer.model", "tokenizer.json"):
         path = Path(hf_dir) / name
         if path.is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            return file_sha256(path)
     return ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -23,6 +22,7 @@ from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.config.checks import check_model, check_tensor_parallel
 from megatron_dla.config.load import from_dict
 from megatron_dla.errors import CheckpointError, UserError
+from megatron_dla.files import file_sha256
 from megatron_dla.hf import mapping
 from megatron_dla.hf.backbones import BackboneWeights, read_backbone, tokenizer_digest
 from megatron_dla.hf.card import model_card
@@ -128,7 +128,7 @@ def tokenizer_file(checkpoint: Path, given: str | Path | None, layout: Checkpoin
     path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"{str(path)!r}: no tokenizer here: pass --tokenizer <data.dir>/{TOKENIZER}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_sha256(path)
     if digest != layout.tokenizer_sha256:
         raise CheckpointError(
             f"vocabulary mismatch: {str(path)!r} has sha256 {digest}, the checkpoint was trained with "

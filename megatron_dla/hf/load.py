@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from megatron_dla.adapters.load import load_whole
 from megatron_dla.errors import CheckpointError, UserError
+from megatron_dla.files import file_sha256
 
 TOKENIZER = "tokenizer.model"
 
@@ -57,7 +57,7 @@ def check_tokenizer(hf_dir: Path) -> str:
                 "transformers itself, or `dla generate --adapter` for one that carries a δ-mem"
             )
         wanted = config["tokenizer_sha256"]
-        found = hashlib.sha256((hf_dir / TOKENIZER).read_bytes()).hexdigest()
+        found = file_sha256(hf_dir / TOKENIZER)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise _damaged(hf_dir, error) from error
     if found != wanted:

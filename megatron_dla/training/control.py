@@ -25,7 +25,8 @@ from pathlib import Path
 from traceback import format_exception_only
 
 from megatron_dla.errors import BAD_INPUT, FenceError, UserError, is_wrong_path
-from megatron_dla.training.fence import Fence, attempt_id, node_name, write_atomic
+from megatron_dla.files import write_json
+from megatron_dla.training.fence import Fence, attempt_id, node_name
 
 STOP, HALT, DONE, HEARTBEAT = "stop", "halt", "done", "heartbeat.json"
 RANKS, EXITS, STACKS = "ranks", "exits", "stacks"
@@ -117,7 +118,8 @@ class RunControl:
             self._lost = True
             return
         self._beaten = now
-        write_atomic(self.run_dir / HEARTBEAT, {"step": step, "attempt": self.attempt} | self._here())
+        values = {"step": step, "attempt": self.attempt} | self._here()
+        write_json(self.run_dir / HEARTBEAT, values, fsync=False)
 
     def asked_to_stop(self) -> int:
         """A key of `REASONS`, 0 to go on."""
@@ -129,7 +131,7 @@ class RunControl:
         """Say that the last step is saved."""
         if self.rank == 0:
             with self.publishing():
-                write_atomic(self.run_dir / DONE, {"step": step, "time": time.time(), "attempt": self.attempt})
+                write_json(self.run_dir / DONE, {"step": step, "time": time.time(), "attempt": self.attempt})
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
@@ -160,7 +162,8 @@ class RunControl:
     def _record(self, kind: str, values: dict[str, int | str]) -> None:
         folder = self.run_dir / kind / self.attempt
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / f"rank{self.rank}.json", {"rank": self.rank} | values | self._here())
+        record = {"rank": self.rank} | values | self._here()
+        write_json(folder / f"rank{self.rank}.json", record, fsync=False)
 
     def _here(self) -> dict[str, int | str | float]:
         return {"host": node_name(), "pid": os.getpid(), "time": time.time()}

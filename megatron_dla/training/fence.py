@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_dla.errors import ConfigError, FenceError
+from megatron_dla.files import write_json
 
 ATTEMPT = "attempt"
 BEAT_S = 5.0  # the holder touches its claim this often
@@ -53,13 +53,6 @@ def process_start(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
-
-
-def write_atomic(path: Path, value: dict[str, Any]) -> None:
-    """Replace a JSON file in one step: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.{node_name()}.{os.getpid()}")
-    partial.write_text(json.dumps(value) + "\n")
-    os.replace(partial, path)
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ class Fence:
         with self._locked():
             if (now := read_claim(self.run_dir)) != holder:
                 raise FenceError(f"{str(self.run_dir)!r} was taken by {now} just now: this run may not write there")
-            write_atomic(self.run_dir / ATTEMPT, asdict(self.mine))
+            write_json(self.run_dir / ATTEMPT, asdict(self.mine))
         self._ended.clear()
         threading.Thread(target=self._keep_touching, daemon=True, name="fence").start()
 
@@ -151,7 +144,7 @@ class Fence:
         self._ended.set()
         with self._locked():
             if read_claim(self.run_dir) == self.mine:
-                write_atomic(self.run_dir / ATTEMPT, asdict(replace(self.mine, released=True)))
+                write_json(self.run_dir / ATTEMPT, asdict(replace(self.mine, released=True)))
 
     def _keep_touching(self) -> None:
         while not self._ended.wait(BEAT_S):

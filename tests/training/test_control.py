@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from megatron_dla.errors import ConfigError, FenceError, UserError
+from megatron_dla.files import write_json
 from megatron_dla.training import fence as fences
 from megatron_dla.training.control import RunControl, exit_code
-from megatron_dla.training.fence import Claim, Fence, attempt_id, read_claim, write_atomic
+from megatron_dla.training.fence import Claim, Fence, attempt_id, read_claim
 from tests.support import tiny, train_workers
 
 
@@ -26,7 +27,7 @@ def claimed(run_dir: Path, attempt: str) -> Fence:
 
 
 def write_claim(run_dir: Path, **values) -> None:
-    write_atomic(run_dir / "attempt", values)
+    write_json(run_dir / "attempt", values)
 
 
 def test_a_later_start_of_the_same_job_takes_over_and_the_earlier_one_never_comes_back(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Files that are there as a whole or not at all, checksums, and safetensors files with ordinary permissions.
+
+Needs the standard library alone (safetensors is imported when tensors are written or read): launchers import this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def atomic_path(path: Path, *, fsync: bool = True) -> Iterator[Path]:
+    """A temporary path in the same directory, renamed to `path` if the body succeeds and removed if it does not.
+
+    A reader, on any node, sees the old file or the whole new one.
+
+    Args:
+        fsync: the content is on the disk before the rename. False for status files that only running processes read.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    part = _temporary(path)
+    try:
+        yield part
+        if fsync:
+            fsync_file(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes, *, fsync: bool = True) -> None:
+    """Replace a file atomically, see `atomic_path`."""
+    with atomic_path(path, fsync=fsync) as part:
+        part.write_bytes(data)
+
+
+def write_text(path: Path, text: str, *, fsync: bool = True) -> None:
+    """Replace a UTF-8 text file atomically, see `atomic_path`."""
+    write_bytes(path, text.encode(), fsync=fsync)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = None, fsync: bool = True) -> None:
+    """Replace a JSON file, which ends in a newline, atomically, see `atomic_path`."""
+    write_text(path, json.dumps(value, indent=indent) + "\n", fsync=fsync)
+
+
+def create_json(path: Path, value: Any) -> bool:
+    """Write a JSON file unless there is one. Of several processes, on any nodes, exactly one gets True."""
+    part = _temporary(path)
+    try:
+        part.write_text(json.dumps(value))
+        os.link(part, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    # random: several threads, or nodes with equal host names and process ids (containers), may write the same file
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+
+
+def fsync_file(path: Path) -> None:
+    """Returns when the file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file's content. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None, *, private: bool = False
+) -> None:
+    """Write a safetensors file that is on the disk on return; not atomic by itself (`atomic_path`).
+
+    Args:
+        private: readable by its owner alone (0600, as safetensors makes every file). False: as the umask says.
+
+    Raises:
+        OSError, safetensors.SafetensorError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = 0o600 if private else path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    os.chmod(path, mode)
+    fsync_file(path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, copied: the file may be overwritten afterwards.
+
+    Raises:
+        OSError, safetensors.SafetensorError: the file is missing or damaged.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        return tensors, file.metadata() or {}

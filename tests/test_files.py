@@ -1,0 +1,179 @@
+"""Atomic writes, checksums and safetensors files: `megatron_dla.files`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from megatron_dla.files import (
+    atomic_path,
+    create_json,
+    file_sha256,
+    load_tensors,
+    save_tensors,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+WRITERS = {
+    "bytes": (lambda path: write_bytes(path, b"\x00\xff"), b"\x00\xff"),
+    "text": (lambda path: write_text(path, "δ\n"), "δ\n".encode()),
+    "json": (lambda path: write_json(path, {"a": [1, None]}), b'{"a": [1, null]}\n'),
+    "indented json": (lambda path: write_json(path, {"a": 1}, indent=2), b'{\n  "a": 1\n}\n'),
+}
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_content_and_nothing_beside_it(name, tmp_path) -> None:
+    write, content = WRITERS[name]
+    path = tmp_path / "file"
+    path.write_bytes(b"a longer text that was there before")
+    write(path)
+    assert path.read_bytes() == content
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_permissions_follow_the_umask(name, umask, tmp_path) -> None:
+    WRITERS[name][0](tmp_path / "file")
+    assert mode(tmp_path / "file") == 0o666 & ~umask
+
+
+def test_safetensors_permissions_follow_the_umask_unless_private(umask, tmp_path) -> None:
+    save_tensors({"x": torch.ones(2)}, tmp_path / "shared")
+    save_tensors({"x": torch.ones(2)}, tmp_path / "private", private=True)
+    assert mode(tmp_path / "shared") == 0o666 & ~umask
+    assert mode(tmp_path / "private") == 0o600
+
+
+def test_a_body_that_fails_leaves_the_old_file(tmp_path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path) as part:
+        part.write_text("half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_an_error_before_the_rename_leaves_the_old_file(step, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="no space"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    code = (
+        "import os, signal, sys\n"
+        "from megatron_dla import files\n"
+        "from pathlib import Path\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "files.write_text(Path(sys.argv[1]), 'new')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=60)
+    assert done.returncode == -9 and path.read_text() == "old"
+    assert all(name == "file" or name.startswith(".file.") for name in os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize("fsync", [True, False])
+def test_the_content_is_synced_before_the_rename(fsync, tmp_path, monkeypatch) -> None:
+    events = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def sync(descriptor):
+        events.append(("fsync", os.pread(descriptor, 100, 0)))
+        real_fsync(descriptor)
+
+    def replace(source, target):
+        events.append(("replace", Path(source).read_bytes()))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_bytes(tmp_path / "file", b"new", fsync=fsync)
+    assert events == ([("fsync", b"new")] if fsync else []) + [("replace", b"new")]
+
+
+def test_tensors_are_synced(tmp_path, monkeypatch) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    save_tensors({"x": torch.ones(2)}, tmp_path / "file")
+    assert synced == [(tmp_path / "file").stat().st_ino]
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path) -> None:
+    path, texts = tmp_path / "file", [str(n) * 10_000 for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: [write_text(path, text) for _ in range(10)], texts))
+    assert path.read_text() in texts and os.listdir(tmp_path) == ["file"]
+
+
+def test_one_of_many_creates_a_file(tmp_path) -> None:
+    path = tmp_path / "file"
+    with ThreadPoolExecutor(8) as pool:
+        mine = list(pool.map(lambda n: create_json(path, {"n": n}), range(8)))
+    assert mine.count(True) == 1 and path.read_text() == f'{{"n": {mine.index(True)}}}'
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_missing_directory_is_an_os_error(tmp_path) -> None:
+    for where in (tmp_path / "none" / "file", tmp_path / "other" / "file"):
+        (tmp_path / "other").touch()
+        with pytest.raises(OSError):
+            write_text(where, "x")
+
+
+def test_checksum_of_a_file(tmp_path) -> None:
+    data = os.urandom(3 << 20)
+    (tmp_path / "file").write_bytes(data)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    with pytest.raises(FileNotFoundError):
+        file_sha256(tmp_path / "none")
+
+
+def test_tensors_come_back_and_do_not_depend_on_the_file(tmp_path) -> None:
+    path, x = tmp_path / "file", torch.randn(1000)
+    save_tensors({"x": x, "y": torch.zeros(0, dtype=torch.int64)}, path, {"a": "b"})
+    tensors, metadata = load_tensors(path)
+    with path.open("r+b") as file:  # the same inode, as a memory map would show
+        file.write(bytes(path.stat().st_size))
+    assert tensors["x"].equal(x) and tensors["y"].dtype == torch.int64 and metadata == {"a": "b"}
+    with pytest.raises(SafetensorError):
+        load_tensors(path)
+    save_tensors({"x": x}, path)
+    assert load_tensors(path)[1] == {}
+
+
+def test_launchers_can_import_it_without_torch() -> None:
+    code = "import sys, megatron_dla.files; sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
