@@ -35,6 +35,17 @@ def ranks(pools: dict[int, Ranks]) -> Callable[[int], Ranks]:
     return get
 
 
+@pytest.fixture(scope="session")
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The code of exported directories is copied here, and not into the user's cache: one place a process, because
+    Python imports all of it as one package."""
+    import transformers.dynamic_module_utils as dynamic
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """The resource tables of the compiled kernels (tests/kernels/test_aot.py), which a passing test would hide."""
     cache = getattr(config, "cache", None)  # -p no:cacheprovider

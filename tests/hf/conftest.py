@@ -54,13 +54,8 @@ class Exported:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def modules_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Remote code is copied here, and not into the user's cache."""
-    import transformers.dynamic_module_utils as dynamic
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
+def use_modules_cache(modules_cache: None) -> None:
+    """Every test here may load remote code."""
 
 
 @pytest.fixture(scope="session")
