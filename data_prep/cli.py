@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_dla.data_prep.index import MIN_TRAIN_SHARDS
+
 
 def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add the command `data` to the `dla` parser; each of its commands sets `func(args) -> exit code`.
-
-    DataError is left to the caller, which prints it and exits with code 2.
-    """
-    data = subparsers.add_parser("data", help="text to tokenizer to tokenised shards, and their verification")
+    """Add `dla data` with its commands; `args.func(args)` returns the exit code and may raise DataError."""
+    data = subparsers.add_parser("data", help="train a tokenizer, tokenise text into shards, verify shards")
     commands = data.add_subparsers(dest="data_command", required=True, metavar="tokenizer|shards|verify")
 
     tokenizer = commands.add_parser(
@@ -22,12 +21,18 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     _add_input(tokenizer)
     tokenizer.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory for tokenizer.model")
-    tokenizer.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="tokens in all (default 4096)")
+    tokenizer.add_argument(
+        "--vocab-size",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="number of tokens, including 256 bytes and 3 special tokens (default 4096)",
+    )
     tokenizer.add_argument(
         "--max-pieces", type=int, default=500_000, metavar="N",
-        help="train on at most this many pieces of up to 4,000 bytes, drawn with the seed (default 500000)",
+        help="train on a random sample of at most N pieces of up to 4,000 bytes of text (default 500000)",
     )  # fmt: skip
-    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that draw (default 0)")
+    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that sample (default 0)")
     tokenizer.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     tokenizer.set_defaults(func=_tokenizer)
 
@@ -35,7 +40,7 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "shards",
         help="tokenise text into WebDataset shards with a checksummed index",
         description="Tokenise text into OUTPUT/train/*.tar and OUTPUT/val/*.tar with OUTPUT/index.json. The result is "
-        "the same byte for byte for every number of workers.",
+        "identical byte for byte for any number of workers.",
     )
     _add_input(shards)
     shards.add_argument(
@@ -44,35 +49,38 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     shards.add_argument("--output", required=True, type=Path, metavar="DIR", help="data directory to write")
     shards.add_argument(
         "--val-fraction", type=float, default=0.02, metavar="F",
-        help="share of the documents kept for validation, at least one; 0 for none (default 0.02)",
+        help="share of the documents used for validation, at least one; 0 for none (default 0.02)",
     )  # fmt: skip
-    shards.add_argument("--val-docs", type=int, metavar="N", help="keep N documents for validation instead")
+    shards.add_argument("--val-docs", type=int, metavar="N", help="use N documents for validation instead")
     shards.add_argument(
-        "--shard-tokens", type=int, default=1_000_000, metavar="N", help="tokens a shard aims at (default 1000000)"
+        "--shard-tokens", type=int, default=1_000_000, metavar="N", help="target tokens per shard (default 1000000)"
     )
     shards.add_argument(
-        "--min-train-shards", type=int, default=8, metavar="N",
-        help="make at least this many train shards, documents permitting: a run needs one a data stream (default 8)",
+        "--min-train-shards", type=int, default=MIN_TRAIN_SHARDS, metavar="N",
+        help="write at least this many train shards if there are as many documents; a run needs one per stream "
+        f"(data.num_streams; default {MIN_TRAIN_SHARDS})",
     )  # fmt: skip
-    shards.add_argument("--workers", type=int, metavar="N", help="processes (default: one per usable core)")
-    shards.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the validation draw (default 0)")
-    shards.add_argument("--overwrite", action="store_true", help="replace existing data once the new is complete")
+    shards.add_argument("--workers", type=int, metavar="N", help="processes (default: one per available core)")
+    shards.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the choice of validation documents (default 0)"
+    )
+    shards.add_argument("--overwrite", action="store_true", help="replace existing data once the new data is complete")
     shards.set_defaults(func=_shards)
 
     verify = commands.add_parser(
         "verify",
         help="check shards against their index",
-        description="Check sizes, checksums, the tokenizer and every document; lists all damaged or missing shards.",
+        description="Check sizes, checksums, the tokenizer and every document; list all damaged or missing shards.",
     )
     verify.add_argument("directory", type=Path, metavar="DIR", help="data directory")
-    verify.add_argument("--fast", action="store_true", help="sizes and checksums only, do not look at the tokens")
+    verify.add_argument("--fast", action="store_true", help="check sizes and checksums only, not the tokens")
     verify.set_defaults(func=_verify)
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", required=True, nargs="+", type=Path, metavar="PATH",
-        help=".txt (one document a file) or .jsonl (one a line), also .gz, .xz, .zst; directories are walked",
+        help=".txt (one document per file) or .jsonl (one per line), also .gz, .xz, .zst, or directories of them",
     )  # fmt: skip
     parser.add_argument("--text-field", default="text", metavar="NAME", help="field of .jsonl lines (default: text)")
 
@@ -100,7 +108,7 @@ def _shards(args: argparse.Namespace) -> int:
         t = index.totals(split)
         print(
             f"{args.output / split}: {t.shards} shards, {t.documents:,} documents, {t.tokens:,} tokens, "
-            f"{t.text_bytes / t.tokens:.2f} bytes of text a token"
+            f"{t.text_bytes / t.tokens:.2f} bytes of text per token"
         )
     return 0
 

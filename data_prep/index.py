@@ -1,4 +1,4 @@
-"""`index.json`: what a data directory holds, written last, so its presence means the build finished."""
+"""`index.json`: the contents of a data directory. It is written last, so its presence means that the build finished."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import DataError
-from megatron_dla.files import write_text
+from megatron_dla.files import file_sha256, write_text
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.model"
+# Enough for the data.num_streams of every shipped config and for data-parallel sizes up to 64: a stream needs a shard.
+MIN_TRAIN_SHARDS = 64
 REBUILD = "rebuild with `dla data shards ... --overwrite` or copy it again"
+
+
+def difference(what: str, expected: object, found: object) -> str:
+    """The words for a value that is not the one in the index."""
+    return f"expected {what} {expected}, found {found}"
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar file `<split>/<name>`: size and checksum of the file, and what it holds (`tokens` counts each eos)."""
+    """One tar file `<split>/<name>`: its size, checksum and content. `tokens` includes each eos."""
 
     name: str
     split: str
@@ -35,10 +42,22 @@ class ShardInfo:
         """Path inside the data directory."""
         return f"{self.split}/{self.name}"
 
+    def file_problem(self, root: Path, checksum: bool) -> str:
+        """How the file below the data directory `root` differs in size or SHA-256; empty if it does not."""
+        path = root / self.path
+        try:
+            if (size := path.stat().st_size) != self.bytes:
+                return difference("bytes", self.bytes, size)
+            if checksum and (digest := file_sha256(path)) != self.sha256:
+                return difference("sha256", self.sha256, digest)
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        return ""
+
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over shards. `text_bytes` is UTF-8 text, `bytes` tar files."""
+    """Sums over shards. `text_bytes`: of UTF-8 text. `bytes`: of the tar files."""
 
     shards: int
     documents: int
@@ -49,7 +68,7 @@ class Totals:
 
 @dataclass
 class ShardIndex:
-    """The content of `index.json`. `dtype` is that of the stored tokens; `sources` one record an input."""
+    """The content of `index.json`. `dtype`: of the stored tokens. `sources`: one record per input."""
 
     tokenizer_sha256: str
     vocab_size: int
@@ -63,11 +82,11 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ShardIndex:
-        """Read an index file or the `index.json` of a directory. Raises DataError when missing, damaged or too new."""
+        """Read an index file, or the `index.json` of a directory. Raises DataError if missing, damaged or too new."""
         file = Path(path)
         file = file / INDEX_NAME if file.is_dir() else file
         if not file.is_file():
-            raise DataError(f"{file}: no such index; the data is not there or its build did not finish, {REBUILD}")
+            raise DataError(f"{file}: no such index: the data is missing or its build did not finish; {REBUILD}")
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -75,8 +94,8 @@ class ShardIndex:
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if version != FORMAT_VERSION:
             raise DataError(
-                f"{file}: format_version is {version!r}, this program reads {FORMAT_VERSION}; "
-                "use the program version that wrote it, or rebuild with `dla data shards ... --overwrite`"
+                f"{file}: format_version = {version!r}, but this megatron-dla reads {FORMAT_VERSION}; use the "
+                "version that wrote it, or rebuild with `dla data shards ... --overwrite`"
             )
         try:
             index = cls(**{**raw, "shards": [ShardInfo(**shard) for shard in raw["shards"]]})
@@ -87,17 +106,17 @@ class ShardIndex:
 
     def _check(self) -> None:
         if self.dtype not in ("uint16", "uint32"):
-            raise ValueError(f"dtype is {self.dtype!r}, want uint16 or uint32")
+            raise ValueError(f"dtype = {self.dtype!r}: must be uint16 or uint32")
         kinds = {"int": int, "str": str}
         parts: list[ShardIndex | ShardInfo] = [self, *self.shards]
         for part in parts:
             for item in fields(part):
                 want = kinds.get(str(item.type))
                 if want and type(getattr(part, item.name)) is not want:
-                    raise ValueError(f"{item.name} is {getattr(part, item.name)!r}, want {item.type}")
+                    raise ValueError(f"{item.name} = {getattr(part, item.name)!r}: must be {item.type}")
         for shard in self.shards:
             if min(shard.documents, shard.tokens, shard.bytes) < 1 or "/" in shard.name or "/" in shard.split:
-                raise ValueError(f"shard {shard.path!r} is empty or badly named")
+                raise ValueError(f"shard {shard.path!r} is empty or its name contains a slash")
         if len({shard.path for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard is listed twice")
 
@@ -111,7 +130,7 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of everything that decides which tokens are read, in which order."""
+        """Hex SHA-256 of everything that determines which tokens are read, and in which order."""
         content = [self.tokenizer_sha256, self.dtype, self.eos_id, [[s.path, s.sha256] for s in self.shards]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -121,11 +140,11 @@ class ShardIndex:
         return sorted({shard.split for shard in self.shards})
 
     def split(self, name: str) -> list[ShardInfo]:
-        """The shards of a split, in index order. Raises DataError when there are none."""
+        """The shards of a split, in index order. Raises DataError if there are none."""
         shards = [shard for shard in self.shards if shard.split == name]
         if not shards:
             fix = "; rebuild with --val-fraction above 0" if name == "val" else ""
-            raise DataError(f"split {name!r} has no shards; this data has {self.splits}{fix}")
+            raise DataError(f"split {name!r} has no shards; the splits of this data are {self.splits}{fix}")
         return shards
 
     def totals(self, split: str | None = None) -> Totals:

@@ -1,9 +1,9 @@
-"""Text to tokenised WebDataset shards.
+"""Text to tokenised WebDataset shards, in two passes.
 
-Two passes. First the documents are tokenised in worker processes into one spool file, in input order;
-then, with all sizes known, they are dealt to the splits and shards. The result depends on the inputs, the
-tokenizer, the seed and the sizes asked for, not on the number of workers, and is the same byte for byte
-each time. The spool needs about as much disk space as the shards, in the output directory, until the end.
+The first pass tokenises the documents in worker processes into one spool file, in input order. With all sizes known,
+the second one distributes them over splits and shards. The result depends on the inputs, the tokenizer, the seed and
+the requested sizes, not on the number of workers, and is identical byte for byte each time. During the build the
+output directory also holds the spool, which is about as large as the shards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dla.data_prep.index import INDEX_NAME, TOKENIZER_NAME, ShardIndex, ShardInfo
+from megatron_dla.data_prep.console import progress_bar
+from megatron_dla.data_prep.index import INDEX_NAME, MIN_TRAIN_SHARDS, TOKENIZER_NAME, ShardIndex, ShardInfo
 from megatron_dla.data_prep.sources import DocumentSource
 from megatron_dla.data_prep.tokenise import Spool, token_dtype, tokenise
 from megatron_dla.data_prep.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ SPLITS = ("train", "val")
 
 
 def _split(spool: Spool, val_fraction: float, val_docs: int | None) -> dict[str, list[int]]:
-    """Document numbers of each split, in input order. Raises DataError when a split would be empty."""
+    """Document numbers of each split, in input order. Raises DataError if no document would be left for training."""
     n = len(spool.hashes)
     by_hash = sorted(range(n), key=lambda i: (spool.hashes[i], i))
     if val_docs is None:
@@ -44,16 +45,16 @@ def _split(spool: Spool, val_fraction: float, val_docs: int | None) -> dict[str,
         chosen = val_docs
     if chosen >= n:
         raise DataError(
-            f"{chosen} of {n} documents would be for validation (val_fraction={val_fraction}, val_docs={val_docs}), "
-            "leaving none to train on; lower it, pass --val-fraction 0, or cut the input into more documents"
+            f"val_fraction = {val_fraction}, val_docs = {val_docs}: {chosen} of {n} documents would be for validation, "
+            "leaving none to train on; lower it, pass --val-fraction 0, or split the input into more documents"
         )
     val = set(by_hash[:chosen])
     splits = {"train": [i for i in range(n) if i not in val], "val": sorted(val)}
     return {name: documents for name, documents in splits.items() if documents}
 
 
-def _deal(documents: list[int], n_tokens: Sequence[int], shard_tokens: int, min_shards: int) -> list[list[int]]:
-    """Deal documents, in order, each to the shard with the fewest tokens so far: shards of similar size."""
+def _distribute(documents: list[int], n_tokens: Sequence[int], shard_tokens: int, min_shards: int) -> list[list[int]]:
+    """Assign each document, in order, to the shard with the fewest tokens so far: shards of similar size."""
     total = sum(n_tokens[i] for i in documents)
     count = min(max(math.ceil(total / shard_tokens), min_shards, 1), len(documents))
     shards: list[list[int]] = [[] for _ in range(count)]
@@ -71,7 +72,7 @@ def _write_shard(
     import webdataset as wds
 
     with open(path, "wb") as file:
-        # A fixed time, or two builds of the same data would differ.
+        # with the time of the build, two builds of the same data would differ
         with wds.TarWriter(file, encoder=False, mtime=0) as writer:
             for number, i in enumerate(documents):
                 record = {"source": spool.sources[i], "n_tokens": spool.n_tokens[i], "n_bytes": spool.n_bytes[i]}
@@ -104,7 +105,7 @@ def build_shards(
     val_fraction: float = 0.02,
     val_docs: int | None = None,
     shard_tokens: int = 1_000_000,
-    min_train_shards: int = 8,
+    min_train_shards: int = MIN_TRAIN_SHARDS,
     workers: int | None = None,
     seed: int = 0,
     text_field: str = "text",
@@ -114,37 +115,37 @@ def build_shards(
 
     Args:
         tokenizer_path: model file, or a directory with `tokenizer.model`.
-        val_fraction: share of the documents for validation, at least one when above 0; drawn by a hash of
-            (seed, content), so exact copies of a document share a split.
-        val_docs: that many documents instead.
-        shard_tokens: tokens a shard aims at; documents are never cut, so a long one makes a bigger shard.
-        min_train_shards: smaller shards are made to reach this number (a loader needs a shard for each of its
-            streams), as far as there are documents.
+        val_fraction: share of the documents for validation, at least one document if above 0; chosen by a hash of
+            (seed, content), so exact copies of a document are in the same split.
+        val_docs: number of validation documents, instead of val_fraction.
+        shard_tokens: target size of a shard; documents are never cut, so a long one makes a larger shard.
+        min_train_shards: shards are made smaller to reach this number (the loader needs one shard per stream);
+            a document is never split, so there are at most as many shards as documents.
         workers: processes; None is one per usable core.
         overwrite: replace an existing build. It stays in place until the new one is complete.
 
     A sample is `<key>.npy` (uint16, or uint32 above 65,536 tokens: [n_tokens], the last is eos) and `<key>.json`
     (`source`, `n_tokens`, `n_bytes`). Empty documents are skipped. Raises DataError for inputs that cannot be
-    read, bad arguments, an existing index without `overwrite`, or a split that would be empty.
+    read, bad arguments, an existing index without `overwrite`, or if no document would be left for training.
     """
     if not 0 <= val_fraction < 1:
-        raise DataError(f"val_fraction={val_fraction}: want at least 0 and less than 1")
+        raise DataError(f"val_fraction = {val_fraction}: must be in [0, 1)")
     if not 0 <= seed < 2**63:
-        raise DataError(f"seed={seed}: want a number in [0, 2^63)")
+        raise DataError(f"seed = {seed}: must be in [0, 2^63)")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     for name, value, least in (
         ("shard_tokens", shard_tokens, 1), ("min_train_shards", min_train_shards, 1), ("workers", workers, 1),
-        ("val_docs", val_docs or 0, 0), ("seed", seed, 0),
+        ("val_docs", val_docs or 0, 0),
     ):  # fmt: skip
         if value < least:
-            raise DataError(f"{name}={value}: want at least {least}")
+            raise DataError(f"{name} = {value}: must be at least {least}")
     root = Path(output_dir)
     if (root / INDEX_NAME).exists() and not overwrite:
         raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
     tokenizer = Tokenizer(tokenizer_path)
     source = DocumentSource(inputs, text_field=text_field)
     building = root / _BUILDING
-    shutil.rmtree(building, ignore_errors=True)  # of a build that was killed
+    shutil.rmtree(building, ignore_errors=True)  # left by a build that was killed
     building.mkdir(parents=True)
     try:
         spool = Spool(building / "tokens")
@@ -158,22 +159,26 @@ def build_shards(
         )  # fmt: skip
         tokens = np.memmap(spool.file, dtype=token_dtype(tokenizer), mode="r")
         at = np.concatenate([[0], np.cumsum(np.frombuffer(spool.n_tokens, dtype=np.int64))])
-        for split, documents in _split(spool, val_fraction, val_docs).items():
-            (building / split).mkdir()
-            shards = _deal(documents, spool.n_tokens, shard_tokens, min_train_shards if split == "train" else 1)
-            for number, members in enumerate(shards):
-                path = building / split / f"{split}-{number:06d}.tar"
-                index.shards.append(_write_shard(path, split, members, spool, tokens, at))
+        with progress_bar(tokens.nbytes, "writing shards") as bar:
+            for split, documents in _split(spool, val_fraction, val_docs).items():
+                (building / split).mkdir()
+                shards = _distribute(
+                    documents, spool.n_tokens, shard_tokens, min_train_shards if split == "train" else 1
+                )
+                for number, members in enumerate(shards):
+                    path = building / split / f"{split}-{number:06d}.tar"
+                    index.shards.append(_write_shard(path, split, members, spool, tokens, at))
+                    bar.update(index.shards[-1].tokens * tokens.itemsize)
         _publish(root, building, index, tokenizer)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    for note in _notes(source, spool):
+    for note in _notes(source, spool, index.totals("train").shards, min_train_shards):
         print(note, file=sys.stderr)
     return index
 
 
 def _publish(root: Path, building: Path, index: ShardIndex, tokenizer: Tokenizer) -> None:
-    """Swap the finished build in. Without an index in between, a reader never mixes old shards with new ones."""
+    """Move the finished build into place. There is no index meanwhile, so no reader mixes old and new shards."""
     model = tokenizer.path.read_bytes()
     (root / INDEX_NAME).unlink(missing_ok=True)
     for split in SPLITS:
@@ -203,10 +208,15 @@ def _sources(source: DocumentSource) -> list[dict[str, Any]]:
     return list(records.values())
 
 
-def _notes(source: DocumentSource, spool: Spool) -> list[str]:
+def _notes(source: DocumentSource, spool: Spool, train_shards: int, wanted: int) -> list[str]:
     notes = source.notes()
+    if train_shards < wanted:
+        notes.append(
+            f"note: {train_shards} train shards, one per document, instead of --min-train-shards {wanted}: "
+            f"a run on this data needs data.num_streams <= {train_shards}"
+        )
     if spool.empty:
         notes.append(f"note: skipped {spool.empty} empty documents")
     if copies := len(spool.hashes) - len(set(spool.hashes)):
-        notes.append(f"note: {copies} documents are exact copies of another one; they were kept")
+        notes.append(f"note: kept {copies} documents that are exact copies of another one")
     return notes

@@ -1,7 +1,7 @@
-"""Documents from text files: `.txt` (one file, one document) and `.jsonl` (one line, one document).
+"""Documents from text files: `.txt` (one document per file) and `.jsonl` (one per line).
 
-Either may be compressed (`.gz`, `.xz`, `.zst`). Directories are walked in sorted order, so the same
-inputs always give the same documents in the same order.
+Both may be compressed (`.gz`, `.xz`, `.zst`). Directories are walked in sorted order, so the same inputs always give
+the same documents in the same order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
-    """One document: its text, where it came from (`file` or `file:line`) and its UTF-8 length in bytes."""
+    """One document: its text, its source (`file` or `file:line`) and its length in bytes of UTF-8."""
 
     text: str
     source: str
@@ -33,7 +33,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file: where it is, the machine-independent name it is recorded by, and its size on disk."""
+    """One input file. `name`: recorded in the shards, the same on every machine. `bytes`: size on disk."""
 
     path: Path
     name: str
@@ -42,7 +42,7 @@ class SourceFile:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Raw reader over a `.zst` file; unlike zstandard's own reader it raises on a truncated frame."""
+    """Raw reader of a `.zst` file; unlike zstandard's own reader it raises on a truncated frame."""
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard
@@ -83,7 +83,7 @@ def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
-    """(format, compression) of a file name, or None when it is not one that is read."""
+    """(format, compression) of a file name, or None if it is neither .txt nor .jsonl."""
     suffix = path.suffix.lower()
     compression = suffix if suffix in COMPRESSIONS else ""
     stem = path.with_suffix("") if compression else path
@@ -91,19 +91,21 @@ def _kind(path: Path) -> tuple[str, str] | None:
 
 
 class DocumentSource:
-    """Streams the documents of files and directories, counting the bytes read from disk as it goes.
+    """Streams the documents of files and directories and counts the bytes read from disk.
 
     Attributes: `files` (in reading order), `total_bytes` (on disk), `bytes_read` (of `total_bytes`, updated
     line by line; compressed bytes for compressed files), `ignored` (files in walked directories that are
     neither .txt nor .jsonl), `blank_lines` (skipped lines of .jsonl files).
 
-    Raises DataError for a missing or unreadable input, an input given twice, an unknown format, a directory
-    without documents and, while iterating, bad JSON, a missing text field, invalid UTF-8, damaged compression.
+    Raises DataError for a missing or unreadable input, an input given twice, an unknown format or a directory without
+    documents; while iterating, for bad JSON, a missing text field, invalid UTF-8 or damaged compression.
     """
 
     def __init__(self, inputs: Sequence[str | os.PathLike[str]], *, text_field: str = "text") -> None:
         if not inputs:
-            raise DataError("no input: give at least one .txt or .jsonl file or a directory of them (--input PATH)")
+            raise DataError(
+                "inputs is empty: give at least one .txt or .jsonl file or a directory of them (--input PATH)"
+            )
         self.text_field = text_field
         self.files: list[SourceFile] = []
         self.ignored: list[Path] = []
@@ -113,9 +115,7 @@ class DocumentSource:
         for file in self.files:
             real = file.path.resolve()
             if real in seen:
-                raise DataError(
-                    f"{file.path}: given twice as input; its documents would be counted twice, name it once"
-                )
+                raise DataError(f"{file.path}: given twice as input; its documents would count twice, name it once")
             seen.add(real)
         self.total_bytes = sum(file.bytes for file in self.files)
         self.bytes_read = 0
@@ -124,7 +124,7 @@ class DocumentSource:
     def _add(self, path: Path) -> None:
         if path.is_file():
             if _kind(path) is None:
-                raise DataError(f"{path}: unknown format; want .txt or .jsonl, optionally with .gz, .xz or .zst")
+                raise DataError(f"{path}: unknown format; must be .txt or .jsonl, optionally with .gz, .xz or .zst")
             self.files.append(SourceFile(path, path.name, path.name, path.stat().st_size))
         elif path.is_dir():
             root, before = path.resolve().name or "root", len(self.files)
@@ -143,7 +143,7 @@ class DocumentSource:
             raise DataError(f"{path}: no such file or directory; check --input")
 
     def notes(self) -> list[str]:
-        """What was left out so far, one sentence each."""
+        """What was skipped so far, one line each."""
         notes = []
         if self.ignored:
             first = ", ".join(str(path) for path in self.ignored[:3])
@@ -181,7 +181,7 @@ class DocumentSource:
         except (OSError, EOFError, lzma.LZMAError) as error:
             raise DataError(f"{file.path}: cannot be read ({error}); copy or compress it again") from error
         except Exception as error:
-            # zlib.error and ZstdError share no base class with the above; anything else is a bug and stays one.
+            # zlib.error and ZstdError share no base class with the above; anything else is a bug and is raised as is
             if type(error).__module__.split(".")[0] not in ("zlib", "zstandard"):
                 raise
             raise DataError(f"{file.path}: damaged compression ({error}); copy or compress it again") from error
@@ -200,7 +200,7 @@ class DocumentSource:
         if isinstance(text, str):
             return _document(text, f"{file.name}:{number}", where)
         if isinstance(record, dict) and self.text_field in record:
-            raise DataError(f"{where}: field {self.text_field!r} is {type(text).__name__}, want a string")
+            raise DataError(f"{where}: field {self.text_field!r} is {type(text).__name__}: must be a string")
         have = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise DataError(f"{where}: no field {self.text_field!r} (found {have}); name the right one with --text-field")
 
@@ -213,4 +213,4 @@ def _document(text: bytes | str, source: str, where: str) -> Document:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not valid UTF-8 at byte {error.start}; convert it to UTF-8") from None
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: lone surrogate at character {error.start} is no Unicode text; remove it") from None
+        raise DataError(f"{where}: lone surrogate at character {error.start} is not valid Unicode; remove it") from None

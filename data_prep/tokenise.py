@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dla.data_prep.progress import Progress
+from megatron_dla.data_prep.console import progress_bar
 from megatron_dla.data_prep.sources import Document, DocumentSource
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 
-_CHUNK_BYTES = 1 << 18  # of text handed to a worker at once
+_CHUNK_BYTES = 1 << 18  # text per task of a worker process
 Encoded = list[tuple[bytes, int, int, str]]  # tokens, UTF-8 bytes, content hash, source: one per document
 
-_tokenizer: Tokenizer | None = None  # of a worker process
+_tokenizer: Tokenizer | None = None  # set in each worker process
 
 
 def _start_worker(path: str) -> None:
@@ -41,7 +41,7 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], seed: int) -> Encod
     out: Encoded = []
     for text, source, n_bytes in documents:
         tokens = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=dtype)
-        # By content, so that exact copies of a document fall into the same split.
+        # Hash of the content, so that exact copies of a document end up in the same split.
         digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
         out.append((tokens.tobytes(), n_bytes, int.from_bytes(digest, "big"), source))
     return out
@@ -54,7 +54,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
 
 @dataclass
 class Spool:
-    """Tokenised documents in input order: tokens in a file, the rest here."""
+    """Tokenised documents in input order. The tokens are in `file`; the lists have one entry per document."""
 
     file: Path
     n_tokens: array[int] = field(default_factory=lambda: array("q"))
@@ -83,7 +83,7 @@ def _chunks(source: DocumentSource, spool: Spool) -> Iterator[tuple[list[Documen
 def _encoded(
     chunks: Iterable[tuple[list[Document], int]], tokenizer: Tokenizer, workers: int, seed: int
 ) -> Iterator[tuple[Encoded, int]]:
-    """Encode chunks, in order, with a bounded number of them in memory."""
+    """Encode chunks in order, keeping at most 3 * workers + 1 of them in memory."""
     if workers == 1:
         for documents, position in chunks:
             yield _encode(tokenizer, documents, seed), position
@@ -101,16 +101,17 @@ def _encoded(
         for future, position in waiting:
             yield future.result(), position
     except BrokenProcessPool as error:
-        raise DataError(f"workers={workers}: a worker process died, likely out of memory; lower --workers") from error
+        raise DataError(
+            f"workers = {workers}: a worker process died, probably out of memory; use fewer --workers"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, workers: int, seed: int) -> None:
-    """Fill `spool` with the documents of `source`, each ending with eos; empty documents are counted, not kept."""
+    """Fill `spool` with the documents of `source`, each ending with eos; empty documents are counted and skipped."""
     itemsize = token_dtype(tokenizer).itemsize
-    progress = Progress(source.total_bytes)
-    with open(spool.file, "wb") as out:
+    with open(spool.file, "wb") as out, progress_bar(source.total_bytes, "tokenising") as bar:
         for encoded, position in _encoded(_chunks(source, spool), tokenizer, workers, seed):
             for tokens, n_bytes, digest, name in encoded:
                 out.write(tokens)
@@ -118,5 +119,6 @@ def tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, workers
                 spool.n_bytes.append(n_bytes)
                 spool.hashes.append(digest)
                 spool.sources.append(name)
-            progress.update(len(encoded), sum(item[1] for item in encoded), position)
-    progress.close()
+            bar.set_postfix_str(f"{len(spool.sources):,} documents", refresh=False)
+            bar.update(position - bar.n)
+        bar.update(source.total_bytes - bar.n)  # empty documents at the end are part of no chunk

@@ -1,4 +1,4 @@
-"""A lossless byte-fallback BPE tokenizer: training it, and the class that everything else encodes with."""
+"""A lossless byte-fallback BPE tokenizer: the class that encodes and decodes, and its training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dla.data_prep.console import progress_bar
 from megatron_dla.data_prep.index import TOKENIZER_NAME
 from megatron_dla.data_prep.sources import DocumentSource
 from megatron_dla.errors import DataError
@@ -21,7 +22,7 @@ from megatron_dla.files import write_bytes
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 _SPACE = "\u2581"  # sentencepiece stores every space as this character
-_PIECE_BYTES = 4000  # of training text; sentencepiece drops longer ones than its own limit
+_PIECE_BYTES = 4000  # largest piece of training text; sentencepiece drops pieces above its own limit
 _WINDOW = 1 << 16  # characters encoded at once: BPE's memory grows with the length of its input
 _PROBES = (
     "", " ", "  lead", "trail  ", "a   b", "\ttab\t\t", "\n\n x\r\n\r", "\x00\x01\x1f\x7f", "<s></s><unk><0x0A>",
@@ -35,11 +36,11 @@ class Tokenizer:
     Attributes: `vocab_size`, `eos_id` (ends every document), `bos_id` (reserved, never written by the data
     tools), `sha256` (hex, of the model file), `path`.
 
-    Every text survives `decode(encode(text))`. Sentencepiece alone would turn a literal U+2581 into a space;
+    `decode(encode(text))` returns `text` for every text. Sentencepiece alone would turn a literal U+2581 into a space;
     here that character is always encoded as its three byte tokens. Texts are encoded in windows of at most
-    65,536 characters, cut after a line or a space where there is one.
+    65,536 characters, cut after a line or a space where possible.
 
-    Raises DataError when the file is missing, is not a sentencepiece model, or is one that would lose text.
+    Raises DataError if the file is missing, is not a sentencepiece model, or is one that would lose text.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -51,12 +52,12 @@ class Tokenizer:
             model = self.path.read_bytes()
         except OSError as error:
             raise DataError(
-                f"{self.path}: no tokenizer here ({error.strerror}); make one: `dla data tokenizer`"
+                f"{self.path}: cannot read the tokenizer ({error.strerror}); train one with `dla data tokenizer`"
             ) from error
         try:
             self._sp: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise DataError(f"{self.path}: not a sentencepiece model; make one with `dla data tokenizer`") from error
+            raise DataError(f"{self.path}: not a sentencepiece model; train one with `dla data tokenizer`") from error
         self.sha256: str = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._sp.get_piece_size()
         self.eos_id: int = self._sp.eos_id()
@@ -65,7 +66,7 @@ class Tokenizer:
         bad = next((probe for probe in _PROBES if self.decode(self.encode(probe)) != probe), None)
         if self.eos_id < 0 or not all(self._sp.is_byte(i) for i in self._marker) or bad is not None:
             why = f"loses text such as {bad!r}" if bad is not None else "has no end-of-document or byte tokens"
-            raise DataError(f"{self.path}: this tokenizer {why}; make a lossless one with `dla data tokenizer`")
+            raise DataError(f"{self.path}: this tokenizer {why}; train a lossless one with `dla data tokenizer`")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without bos or eos. Raises DataError for a lone surrogate, which is not text."""
@@ -74,7 +75,7 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"text holds a lone surrogate at character {error.start}; it is not valid Unicode"
+                f"lone surrogate at character {error.start} of the text is not valid Unicode; remove it"
             ) from None
         for i, part in enumerate(text.split(_SPACE)):
             if i:
@@ -88,7 +89,7 @@ class Tokenizer:
         return str(self._sp.decode([int(i) for i in ids]))
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for: int32 [vocab_size], 0 for unk, bos, eos; sums to the text's size."""
+        """UTF-8 bytes of each token, int32 [vocab_size], 0 for unk, bos and eos; a text's tokens sum to its size."""
         sp = self._sp
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for i in range(self.vocab_size):
@@ -112,11 +113,11 @@ def _windows(text: str) -> Iterator[str]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a document into runs of whole lines of at most 4,000 bytes (longer lines are cut), losing nothing."""
+    """Split a document into runs of whole lines of at most 4,000 bytes; longer lines are cut, nothing is dropped."""
     run: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):
-        # A quarter of the bytes, since a character has at most four.
+        # a character has at most four bytes
         for part in [line] if len(line) * 4 <= _PIECE_BYTES else re.findall(rf"(?s).{{1,{_PIECE_BYTES // 4}}}", line):
             n = len(part.encode())
             if run and size + n > _PIECE_BYTES:
@@ -129,7 +130,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _sample(pieces: Iterable[str], cap: int, seed: int) -> tuple[list[str], int]:
-    """Uniform reservoir sample of at most `cap` pieces, and how many there were."""
+    """(uniform reservoir sample of at most `cap` pieces, number of pieces)."""
     rng, total = random.Random(seed), 0
     kept: list[str] = []
     for piece in pieces:
@@ -155,43 +156,47 @@ def train_tokenizer(
     """Train a byte-fallback BPE tokenizer on the documents of `inputs`; write `output_dir/tokenizer.model`.
 
     Args:
-        vocab_size: tokens in all, with 3 specials (unk 0, bos 1, eos 2; no pad) and 256 bytes.
-        input_sentence_size: most pieces (whole lines, up to 4,000 bytes together) trained on, drawn with `seed`.
-        character_coverage: share of the text's characters that get a token; the others are spelled in bytes.
+        vocab_size: number of tokens, including 3 special ones (unk 0, bos 1, eos 2; no pad) and 256 bytes.
+        input_sentence_size: train on at most this many pieces (runs of lines, up to 4,000 bytes), sampled with `seed`.
+        character_coverage: share of the text's characters that get a token; the others are encoded as bytes.
 
     The same inputs and arguments give the same file. Raises DataError for an input that cannot be read, a
     vocabulary that is too small or too large for the text (naming the bound), an existing tokenizer without
-    `overwrite`, or a text that does not survive the round trip (nothing is written then).
+    `overwrite`, or text that the tokenizer does not reproduce; nothing is written then.
     """
     if vocab_size < 260:
-        raise DataError(f"vocab_size={vocab_size}: want at least 260 (256 bytes, 3 specials and one character)")
+        raise DataError(
+            f"vocab_size = {vocab_size}: must be at least 260 (256 bytes, 3 special tokens and one character)"
+        )
     if not 0 < character_coverage <= 1:
-        raise DataError(f"character_coverage={character_coverage}: want a number above 0 and at most 1")
+        raise DataError(f"character_coverage = {character_coverage}: must be in (0, 1]")
     if input_sentence_size < 1:
-        raise DataError(f"input_sentence_size={input_sentence_size}: want at least 1")
+        raise DataError(f"input_sentence_size = {input_sentence_size}: must be at least 1")
     target = Path(output_dir) / TOKENIZER_NAME
     if target.exists() and not overwrite:
-        raise DataError(
-            f"{target}: exists; shards made with it would not fit a new one, pass --overwrite or another --output"
-        )
+        raise DataError(f"{target}: exists, and shards may depend on it; pass --overwrite or another --output")
     source = DocumentSource(inputs, text_field=text_field)
     checked: list[str] = []
 
     def pieces() -> Iterator[str]:
-        for document in source:
-            for piece in _pieces(document.text):
-                if len(checked) < 1000:
-                    checked.append(piece)
-                # Training would take the character for a space.
-                yield piece.replace(_SPACE, "")
+        with progress_bar(source.total_bytes, "reading text") as bar:
+            for document in source:
+                for piece in _pieces(document.text):
+                    if len(checked) < 1000:
+                        checked.append(piece)
+                    yield piece.replace(_SPACE, "")  # training would read the character as a space
+                bar.update(source.bytes_read - bar.n)
+            bar.update(source.total_bytes - bar.n)
 
     sentences, total = _sample(pieces(), input_sentence_size, seed)
     for note in source.notes():
         print(note, file=sys.stderr)
-    if total > len(sentences):
-        print(f"trained on a sample of {len(sentences)} of {total} text pieces (input_sentence_size)", file=sys.stderr)
     if not any(sentences):
         raise DataError(f"{', '.join(map(str, inputs))}: no text in these inputs")
+    # sentencepiece reports no progress
+    print(
+        f"training {vocab_size:,} tokens on {len(sentences):,} of {total:,} pieces of text", file=sys.stderr, flush=True
+    )
     model = _train(sentences, vocab_size, character_coverage)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{TOKENIZER_NAME}.{os.getpid()}.new")
@@ -200,7 +205,9 @@ def train_tokenizer(
         tokenizer = Tokenizer(temporary)
         bad = next((piece for piece in checked if tokenizer.decode(tokenizer.encode(piece)) != piece), None)
         if bad is not None:
-            raise DataError(f"{target}: not written, it would lose text: {bad[:80]!r} does not survive a round trip")
+            raise DataError(
+                f"{target}: not written, because the tokenizer would lose text: {bad[:80]!r} changes in a round trip"
+            )
         write_bytes(target, model)
     finally:
         temporary.unlink(missing_ok=True)
@@ -223,11 +230,11 @@ def _train(sentences: list[str], vocab_size: int, character_coverage: float) -> 
     except (RuntimeError, ValueError) as error:
         if match := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
             raise DataError(
-                f"vocab_size={vocab_size}: this text supports at most {match[1]}; lower --vocab-size or add text"
+                f"vocab_size = {vocab_size}: this text supports at most {match[1]}; lower --vocab-size or add text"
             ) from error
         if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
             raise DataError(
-                f"vocab_size={vocab_size}: the text's characters alone need {match[1]}; raise --vocab-size"
+                f"vocab_size = {vocab_size}: the characters of this text need at least {match[1]}; raise --vocab-size"
             ) from error
-        raise DataError(f"sentencepiece could not train vocab_size={vocab_size} on this text: {error}") from error
+        raise DataError(f"vocab_size = {vocab_size}: sentencepiece could not train on this text: {error}") from error
     return model.getvalue()

@@ -48,7 +48,8 @@ def main() -> int:
         shutil.rmtree(RUN)
     text, data = str(speeches()), RUN / "data"
     dla("data", "tokenizer", "--input", text, "--output", str(data / "tokenizer"), "--vocab-size", "2048")
-    dla("data", "shards", "--input", text, "--tokenizer", str(data / "tokenizer"), "--output", str(data))
+    dla("data", "shards", "--input", text, "--tokenizer", str(data / "tokenizer"), "--output", str(data),
+        "--min-train-shards", "8")  # fmt: skip
     dla("data", "verify", str(data))
     dla("run", CONFIG, "--nproc", "2")
     dla("plot", str(RUN))

@@ -34,7 +34,7 @@ def small_model() -> None:
     write_documents(text, PROFILE, 6000, seed=0, bare=0.1)
     dla("data", "tokenizer", "--input", str(text), "--output", str(RUN / "tokenizer"), "--vocab-size", "560")
     dla("data", "shards", "--input", str(text), "--tokenizer", str(RUN / "tokenizer"), "--output", str(RUN / "data"),
-        "--val-fraction", "0.02")  # fmt: skip
+        "--val-fraction", "0.02", "--min-train-shards", "8")  # fmt: skip
     dla("train", "configs/delta_mem_base.yaml")
     dla("convert", "to-hf", str(RUN / "base"), str(RUN / "base_hf"), "--plain")
 

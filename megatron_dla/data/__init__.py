@@ -1,4 +1,4 @@
-"""Reading tokenised WebDataset shards: verified, deterministic, packed into rows, resumable at any scale."""
+"""Reads tokenised WebDataset shards: verified, deterministic, packed into rows, resumable at any data-parallel size."""
 
 from megatron_dla.data.loader import TokenLoader
 from megatron_dla.data.packing import Batch, Row, make_batch, pack_row

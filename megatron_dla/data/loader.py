@@ -21,17 +21,17 @@ _PROGRESS = ("steps", "tokens_seen")
 class TokenLoader:
     """The batches of one data-parallel rank.
 
-    Row i of a step's global batch comes from stream i % num_streams, and rank r owns the streams j with
-    j % dp_size == r, so the number of ranks decides only who reads a row, never which rows a step has.
+    Row i of a step's global batch comes from stream i % num_streams, and rank r reads the streams j with
+    j % dp_size == r: the rows of a step do not depend on the number of ranks.
 
-    Attributes for logging: `steps`; `tokens_seen` (by all ranks together); `epoch` (float: tokens seen over the
+    Attributes for logging: `steps`; `tokens_seen` (sum over all ranks); `epoch` (float: tokens seen divided by the
     split's tokens); `last_wait_s` and `total_wait_s` (seconds spent in `next_step`).
 
     Args:
         data_dir: directory with `index.json`, or a ShardIndex together with `root`, the shards' directory.
-        verify: what each shard is checked for before it is read: "sha256", "size" or "none".
+        verify: what is checked before a shard is read: "sha256", "size" or "none".
 
-    Raises DataError for missing data and for sizes that do not fit, naming the key and valid values.
+    Raises DataError for missing data and for sizes that do not divide, naming the key and valid values.
     """
 
     def __init__(
@@ -66,39 +66,39 @@ class TokenLoader:
         sizes = ("seq_len", "global_batch_size", "micro_batch_size", "num_streams", "dp_size")
         for name in sizes:
             if getattr(self, name) < 1:
-                raise DataError(f"{name}={getattr(self, name)}: want at least 1")
+                raise DataError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.dp_rank < self.dp_size:
-            raise DataError(f"dp_rank={self.dp_rank}: want 0 to {self.dp_size - 1} (dp_size={self.dp_size})")
+            raise DataError(f"dp_rank = {self.dp_rank}: must be 0 to {self.dp_size - 1} (dp_size = {self.dp_size})")
         shards, streams, batch, dp = len(self.reader.shards), self.num_streams, self.global_batch_size, self.dp_size
         if streams > shards:
             raise DataError(
-                f"num_streams={streams}: split {self.reader.split!r} of {self.reader.root} has only {shards} shards; "
-                f"set num_streams to at most {shards}, or rebuild with `dla data shards --min-train-shards {streams}`"
+                f"num_streams = {streams}: split {self.reader.split!r} of {self.reader.root} has only {shards} shards; "
+                f"use at most {shards}, or rebuild with `dla data shards --min-train-shards {streams}`"
             )
         if streams % dp:
             good = [n for n in range(dp, shards + 1, dp) if batch % n == 0]
             raise DataError(
-                f"num_streams={streams} is not a multiple of dp_size={dp}; num_streams can be {_some(good)} here "
-                f"({shards} shards, global_batch_size={batch})"
+                f"num_streams = {streams} is not a multiple of dp_size = {dp}; use {_some(good)} "
+                f"({shards} shards, global_batch_size = {batch})"
             )
         if batch % streams:
             below, above = batch // streams * streams, (batch // streams + 1) * streams
             raise DataError(
-                f"global_batch_size={batch} is not a multiple of num_streams={streams}; "
-                f"use {f'{below} or ' if below else ''}{above}, or num_streams "
+                f"global_batch_size = {batch} is not a multiple of num_streams = {streams}; "
+                f"use {f'{below} or ' if below else ''}{above}, or num_streams = "
                 f"{_some([n for n in range(dp, min(batch, shards) + 1, dp) if batch % n == 0])}"
             )
         if batch // dp % self.micro_batch_size:
             rank = batch // dp
             raise DataError(
-                f"micro_batch_size={self.micro_batch_size} does not divide the {rank} rows of a rank "
-                f"(global_batch_size={batch} / dp_size={dp}); it can be "
+                f"micro_batch_size = {self.micro_batch_size} does not divide the {rank} rows of a rank "
+                f"(global_batch_size = {batch} / dp_size = {dp}); use "
                 f"{_some([n for n in range(1, rank + 1) if rank % n == 0])}"
             )
 
     @property
     def epoch(self) -> float:
-        """Passes over the split so far, all streams together."""
+        """Passes over the split so far, averaged over all streams."""
         return self.tokens_seen / self._split_tokens
 
     def next_step(self) -> list[Batch]:
@@ -129,15 +129,15 @@ class TokenLoader:
         return dict(zip(_IDENTITY, values, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON state before the next step, with this rank's streams only; see `merge_states`."""
+        """JSON-serialisable state before the next step, with this rank's streams only; see `merge_states`."""
         streams = {str(j): stream.state_dict() for j, stream in self.streams.items()}
         return {**self._identity(), "steps": self.steps, "tokens_seen": self.tokens_seen, "streams": streams}
 
     @staticmethod
     def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """One state with all streams from the states of all ranks, loadable at any dp_size that divides num_streams.
+        """Merge the states of all ranks into one, which can be loaded at any dp_size that divides num_streams.
 
-        Raises DataError when the states are of different runs or steps, overlap or lack a stream.
+        Raises DataError if the states are from different runs or steps, overlap, or lack a stream.
         """
         if not states:
             raise DataError("no loader state to merge: pass the state of every data-parallel rank")
@@ -146,7 +146,8 @@ class TokenLoader:
             for name in (*_IDENTITY, *_PROGRESS):
                 if state[name] != merged[name]:
                     raise DataError(
-                        f"loader states differ in {name}: {merged[name]!r} and {state[name]!r}; not one checkpoint"
+                        f"{name} differs between loader states: {merged[name]!r} and {state[name]!r}; "
+                        "use states from one checkpoint"
                     )
             if twice := merged["streams"].keys() & state["streams"].keys():
                 raise DataError(f"loader states overlap in streams {sorted(twice)}; pass each rank's state once")
@@ -156,16 +157,16 @@ class TokenLoader:
         return merged
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where a (merged) state was taken; reads one shard a stream.
+        """Resume from a (merged) state; reads one shard per stream.
 
-        Raises DataError when split, seed, seq_len, num_streams or the data differ, or an own stream is missing.
+        Raises DataError if split, seed, seq_len, num_streams or the data differ, or a stream of this rank is missing.
         """
         for name, value in self._identity().items():
             if state.get(name) != value:
                 what = "the data (index fingerprint)" if name == "index" else name
                 raise DataError(
                     f"cannot resume the loader: {what} was {state.get(name)!r} in the checkpoint and is {value!r} now; "
-                    "set it back, or start the data afresh without this loader state"
+                    "set it back, or start from the beginning of the data, without this loader state"
                 )
         _need(state, self.streams)
         for j, stream in self.streams.items():

@@ -1,7 +1,7 @@
-"""Packing: a stream of documents, each ending with eos, cut into rows of equal length.
+"""Packing: a stream of documents, each ending with eos, is cut into rows of equal length.
 
-Row i of a stream covers its tokens [i*T, (i+1)*T]: T inputs and, one further, T labels. A document longer
-than a row continues in the next one, where it counts as a new start (state is not carried across rows).
+Row i of a stream covers its tokens [i*T, (i+1)*T]: T inputs and, shifted by one, T labels. A document longer
+than a row continues in the next row as if it were a new document (state is not carried across rows).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Row(NamedTuple):
     """One packed row of T tokens.
 
     `tokens`, `labels` int64 [T]; `loss_mask` float32 [T], 0 where the input is eos: its label is the first token of
-    the next document, which has nothing to do with this one; `document_starts` int64, sorted positions in [0, T)
-    where a document begins, 0 always among them.
+    the next, unrelated document; `document_starts` int64, sorted positions in [0, T)
+    where a document begins, always including 0.
     """
 
     tokens: np.ndarray
@@ -30,9 +30,9 @@ class Row(NamedTuple):
 class Batch(NamedTuple):
     """One micro batch of b rows.
 
-    `tokens`, `labels` int64 [b, T]; `loss_mask` float32 [b, T]; `cu_seqlens` int32 [n + 1], document borders in the
-    b*T flattened tokens: 0, every row start, every document start, b*T; `rows` int64 [b], each row's number in the
-    global batch of its step (in the pass, for validation).
+    `tokens`, `labels` int64 [b, T]; `loss_mask` float32 [b, T]; `cu_seqlens` int32 [n + 1], document boundaries in the
+    b*T flattened tokens: 0, every row start, every document start, b*T; `rows` int64 [b], each row's index in the
+    global batch of its step (in the whole pass, for validation).
     """
 
     tokens: torch.Tensor
@@ -52,17 +52,17 @@ def pack_row(window: np.ndarray, eos_id: int) -> Row:
 
 
 def pad_row(window: np.ndarray, eos_id: int, seq_len: int) -> Row:
-    """A row from fewer than T + 1 tokens (or none): the rest is token 0, outside the loss, one segment of its own."""
+    """A row from at most T + 1 tokens: the rest is padded with token 0, masked from the loss, a segment of its own."""
     real = max(len(window) - 1, 0)
     row = pack_row(np.pad(window, (0, seq_len + 1 - len(window))), eos_id)
     row.loss_mask[real:] = 0
-    # The last real token has no label, so it goes with the padding unless it begins a document anyway.
+    # the last real token has no label, so it belongs to the padding unless it begins a document
     starts = row.document_starts
     return row._replace(document_starts=np.union1d(starts[starts < real], [0, real] if real < seq_len else [0]))
 
 
 def make_batch(rows: Sequence[Row], numbers: Sequence[int]) -> Batch:
-    """Stack rows of one length into torch tensors; `numbers` are their places in the global batch."""
+    """Stack rows of equal length into torch tensors; `numbers` are their indices in the global batch."""
     seq_len = len(rows[0].tokens)
     borders = [row.document_starts + i * seq_len for i, row in enumerate(rows)]
     cu_seqlens = np.concatenate([*borders, [len(rows) * seq_len]]).astype(np.int32)

@@ -1,7 +1,7 @@
-"""One shard at a time: checked against the index, read with webdataset, in an order fixed by seed and epoch.
+"""Reads one shard at a time: checked against the index, read with webdataset, in an order fixed by seed and epoch.
 
 webdataset itself repeats one shard order every epoch, shuffles with global generators, does not notice
-flipped payload bytes and can stop early at a truncated file; so order and checks are made here.
+flipped payload bytes and can stop early at a truncated file; so the order and the checks are implemented here.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from megatron_dla.data_prep.index import REBUILD, ShardIndex, ShardInfo
+from megatron_dla.data_prep.index import REBUILD, ShardIndex, ShardInfo, difference
 from megatron_dla.errors import DataError
-from megatron_dla.files import file_sha256
 
 Verify = Literal["sha256", "size", "none"]
-_checked: set[tuple[str, int, int, str]] = set()  # path, size, mtime, sha256 found good by this process
+_checked: set[tuple[str, int, int, str]] = set()  # (path, size, mtime, sha256) that this process has verified
 
 
 def permutation(n: int, *key: object) -> np.ndarray:
-    """A permutation of range(n), int64 [n], that depends on `key` alone, whatever the numpy version."""
+    """A permutation of range(n), int64 [n], that depends on `key` alone, not on the numpy version."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     # Raw generator output is a stable format; Generator.permutation is allowed to change between versions.
     raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n)
@@ -35,7 +34,7 @@ class ShardReader:
 
     Attributes: `root`, `index`, `split`, `shards` (in index order).
 
-    Raises DataError when the index is missing or damaged, or the split has no shards.
+    Raises DataError if the index is missing or damaged, or the split has no shards.
     """
 
     def __init__(
@@ -43,10 +42,12 @@ class ShardReader:
         root: str | os.PathLike[str] | None = None,
     ) -> None:  # fmt: skip
         if verify not in get_args(Verify):
-            raise DataError(f"verify={verify!r}: want one of {', '.join(get_args(Verify))}")
+            raise DataError(f"verify = {verify!r}: must be one of {', '.join(get_args(Verify))}")
         if isinstance(data_dir, ShardIndex):
             if root is None:
-                raise DataError("an index alone does not say where its shards are: pass root=DIRECTORY too")
+                raise DataError(
+                    "root is not set: an index does not name the directory of its shards, pass root=DIRECTORY too"
+                )
             self.index, self.root = data_dir, Path(root)
         else:
             path = Path(data_dir)
@@ -57,7 +58,7 @@ class ShardReader:
         self.shards = self.index.split(split)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Shard numbers of an epoch, int64 [shards]: one shuffle of all, made before any split among streams."""
+        """Shard numbers of an epoch, int64 [shards]: all shards shuffled, before they are split among streams."""
         return permutation(len(self.shards), "shards", seed, epoch)
 
     def document_order(self, shard: ShardInfo, seed: int, epoch: int) -> np.ndarray:
@@ -67,15 +68,15 @@ class ShardReader:
     def read(self, shard: ShardInfo) -> list[np.ndarray]:
         """All documents of a shard in stored order, each uint16 or uint32 [n_tokens] ending with eos.
 
-        Raises DataError, naming the shard, when it is missing, differs from the index in size, checksum,
-        documents or tokens, or holds anything but token arrays.
+        Raises DataError, naming the shard, if it is missing, differs from the index in size, checksum,
+        documents or tokens, or contains anything but token arrays.
         """
         path = self.root / shard.path
         if self.verify != "none":
             self._check_file(path, shard)
         try:
             documents = read_tokens(path)
-        except Exception as error:  # tarfile, webdataset and numpy raise a dozen kinds for damaged bytes
+        except Exception as error:  # tarfile, webdataset and numpy raise many types for damaged bytes
             raise DataError(f"{path}: damaged shard ({type(error).__name__}: {error}); {REBUILD}") from error
         if len(documents) != shard.documents:
             raise _mismatch(path, "documents", shard.documents, len(documents))
@@ -83,27 +84,24 @@ class ShardReader:
             raise _mismatch(path, "tokens", shard.tokens, tokens)
         for number, document in enumerate(documents):
             if (kind := f"{document.ndim}-d {document.dtype}") != (want := f"1-d {self.index.dtype}"):
-                raise _mismatch(path, f"document {number} is", want, kind)
+                raise _mismatch(path, f"document {number}", want, kind)
             if not len(document) or document[-1] != self.index.eos_id:
                 raise DataError(f"{path}: document {number} does not end with eos {self.index.eos_id}; {REBUILD}")
         return documents
 
     def _check_file(self, path: Path, shard: ShardInfo) -> None:
-        try:
+        key = None
+        if self.verify == "sha256" and path.is_file():
             stat = path.stat()
-            if stat.st_size != shard.bytes:
-                raise _mismatch(path, "bytes", shard.bytes, stat.st_size)
             key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, shard.sha256)
-            if self.verify == "sha256" and key not in _checked:
-                if (found := file_sha256(path)) != shard.sha256:
-                    raise _mismatch(path, "sha256", shard.sha256, found)
-                _checked.add(key)
-        except OSError as error:
-            raise DataError(f"{path}: cannot read this shard ({error.strerror}); {REBUILD}") from error
+        if problem := shard.file_problem(self.root, checksum=key is not None and key not in _checked):
+            raise DataError(f"{path}: {problem}; {REBUILD}")
+        if key is not None:
+            _checked.add(key)
 
 
-def _mismatch(path: Path, what: str, want: object, found: object) -> DataError:
-    return DataError(f"{path}: the index says {what} {want}, found {found}; {REBUILD}")
+def _mismatch(path: Path, what: str, expected: object, found: object) -> DataError:
+    return DataError(f"{path}: {difference(what, expected, found)}; {REBUILD}")
 
 
 def read_samples(path: Path) -> list[dict[str, bytes]]:

@@ -1,4 +1,4 @@
-"""One logical stream: an endless, deterministic sequence of rows that can be resumed at any row."""
+"""One logical stream: an infinite, deterministic sequence of rows that can be resumed at any row."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _CURSORS = ("epoch", "shard", "document", "offset")
 
 
 class TokenStream:
-    """Stream `number` of `count`: in each epoch every `count`-th shard of that epoch's order, from `number` on.
+    """Stream `number` of `count`: in each epoch, every `count`-th shard of that epoch's order, starting at `number`.
 
-    Position: `epoch`, `shard` (which of the stream's shards of that epoch), `document` (in the shard's order of
-    that epoch), `offset` (tokens of it already read), and `last`, the token that the next row begins with.
-    Streams move from epoch to epoch on their own. Memory: one shard's tokens.
+    Position: `epoch`, `shard` (index in the stream's shards of that epoch), `document` (index in the shard's order of
+    that epoch), `offset` (tokens of the document already read), and `last`, the first token of the next row.
+    Each stream begins its next epoch independently of the others. Memory: the tokens of one shard.
     """
 
     def __init__(self, reader: ShardReader, number: int, count: int, *, seq_len: int, seed: int) -> None:
@@ -26,8 +26,8 @@ class TokenStream:
         self.seq_len, self.seed = seq_len, seed
         self.epoch = self.shard = self.document = self.offset = 0
         self.last: int | None = None
-        self._order: np.ndarray | None = None  # of the epoch, this stream's part
-        self._documents: list[np.ndarray] | None = None  # of the shard, in reading order
+        self._order: np.ndarray | None = None  # this stream's shards of the epoch
+        self._documents: list[np.ndarray] | None = None  # documents of the shard, in reading order
 
     def next_row(self) -> Row:
         """The next row of `seq_len` tokens. Raises DataError for a damaged shard, naming it."""
@@ -64,13 +64,13 @@ class TokenStream:
             self.shard, self.epoch, self._order = 0, self.epoch + 1, None
 
     def state_dict(self) -> dict[str, int | None]:
-        """Position before the next row, as JSON."""
+        """Position before the next row, JSON-serialisable."""
         return {**{name: getattr(self, name) for name in _CURSORS}, "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position of a stream of the same data, seed, length and count; reads only that one shard.
+        """Set the position, saved by a stream of the same data, seed, length and count; reads only that shard.
 
-        Raises DataError for a position that does not exist.
+        Raises DataError if the position does not exist.
         """
         try:
             position = {name: int(state[name]) for name in _CURSORS}

@@ -29,8 +29,8 @@ def validation_batches(
     """Iterate one rank's batches over the first `max_rows` rows (None: all) of a split, in stored order.
 
     Every rank gets the same number of batches, each of `micro_batch_size` rows; rows beyond the end, and the part of
-    the last row that has no tokens, have loss_mask 0. Row r goes to rank (r // micro_batch_size) % dp_size, and the
-    rows together do not depend on dp_size. Arguments are checked at once; reading a damaged shard raises later.
+    the last row that has no tokens, have loss_mask 0. Row r goes to rank (r // micro_batch_size) % dp_size; the union
+    of all ranks' rows does not depend on dp_size. Arguments are checked immediately; a damaged shard raises when read.
 
     Raises DataError for missing data, a split without shards, or bad sizes.
     """
@@ -39,14 +39,16 @@ def validation_batches(
         least["max_rows"] = max_rows
     for name, value in least.items():
         if value < 1:
-            raise DataError(f"{name}={value}: want at least 1")
+            raise DataError(f"{name} = {value}: must be at least 1")
     if not 0 <= dp_rank < dp_size:
-        raise DataError(f"dp_rank={dp_rank}: want 0 to {dp_size - 1} (dp_size={dp_size})")
+        raise DataError(f"dp_rank = {dp_rank}: must be 0 to {dp_size - 1} (dp_size = {dp_size})")
     reader = ShardReader(data_dir, split, verify=verify, root=root)
     tokens = sum(shard.tokens for shard in reader.shards)
     count = math.ceil((tokens - 1) / seq_len)
     if count < 1:
-        raise DataError(f"split {split!r} of {reader.root} has {tokens} token: nothing to predict; add documents to it")
+        raise DataError(
+            f"split {split!r} of {reader.root} has {tokens} token(s), and a row needs at least 2: add documents to it"
+        )
     return _batches(reader, seq_len, micro_batch_size, dp_rank, dp_size, min(count, max_rows or count))
 
 

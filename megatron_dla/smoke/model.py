@@ -133,7 +133,8 @@ class ModelSmoke:
         r, data = self.recipe, self.work / "data"
         corpus = str(write_corpus(self.work / "corpus" / "text.jsonl", r.characters, self.seed))
         self._dla("data", "tokenizer", "--input", corpus, "--output", str(data), "--vocab-size", str(r.vocab_size))
-        self._dla("data", "shards", "--input", corpus, "--tokenizer", str(data), "--output", str(data / "shards"))
+        self._dla("data", "shards", "--input", corpus, "--tokenizer", str(data), "--output", str(data / "shards"),
+                  "--min-train-shards", "8")  # fmt: skip
         config = self.work / "config.yaml"
         sections = {
             "run": {"name": "run", "dir": str(self.work), "seed": self.seed},

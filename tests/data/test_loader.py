@@ -1,4 +1,4 @@
-"""Loader: one global order at every data-parallel size, exact resume, each document once an epoch, no silent damage."""
+"""Loader: one global order at every data-parallel size, exact resume, each document once per epoch, damage raises."""
 
 import json
 import random
@@ -9,6 +9,7 @@ import torch
 
 from megatron_dla.data import ShardReader, TokenLoader, TokenStream, validation_batches
 from megatron_dla.data import shards as shards_module
+from megatron_dla.data_prep import index as index_module
 from megatron_dla.data_prep.index import ShardIndex
 from megatron_dla.data_prep.shards import build_shards
 from megatron_dla.data_prep.tokenizer import train_tokenizer
@@ -151,26 +152,26 @@ def damage_truncate(path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "verify", "message"),
+    ("damage", "verify", "what"),
     [
         (damage_flip, "sha256", "sha256"), (damage_truncate, "sha256", "bytes"), (damage_truncate, "size", "bytes"),
-        (damage_truncate, "none", "documents|damaged shard"), (lambda path: path.unlink(), "sha256", "cannot read"),
-        (lambda path: path.unlink(), "none", "damaged shard"),
-        (lambda path: path.write_bytes(bytes(10240)), "none", "documents|damaged shard"),
+        (damage_truncate, "none", ""), (lambda path: path.unlink(), "sha256", "No such file"),
+        (lambda path: path.unlink(), "none", "No such file"),
+        (lambda path: path.write_bytes(bytes(10240)), "none", ""),
     ],
 )  # fmt: skip
-def test_damaged_shard_raises_and_is_named(data, damage, verify, message):
+def test_damaged_shard_raises_and_is_named(data, damage, verify, what):
     damage(data / "train" / "train-000004.tar")
     one = loader(data, verify=verify)
-    with pytest.raises(DataError, match=rf"train-000004\.tar.*({message}).*dla data shards"):
+    with pytest.raises(DataError, match=rf"train-000004\.tar.*{what}.*dla data shards"):
         for _ in range(40):
             one.next_step()
 
 
-def test_checksum_is_taken_once_a_process_and_again_after_a_change(data, monkeypatch):
+def test_checksum_is_computed_once_per_process_and_again_after_a_change(data, monkeypatch):
     calls = []
-    real = shards_module.file_sha256
-    monkeypatch.setattr(shards_module, "file_sha256", lambda path: calls.append(path.name) or real(path))
+    real = index_module.file_sha256
+    monkeypatch.setattr(index_module, "file_sha256", lambda path: calls.append(path.name) or real(path))
     reader = ShardReader(data, "train")
     for _ in range(3):
         reader.read(reader.shards[0])
@@ -181,40 +182,42 @@ def test_checksum_is_taken_once_a_process_and_again_after_a_change(data, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "words"),
     [
-        ({"num_streams": 10}, "num_streams=10: .*only 9 shards; set num_streams to at most 9.*--min-train-shards 10"),
-        ({"num_streams": 3, "size": 2}, "num_streams=3 is not a multiple of dp_size=2; num_streams can be 2, 4, 8"),
-        ({"global_batch_size": 10}, "global_batch_size=10 is not a multiple of num_streams=4; use 8 or 12"),
-        ({"micro_batch_size": 3}, "micro_batch_size=3 does not divide the 8 rows.*can be 1, 2, 4, 8"),
-        ({"seq_len": 0}, "seq_len=0"), ({"rank": 1}, "dp_rank=1"), ({"verify": "md5"}, "verify='md5'"),
+        ({"num_streams": 10}, ["num_streams = 10", "9 shards", "--min-train-shards 10"]),
+        ({"num_streams": 3, "size": 2}, ["num_streams = 3", "dp_size = 2", "2, 4, 8"]),
+        ({"global_batch_size": 10}, ["global_batch_size = 10", "num_streams = 4", "8 or 12"]),
+        ({"micro_batch_size": 3}, ["micro_batch_size = 3", "8 rows", "1, 2, 4, 8"]),
+        ({"seq_len": 0}, ["seq_len = 0"]), ({"rank": 1}, ["dp_rank = 1"]), ({"verify": "md5"}, ["verify = 'md5'"]),
     ],
 )  # fmt: skip
-def test_sizes_that_do_not_fit(made, options, message):
-    with pytest.raises(DataError, match=message):
+def test_sizes_that_do_not_fit(made, options, words):
+    with pytest.raises(DataError) as caught:
         loader(made, **options)
+    for word in words:
+        assert word in str(caught.value)
 
 
 def test_states_that_do_not_fit(made, data):
     state = loader(made).state_dict()
     for options, name in (({"seed": 4}, "seed"), ({"seq_len": 8}, "seq_len"), ({"num_streams": 2}, "num_streams")):
-        with pytest.raises(DataError, match=f"{name} was"):
+        with pytest.raises(DataError, match=f"{name} was .* is {options[name]} now"):
             loader(made, **options).load_state_dict(state)
     index = ShardIndex.load(data)
     index.shards = index.shards[1:]
-    with pytest.raises(DataError, match="index fingerprint"):
+    with pytest.raises(DataError, match=index.fingerprint):
         loader(index, root=data).load_state_dict(state)
     part = [one.state_dict() for one in ranks(made, 2)]
-    for states, message in (
-        ([], "no loader state"), (part[:1], r"lacks streams \[1, 3\]"), ([part[0], part[0]], "overlap"),
-        ([part[0], {**part[1], "steps": 9}], "differ in steps"),
+    for states, words in (
+        ([], "loader state"), (part[:1], r"\[1, 3\]"), ([part[0], part[0]], r"\['0', '2'\]"),
+        ([part[0], {**part[1], "steps": 9}], "steps .*: 0 and 9"),
     ):  # fmt: skip
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=words):
             TokenLoader.merge_states(states)
-    with pytest.raises(DataError, match="lacks streams"):
+    with pytest.raises(DataError, match=r"\[1, 3\]"):
         loader(made).load_state_dict(part[0])
     state["streams"]["0"]["document"] = 10**6
-    with pytest.raises(DataError, match="no such position"):
+    with pytest.raises(DataError, match=r"stream 0 .*'document': 1000000"):
         loader(made).load_state_dict(state)
 
 
@@ -240,9 +243,9 @@ def test_validation_is_one_pass_of_equal_length_on_every_rank(made, max_rows):
 
 
 def test_validation_errors(made, tmp_path):
-    with pytest.raises(DataError, match="micro_batch_size=0"):
+    with pytest.raises(DataError, match="micro_batch_size = 0"):
         validation_batches(made, T, 0)
-    with pytest.raises(DataError, match="split 'test' has no shards"):
+    with pytest.raises(DataError, match=r"split 'test'"):
         validation_batches(made, T, 1, split="test")
-    with pytest.raises(DataError, match="no such index"):
+    with pytest.raises(DataError, match=r"index.json"):
         validation_batches(tmp_path, T, 1)

@@ -4,15 +4,18 @@ import argparse
 import io
 import json
 import random
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset as wds
+import yaml
 
+from megatron_dla.data_prep import console
 from megatron_dla.data_prep import shards as shards_module
 from megatron_dla.data_prep.cli import add_data_parser
-from megatron_dla.data_prep.index import ShardIndex
-from megatron_dla.data_prep.progress import Progress
+from megatron_dla.data_prep.index import MIN_TRAIN_SHARDS, ShardIndex
 from megatron_dla.data_prep.shards import build_shards
 from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
 from megatron_dla.data_prep.verify import verify_shards
@@ -39,7 +42,9 @@ def base(tmp_path_factory):
 
 
 def build(base, out, **options):
-    return build_shards([base / "d.jsonl"], base, out, **{"workers": 1, "shard_tokens": 500, **options})
+    return build_shards(
+        [base / "d.jsonl"], base, out, **{"workers": 1, "shard_tokens": 500, "min_train_shards": 8, **options}
+    )
 
 
 def tree(root):
@@ -67,6 +72,20 @@ def test_shards_hold_every_document_once(base, tmp_path):
     sizes = [shard.tokens for shard in index.split("train")]
     assert max(sizes) - min(sizes) <= 130  # no more than one document apart
     assert ShardIndex.load(tmp_path) == index
+
+
+def test_default_shards_suffice_for_the_streams_of_every_shipped_config(base, tmp_path, capsys):
+    paths = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    configs = [yaml.safe_load(path.read_text()) for path in paths]
+    streams = [config["data"]["num_streams"] for config in configs if "num_streams" in config.get("data", {})]
+    assert len(streams) > 4 and max(streams) <= MIN_TRAIN_SHARDS
+    source = jsonl(tmp_path / "many.jsonl", texts(2 * MIN_TRAIN_SHARDS))
+    index = build_shards([source], base, tmp_path / "many", workers=1)
+    assert index.totals("train").shards == MIN_TRAIN_SHARDS and "note:" not in capsys.readouterr().err
+    index = build_shards([base / "d.jsonl"], base, tmp_path / "few", workers=1)  # fewer documents than shards
+    train = index.totals("train")
+    assert train.shards == train.documents < MIN_TRAIN_SHARDS
+    assert f"data.num_streams <= {train.shards}" in capsys.readouterr().err
 
 
 def test_result_does_not_depend_on_workers(base, tmp_path, monkeypatch):
@@ -106,8 +125,8 @@ def test_build_errors_leave_nothing_behind(base, tmp_path, monkeypatch):
     index = build(base, tmp_path / "a", overwrite=True, shard_tokens=10**6, min_train_shards=2)
     assert len(list((tmp_path / "a" / "train").iterdir())) == 2 == index.totals("train").shards
     for options, message in (
-        ({"val_fraction": 1.0}, "val_fraction=1.0"), ({"workers": 0}, "workers=0"), ({"val_docs": 60}, "60 of 60"),
-        ({"seed": -1}, "seed=-1"),
+        ({"val_fraction": 1.0}, "val_fraction = 1.0"), ({"workers": 0}, "workers = 0"),
+        ({"val_docs": 60}, "val_docs = 60"), ({"seed": -1}, "seed = -1"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
             build(base, tmp_path / "c", **options)
@@ -118,13 +137,13 @@ def test_empty_documents_and_copies_are_reported(base, tmp_path, capsys):
     index = build_shards([source], base, tmp_path / "out", workers=1, val_fraction=0)
     shown = capsys.readouterr().err
     assert index.totals().documents == 3
-    assert "skipped 1 empty documents" in shown and "1 documents are exact copies" in shown and "100%" in shown
+    assert "1 empty documents" in shown and "1 documents that are exact copies" in shown
 
 
 def test_verify_lists_every_problem(base, tmp_path):
     index = build(base, tmp_path)
     report = verify_shards(tmp_path)
-    assert report.documents == 60 and report.tokens == index.totals().tokens and "good" in str(report)
+    assert report.documents == 60 and report.tokens == index.totals().tokens and "60 documents" in str(report)
     paths = [tmp_path / shard.path for shard in index.shards]
     flipped = bytearray(paths[0].read_bytes())
     flipped[700] ^= 1  # a payload byte: tar itself does not notice
@@ -137,24 +156,26 @@ def test_verify_lists_every_problem(base, tmp_path):
         with pytest.raises(DataError) as caught:
             verify_shards(tmp_path, deep=deep)
         message = str(caught.value)
-        assert "5 problems; rebuild with `dla data shards" in message and "or copy it again" in message
-        assert f"{index.shards[0].path}: sha256 want {index.shards[0].sha256}, found" in message
-        assert f"{index.shards[1].path}: want {index.shards[1].bytes} bytes, found" in message
-        assert f"{index.shards[2].path}: want" in message and "found none" in message
-        assert "train-999999.tar: not in the index" in message
+        assert "5 problems" in message and "dla data shards" in message
+        problems = dict(line.strip().split(": ", 1) for line in message.splitlines()[1:])
+        first, second, third = index.shards[:3]
+        assert "sha256" in problems[first.path] and first.sha256 in problems[first.path]
+        assert f"bytes {second.bytes}" in problems[second.path] and str(second.bytes - 1000) in problems[second.path]
+        assert "No such file" in problems[third.path] and "train/train-999999.tar" in problems
+        assert str(tmp_path / "tokenizer.model") in problems
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "words"),
     [
-        (lambda t: np.where(np.arange(len(t)) == 0, 60000, t).astype(t.dtype), "token 60000, want below vocab_size"),
-        (lambda t: t[::-1].copy(), "does not end with eos"),
-        (lambda t: t[1:], "the index says tokens"),
-        (lambda t: t.astype(np.int64), "is 1-d uint16, found 1-d int64"),
-        (lambda t: np.where(np.arange(len(t)) == 0, 2, t).astype(t.dtype), "eos 2 inside"),
+        (lambda t: np.where(np.arange(len(t)) == 0, 60000, t).astype(t.dtype), "token 60000 .* vocab_size 290"),
+        (lambda t: t[::-1].copy(), "eos 2"),
+        (lambda t: t[1:], "tokens [0-9]+, found [0-9]+"),
+        (lambda t: t.astype(np.int64), "1-d uint16, found 1-d int64"),
+        (lambda t: np.where(np.arange(len(t)) == 0, 2, t).astype(t.dtype), "eos 2 at token 0"),
     ],
 )
-def test_deep_verify_looks_at_the_tokens(base, tmp_path, monkeypatch, change, message):
+def test_deep_verify_checks_the_tokens(base, tmp_path, monkeypatch, change, words):
     real, calls = shards_module._npy, []
 
     def npy(tokens):
@@ -164,7 +185,7 @@ def test_deep_verify_looks_at_the_tokens(base, tmp_path, monkeypatch, change, me
     monkeypatch.setattr(shards_module, "_npy", npy)
     build(base, tmp_path)
     verify_shards(tmp_path, deep=False)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=words):
         verify_shards(tmp_path)
 
 
@@ -173,30 +194,48 @@ def test_index_errors(base, tmp_path):
     index = tmp_path / "index.json"
     good = json.loads(index.read_text())
     bad = [
-        ("{", "not a readable index"), (json.dumps({**good, "format_version": 9}), "format_version is 9"),
-        (json.dumps({**good, "dtype": "int8"}), "dtype is 'int8'"), (json.dumps({**good, "extra": 1}), "damaged index"),
-        (json.dumps({**good, "shards": good["shards"][:1] * 2}), "listed twice"), ("[]", "format_version is None"),
-        (json.dumps({**good, "eos_id": "2"}), "eos_id is '2'"),
+        ("{", "double quotes"), (json.dumps({**good, "format_version": 9}), "format_version = 9"),
+        (json.dumps({**good, "dtype": "int8"}), "dtype = 'int8'"), (json.dumps({**good, "extra": 1}), "extra"),
+        (json.dumps({**good, "shards": good["shards"][:1] * 2}), "twice"), ("[]", "format_version = None"),
+        (json.dumps({**good, "eos_id": "2"}), "eos_id = '2'"),
     ]  # fmt: skip
-    for text, message in bad:
+    for text, words in bad:
         index.write_text(text)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=f"index.json.*{words}"):
             ShardIndex.load(tmp_path)
     index.unlink()
-    with pytest.raises(DataError, match="no such index"):
+    with pytest.raises(DataError, match=r"index.json"):
         ShardIndex.load(tmp_path)
 
 
-def test_progress_in_a_log_and_on_a_terminal():
+def test_progress_in_a_log_is_a_line_per_interval(monkeypatch):
+    def updates(interval):
+        monkeypatch.setattr(console, "LOG_INTERVAL_S", interval)
+        log = io.StringIO()
+        with console.progress_bar(1000, "tokenising", log) as bar:
+            for _ in range(10):
+                time.sleep(0.002)
+                bar.update(100)
+        assert "\r" not in log.getvalue()
+        return log.getvalue().splitlines()
+
+    lines = updates(0.0)
+    assert (
+        lines[5].startswith("tokenising:  50%") and "500/1.00k" in lines[5] and "B/s" in lines[5] and "left" in lines[5]
+    )
+    assert updates(3600.0) == []  # short work
+
+
+def test_progress_on_a_terminal_is_redrawn_in_place():
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    for stream, start in ((io.StringIO(), " 50%"), (Terminal(), "\r\033[K 50%")):
-        progress = Progress(100, stream=stream, interval=0.0)
-        progress.interval = 0.0
-        progress.update(2, 1000, 50)
-        assert stream.getvalue().startswith(f"{start}  2 documents") and " s left" in stream.getvalue()
+    with console.progress_bar(1000, "tokenising", Terminal()) as bar:
+        bar.update(500)
+        bar.refresh()
+        shown = bar.fp.getvalue()
+    assert "\n" not in shown and shown.split("\r")[-1].startswith("tokenising:  50%")
 
 
 def test_command_line(tmp_path, capsys):
@@ -213,7 +252,7 @@ def test_command_line(tmp_path, capsys):
     assert dla("shards", "--input", tmp_path / "d.jsonl", "--tokenizer", tok, "--output", out, "--workers", 1) == 0
     assert dla("verify", out) == 0 and dla("verify", out, "--fast") == 0
     shown = capsys.readouterr().out
-    assert "290 tokens, sha256" in shown and "8 shards" in shown and "9 shards good" in shown
+    assert "290 tokens" in shown and "40 documents" in shown and str(out) in shown
     with pytest.raises(SystemExit):
         dla("shards", "--help")
     assert "--min-train-shards" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import re
 
 import pytest
 import zstandard
@@ -32,33 +33,33 @@ def test_sources_read_every_format_in_sorted_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "where"),
     [
-        ("x.jsonl", b'{"text": "a"}\n{bad\n', r"x\.jsonl:2: not a JSON object"),
-        ("x.jsonl", b'{"body": "a"}\n', r"x\.jsonl:1: no field 'text' \(found \['body'\]\); .*--text-field"),
-        ("x.jsonl", b'{"text": 3}\n', "field 'text' is int"),
-        ("x.jsonl", b'{"text": "\\ud800"}\n', "lone surrogate"),
-        ("x.jsonl", b'\n{"text": "\xff"}\n', r"x\.jsonl:2: not valid UTF-8"),
-        ("x.txt", b"ab\xff", "not valid UTF-8 at byte 2"),
-        ("x.txt.gz", gzip.compress(b"a" * 9, mtime=0)[:-9], "cannot be read|damaged compression"),
-        ("x.jsonl.xz", b"junk", "cannot be read"),
-        ("x.txt.zst", zstandard.ZstdCompressor().compress(bytes(range(256)) * 999)[:-4], "middle of a frame"),
-        ("x.txt.zst", b"junkjunk", "damaged compression"),
-        ("x.csv", b"", "unknown format"),
+        ("x.jsonl", b'{"text": "a"}\n{bad\n', ":2: .*JSON"),
+        ("x.jsonl", b'{"body": "a"}\n', r":1: .*'text' .*\['body'\].*--text-field"),
+        ("x.jsonl", b'{"text": 3}\n', ":1: .*'text' is int"),
+        ("x.jsonl", b'{"text": "\\ud800"}\n', ":1: .*surrogate at character 0"),
+        ("x.jsonl", b'\n{"text": "\xff"}\n', ":2: .*UTF-8 at byte 10"),
+        ("x.txt", b"ab\xff", ": .*UTF-8 at byte 2"),
+        ("x.txt.gz", gzip.compress(b"a" * 9, mtime=0)[:-9], ": .*compress it again"),
+        ("x.jsonl.xz", b"junk", ": .*compress it again"),
+        ("x.txt.zst", zstandard.ZstdCompressor().compress(bytes(range(256)) * 999)[:-4], ": .*middle of a frame"),
+        ("x.txt.zst", b"junkjunk", ": .*compress it again"),
+        ("x.csv", b"", ": .*format"),
     ],
 )
-def test_source_errors(tmp_path, name, content, message):
+def test_source_errors(tmp_path, name, content, where):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"{re.escape(name)}{where}"):
         list(DocumentSource([tmp_path / name]))
 
 
 def test_source_arguments(tmp_path):
     (tmp_path / "x.txt").write_text("a")
     (tmp_path / "empty").mkdir()
-    for inputs, message in (
-        ([tmp_path / "none"], "no such file"), ([], "no input"), ([tmp_path, tmp_path / "x.txt"], "given twice"),
-        ([tmp_path / "empty"], "no .txt or .jsonl"),
+    for inputs, key in (
+        ([tmp_path / "none"], "none: .*--input"), ([], "inputs .*--input"),
+        ([tmp_path, tmp_path / "x.txt"], "x.txt: .*twice"), ([tmp_path / "empty"], "empty: no .txt or .jsonl"),
     ):  # fmt: skip
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=key):
             DocumentSource(inputs)

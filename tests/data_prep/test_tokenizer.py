@@ -92,20 +92,20 @@ def test_training_pieces_lose_nothing_and_stay_short():
 
 
 def test_vocabulary_too_large_names_the_largest(corpus, tmp_path):
-    with pytest.raises(DataError, match=r"vocab_size=9000: this text supports at most (\d+)") as caught:
+    with pytest.raises(DataError, match=r"vocab_size = 9000: .* at most \d+") as caught:
         train_tokenizer([corpus], tmp_path, 9000)
     largest = int(str(caught.value).split("at most ")[1].split(";")[0])
     assert train_tokenizer([corpus], tmp_path, largest).vocab_size == largest
 
 
 def test_other_training_errors(corpus, tmp_path):
-    with pytest.raises(DataError, match=r"alone need \d+"):
+    with pytest.raises(DataError, match=r"vocab_size = 262: .* \d+; raise --vocab-size"):
         train_tokenizer([corpus], tmp_path, 262)
-    with pytest.raises(DataError, match="want at least 260"):
+    with pytest.raises(DataError, match=r"vocab_size = 100: .* 260"):
         train_tokenizer([corpus], tmp_path, 100)
     empty = tmp_path / "e.txt"
     empty.write_text("")
-    with pytest.raises(DataError, match="no text"):
+    with pytest.raises(DataError, match=r"e.txt: "):
         train_tokenizer([empty], tmp_path, 300)
     assert not (tmp_path / "tokenizer.model").exists()
     train_tokenizer([corpus], tmp_path, 300)
@@ -116,18 +116,18 @@ def test_other_training_errors(corpus, tmp_path):
 def test_loading_errors(tmp_path, corpus):
     import sentencepiece
 
-    with pytest.raises(DataError, match="no tokenizer here"):
+    with pytest.raises(DataError, match=r"none.model: "):
         Tokenizer(tmp_path / "none.model")
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(DataError, match="not a sentencepiece model"):
+    with pytest.raises(DataError, match=r"tokenizer.model: .*dla data tokenizer"):
         Tokenizer(tmp_path)
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(tmp_path / "lossy"), vocab_size=60, model_type="bpe", minloglevel=2
     )
-    with pytest.raises(DataError, match="loses text"):
+    with pytest.raises(DataError, match=r"lossy.model: .*dla data tokenizer"):
         Tokenizer(tmp_path / "lossy.model")
 
 
 def test_lone_surrogate_is_refused(tokenizer):
-    with pytest.raises(DataError, match="lone surrogate"):
+    with pytest.raises(DataError, match="character 1 "):
         tokenizer.encode("a\ud800")

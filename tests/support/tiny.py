@@ -50,7 +50,9 @@ def build_data(directory: Path, vocab_size: int = 300, seed: int = 0) -> Path:
 
     corpus = write_corpus(directory / "corpus", seed=seed)
     tokenizer = train_tokenizer([str(corpus)], str(directory / "tokenizer"), vocab_size=vocab_size)
-    build_shards([str(corpus)], str(tokenizer.path), str(directory / "data"), workers=1, val_fraction=0.1)
+    build_shards(
+        [str(corpus)], str(tokenizer.path), str(directory / "data"), workers=1, val_fraction=0.1, min_train_shards=8
+    )
     return directory / "data"
 
 

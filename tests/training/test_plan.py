@@ -18,7 +18,7 @@ from tests.support.engine_workers import BASE
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-@pytest.mark.parametrize("name", ["dla_mamba2_780m", "dla_gdn_1b3"])
+@pytest.mark.parametrize("name", ["dla_mamba2_780m", "dla_gdn_800m", "dla_gdn_1b3"])
 def test_counts_equal_the_real_module(name: str, monkeypatch) -> None:
     section = load_config(CONFIGS / f"{name}.yaml").model
     initialize_distributed("cpu")
