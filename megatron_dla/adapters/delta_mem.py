@@ -31,6 +31,7 @@ from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.memory import DeltaMemory, MemoryInputs, ScanResult
 from megatron_dla.errors import ConfigError
 from megatron_dla.kernels.dla.naive import document_starts
+from megatron_dla.mixers.layout import zeros
 from megatron_dla.mixers.norms import HeadNorm
 from megatron_dla.parallel.context import context_slice
 from megatron_dla.parallel.tags import Tag, get_tag, set_tag, sum_gradient
@@ -107,7 +108,7 @@ class DeltaMemSelfAttention(SelfAttention):
         for name, parameter in self.delta_mem.named_parameters():
             parameter.keep_fp32 = parameter.dtype == torch.float32  # type: ignore[attr-defined]
             # the real start needs the base weights: `initialise_memories`
-            set_tag(parameter, Tag("sharded") if name == "delta_q_proj" else replicated, _unset)
+            set_tag(parameter, Tag("sharded") if name == "delta_q_proj" else replicated, zeros)
 
     @property
     def layer(self) -> int:
@@ -203,10 +204,6 @@ class DeltaMemSelfAttention(SelfAttention):
         qkv = _joined(self.linear_qkv.weight[:, :width], self.tp_group, 0)  # by group: its query heads, key, value
         qkv = qkv.unflatten(0, (self.config.num_query_groups, -1, self.hidden_size_per_attention_head))
         return qkv[:, :-2].flatten(0, 2), _joined(self.linear_proj.weight[:, :width], self.tp_group, 1)[:, :width]
-
-
-def _unset(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    return torch.zeros(shape)
 
 
 def _joined(part: Tensor, group: Any, dim: int) -> Tensor:

@@ -12,6 +12,7 @@ from megatron_dla.config.checks import (
     softmax_layers,
 )
 from megatron_dla.config.load import dump_config, from_dict, load_any, load_config, to_dict
+from megatron_dla.config.pattern import LETTERS
 from megatron_dla.config.schema import (
     DataSection,
     DebugSection,
@@ -24,6 +25,7 @@ from megatron_dla.config.schema import (
 )
 
 __all__ = [
+    "LETTERS",
     "AdapterRunConfig",
     "DataSection",
     "DebugSection",

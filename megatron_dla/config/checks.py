@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_dla.config.pattern import LETTERS, describe_letters
 from megatron_dla.config.schema import ModelSection, ParallelSection, RunConfig
 from megatron_dla.errors import ConfigError
 
@@ -28,7 +29,15 @@ def layer_letters(model: ModelSection) -> str:
 
 def softmax_layers(model: ModelSection) -> int:
     """Number of layers with softmax attention, with or without rotary positions."""
-    return sum(letter in "AN" for letter in layer_letters(model))
+    return sum(LETTERS[letter].softmax for letter in layer_letters(model))
+
+
+def head_counts(model: ModelSection, softmax_only: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+    """Key -> value of the numbers of heads, and of key groups, of the pattern's mixers."""
+    found = layer_letters(model)
+    mixers = [x for letter, x in LETTERS.items() if letter in found and (x.softmax or not softmax_only)]
+    heads = {mixer.heads: getattr(model, mixer.heads) for mixer in mixers}
+    return heads, {mixer.groups: getattr(model, mixer.groups) for mixer in mixers}
 
 
 def attention_head_dim(model: ModelSection) -> int:
@@ -43,11 +52,8 @@ def check_model(model: ModelSection) -> None:
         "ffn_hidden_size", "attention_heads", "attention_groups", "vocab_multiple", "norm_eps", "init_std",
         "rope_theta",
     )  # fmt: skip
-    if not model.pattern or set(model.pattern) - {"D", "A", "N"}:
-        raise ConfigError(
-            f"model.pattern = {model.pattern!r}: use the letters D (DLA), A (softmax attention) and N (the same "
-            "without positions)"
-        )
+    if not model.pattern or set(model.pattern) - LETTERS.keys():
+        raise ConfigError(f"model.pattern = {model.pattern!r}: use the letters {describe_letters()}")
     if model.num_heads % model.num_groups:
         raise ConfigError(
             f"model.num_groups = {model.num_groups} does not divide model.num_heads = {model.num_heads}: "
@@ -97,12 +103,7 @@ def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_
     """What the tensor-parallel size must divide."""
     if tensor < 1:
         raise ConfigError(f"{TP} = {tensor}: must be at least 1")
-    sizes: dict[str, int] = {}
-    groups: dict[str, int] = {}
-    if "D" in layer_letters(model):
-        sizes["num_heads"], groups["num_groups"] = model.num_heads, model.num_groups
-    if softmax_layers(model):
-        sizes["attention_heads"], groups["attention_groups"] = model.attention_heads, model.attention_groups
+    sizes, groups = head_counts(model)
     sizes["ffn_hidden_size"] = model.ffn_hidden_size
     valid = [n for n in range(1, min(sizes.values()) + 1) if _shares(n, sizes | {"": model.vocab_multiple}, groups)]
     fix = f"use {TP} in {{{', '.join(map(str, valid))}}}"
@@ -172,15 +173,11 @@ def check_context_parallel(
             f"{f' x {TP} (parallel.sequence_parallel)' if parallel.sequence_parallel else ''} = {pieces}: use a "
             f"multiple of {pieces}"
         )
-    heads, groups = {}, {}
-    if parallel.cp_scheme == "chain":
+    chain = parallel.cp_scheme == "chain"
+    if chain:
         check_chain(model, size, seq_len)
-    elif "D" in layer_letters(model):
-        heads["num_heads"] = model.num_heads
-        groups["num_groups"] = max(1, model.num_groups // tensor)
-    if softmax_layers(model):
-        heads["attention_heads"] = model.attention_heads
-        groups["attention_groups"] = max(1, model.attention_groups // tensor)
+    heads, groups = head_counts(model, softmax_only=chain)
+    groups = {key: max(1, n // tensor) for key, n in groups.items()}
     if not heads:
         return
     if not _fits(size, tensor, heads, groups):

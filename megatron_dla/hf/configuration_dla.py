@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from .pattern import LETTERS, describe_letters
+
 
 class DLAConfig(PretrainedConfig):
     """Sizes and rules of a decoder of (mixer + SwiGLU) layers.
 
-    Names are those of the training config's model section, except: `layer_letters` holds one letter a layer (D = DLA
-    mixer, A = softmax attention with rotary positions, N = without), `vocab_size` counts the padded rows of the
-    embedding, and `max_position_embeddings` is the length of the training rows (information: nothing is cut at it).
+    Names are those of the training config's model section, except: `layer_letters` holds one letter a layer (see
+    `pattern.LETTERS`), `vocab_size` counts the padded rows of the embedding, and `max_position_embeddings` is the
+    length of the training rows (information: nothing is truncated to it).
 
     Raises:
-        ValueError: sizes that do not fit together, named.
+        ValueError: sizes that contradict each other; the message names them.
     """
 
     model_type = "dla"
@@ -68,8 +70,9 @@ class DLAConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs) -> None:
         self.layer_letters = self.layer_letters or "D" * self.num_layers
-        if len(self.layer_letters) != self.num_layers or set(self.layer_letters) - {"D", "A", "N"}:
-            raise ValueError(f"layer_letters = {self.layer_letters!r}: want {self.num_layers} letters D, A or N")
+        if len(self.layer_letters) != self.num_layers or set(self.layer_letters) - LETTERS.keys():
+            wanted = f"{self.num_layers} letters, each one of {describe_letters()}"
+            raise ValueError(f"layer_letters = {self.layer_letters!r}: give {wanted}")
         if self.rope_type not in ("default", "linear", "llama3"):
             raise ValueError(f"rope_type = {self.rope_type!r}: use default, linear or llama3")
         if self.backbone not in ("mamba2", "gdn"):

@@ -27,12 +27,13 @@ from megatron_dla.hf import mapping
 from megatron_dla.hf.backbones import BackboneWeights, read_backbone, tokenizer_digest
 from megatron_dla.hf.card import model_card
 from megatron_dla.hf.load import TOKENIZER, check_tokenizer
+from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.counts import count_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENTRY_FILES = ("modeling_dla", "configuration_dla", "tokenization_dla")
 # where a module of the exported directory lies in this project, first match wins
-_SOURCES = ("megatron_dla.hf", "megatron_dla.kernels.dla", "megatron_dla.mixers")
+_SOURCES = ("megatron_dla.hf", "megatron_dla.kernels.dla", "megatron_dla.mixers", "megatron_dla.config")
 _AUTO_MAP = {
     "AutoConfig": "configuration_dla.DLAConfig",
     "AutoModel": "modeling_dla.DLAModel",
@@ -183,7 +184,7 @@ def _for_disk(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
     for name in list(state):
         x = state.pop(name)
         if dtype is not None:
-            x = x.to(torch.float32 if name.rsplit(".", 1)[-1] in mapping.FP32_PARAMETERS else dtype)
+            x = x.to(torch.float32 if name.rsplit(".", 1)[-1] in FP32_PARAMETERS else dtype)
         done[name] = x.clone() if x.untyped_storage().nbytes() != x.nbytes else x
     return done
 

@@ -12,7 +12,9 @@ from .attention import decode_step, dla_attention
 from .cache import EMPTY, SlotCache
 from .cache_dla import LayerMemory
 from .configuration_dla import DLAConfig
-from .functional import gated_head_norm, gdn_inputs, hold_tau, mamba2_inputs, short_convolution, slot_weights
+from .functional import clamp_tau, gated_head_norm, gdn_inputs, mamba2_inputs, short_convolution, slot_weights
+from .layout import FP32_PARAMETERS, dla_parameters
+from .pattern import LETTERS
 
 
 @dataclass
@@ -61,43 +63,38 @@ class DLAMLP(nn.Module):
 class DLAMixer(nn.Module):
     """Dynamic Linear Attention on the Mamba-2 or Gated DeltaNet backbone: [B, T, hidden] -> same.
 
-    H heads, G query/key groups, K slots, W taps; the fp32 parameters stay fp32 when the model is loaded in bf16.
-    in_proj holds the sections gate [H Dv], value [H Dv], query [G Dk], key [G Dk], step [H], strength [H] (Gated
-    DeltaNet only) and slot [H K], in this order.
+    Its parameters and the sections of `in_proj` are those of `layout.dla_parameters`; `FP32_PARAMETERS` stay fp32 when
+    the model is loaded in bf16.
     """
 
-    conv_value: nn.Parameter  # [channels, W], as the two below
+    in_proj: nn.Linear
+    out_proj: nn.Linear
+    conv_value: nn.Parameter
     conv_query: nn.Parameter
     conv_key: nn.Parameter
-    A_log: nn.Parameter  # fp32 [H], as the three below
+    A_log: nn.Parameter
     dt_bias: nn.Parameter
-    D: nn.Parameter  # Mamba-2 only
-    tau: nn.Parameter  # learned threshold only
-    slot_scale: nn.Parameter  # fp32 [H, K], as the one below
+    D: nn.Parameter
+    slot_scale: nn.Parameter
     slot_bias: nn.Parameter
+    tau: nn.Parameter
+    norm: nn.Parameter
 
-    def __init__(self, config: DLAConfig) -> None:
+    def __init__(self, config: DLAConfig, letter: str = "D") -> None:
         super().__init__()
         self.config, self.delta = config, config.backbone == "gdn"
-        H, hidden = config.num_heads, config.hidden_size
-        inner, qk = H * config.value_dim, config.num_groups * config.key_dim
-        sizes = {"gate": inner, "value": inner, "query": qk, "key": qk, "step": H}
-        self.sizes = sizes | ({"strength": H} if self.delta else {}) | {"slot": H * config.capacity}
-        self.in_proj = nn.Linear(hidden, sum(self.sizes.values()), bias=False)
-        self.out_proj = nn.Linear(inner, hidden, bias=False)
-        for name in ("value", "query", "key"):
-            setattr(self, f"conv_{name}", nn.Parameter(torch.empty(sizes[name], config.conv_kernel)))
-        slots = (H, config.capacity)
-        scalars = {"A_log": (H,), "dt_bias": (H,), "slot_scale": slots, "slot_bias": slots}
-        scalars |= {} if self.delta else {"D": (H,)}
-        scalars |= {"tau": (H,)} if config.tau_mode == "learned" else {}
-        for name, shape in scalars.items():
-            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
-        self.norm = nn.Parameter(torch.ones(config.value_dim))
+        table = dla_parameters(config)
+        self.sizes = dict(table["in_proj.weight"].sections)
+        for name, spec in table.items():
+            if name.endswith(".weight"):
+                setattr(self, name.removesuffix(".weight"), nn.Linear(spec.shape[1], spec.shape[0], bias=False))
+            else:
+                dtype = torch.float32 if name in FP32_PARAMETERS else None
+                setattr(self, name, nn.Parameter(torch.empty(spec.shape, dtype=dtype)))
 
     def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
         if step.real is not None:
-            x = x * step.real[..., None]  # no projection has a bias: a padded token is an absent one to all of them
+            x = x * step.real[..., None]  # no projection has a bias: a zero token is like none to all of them
         part = dict(zip(self.sizes, self.in_proj(x).split(list(self.sizes.values()), -1), strict=True))
         query, key, value = self._convolve(part, memory, step.keep)
         raw = part["slot"].unflatten(-1, (-1, self.config.capacity))
@@ -139,27 +136,31 @@ class DLAMixer(nn.Module):
     def _recur(self, tensors: tuple, memory: LayerMemory, step: Step) -> Tensor:
         """The recurrence over (q, k, v, g, slot_weights, beta): [B, T, H, Dv]."""
         c = self.config
-        tau = hold_tau(self.tau) if c.tau_mode == "learned" else c.tau
-        rule = {"tau": tau, "capacity": c.capacity, "merge": c.merge}
+        tau = clamp_tau(self.tau) if c.tau_mode == "learned" else c.tau
         q, k, v, g, lam, beta = tensors
         if memory.slots is not None:
             if isinstance(tau, Tensor):
-                rule["tau"] = tau.detach()  # the threshold has a gradient only over whole sequences
+                tau = tau.detach()  # the threshold has a gradient only over whole sequences
             if v.shape[1] == 1 and not torch.is_grad_enabled():
-                return decode_step(q, k, v, g, lam, memory.slots, beta, **rule)[0]
+                return decode_step(q, k, v, g, lam, memory.slots, beta, tau=tau, capacity=c.capacity, merge=c.merge)[0]
         if step.padding is not None:
-            return self._recur_padded(tensors, memory, step, rule)
-        out, slots = dla_attention(q, k, v, g, lam, beta, cache=memory.slots, return_cache=step.keep, **rule)
+            return self._recur_padded(tensors, memory, step, tau)
+        out, slots = dla_attention(
+            q, k, v, g, lam, beta, tau=tau, capacity=c.capacity, merge=c.merge, cache=memory.slots,
+            return_cache=step.keep,
+        )  # fmt: skip
         memory.slots = slots if step.keep else memory.slots
         return out
 
-    def _recur_padded(self, tensors: tuple, memory: LayerMemory, step: Step, rule: dict) -> Tensor:
-        """Row by row from its first real token on: padding neither writes nor opens a slot."""
+    def _recur_padded(self, tensors: tuple, memory: LayerMemory, step: Step, tau: float | Tensor) -> Tensor:
+        """Each row from its first real token on: padding neither writes nor opens a slot."""
         assert step.padding is not None
-        outs, caches = [], []
+        c, outs, caches = self.config, [], []
         for row, skip in enumerate(step.padding.tolist()):
             q, k, v, g, lam, beta = (None if x is None else x[row : row + 1, skip:] for x in tensors)
-            out, slots = dla_attention(q, k, v, g, lam, beta, return_cache=step.keep, **rule)
+            out, slots = dla_attention(
+                q, k, v, g, lam, beta, tau=tau, capacity=c.capacity, merge=c.merge, return_cache=step.keep
+            )
             outs.append(F.pad(out, (0, 0, 0, 0, skip, 0)))
             if slots is not None:
                 slots.start = torch.where(slots.start > EMPTY, slots.start + skip, EMPTY)  # positions of the padded row
@@ -179,12 +180,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class DLASoftmaxAttention(nn.Module):
     """Causal softmax attention with grouped key/value heads: [B, T, hidden] -> same.
 
-    Letter A rotates queries and keys by their positions, N does not; `qk_norm` norms each head of both before that.
+    A letter with `rotary` rotates queries and keys by their positions; `qk_norm` normalises each head of both first.
     """
 
     def __init__(self, config: DLAConfig, letter: str) -> None:
         super().__init__()
-        self.head_dim, self.rotated = config.attention_channels, letter == "A"
+        self.head_dim, self.rotated = config.attention_channels, LETTERS[letter].rotary
         inner, kv = (n * self.head_dim for n in (config.attention_heads, config.attention_groups))
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv, bias=False)
@@ -213,23 +214,22 @@ class DLASoftmaxAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
+MIXERS = {"D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention}
+
+
 class DLALayer(nn.Module):
     """Pre-norm mixer and SwiGLU MLP, each with a residual connection."""
 
     def __init__(self, config: DLAConfig, letter: str) -> None:
         super().__init__()
         self.input_layernorm = DLARMSNorm(config.hidden_size, config.norm_eps)
-        if letter == "D":
-            self.mixer = DLAMixer(config)
-        else:
-            self.self_attn = DLASoftmaxAttention(config, letter)
-        self.letter = letter
+        self.mixer_name = LETTERS[letter].hf_module
+        self.add_module(self.mixer_name, MIXERS[letter](config, letter))
         self.post_attention_layernorm = DLARMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = DLAMLP(config)
 
     def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
-        mix = self.mixer if self.letter == "D" else self.self_attn
-        x = x + mix(self.input_layernorm(x), memory, step)
+        x = x + getattr(self, self.mixer_name)(self.input_layernorm(x), memory, step)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dla.config import ModelSection, attention_head_dim, layer_letters
+from megatron_dla.config import LETTERS, ModelSection, attention_head_dim, layer_letters
 from megatron_dla.errors import CheckpointError
-from megatron_dla.mixers.functional import FP32_PARAMETERS as FP32_PARAMETERS
+from megatron_dla.model.parameters import MIXER_PARAMETERS, model_parameters
 from megatron_dla.parallel.tags import Tag
 
 
@@ -28,8 +28,8 @@ class Entry:
 
 
 def _packed(keys: tuple[str, ...], name: str, sizes: list[int]) -> Entry:
-    """Sections that stand in one Hugging Face matrix, in this order: one product, as in Megatron, so that both models
-    round alike."""
+    """Sections that are packed in one Hugging Face matrix, in this order: one product, as in Megatron, so that both
+    models round alike."""
     return Entry(keys, (name,), lambda *x: (torch.cat(x),), lambda x: tuple(t.contiguous() for t in x.split(sizes)))
 
 
@@ -38,38 +38,29 @@ _LAYER = {
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
-_DLA = (
-    "out_proj.weight",
-    "conv_value",
-    "conv_query",
-    "conv_key",
-    "A_log",
-    "dt_bias",
-    "slot_scale",
-    "slot_bias",
-    "norm",
-)
 _MODEL = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
 }
 
 
-def _sections(m: ModelSection, shared_query_key: bool = False) -> tuple[tuple[str, int], ...]:
-    """(name, size in the whole model) of in_proj's sections, in order; without query and key if those are apart."""
-    inner, qk = m.num_heads * m.value_dim, m.num_groups * m.key_dim
-    sections = [("gate", inner), ("value", inner)]
-    sections += [] if shared_query_key else [("query", qk), ("key", qk)]
-    sections += [("step", m.num_heads)] + ([("strength", m.num_heads)] if m.backbone == "gdn" else [])
-    return (*sections, ("slot", m.num_heads * m.capacity))
+def _recurrence(section: ModelSection, letter: str, ours: str, theirs: str) -> list[Entry]:
+    """A mixer whose parameters have the same names in both models; the sections of a packed one stay together."""
+    table = []
+    for name, spec in MIXER_PARAMETERS[letter](section, 1).items():
+        if spec.sections:
+            keys = tuple(f"{ours}.{section}" for section, _ in spec.sections)
+            table.append(_packed(keys, f"{theirs}.{name}", [n for _, n in spec.sections]))
+        else:
+            table.append(Entry((f"{ours}.{name}",), (f"{theirs}.{name}",)))
+    return table
 
 
-def _mixer(section: ModelSection, ours: str, theirs: str) -> list[Entry]:
-    sections = _sections(section)
-    keys = tuple(f"{ours}.{name}" for name, _ in sections)
-    table = [_packed(keys, f"{theirs}.in_proj.weight", [n for _, n in sections])]
-    extra = ([] if section.backbone == "gdn" else ["D"]) + (["tau"] if section.tau_mode == "learned" else [])
-    return table + [Entry((f"{ours}.{name}",), (f"{theirs}.{name}",)) for name in (*_DLA, *extra)]
+def _softmax(section: ModelSection, letter: str, ours: str, theirs: str) -> list[Entry]:
+    table = [_qkv(section, ours, theirs), Entry((f"{ours}.linear_proj.weight",), (f"{theirs}.o_proj.weight",))]
+    for p in "qk" if section.qk_norm else "":
+        table.append(Entry((f"{ours}.{p}_layernorm.weight",), (f"{theirs}.{p}_norm.weight",)))
+    return table
 
 
 def _qkv(section: ModelSection, ours: str, theirs: str) -> Entry:
@@ -104,15 +95,8 @@ def entries(section: ModelSection, dense: bool = False) -> list[Entry]:
             table += [Entry((f"{ours}.mlp.{p}",), (f"{theirs}.mlp.{p}_proj.weight",)) for p in ("gate", "up")]
         else:
             table.append(_packed((f"{ours}.mlp.gate", f"{ours}.mlp.up"), f"{theirs}.mlp.gate_up_proj.weight", ffn))
-        if letter == "D":
-            table += _mixer(section, f"{ours}.self_attention", f"{theirs}.mixer")
-        else:
-            table.append(_qkv(section, f"{ours}.self_attention", f"{theirs}.self_attn"))
-            out = (f"{ours}.self_attention.linear_proj.weight",), (f"{theirs}.self_attn.o_proj.weight",)
-            table.append(Entry(*out))
-            for p in "qk" if section.qk_norm else "":
-                norm = (f"{ours}.self_attention.{p}_layernorm.weight",), (f"{theirs}.self_attn.{p}_norm.weight",)
-                table.append(Entry(*norm))
+        mixer = _softmax if LETTERS[letter].softmax else _recurrence
+        table += mixer(section, letter, f"{ours}.self_attention", f"{theirs}.{LETTERS[letter].hf_module}")
     return table
 
 
@@ -148,35 +132,7 @@ def from_hf_names(state: dict[str, Tensor], section: ModelSection) -> dict[str, 
     return merged
 
 
-def _mixer_tags(section: ModelSection, size: int) -> dict[str, Tag]:
-    """Tags of one DLA mixer, as `megatron_dla.mixers.dla.DLAMixer` sets them."""
-    m, sharded = section, Tag("sharded")
-    qk = m.num_groups * m.key_dim
-    shared = m.num_groups % size != 0
-    both = (("query", qk), ("key", qk))
-    conv = Tag("replicated_sum") if shared else sharded
-    tags = dict.fromkeys(("conv_value", "A_log", "dt_bias", "slot_scale", "slot_bias"), sharded)
-    tags |= {"conv_query": conv, "conv_key": conv, "norm": Tag("replicated_sum")}
-    tags |= {"in_proj.weight": Tag("sharded", 0, _sections(m, shared)), "out_proj.weight": Tag("sharded", 1)}
-    tags |= {"qk_proj.weight": Tag("replicated_sum", 0, both)} if shared else {}
-    tags |= {"D": sharded} if m.backbone != "gdn" else {}
-    return tags | ({"tau": sharded} if m.tau_mode == "learned" else {})
-
-
 def parameter_tags(section: ModelSection, tensor_parallel: int = 1) -> dict[str, Tag]:
     """Name -> tag of every parameter of the Megatron model, without building it (a test holds the two together)."""
-    row, column, whole = Tag("sharded", 1), Tag("sharded", 0), Tag("replicated")
-    ffn = section.ffn_hidden_size
-    norms = {f"{p}_layernorm.weight": Tag("replicated_sum") for p in "qk"} if section.qk_norm else {}
-    tags = {"embedding.word_embeddings.weight": column}
-    for n, letter in enumerate(layer_letters(section)):
-        prefix = f"decoder.layers.{n}"
-        tags[f"{prefix}.input_layernorm.weight"] = whole
-        mixer = _mixer_tags(section, tensor_parallel) if letter == "D" else {}
-        mixer = mixer or {"linear_qkv.weight": column, "linear_proj.weight": row} | norms
-        tags |= {f"{prefix}.self_attention.{name}": tag for name, tag in mixer.items()}
-        tags[f"{prefix}.pre_mlp_layernorm.weight"] = whole
-        tags[f"{prefix}.mlp.linear_fc1.weight"] = Tag("sharded", 0, (("gate", ffn), ("up", ffn)))
-        tags[f"{prefix}.mlp.linear_fc2.weight"] = row
-    tags["decoder.final_layernorm.weight"] = whole
-    return tags if section.tie_embeddings else tags | {"output_layer.weight": column}
+    table = model_parameters(section, section.vocab_multiple, tensor_parallel)
+    return {name: Tag(spec.kind, spec.dim, spec.sections) for name, spec in table.items()}

@@ -1,13 +1,12 @@
 """A Dynamic Linear Attention language model in plain torch and transformers.
 
 This file and those beside it that it imports are copied into every exported directory, together with the recurrence
-(`attention.py`, `cache.py`, ...) and the mixer's arithmetic (`functional.py`): the same files that training runs.
+(`attention.py`, `cache.py`, ...), the mixer's arithmetic (`functional.py`), the table of its parameters (`layout.py`)
+and the letters of the layer pattern (`pattern.py`): the same files that training runs.
 It is therefore imported from such a directory, with `trust_remote_code=True`, and not from this package.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,8 @@ from transformers.utils import can_return_tuple
 from .cache_dla import DLACache, LayerMemory
 from .configuration_dla import DLAConfig
 from .layers_dla import DLALayer, DLAMixer, DLARMSNorm, Step
+from .layout import FP32_PARAMETERS, dla_parameters, zeros
+from .pattern import LETTERS
 from .rotary import rotary_frequencies
 
 
@@ -64,34 +65,23 @@ class DLAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DLALayer"]  # noqa: RUF012
     _is_stateful = True  # no assisted decoding: a recurrent state cannot be rolled back
     _supports_sdpa = True
-    # they sit in exponentials and thresholds
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "A_log", "dt_bias", "mixer.D", "slot_scale", "slot_bias", "mixer.tau",
-    ]  # fmt: skip
+    _keep_in_fp32_modules_strict = [f"mixer.{name}" for name in FP32_PARAMETERS]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if not isinstance(module, DLAMixer):
             return
-        c = self.config
-        bound = c.conv_kernel**-0.5
-        for weight in (module.conv_value, module.conv_query, module.conv_key):
-            init.uniform_(weight, -bound, bound)
-        span = math.log(c.dt_max) - math.log(c.dt_min)
-        dt = torch.exp(torch.rand(c.num_heads) * span + math.log(c.dt_min)).clamp(min=1e-4)
-        init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))
-        init.copy_(module.A_log, torch.empty(c.num_heads).uniform_(c.a_min, c.a_max).log())
-        backbone = c.slot_weight_init == "backbone"
-        init.ones_(module.slot_scale)
-        init.constant_(module.slot_bias, math.log(math.e - 1) if backbone else 0.0)
-        if backbone and not getattr(module.in_proj.weight, "_is_hf_initialized", False):  # a view has no such mark
+        table = dla_parameters(self.config)
+        # A_log is drawn last, so that a seed gives the model that it gave to the first exports
+        for name in sorted(table, key=lambda name: name == "A_log"):
+            if not name.endswith(".weight"):  # else transformers has initialised it, by its own rule
+                init.copy_(getattr(module, name), table[name].inits[0](table[name].shape, None))
+        weight, inits = module.in_proj.weight, table["in_proj.weight"].inits
+        if not getattr(weight, "_is_hf_initialized", False):
             with torch.no_grad():
-                module.in_proj.weight[-module.sizes["slot"] :].zero_()
-        init.ones_(module.norm)
-        if not module.delta:
-            init.ones_(module.D)
-        if c.tau_mode == "learned":
-            init.constant_(module.tau, c.tau)
+                for rows, start in zip(weight.split(list(module.sizes.values())), inits, strict=True):
+                    if start is zeros:
+                        rows.zero_()
 
 
 class DLAModel(DLAPreTrainedModel):
@@ -167,7 +157,7 @@ class DLAModel(DLAPreTrainedModel):
         position = torch.arange(past, past + T, device=x.device)[None]
         column = torch.arange(past + T, device=x.device)
         real = None if now is None else position >= now[:, None]
-        if not set(self.config.layer_letters) & {"A", "N"}:
+        if not any(LETTERS[letter].softmax for letter in self.config.layer_letters):
             return Step(now, real, None, None, keep)
         softmax_mask = None
         if padding is not None or (past and T > 1):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged
-from megatron_dla.config import ModelSection, attention_head_dim, layer_letters
+from megatron_dla.config import LETTERS, ModelSection, attention_head_dim, layer_letters
 from megatron_dla.errors import CheckpointError
 from megatron_dla.hf import mapping
 from megatron_dla.hf.convert import fresh_directory, resolve_checkpoint, tokenizer_file
@@ -53,16 +53,17 @@ def to_plain(
 def _family(layout: CheckpointLayout, checkpoint: Path) -> str:
     """model_type of the section. Raises CheckpointError where there is none."""
     m, where = layout.model, repr(str(checkpoint))
-    letters = set(layer_letters(m))
+    mixers = [LETTERS[letter] for letter in layer_letters(m)]
+    unrotated = not all(mixer.rotary for mixer in mixers)
     if layout.adapter:
         raise CheckpointError(f"{where} holds a δ-mem adapter: use `dla convert adapter`")
-    if "D" in letters:
-        raise CheckpointError(f"{where} has DLA layers, which no plain model has: leave out --plain")
-    if "N" in letters and m.qk_norm:
+    if recurrent := [mixer.label for mixer in mixers if not mixer.softmax]:
+        raise CheckpointError(f"{where} has {recurrent[0]} layers, which no plain model has: leave out --plain")
+    if unrotated and m.qk_norm:
         raise CheckpointError(
             f"{where} has layers without RoPE and qk_norm: no plain model has both; leave out --plain"
         )
-    return "smollm3" if "N" in letters else "qwen3" if m.qk_norm else "llama"
+    return "smollm3" if unrotated else "qwen3" if m.qk_norm else "llama"
 
 
 def _config(layout: CheckpointLayout, family: str, tokens: dict[str, int]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _config(layout: CheckpointLayout, family: str, tokens: dict[str, int]) -> di
     if m.rope_type == "llama3":
         rope |= {"low_freq_factor": m.rope_low_freq_factor, "high_freq_factor": m.rope_high_freq_factor}
         rope["original_max_position_embeddings"] = m.rope_original_length
-    letters = layer_letters(m)
+    rotary = [int(LETTERS[letter].rotary) for letter in layer_letters(m)]
     config = {
         "architectures": [FAMILIES[family]], "model_type": family, "vocab_size": layout.vocab_size,
         "hidden_size": m.hidden_size, "intermediate_size": m.ffn_hidden_size, "num_hidden_layers": m.num_layers,
@@ -85,7 +86,7 @@ def _config(layout: CheckpointLayout, family: str, tokens: dict[str, int]) -> di
         "tie_word_embeddings": m.tie_embeddings, "bos_token_id": tokens["bos"], "eos_token_id": tokens["eos"],
         "pad_token_id": tokens["eos"],
     }  # fmt: skip
-    return config | ({"no_rope_layers": [int(x == "A") for x in letters]} if family == "smollm3" else {})
+    return config | ({"no_rope_layers": rotary} if family == "smollm3" else {})
 
 
 def _write_tokenizer(out: Path, source: Path) -> dict[str, int]:

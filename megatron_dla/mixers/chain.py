@@ -1,27 +1,29 @@
-"""Context parallelism by a chain of slot memories: each rank keeps its tokens of every head and passes the memory on.
+"""Context parallelism by a chain of slot states: each rank keeps its tokens of every head and sends its slots on.
 
-Exact, and not bound by the number of heads. What moves does not grow with the context: K states of Dk x Dv a head and
-hop. Ranks wait for each other, so the heads go in pieces: while a rank works on one, the rank before is at the next.
+Exact, and not bound by the number of heads. The traffic does not grow with the context: K states of Dk x Dv a head and
+hop. Ranks wait for each other, so the heads are pipelined in pieces: while a rank computes one, the rank before it
+computes the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from megatron_dla.kernels.dla import Partition, SlotCache, dla_attention, partition
+from megatron_dla.kernels.dla import Partition, SlotCache
 from megatron_dla.kernels.dla.naive import document_starts
 from megatron_dla.mixers import functional
+from megatron_dla.mixers.recurrence import Inputs, SlotRule
 from megatron_dla.parallel.neighbours import Neighbours, halo, hand_on, receive_states
 
-Decide = Callable[[Callable[[], Partition], int], Partition]
+Decide = Callable[[Callable[[], Partition]], Partition]
 
 
 def number_of_pieces(heads: int, groups: int, ranks: int) -> int:
-    """How many pieces the heads go in: at most two a rank, of whole groups or of heads of one group."""
+    """Number of pipelined pieces of the heads: at most two a rank, each of whole groups or of heads of one group."""
     fits = (n for n in range(1, min(heads, 2 * ranks) + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0))
     return max(fits)
 
@@ -53,49 +55,54 @@ class Chain:
         return [functional.short_convolution(part, weight, document)[:, width:] for part, weight in parts]
 
     def attend(
-        self, inputs: tuple[Tensor | None, ...], rule: dict[str, Any], starts: Tensor | None, decide: Decide
+        self,
+        inputs: Inputs,
+        rule: SlotRule,
+        starts: Tensor | None,
+        decide: Callable[[int, Callable[[], Partition]], Partition],
     ) -> Tensor:
-        """[B, T, H, Dv] of q, k, v, g, slot weights and beta (as `dla_attention`).
+        """[B, T, H, Dv] of this rank's tokens.
 
         Args:
-            rule: tau, capacity, merge, backend. decide: calls (or remembers) a partition, told its first head.
+            decide: gets the first head of a piece and the computation of its partition, and returns that partition.
         """
-        q, _, v, *_ = inputs
-        assert q is not None and v is not None
-        heads, groups = v.shape[2], q.shape[2]
+        heads, groups = inputs.v.shape[2], inputs.q.shape[2]
         pieces = number_of_pieces(heads, groups, self.near.size)
         outs = []
         for i in range(pieces):
-            cut = [None if x is None else _piece(x, i, pieces, heads) for x in inputs]
-            outs.append(self._piece(cut, rule, starts, lambda f, i=i: decide(f, i * heads // pieces)))
+            cut = inputs.map(lambda x, i=i: _piece(x, i, pieces))  # type: ignore[misc]
+            outs.append(self._piece(cut, rule, starts, partial(decide, i * heads // pieces)))
         return torch.cat(outs, 2)
 
-    def _piece(self, inputs: list, rule: dict[str, Any], starts: Tensor | None, decide) -> Tensor:
-        q, k, v = inputs[:3]
+    def _piece(self, inputs: Inputs, rule: SlotRule, starts: Tensor | None, decide: Decide) -> Tensor:
+        k, v = inputs.k, inputs.v
         B, T, H, Dv = v.shape
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         cache = None
         if self.near.before is not None:
-            cache = SlotCache.empty(B, H, rule["capacity"], k.shape[-1], Dv, dtype=dtype, device=v.device)
+            cache = SlotCache.empty(B, H, rule.capacity, k.shape[-1], Dv, dtype=dtype, device=v.device)
             with torch.no_grad():
                 for name in SlotCache.FIELDS[1:]:
                     setattr(cache, name, self.near.receive(getattr(cache, name), self.near.before))
             cache.states = receive_states(v, cache.states, self.near)
         out, after = self._rows(inputs, rule, starts, cache, decide)
+        assert after is not None  # the last segment of a rank is asked for it
         if self.near.after is not None:
             for name in SlotCache.FIELDS[1:]:
                 self.near.send(getattr(after, name).detach(), self.near.after)
         return hand_on(out, after.states, None if cache is None else cache.states, self.near)
 
-    def _rows(self, inputs: list, rule: dict, starts: Tensor | None, cache: SlotCache | None, decide):
-        """The recurrence over this rank's tokens: (out, memory after them)."""
-        T, first = inputs[2].shape[1], self.near.rank * inputs[2].shape[1]
+    def _rows(
+        self, inputs: Inputs, rule: SlotRule, starts: Tensor | None, cache: SlotCache | None, decide: Decide
+    ) -> tuple[Tensor, SlotCache | None]:
+        """The recurrence over this rank's tokens: (outputs, slots after the last token)."""
+        T, first = inputs.v.shape[1], self.near.rank * inputs.v.shape[1]
         borders = None if starts is None else starts[:, first : first + T]
         if borders is None or not bool(borders[:, 1 if cache is None else 0 :].any()):
             return _attend(inputs, rule, None, cache, decide, keep=True)
         outs, caches = [], []
         for row, ends in enumerate(borders):
-            one = [None if x is None else x[row : row + 1] for x in inputs]
+            one = inputs.map(lambda x, row=row: x[row : row + 1])  # type: ignore[misc]
             carried = None if cache is None else rows_from(cache, row)
             out, after = _attend_row(one, rule, ends.nonzero().flatten().tolist(), carried, decide)
             outs.append(out)
@@ -103,7 +110,7 @@ class Chain:
         return torch.cat(outs), SlotCache.concatenate(caches)
 
 
-def _piece(x: Tensor, i: int, pieces: int, heads: int) -> Tensor:
+def _piece(x: Tensor, i: int, pieces: int) -> Tensor:
     """Piece i of the heads [B, T, H, ...], or of the groups [B, T, G, Dk] that they read."""
     units = x.shape[2]
     if units % pieces:  # fewer groups than pieces
@@ -111,28 +118,29 @@ def _piece(x: Tensor, i: int, pieces: int, heads: int) -> Tensor:
     return x[:, :, i * (units // pieces) : (i + 1) * (units // pieces)]
 
 
-def _attend(inputs: list, rule: dict, cu_seqlens: Tensor | None, cache: SlotCache | None, decide, *, keep: bool):
-    q, k, v, g, weights, beta = inputs
-    rule = rule | {"cu_seqlens": cu_seqlens, "cache": cache}
-    decided = decide(lambda: partition(k, v, g, beta, **rule))
-    return dla_attention(q, k, v, g, weights, beta, partition=decided, return_cache=keep, **rule)
+def _attend(
+    inputs: Inputs, rule: SlotRule, cu_seqlens: Tensor | None, cache: SlotCache | None, decide: Decide, *, keep: bool
+) -> tuple[Tensor, SlotCache | None]:
+    decided = decide(lambda: rule.partition(inputs, cu_seqlens, cache))
+    return rule.attend(inputs, decided, cu_seqlens, cache, return_cache=keep)
 
 
-def _attend_row(inputs: list, rule: dict, borders: list[int], cache: SlotCache | None, decide):
-    """One row: the document that came in, those in between, and the one that may go on at the next rank."""
-    T = inputs[2].shape[1]
+def _attend_row(
+    inputs: Inputs, rule: SlotRule, borders: list[int], cache: SlotCache | None, decide: Decide
+) -> tuple[Tensor, SlotCache | None]:
+    """One row: the document continued from the rank before, whole ones, and one that may continue at the next rank."""
+    T = inputs.v.shape[1]
     first, last = (borders[0], borders[-1]) if borders else (T, T)
     outs, after = [], cache
 
     def run(a: int, b: int, cu_seqlens: Tensor | None, incoming: SlotCache | None, keep: bool):
-        cut = [None if x is None else x[:, a:b] for x in inputs]
-        return _attend(cut, rule, cu_seqlens, incoming, decide, keep=keep)
+        return _attend(inputs.map(lambda x: x[:, a:b]), rule, cu_seqlens, incoming, decide, keep=keep)
 
     if first > 0:
         out, after = run(0, first, None, cache, not borders)
         outs.append(out)
     if last > first:
-        ends = torch.tensor([b - first for b in borders], dtype=torch.int32, device=inputs[2].device)
+        ends = torch.tensor([b - first for b in borders], dtype=torch.int32, device=inputs.v.device)
         outs.append(run(first, last, ends, None, False)[0])
     if borders:
         out, after = run(last, T, None, None, True)

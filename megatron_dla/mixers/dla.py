@@ -1,13 +1,12 @@
 """The DLA mixer as a Megatron-Core module: takes the self_attention slot of a TransformerLayer by ModuleSpec.
 
-Tensor parallel by heads: column-parallel in, row-parallel out, and no collective between. Decisions are per sequence
+Tensor parallel by heads: column-parallel in, row-parallel out, and no collective between. Partitions are per sequence
 and head, so they need no communication and do not depend on the layout. Context parallel by heads too: an all-to-all
-before the convolution and one after the recurrence; gate and norm follow the return trip, so that the gate stays home.
+before the convolution and one after the recurrence; gate and norm come after the second, so the gate is never moved.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +23,16 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megatron_dla.config import ModelSection
-from megatron_dla.kernels.dla import Partition, dla_attention, partition
+from megatron_dla.kernels.dla import Partition
 from megatron_dla.kernels.dla.naive import document_starts
 from megatron_dla.kernels.dla.soft import soft_attention
 from megatron_dla.mixers import functional
 from megatron_dla.mixers.chain import Chain
 from megatron_dla.mixers.decisions import Decisions
-from megatron_dla.mixers.norms import ones
+from megatron_dla.mixers.layout import FP32_PARAMETERS, ParamSpec, dla_parameters
+from megatron_dla.mixers.recurrence import Inputs, SlotRule
 from megatron_dla.parallel.context import HeadExchange
-from megatron_dla.parallel.tags import Init, Tag, set_tag, sum_gradient
+from megatron_dla.parallel.tags import Tag, set_tag, sum_gradient
 
 
 @dataclass
@@ -43,45 +43,23 @@ class DLAMixerSubmodules:
     out_proj: ModuleSpec | type = IdentityOp
 
 
-def normal(std: float) -> Init:
-    return lambda shape, generator: torch.randn(shape, generator=generator) * std
-
-
-def uniform(low: float, high: float) -> Init:
-    return lambda shape, generator: torch.rand(shape, generator=generator) * (high - low) + low
-
-
-def constant(value: float) -> Init:
-    return lambda shape, generator: torch.full(shape, value)
-
-
-def dt_bias_init(low: float, high: float) -> Init:
-    """softplus^-1 of a log-uniform time step (Mamba-2)."""
-
-    def draw(shape: torch.Size, generator: torch.Generator) -> Tensor:
-        span = math.log(high) - math.log(low)
-        dt = torch.exp(torch.rand(shape, generator=generator) * span + math.log(low)).clamp(min=1e-4)
-        return dt + torch.log(-torch.expm1(-dt))
-
-    return draw
-
-
-def a_log_init(low: float, high: float) -> Init:
-    draw = uniform(low, high)
-    return lambda shape, generator: draw(shape, generator).log()
-
-
 class DLAMixer(MegatronModule):
     """Dynamic Linear Attention over [S, B, hidden], on the Mamba-2 or the Gated DeltaNet backbone.
 
-    Parameters (H heads, G query/key groups, K slots; local sizes are 1/TP of these):
-        in_proj: sections gate [H Dv], value [H Dv], query [G Dk], key [G Dk], step [H], strength [H] (GDN only) and
-            slot [H K]. With fewer groups than ranks, query and key move to `qk_proj`, replicated.
-        conv_value, conv_query, conv_key: [channels, W]. A_log, dt_bias: fp32 [H]. D: fp32 [H] (Mamba-2 only).
-        slot_scale, slot_bias: fp32 [H, K]. tau: fp32 [H], if learned. norm: [Dv], shared by the heads.
-
+    Parameters: see `layout.dla_parameters`; those that are sharded are local here, 1/TP of the whole model's.
     Deviation from Mamba-2: the gated norm is per head, so that it does not depend on the tensor-parallel size.
     """
+
+    conv_value: nn.Parameter
+    conv_query: nn.Parameter
+    conv_key: nn.Parameter
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+    D: nn.Parameter
+    slot_scale: nn.Parameter
+    slot_bias: nn.Parameter
+    tau: nn.Parameter
+    norm: nn.Parameter
 
     def __init__(
         self,
@@ -113,61 +91,38 @@ class DLAMixer(MegatronModule):
         self.boundaries: Tensor | None = None  # boundary counts since the last `take_boundary_rate`, [H local]
         self.tokens = torch.zeros(0)
         self.gate_temperature: float | None = None  # soft gates in training, set by the trainer each step; None = hard
-        inner, qk = model.num_heads * model.value_dim, model.num_groups * model.key_dim
-        sections = [("gate", inner), ("value", inner)]
-        sections += [] if self.shared_groups else [("query", qk), ("key", qk)]
-        sections += [("step", model.num_heads)] + ([("strength", model.num_heads)] if self.delta else [])
-        sections += [("slot", model.num_heads * model.capacity)]
-        self.sections = tuple(sections)
+        table = dla_parameters(model, size)
+        self.sections = table["in_proj.weight"].sections
         self.in_proj = build_module(
-            submodules.in_proj, config.hidden_size, sum(n for _, n in sections), config=config,
+            submodules.in_proj, config.hidden_size, table["in_proj.weight"].shape[0], config=config,
             init_method=config.init_method, gather_output=False, bias=False, skip_bias_add=False,
             tp_comm_buffer_name="fc1", tp_group=self.tp,
         )  # fmt: skip
         self.out_proj = build_module(
-            submodules.out_proj, inner, config.hidden_size, config=config,
+            submodules.out_proj, table["out_proj.weight"].shape[1], config.hidden_size, config=config,
             init_method=config.output_layer_init_method, bias=False, input_is_parallel=True, skip_bias_add=True,
             is_expert=False, tp_comm_buffer_name="fc2", tp_group=self.tp,
         )  # fmt: skip
-        std = model.init_std
-        set_tag(self.in_proj.weight, Tag("sharded", 0, self.sections), normal(std))
-        set_tag(self.out_proj.weight, Tag("sharded", 1), normal(std / math.sqrt(2 * config.num_layers)))
-        self._add_parameters(inner, qk)
-
-    def _add_parameters(self, inner: int, qk: int) -> None:
-        m, size, dtype = self.model, self.tp.size(), self.config.params_dtype
-        sharded = Tag("sharded")
-        conv = uniform(-(m.conv_kernel**-0.5), m.conv_kernel**-0.5)
-        self.conv_value = self._parameter((inner // size, m.conv_kernel), sharded, conv, dtype)
         if self.shared_groups:
-            both = Tag("replicated_sum", 0, (("query", qk), ("key", qk)))
-            self.qk_proj = nn.Linear(self.config.hidden_size, 2 * qk, bias=False, dtype=dtype, device=self._device())
-            set_tag(self.qk_proj.weight, both, normal(m.init_std))  # type: ignore[arg-type]
-        channels, conv_tag = (qk, Tag("replicated_sum")) if self.shared_groups else (qk // size, sharded)
-        self.conv_query = self._parameter((channels, m.conv_kernel), conv_tag, conv, dtype)
-        self.conv_key = self._parameter((channels, m.conv_kernel), conv_tag, conv, dtype)
-        H, slots = (self.heads,), (self.heads, m.capacity)
-        self.A_log = self._parameter(H, sharded, a_log_init(m.a_min, m.a_max))
-        self.dt_bias = self._parameter(H, sharded, dt_bias_init(m.dt_min, m.dt_max))
-        if not self.delta:
-            self.D = self._parameter(H, sharded, ones)
-        start_as_backbone = m.slot_weight_init == "backbone"
-        self.slot_scale = self._parameter(slots, sharded, ones)
-        self.slot_bias = self._parameter(slots, sharded, constant(math.log(math.e - 1) if start_as_backbone else 0.0))
-        if m.tau_mode == "learned":
-            self.tau = self._parameter(H, sharded, constant(m.tau))
-        # every rank sees only its heads, with or without sequence parallelism: the gradient is always partial
-        self.norm = self._parameter((m.value_dim,), Tag("replicated_sum"), ones, dtype)
+            rows, columns = table["qk_proj.weight"].shape
+            dtype, device = config.params_dtype, self._device()
+            self.qk_proj = nn.Linear(columns, rows, bias=False, dtype=dtype, device=device)
+        for name, spec in table.items():
+            parameter = self.get_parameter(name) if "." in name else self._add_parameter(name, spec)
+            set_tag(parameter, Tag(spec.kind, spec.dim, spec.sections), *spec.inits)
 
     def _device(self) -> Any:
         return "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
 
-    def _parameter(self, shape: tuple[int, ...], tag: Tag, init: Init, dtype=torch.float32) -> nn.Parameter:
-        dtype = torch.float64 if self.config.params_dtype == torch.float64 else dtype
+    def _add_parameter(self, name: str, spec: ParamSpec) -> nn.Parameter:
+        dtype = self.config.params_dtype
+        if name in FP32_PARAMETERS and dtype != torch.float64:
+            dtype = torch.float32
+        shape = spec.local_shape(self.tp.size())
         parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=self._device()))
-        # scalars that sit in exponentials and thresholds stay fp32 in a bf16 model: see compat.import_deepspeed
-        parameter.keep_fp32 = dtype == torch.float32  # type: ignore[attr-defined]
-        return set_tag(parameter, tag, init)
+        parameter.keep_fp32 = dtype == torch.float32  # type: ignore[attr-defined]  # see compat.import_deepspeed
+        self.register_parameter(name, parameter)
+        return parameter
 
     def forward(
         self,
@@ -271,27 +226,27 @@ class DLAMixer(MegatronModule):
             write, g = functional.mamba2_inputs(value, part["step"], *scalars)
         tau: float | Tensor = m.tau
         if m.tau_mode == "learned":
-            tau = functional.hold_tau(mine(self.tau))
+            tau = functional.clamp_tau(mine(self.tau))
             tau = tau if torch.is_grad_enabled() else tau.requires_grad_()  # a recomputation will need Partition.lo
-        rule = {"tau": tau, "capacity": m.capacity, "merge": m.merge, "backend": self.backend}
-        inputs = (query, key, write, g, weights, beta)
+        rule = SlotRule(tau, m.capacity, m.merge, self.backend)
+        inputs = Inputs(query, key, write, g, weights, beta)
         if self.chain is not None:
             out = self.chain.attend(inputs, rule, starts, self._decide)
         else:
-            rule["cu_seqlens"] = cu_seqlens
-            decided = self._decide(lambda: partition(key, write, g, beta, **rule))
+            decided = self._decide(0, lambda: rule.partition(inputs, cu_seqlens))
             if self.training and self.gate_temperature is not None:
-                soft = {"tau": tau, "temperature": self.gate_temperature, "cu_seqlens": cu_seqlens}
-                out, _ = soft_attention(*inputs, partition=decided, **soft)
+                out, _ = soft_attention(
+                    *inputs, tau=tau, temperature=self.gate_temperature, partition=decided, cu_seqlens=cu_seqlens
+                )
             else:
-                out, _ = dla_attention(*inputs, partition=decided, **rule)
+                out, _ = rule.attend(inputs, decided, cu_seqlens)
         return out if self.delta else out + mine(self.D)[:, None].to(value.dtype) * value
 
-    def _decide(self, decide: Callable[[], Partition], first_head: int = 0) -> Partition:
-        """A partition, or the one that was decided before this pass was recomputed."""
+    def _decide(self, first_head: int, compute: Callable[[], Partition]) -> Partition:
+        """The computed partition of the heads from `first_head` on, or the kept one where this pass is recomputed."""
 
         def counted() -> Partition:
-            decided = decide()
+            decided = compute()
             self._count(decided.start, first_head)
             return decided
 

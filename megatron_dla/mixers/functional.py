@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TAU_RANGE = (0.5, 1.41)  # a learned threshold is held here; outside, slots open always or never
-
-# parameters that stay fp32 in a bf16 model: they sit in exponentials and thresholds
-FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau")
+TAU_RANGE = (0.5, 1.41)  # a learned threshold is clamped to this; outside, slots open always or never
 
 
 def short_convolution(x: Tensor, weight: Tensor, document: Tensor | None = None, tail: Tensor | None = None) -> Tensor:
@@ -46,33 +43,33 @@ def slot_weights(raw: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return F.softplus(scale * raw.to(scale.dtype) + bias)
 
 
-def hold_tau(tau: Tensor) -> Tensor:
-    """A learned threshold, held in `TAU_RANGE`; the gradient passes, so that it can come back."""
+def clamp_tau(tau: Tensor) -> Tensor:
+    """A learned threshold, clamped to `TAU_RANGE`; the gradient passes unchanged, so that it can come back."""
     return tau + (tau.clamp(*TAU_RANGE) - tau).detach()
 
 
-def mamba2_inputs(value: Tensor, step: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Mamba-2's write and log-decay: v = dt * x and g = -exp(A_log) dt, with dt = softplus(step + dt_bias).
+def mamba2_inputs(value: Tensor, dt: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Mamba-2's write and log-decay: v = dt * x and g = -exp(A_log) dt, with dt = softplus(dt + dt_bias).
 
     Args:
-        value: [B, T, H, Dv]. step: [B, T, H]. A_log, dt_bias: fp32 [H].
+        value: [B, T, H, Dv]. dt: [B, T, H], before the softplus. A_log, dt_bias: fp32 [H].
     """
-    dt = F.softplus(step.to(dt_bias.dtype) + dt_bias)
+    dt = F.softplus(dt.to(dt_bias.dtype) + dt_bias)
     return value * dt[..., None].to(value.dtype), -A_log.exp() * dt
 
 
 def gdn_inputs(
-    q: Tensor, k: Tensor, step: Tensor, strength: Tensor, A_log: Tensor, dt_bias: Tensor
+    q: Tensor, k: Tensor, dt: Tensor, beta: Tensor, A_log: Tensor, dt_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gated DeltaNet's unit q (scaled by Dk^-1/2) and k, log-decay g and write strength beta = sigmoid(strength).
+    """Gated DeltaNet's unit q (scaled by Dk^-1/2) and k, log-decay g and write strength beta.
 
     Args:
-        q, k: [B, T, G, Dk]. step, strength: [B, T, H]. A_log, dt_bias: fp32 [H].
+        q, k: [B, T, G, Dk]. dt, beta: [B, T, H], before softplus and sigmoid. A_log, dt_bias: fp32 [H].
     """
     q = F.normalize(q.float() if q.dtype != torch.float64 else q, dim=-1, eps=1e-6) * q.shape[-1] ** -0.5
     k = F.normalize(k.float() if k.dtype != torch.float64 else k, dim=-1, eps=1e-6)
-    g = -A_log.exp() * F.softplus(step.to(dt_bias.dtype) + dt_bias)
-    return q, k, g, torch.sigmoid(strength.to(dt_bias.dtype))
+    g = -A_log.exp() * F.softplus(dt.to(dt_bias.dtype) + dt_bias)
+    return q, k, g, torch.sigmoid(beta.to(dt_bias.dtype))
 
 
 def gated_head_norm(out: Tensor, gate: Tensor, weight: Tensor, eps: float, *, gate_first: bool) -> Tensor:

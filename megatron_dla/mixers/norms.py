@@ -1,4 +1,4 @@
-"""RMSNorm for Megatron layers that stays right under sequence parallelism."""
+"""RMSNorm for Megatron layers whose gradient is right under sequence parallelism."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_dla.mixers.layout import ones
 from megatron_dla.parallel.tags import Tag, set_tag, sum_gradient
-
-
-def ones(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    return torch.ones(shape)
 
 
 class RMSNorm(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from megatron_dla import compat
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.config import ModelSection, ParallelSection, attention_head_dim, layer_letters
+from megatron_dla.config import LETTERS, ModelSection, ParallelSection, attention_head_dim, layer_letters
 
 
 def padded_vocab(vocab_size: int, multiple: int) -> int:
@@ -22,14 +22,15 @@ def transformer_config(
     compat.install()
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    letters = layer_letters(section)
+    mixers = [LETTERS[letter] for letter in layer_letters(section)]
+    unrotated = [int(mixer.softmax and not mixer.rotary) for mixer in mixers]
     return TransformerConfig(
         num_layers=section.num_layers,
         hidden_size=section.hidden_size,
         num_attention_heads=section.attention_heads,
         num_query_groups=section.attention_groups,
         kv_channels=attention_head_dim(section),
-        no_rope_freq=[int(letter == "N") for letter in letters] if "N" in letters else None,
+        no_rope_freq=unrotated if any(unrotated) else None,
         ffn_hidden_size=section.ffn_hidden_size,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
@@ -84,10 +85,12 @@ def build_model(
     from megatron_dla.mixers.rotary import rotary_frequencies
     from megatron_dla.mixers.softmax import ContiguousRotary
     from megatron_dla.model.init import initialise, tag_megatron_parameters
+    from megatron_dla.model.parameters import model_parameters
     from megatron_dla.model.spec import block_spec
     from megatron_dla.parallel.groups import process_groups
 
-    groups = process_groups()
+    groups, vocabulary = process_groups(), padded_vocab(vocab_size, section.vocab_multiple)
+    rotary_layers = any(LETTERS[letter].rotary for letter in layer_letters(section))
     block = block_spec(section, backend, parallel.cp_scheme)
     if delta_mem is not None:
         from megatron_dla.adapters.delta_mem import add_memories, initialise_memories
@@ -96,13 +99,13 @@ def build_model(
     model = GPTModel(
         config,
         block,
-        vocab_size=padded_vocab(vocab_size, section.vocab_multiple),
+        vocab_size=vocabulary,
         max_sequence_length=seq_len,
-        position_embedding_type="rope" if "A" in layer_letters(section) else "none",
+        position_embedding_type="rope" if rotary_layers else "none",
         share_embeddings_and_output_weights=section.tie_embeddings,
         pg_collection=groups,
     )
-    if "A" in layer_letters(section):
+    if rotary_layers:
         m, rotary = section, model.rotary_pos_emb
         frequencies = rotary_frequencies(
             attention_head_dim(m), m.rope_theta, m.rope_type, m.rope_factor, m.rope_low_freq_factor,
@@ -111,9 +114,9 @@ def build_model(
         rotary.inv_freq = frequencies.to(rotary.inv_freq.device)  # Megatron's own knows one llama3 length only
         if groups.cp.size() > 1:
             model.rotary_pos_emb = ContiguousRotary(rotary, groups.cp)
-    tag_megatron_parameters(model, section)
+    tag_megatron_parameters(model, model_parameters(section, vocabulary, groups.tp.size()))
     if seed is not None:
-        initialise(model, section, seed, groups.tp.rank(), groups.tp.size())
+        initialise(model, seed, groups.tp.rank(), groups.tp.size())
         if delta_mem is not None:
             initialise_memories(model, seed)
     return model

@@ -1,6 +1,8 @@
-"""Layer specs: Megatron's local TransformerLayer with the DLA mixer, or a softmax core, put in by ModuleSpec."""
+"""Layer specs: Megatron's local TransformerLayer with the mixer of each letter, put in by ModuleSpec."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -13,29 +15,39 @@ from megatron_dla.mixers.norms import HeadNorm, RMSNorm
 from megatron_dla.mixers.softmax import CoreAttention
 
 
-def dla_mixer_spec(model: ModelSection, backend: str = "auto", cp_scheme: str = "heads") -> ModuleSpec:
-    """The DLA mixer for the self_attention slot."""
+def dla_mixer_spec(model: ModelSection, attention: ModuleSpec, backend: str, cp_scheme: str) -> ModuleSpec:
+    """The DLA mixer in place of the attention."""
     submodules = DLAMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
     return ModuleSpec(
         module=DLAMixer, params={"model": model, "backend": backend, "cp_scheme": cp_scheme}, submodules=submodules
     )
 
 
-def layer_spec(model: ModelSection, letter: str = "D", backend: str = "auto", cp_scheme: str = "heads") -> ModuleSpec:
-    """One TransformerLayer: `D` = DLA mixer, `A`, `N` = softmax attention; SwiGLU MLP in each.
+def softmax_spec(model: ModelSection, attention: ModuleSpec, backend: str, cp_scheme: str) -> ModuleSpec:
+    """Megatron's self-attention with our core and norms.
 
-    Whether a softmax layer has rotary positions is in Megatron's config (`no_rope_freq`), by its number.
+    Whether a layer has rotary positions is in Megatron's config (`no_rope_freq`), by its number.
     """
+    attention.submodules.core_attention = CoreAttention
+    if model.qk_norm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = HeadNorm
+    return attention
+
+
+# by letter: (model section, Megatron's spec of the self-attention, kernel backend, context-parallel scheme) -> mixer
+MIXER_SPECS: dict[str, Callable[[ModelSection, ModuleSpec, str, str], ModuleSpec]] = {
+    "D": dla_mixer_spec,
+    "A": softmax_spec,
+    "N": softmax_spec,
+}
+
+
+def layer_spec(model: ModelSection, letter: str = "D", backend: str = "auto", cp_scheme: str = "heads") -> ModuleSpec:
+    """One TransformerLayer: the mixer of the letter in the self_attention slot, and a SwiGLU MLP."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    if letter == "D":
-        spec.submodules.self_attention = dla_mixer_spec(model, backend, cp_scheme)
-    else:
-        attention = spec.submodules.self_attention.submodules
-        attention.core_attention = CoreAttention
-        if model.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = HeadNorm
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.self_attention = MIXER_SPECS[letter](model, layer.self_attention, backend, cp_scheme)
     return spec
 
 

@@ -1,6 +1,6 @@
-"""What tensor parallelism does to each parameter: one tag says how it is cut, drawn, merged and reduced.
+"""What tensor parallelism does to each parameter: one tag says how it is cut, initialised, merged and reduced.
 
-Every parameter carries a `Tag`; `untagged` lists those that do not, and a start with any of them is refused. Packed
+Every parameter carries a `Tag`; `untagged` lists those that do not, and building a model with one raises. Packed
 projections are named sections, never one slice, so a weight means the same at every tensor-parallel size.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Init = Callable[[torch.Size, torch.Generator], Tensor]
+Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,13 @@ class Tag:
         return tuple(f"{name.rsplit('.', 2)[0]}.{section}" for section, _ in self.sections)
 
 
-def set_tag(parameter: nn.Parameter, tag: Tag, init: Init) -> nn.Parameter:
-    """Attach tag and initialiser; also sets the attributes that DeepSpeed and Megatron read for the gradient norm."""
-    parameter.dla_tag, parameter.dla_init = tag, init  # type: ignore[attr-defined]
+def set_tag(parameter: nn.Parameter, tag: Tag, *inits: Init) -> nn.Parameter:
+    """Attach the tag and what draws the initial values: one `Init`, or one for each section.
+
+    Also sets the attributes that DeepSpeed and Megatron read for the gradient norm.
+    """
+    assert len(inits) in (1, len(tag.sections)), (tag, inits)
+    parameter.dla_tag, parameter.dla_inits = tag, inits  # type: ignore[attr-defined]
     if tag.kind == "sharded":
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         parameter.partition_dim = tag.dim  # type: ignore[attr-defined]
@@ -77,7 +81,7 @@ def set_tag(parameter: nn.Parameter, tag: Tag, init: Init) -> nn.Parameter:
 
 
 def get_tag(parameter: nn.Parameter) -> Tag:
-    """The tag of a parameter; AttributeError without one."""
+    """The tag of a parameter. Raises AttributeError without one."""
     return parameter.dla_tag  # type: ignore[attr-defined, no-any-return]
 
 

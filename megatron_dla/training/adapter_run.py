@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_dla.adapters.files import Fingerprint, fingerprint
-from megatron_dla.config import ModelSection, check_context_parallel, check_tensor_parallel
+from megatron_dla.config import LETTERS, ModelSection, check_context_parallel, check_tensor_parallel
 from megatron_dla.config.adapter import AdapterRunConfig
 from megatron_dla.config.checks import attention_head_dim, layer_letters
 from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
@@ -102,7 +102,7 @@ def memory_layer_numbers(config: AdapterRunConfig, section: ModelSection) -> lis
     Raises:
         ConfigError: `delta_mem.layers_to_transform` names one that does not exist.
     """
-    softmax = [i for i, letter in enumerate(layer_letters(section)) if letter != "D"]
+    softmax = [i for i, letter in enumerate(layer_letters(section)) if LETTERS[letter].softmax]
     if wrong := sorted(set(config.delta_mem.layers_to_transform or ()) - set(softmax)):
         raise ConfigError(
             f"delta_mem.layers_to_transform: {wrong[0]} is no attention layer of the backbone; it has 0 to "

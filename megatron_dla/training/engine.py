@@ -10,7 +10,7 @@ from torch import nn
 
 from megatron_dla import compat
 from megatron_dla.config import AdapterRunConfig, RunConfig
-from megatron_dla.mixers.functional import FP32_PARAMETERS
+from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.parallel.mpu import make_mpu
 from megatron_dla.training.schedule import lr_factor
 

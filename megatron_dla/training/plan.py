@@ -1,14 +1,16 @@
 """What a run will need, from its config alone: parameters, memory and traffic of each rank. Nothing is started.
 
-Parameter counts are exact. Memory and traffic are estimates from shapes: allocator, buckets and workspaces come on top.
+Parameter counts are exact. Memory and traffic are estimates from shapes: allocator, buckets and workspaces are not
+included.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dla.config import ModelSection, RunConfig, attention_head_dim, layer_letters, softmax_layers
-from megatron_dla.model.counts import parameters_per_rank
+from megatron_dla.config import LETTERS, ModelSection, RunConfig, attention_head_dim, layer_letters
+from megatron_dla.model.counts import parameters_per_rank, recurrent_states
+from megatron_dla.model.parameters import MIXER_PARAMETERS
 
 CHUNK = 64  # tokens between two kept slot states in the backward pass of one layer
 
@@ -60,37 +62,48 @@ def _states(config: RunConfig, parameters: int, replicas: int, bf16: bool) -> tu
     return memory, optimizer if offload else 0.0
 
 
-def mixer_widths(m: ModelSection, tensor: int) -> tuple[int, int]:
-    """Channels a token has in (the projections of a tensor-parallel rank, those of them that move by heads)."""
-    inner, groups = m.num_heads * m.value_dim // tensor, max(1, m.num_groups // tensor)
-    heads = m.num_heads // tensor
-    moving = inner + 2 * groups * m.key_dim + heads * (1 + (m.backbone == "gdn") + m.capacity)
-    return inner + moving, moving
+def mixer_widths(m: ModelSection, letter: str, tensor: int) -> tuple[int, int]:
+    """Channels of a token after a recurrent mixer's projections on one tensor-parallel rank: (all, without the gate).
+
+    Those without the gate go through the all-to-all of context parallelism.
+    """
+    table = MIXER_PARAMETERS[letter](m, tensor)
+    widths = {name: n // tensor for name, n in table["in_proj.weight"].sections}
+    width = sum(widths.values()) + (2 * m.key_dim if "qk_proj.weight" in table else 0)  # query, key of the one group
+    return width, width - widths["gate"]
+
+
+def _mixer_bytes(m: ModelSection, letter: str, tensor: int, selective: bool, element: int) -> float:
+    """Kept for the backward pass by a layer's mixer for one token."""
+    if LETTERS[letter].softmax:
+        head = attention_head_dim(m)
+        queries, keys = m.attention_heads * head // tensor, 2 * m.attention_groups * head // tensor
+        return (2 * (queries + keys) + 2 * queries) * element  # also rotated; output and its projection's input
+    projected, _ = mixer_widths(m, letter, tensor)
+    inner, heads = m.num_heads * m.value_dim // tensor, m.num_heads // tensor
+    if selective:
+        return (projected + inner) * element
+    fp32 = projected + heads * recurrent_states(m, letter)  # inputs of the recurrence
+    return (projected + 2 * inner) * element + 4 * fp32
 
 
 def _activations(config: RunConfig, vocab_size: int, element: int) -> dict[str, float]:
     """Kept for the backward pass of one micro-batch."""
     m, parallel, training = config.model, config.parallel, config.training
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    tokens = training.micro_batch_size * config.data.seq_len / context
+    tokens, letters = training.micro_batch_size * config.data.seq_len / context, layer_letters(m)
     residual = m.hidden_size * element / (tensor if parallel.sequence_parallel else 1)
-    projected, _ = mixer_widths(m, tensor)
-    inner, heads = m.num_heads * m.value_dim // tensor, m.num_heads // tensor
-    core = (projected + inner) * element + 4 * (projected + heads * m.capacity)  # conv outputs, fp32 inputs
-    if training.recompute == "selective":
-        core = projected * element
     mlp = 3 * m.ffn_hidden_size // tensor * element
-    layer = 4 * residual + core + inner * element + mlp
-    kept = residual * m.num_layers + layer if training.recompute == "full" else layer * m.num_layers
-    states = 0.0
-    if "D" in layer_letters(m):
-        chunks = config.data.seq_len / CHUNK / (context if parallel.cp_scheme == "chain" else 1)
-        held = heads / (context if parallel.cp_scheme == "heads" else 1)
-        states = training.micro_batch_size * chunks * held * m.capacity * m.key_dim * m.value_dim * 4
+    selective = training.recompute == "selective"
+    layers = [4 * residual + mlp + _mixer_bytes(m, x, tensor, selective, element) for x in letters]
+    kept = residual * m.num_layers + max(layers) if training.recompute == "full" else sum(layers)
+    chunks = config.data.seq_len / CHUNK / (context if parallel.cp_scheme == "chain" else 1)
+    heads = m.num_heads // tensor / (context if parallel.cp_scheme == "heads" else 1)
+    states = max(recurrent_states(m, letter) for letter in letters) * m.key_dim * m.value_dim  # of one layer at a time
     return {
         "activations": tokens * kept,
         "logits": tokens * vocab_size / tensor * (element + 8),
-        "slot states": states,
+        "slot states": training.micro_batch_size * chunks * heads * states * 4,
     }
 
 
@@ -114,21 +127,25 @@ def _traffic(config: RunConfig, parameters: int, data: int, element: int) -> dic
 
 def context_bytes(config: RunConfig, element: int) -> float:
     """Sent by one rank in one forward pass of one micro-batch, over all layers."""
+    return sum(_layer_context_bytes(config, letter, element) for letter in layer_letters(config.model))
+
+
+def _layer_context_bytes(config: RunConfig, letter: str, element: int) -> float:
     m, parallel = config.model, config.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    batch, letters = config.training.micro_batch_size, layer_letters(m)
+    batch = config.training.micro_batch_size
     tokens, share = batch * config.data.seq_len / context, (context - 1) / context
-    inner = m.num_heads * m.value_dim // tensor
+    if LETTERS[letter].softmax:
+        units = 2 * m.attention_heads // tensor + 2 * max(m.attention_groups // tensor, context)
+        return tokens * share * units * attention_head_dim(m) * element
+    inner, groups = m.num_heads * m.value_dim // tensor, max(1, m.num_groups // tensor)
     if parallel.cp_scheme == "heads":
-        groups = max(1, m.num_groups // tensor)
         repeated = max(groups, context) - groups  # groups that several ranks need
-        mixer = tokens * share * (mixer_widths(m, tensor)[1] + 2 * repeated * m.key_dim + inner) * element
-    else:
-        halo = (inner + 2 * max(1, m.num_groups // tensor) * m.key_dim) * (m.conv_kernel - 1) * element
-        mixer = batch * (m.num_heads // tensor * m.capacity * m.key_dim * m.value_dim * 4 + halo)
-    units = 2 * m.attention_heads // tensor + 2 * max(m.attention_groups // tensor, context)
-    softmax = tokens * share * units * attention_head_dim(m) * element
-    return letters.count("D") * mixer + softmax_layers(m) * softmax
+        moving = mixer_widths(m, letter, tensor)[1] + 2 * repeated * m.key_dim + inner
+        return tokens * share * moving * element
+    halo = (inner + 2 * groups * m.key_dim) * (m.conv_kernel - 1) * element
+    states = m.num_heads // tensor * recurrent_states(m, letter) * m.key_dim * m.value_dim
+    return batch * (states * 4 + halo)
 
 
 def _size(n: float) -> str:

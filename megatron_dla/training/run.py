@@ -15,6 +15,7 @@ import torch
 from megatron_dla.checkpoint.manager import check_same_model, complete_checkpoints
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import (
+    LETTERS,
     AdapterRunConfig,
     RunConfig,
     check_config,
@@ -182,7 +183,7 @@ def kernel_warning(config: RunConfig, device: str, *, here: bool) -> str:
         here: the run starts on this machine, so its triton counts, too.
     """
     model = config.model
-    if device != "cuda" or "D" not in layer_letters(model):
+    if device != "cuda" or all(LETTERS[letter].softmax for letter in layer_letters(model)):
         return ""
     reason = beyond_kernels(model.key_dim, model.value_dim, model.capacity)
     reason = f"they do not take model.{reason}" if reason else kernels_missing() if here else ""

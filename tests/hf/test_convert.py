@@ -22,6 +22,7 @@ from megatron_dla.hf.convert import code_files, from_hf, read_section, resolve_c
 from megatron_dla.hf.generate import generate
 from megatron_dla.hf.load import load_model
 from megatron_dla.hf.verify import verify
+from megatron_dla.mixers.layout import FP32_PARAMETERS
 
 ROOT = Path(__file__).parents[2]
 CASES = ["mamba2", "mamba2_hybrid", "gdn", "gdn_hybrid"]
@@ -102,7 +103,7 @@ def test_every_key_has_one_place(exported, merged_of):
 def test_dtype(exported, tmp_path):
     out = to_hf(exported("gdn_hybrid").checkpoint, tmp_path / "bf16", dtype="bf16")
     for name, x in load_file(out / "model.safetensors").items():
-        fp32 = name.rsplit(".", 1)[-1] in mapping.FP32_PARAMETERS
+        fp32 = name.rsplit(".", 1)[-1] in FP32_PARAMETERS
         assert x.dtype == (torch.float32 if fp32 else torch.bfloat16), name
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(UserError, match="dtype = 'fp8'"):

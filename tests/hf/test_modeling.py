@@ -1,13 +1,19 @@
 """The exported model computes what Megatron computes, with and without a cache, and generates."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_dla.hf.mapping import FP32_PARAMETERS
+from megatron_dla.checkpoint.weights import parameter_tags
+from megatron_dla.config import LETTERS
+from megatron_dla.hf import mapping
+from megatron_dla.hf.convert import to_hf
+from megatron_dla.hf.load import load_model
 from megatron_dla.hf.verify import decode_logits, megatron_logits
+from megatron_dla.mixers.layout import FP32_PARAMETERS
 
 CASES = ["mamba2", "mamba2_hybrid", "gdn", "gdn_hybrid"]
 
@@ -43,6 +49,19 @@ def test_same_function_in_float64(exported, name):
     assert full.dtype == want.dtype == torch.float64
     torch.testing.assert_close(full, want, rtol=0, atol=1e-10)
     torch.testing.assert_close(decode_logits(model, ids, 33), full, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+def test_every_letter_of_the_pattern(exported, saved, tmp_path, letter):
+    """Export, one pass and decoding of a model with that mixer, also of one that was added without tests of its own."""
+    section = replace(exported("gdn_hybrid").section, pattern=letter)
+    megatron, step = saved(section, tmp_path / "run")
+    assert parameter_tags(megatron) == mapping.parameter_tags(section)
+    model, ids = load_model(to_hf(step, tmp_path / f"hf_letter_{letter}")).double(), tokens(2, 60)
+    with torch.no_grad():
+        want = megatron.double()(ids, torch.arange(60).expand_as(ids), None)
+        torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-10)
+    torch.testing.assert_close(decode_logits(model, ids, 33), want, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", CASES)

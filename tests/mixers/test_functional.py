@@ -29,12 +29,12 @@ def test_short_convolution_continues_from_its_tail() -> None:
     torch.testing.assert_close(second, whole[:, 7:])
 
 
-def test_held_tau_stays_in_range_and_keeps_its_gradient() -> None:
+def test_clamped_tau_stays_in_range_and_keeps_its_gradient() -> None:
     tau = torch.tensor([0.1, 1.0, 1.9], requires_grad=True)
-    held = functional.hold_tau(tau)
+    clamped = functional.clamp_tau(tau)
     low, high = functional.TAU_RANGE
-    torch.testing.assert_close(held, torch.tensor([low, 1.0, high]))
-    held.sum().backward()
+    torch.testing.assert_close(clamped, torch.tensor([low, 1.0, high]))
+    clamped.sum().backward()
     assert tau.grad.tolist() == [1.0, 1.0, 1.0]
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_dla import compat
-from megatron_dla.config import ModelSection, ParallelSection
+from megatron_dla.config import LETTERS, ModelSection, ParallelSection
 from megatron_dla.model.counts import count_parameters, flops_per_token
 from megatron_dla.model.gpt import build_model, padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel
@@ -24,8 +24,8 @@ BASE = ModelSection(
         {"num_groups": 1},
         {"backbone": "gdn", "tau_mode": "learned"},
         {"pattern": "DA", "tie_embeddings": True},
-        {"pattern": "A"},
         {"pattern": "AN", "attention_head_dim": 12, "qk_norm": True},
+        *({"pattern": letter} for letter in LETTERS),
     ],
     ids=str,
 )

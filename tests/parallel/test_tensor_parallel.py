@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_dla.config import ParallelSection
+from megatron_dla.config import LETTERS, ParallelSection
 from tests.support import workers
 from tests.support.workers import BASE_SECTION as BASE
 from tests.support.workers import check
@@ -58,6 +58,14 @@ def test_model_tp2(ranks, name: str, sequence: bool) -> None:
     for documents in ([], DOCUMENTS):
         for errors in ranks(2).run(workers.model_parity, section, ParallelSection(2, sequence), documents, 14):
             check(errors, 1e-6)  # Megatron returns the token losses in fp32
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+def test_every_letter_of_the_pattern(ranks, letter: str) -> None:
+    """Also one that was added without a test of its own."""
+    section = dataclasses.replace(BASE, pattern=letter, num_groups=1)
+    for errors in ranks(2).run(workers.layer_parity, section, ParallelSection(2, True), letter, DOCUMENTS, 16):
+        check(errors, 1e-10)
 
 
 def test_boundaries_fire_in_the_parity_model(ranks) -> None:

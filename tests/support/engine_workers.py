@@ -188,10 +188,9 @@ def parity(case: Case, want: dict[str, Any]) -> tuple[dict[str, float], list[str
 
 def recomputed(case: Case, want: dict[str, Any]) -> tuple[dict[str, float], int, int, int]:
     """(errors, partition calls, recurrence calls, partitions kept after the last step): none is decided twice."""
-    from megatron_dla.mixers import chain, dla
+    from megatron_dla.mixers import recurrence
 
-    module = dla if case.parallel.cp_scheme == "heads" else chain
-    originals, calls = {name: getattr(module, name) for name in ("partition", "dla_attention")}, Counter()
+    originals, calls = {name: getattr(recurrence, name) for name in ("partition", "dla_attention")}, Counter()
 
     def counting(name: str):
         def run(*args, **kwargs):
@@ -201,12 +200,12 @@ def recomputed(case: Case, want: dict[str, Any]) -> tuple[dict[str, float], int,
         return run
 
     for name in originals:
-        setattr(module, name, counting(name))
+        setattr(recurrence, name, counting(name))
     try:
         got = distributed(case)
     finally:
         for name, function in originals.items():
-            setattr(module, name, function)
+            setattr(recurrence, name, function)
     return differences(got, want), calls["partition"], calls["dla_attention"], got["kept"]
 
 

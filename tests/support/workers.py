@@ -12,10 +12,11 @@ compat.install()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.spec_utils import build_module  # noqa: E402
 
-from megatron_dla.config import ModelSection, ParallelSection  # noqa: E402
+from megatron_dla.config import LETTERS, ModelSection, ParallelSection  # noqa: E402
 from megatron_dla.mixers.softmax import ContiguousRotary  # noqa: E402
 from megatron_dla.model.gpt import build_model, packed_sequence, transformer_config  # noqa: E402
 from megatron_dla.model.init import initialise, tag_megatron_parameters  # noqa: E402
+from megatron_dla.model.parameters import layer_parameters  # noqa: E402
 from megatron_dla.model.spec import layer_spec  # noqa: E402
 from megatron_dla.parallel.context import context_slice  # noqa: E402
 from megatron_dla.parallel.groups import initialize_model_parallel, process_groups  # noqa: E402
@@ -113,8 +114,8 @@ def run_layer(section: ModelSection, parallel: ParallelSection, letter: str, doc
     groups = process_groups()
     spec = layer_spec(section, letter, cp_scheme=parallel.cp_scheme)
     layer = build_module(spec, config=config, layer_number=1, pg_collection=groups)
-    tag_megatron_parameters(layer, section)
-    initialise(layer, section, 3, groups.tp.rank(), tensor)
+    tag_megatron_parameters(layer, layer_parameters(section, letter, tensor))
+    initialise(layer, 3, groups.tp.rank(), tensor)
     perturb(layer, section)
     S, B = 48, 2
     gen = torch.Generator().manual_seed(seed)
@@ -127,7 +128,7 @@ def run_layer(section: ModelSection, parallel: ParallelSection, letter: str, doc
         mine = [context_slice(t, group, 0) for t in mine]
     x = mine[0].clone().requires_grad_()
     rotary = None
-    if letter == "A":
+    if LETTERS[letter].rotary:
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
         rope = RotaryEmbedding(config.kv_channels, 1.0, use_cpu_initialization=True, cp_group=groups.cp)

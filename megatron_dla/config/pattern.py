@@ -1,0 +1,50 @@
+"""The letters of `model.pattern`: what each puts into a layer, and what its sizes must satisfy.
+
+Pure Python: `dla convert to-hf` copies this file beside the modeling file. The rest of a letter is keyed by it in
+`model/parameters.py` (its parameters), `model/spec.py` (its Megatron module) and `hf/layers_dla.py` (its Hugging Face
+module).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Letter:
+    """The mixer of a layer.
+
+    Attributes:
+        label: in messages.
+        heads, groups: keys of the model section, its numbers of heads and of key groups; the tensor- and context-
+            parallel sizes must divide them.
+        hf_module: attribute of a Hugging Face layer that holds it, and so a part of its weights' names.
+        softmax: softmax attention, which keeps keys and values and can carry a δ-mem; else a recurrence.
+        rotary: queries and keys are rotated by their positions.
+        slots: the recurrence keeps up to `model.capacity` states a head, else one.
+    """
+
+    label: str
+    heads: str
+    groups: str
+    hf_module: str
+    softmax: bool = False
+    rotary: bool = False
+    slots: bool = False
+
+
+LETTERS = {
+    "D": Letter("DLA", "num_heads", "num_groups", "mixer", slots=True),
+    "A": Letter("softmax attention", "attention_heads", "attention_groups", "self_attn", softmax=True, rotary=True),
+    "N": Letter(
+        "softmax attention without rotary positions", "attention_heads", "attention_groups", "self_attn", softmax=True
+    ),
+}
+
+
+def describe_letters() -> str:
+    """All letters with their meaning, for messages."""
+    return ", ".join(f"{letter} ({mixer.label})" for letter, mixer in LETTERS.items())
+
+
+__all__ = ["LETTERS", "Letter", "describe_letters"]
