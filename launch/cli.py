@@ -46,8 +46,7 @@ def _submit(args: argparse.Namespace) -> int:
     from megatron_dla.errors import ConfigError
     from megatron_dla.launch import submit
     from megatron_dla.launch.slurm import known_bad_nodes
-    from megatron_dla.training.run import git_state, versions
-    from megatron_dla.training.select import trainer_of
+    from megatron_dla.training.run import git_state, train, versions
 
     request = submit.make_request(args.config, args.overrides, args.profile, args.nodes, args.time, args.chain)
     training, gpus = request.config.training, request.profile.gpus_per_node
@@ -57,7 +56,7 @@ def _submit(args: argparse.Namespace) -> int:
     planned = dataclasses.replace(request.config, training=dataclasses.replace(training, device=device))
     if not args.dry_run:
         submit.check_free(request)  # first: a running job writes and deletes the checkpoints that the plan looks at
-    trainer_of(planned)[1](planned, dry_run=True, world_size=request.world_size)
+    train(planned, dry_run=True, world_size=request.world_size)
     argv, env = submit.sbatch_argv(request), submit.job_environment(request)
     for name in known_bad_nodes(request.run_dir)[1]:
         print(f"left out     {name!r} in {request.run_dir / 'bad_nodes'}: no node of this cluster")

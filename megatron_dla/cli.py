@@ -17,26 +17,23 @@ from megatron_dla.errors import UserError, is_wrong_path
 
 def _train(args: argparse.Namespace) -> int:
     from megatron_dla.config import load_any
-    from megatron_dla.training.select import trainer_of
+    from megatron_dla.training.run import train
 
     if args.world_size and not args.dry_run:
         raise UserError("--world-size is for --dry-run: a real run has as many processes as its launcher starts")
     config = load_any(args.config, args.overrides)
-    _, train = trainer_of(config)
     return train(config, dry_run=args.dry_run, world_size=args.world_size)
 
 
 def _run(args: argparse.Namespace) -> int:
     from megatron_dla.config import load_any
     from megatron_dla.launch.local import run_local
-    from megatron_dla.training.run import run_directory
-    from megatron_dla.training.select import trainer_of
+    from megatron_dla.training.run import check_run, run_directory, train
 
     config = load_any(args.config, args.overrides)
-    check, train = trainer_of(config)
     if args.dry_run:
         return train(config, dry_run=True, world_size=args.nproc)
-    check(config, args.nproc)  # one message here instead of one a rank
+    check_run(config, args.nproc)  # one message here instead of one a rank
     return run_local(args.nproc, [args.config, *args.overrides], run_directory(config), args.hang_timeout)
 
 

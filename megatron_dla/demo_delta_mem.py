@@ -53,19 +53,14 @@ def adapter(config: str, name: str, base: Path, *overrides: str) -> Path:
 
 def held_out_loss(base: Path, directory: Path, config_file: Path) -> float:
     """Mean loss over the answers of the run's held-out episodes, in two passes on the transformers model."""
-    from megatron_dla.adapters.episodes import read_episodes
-    from megatron_dla.adapters.load import load_adapted, load_tokenizer
-    from megatron_dla.adapters.two_pass import answer_loss
+    from megatron_dla.adapters.load import load_adapted
     from megatron_dla.config import AdapterRunConfig, load_any
+    from megatron_dla.tasks.adapter.task import AdapterTask
+    from megatron_dla.tasks.adapter.two_pass import answer_loss
 
     config = load_any(config_file)
     assert isinstance(config, AdapterRunConfig)
-    e = config.episodes
-    episodes = read_episodes(
-        e.valid, load_tokenizer(base), write_length=e.write_length, read_length=e.read_length,
-        recent_messages=e.recent_messages, numbered=config.delta_mem.write == "message",
-    )  # fmt: skip
-    return answer_loss(load_adapted(base, directory), episodes)
+    return answer_loss(load_adapted(base, directory), AdapterTask(config).held_out)
 
 
 def mechanism() -> bool:

@@ -1,4 +1,4 @@
-"""A chat as tokens: the tokenizer's template, and the number of the message of each token."""
+"""A chat as tokens: by the tokenizer's template or as bare texts, with the number of the message of each token."""
 
 from __future__ import annotations
 
@@ -97,3 +97,58 @@ def _preamble(tokenizer: Any, first: Message) -> int:
         return 0
     own = twice[len(once) :]
     return len(once) - len(own) if own and twice.startswith(once) and once.endswith(own) else 0
+
+
+class PlainText:
+    """A tokenizer without its chat template; texts are joined as they stand, with the spaces they bring."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return encode(self._tokenizer, text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool, numbered: bool, follows: bool = False
+) -> tuple[list[int], list[int]]:
+    """Token ids of messages and each one's message number: by the chat template, or, of a tokenizer without one, the
+    bare texts with one space between them (`follows`: also before the first; `PlainText`: none).
+
+    Raises:
+        UserError: see `render_chat`.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        return render_chat(tokenizer, messages, generation_prompt=generation_prompt, numbered=numbered)
+    ids: list[int] = []
+    numbers: list[int] = []
+    space = "" if isinstance(tokenizer, PlainText) else " "
+    for number, message in enumerate(messages):
+        part = encode(tokenizer, (space if follows or number else "") + message["content"])
+        ids += part
+        numbers += [number if numbered else -1] * len(part)
+    return ids, numbers
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, nothing added."""
+    if callable(tokenizer):  # transformers
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer.encode(text)
+
+
+def render_told(tokenizer: Any, told: Sequence[Message], *, numbered: bool = False) -> tuple[list[int], list[int]]:
+    """Write segment, whole: ids and message numbers."""
+    return render(tokenizer, told, generation_prompt=False, numbered=numbered)
+
+
+def render_prompt(tokenizer: Any, asked: Sequence[Message]) -> list[int]:
+    """Read segment up to where the answer to its last message begins."""
+    return render(tokenizer, asked, generation_prompt=True, numbered=False, follows=True)[0]
+
+
+def system_message(text: str) -> list[Message]:
+    return [{"role": "system", "content": text}] if text else []

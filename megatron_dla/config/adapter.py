@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.config.schema import OptimizerSection, ParallelSection, RunSection
+from megatron_dla.config.schema import DebugSection, OptimizerSection, ParallelSection, RunSection
 
 
 @dataclass
@@ -60,7 +60,7 @@ class AdapterTrainingSection:
     gate_target: float = 0.05
     log_every: int = 1
     eval_every: int = 0
-    """Steps between validations on episodes.valid; 0 = never."""
+    """Steps between validations on episodes.valid; the first is before step 1, the last after the end. 0 = never."""
     save_every: int = 0
     """Steps between checkpoints; the last step always saves."""
     keep_checkpoints: int = 2
@@ -80,3 +80,4 @@ class AdapterRunConfig:
         default_factory=lambda: OptimizerSection(lr=2e-4, min_lr_ratio=0.0, warmup_steps=7, weight_decay=0.0)
     )
     training: AdapterTrainingSection = field(default_factory=AdapterTrainingSection)
+    debug: DebugSection = field(default_factory=DebugSection)

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dla.adapters.chat import encode, render, render_prompt, render_told
 from megatron_dla.adapters.decode import generate_batch, stop_tokens
-from megatron_dla.adapters.episodes import encode, render, render_prompt, render_told
 from megatron_dla.adapters.hf_model import DeltaMemModel, States, select_states
 from megatron_dla.adapters.memory import MemoryControl
 from megatron_dla.errors import DataError, UserError

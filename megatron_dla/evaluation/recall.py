@@ -87,7 +87,7 @@ class Story:
         return self.opening + question.text.lstrip() if first and self.opening else question.text
 
     def record(self) -> dict[str, Any]:
-        """As a line that adapters.episodes reads."""
+        """As a line that tasks.adapter.episodes reads."""
         pairs = [{"question": self.ask(q, i == 0), "answer": q.answer} for i, q in enumerate(self.questions)]
         out: dict[str, Any] = {"context": list(self.context), "questions": pairs}
         out |= {"system": self.system} if self.system else {}

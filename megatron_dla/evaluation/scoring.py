@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dla.adapters.chat import PlainText, render, render_prompt, render_told, system_message
 from megatron_dla.adapters.decode import pad_left
-from megatron_dla.adapters.episodes import PlainText, render, render_prompt, render_told, system_message
 from megatron_dla.adapters.hf_model import DeltaMemModel, LayerStats, States, select_states
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryState, half_life
 from megatron_dla.adapters.messages import Pending

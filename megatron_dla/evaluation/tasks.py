@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_dla.adapters.episodes import encode
+from megatron_dla.adapters.chat import encode
 from megatron_dla.adapters.hf_model import DeltaMemModel, select_states
 from megatron_dla.adapters.memory import MemoryControl
 from megatron_dla.errors import UserError

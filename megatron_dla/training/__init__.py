@@ -1,1 +1,1 @@
-"""Training: the loop, the DeepSpeed engine, schedule, validation, signals."""
+"""Training: the trainer and its interface to tasks, the DeepSpeed engine, schedule, validation, signals."""

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_dla.adapters.calls import MemoryCall
-from megatron_dla.data.packing import Batch
-from megatron_dla.model.gpt import packed_sequence
 from megatron_dla.parallel.context import context_slice
+
+
+class MicroBatch(Protocol):
+    """Whole rows: `tokens`, `labels` int64 and `loss_mask` float32, each [b, T]."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def loss_mask(self) -> Tensor: ...
+
+
+Pack = Callable[[Any], Any]
+"""Batch -> Megatron's `packed_seq_params` of its forward pass."""
 
 
 def dropped_update(engine: Any) -> bool:
@@ -21,24 +36,37 @@ def dropped_update(engine: Any) -> bool:
     return norm is not None and not math.isfinite(norm)
 
 
+def token_losses(
+    engine: Any, batch: MicroBatch, packed: Any, groups: Any, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward pass over this rank's part of a batch of whole rows.
+
+    Returns:
+        losses (nats), labels and loss mask, each [b, T / context-parallel size].
+    """
+    rows = (batch.tokens, batch.labels, batch.loss_mask)
+    tokens, labels, mask = (context_slice(x, groups.cp).to(device) for x in rows)
+    return engine(tokens, None, None, labels=labels, packed_seq_params=packed), labels, mask
+
+
 def train_step(
     engine: Any,
-    batches: Sequence[Batch],
+    batches: Sequence[MicroBatch],
     groups: Any,
     device: torch.device,
-    seq_len: int,
-    reset_at_documents: bool = True,
+    pack: Pack,
+    *,
+    objective: Callable[[Any, Tensor], Tensor] | None = None,
     before_update: Callable[[], None] | None = None,
-    remember: Callable[[Batch], MemoryCall] | None = None,
 ) -> float:
     """Forward, backward and update over this data-parallel rank's micro batches.
 
     Args:
-        engine: a DeepSpeed engine. batches: whole rows; context-parallel ranks are given the same and take their part.
+        engine: a DeepSpeed engine. batches: whole rows; context-parallel ranks get the same rows and take their part.
         groups: Megatron's ProcessGroupCollection.
+        objective: (packed, loss) -> what is differentiated: `loss` with a penalty, which is averaged over
+            micro batches and data-parallel ranks. `packed` is what `pack` returned for the micro batch.
         before_update: called when every gradient is reduced and not yet applied.
-        remember: what δ-mem layers are told of a micro batch; its gate penalty is added to the objective, averaged
-            over micro batches and data-parallel ranks.
 
     Returns:
         Mean loss (nats a token, weighted by `loss_mask`) over the global batch, the same on every rank.
@@ -50,18 +78,10 @@ def train_step(
     scale = len(batches) * groups.dp_cp.size() / counted.item()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for number, batch in enumerate(batches):
-        rows = (batch.tokens, batch.labels, batch.loss_mask)
-        tokens, labels, mask = (context_slice(x, groups.cp).to(device) for x in rows)
-        borders = batch.cu_seqlens.to(device) if reset_at_documents else None
-        packed, call = packed_sequence(borders, seq_len), None
-        if remember is not None:
-            from megatron_dla.adapters.delta_mem import with_memory
-
-            call = remember(batch)
-            packed = with_memory(call, seq_len, borders)
-        losses = engine(tokens, None, None, labels=labels, packed_seq_params=packed)
+        packed = pack(batch)
+        losses, _, mask = token_losses(engine, batch, packed, groups, device)
         loss = (losses.float() * mask).sum()
-        engine.backward(loss * scale if call is None else call.penalise(loss * scale))
+        engine.backward(loss * scale if objective is None else objective(packed, loss * scale))
         if before_update is not None and number == len(batches) - 1:
             before_update()
         engine.step()

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_dla.adapters.episodes import Episode, chat_episode, collate, read_episodes
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import DataError, UserError
+from megatron_dla.tasks.adapter.episodes import Episode, chat_episode, collate, read_episodes
 from tests.support.tiny_hf import CONFIGS, build_adapted, build_base, build_tokenizer
 
 S = {"role": "system", "content": "s"}

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from megatron_dla.adapters.episodes import read_episodes
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.recall import CATEGORIES, PEOPLE, make_task, stories, write_documents, write_stories
+from megatron_dla.tasks.adapter.episodes import read_episodes
 from tests.support.tiny_eval import build_words
 
 TASKS = [

@@ -20,7 +20,7 @@ def test_a_run_that_was_warned_requeued_and_resumed_equals_an_uninterrupted_one(
     for job, run in ((first, broken), (second, whole)):
         assert job.wait(400) == "COMPLETED", text_of(run)
     assert (first.info()["Restarts"], second.info()["Restarts"]) == ("1", "0")
-    resumed = re.search(r"going on from \S*step_(\d+) at step (\d+)", text_of(broken))
+    resumed = re.search(r"resuming from \S*step_(\d+) at step (\d+)", text_of(broken))
     assert resumed and 1 <= int(resumed[1]) == int(resumed[2]) < STEPS, text_of(broken)
     assert curve(broken) == curve(whole) and len(curve(whole)) == STEPS
     record = json.loads((whole / "submissions.jsonl").read_text())

@@ -22,8 +22,8 @@ from megatron_dla.config.load import fill  # noqa: E402
 from megatron_dla.errors import STOPPED  # noqa: E402
 from megatron_dla.evaluation.recall import CATEGORIES, FILLERS  # noqa: E402
 from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
-from megatron_dla.training.adapter import AdapterTrainer  # noqa: E402
-from megatron_dla.training.adapter_run import check_adapter_run, make_batches  # noqa: E402
+from megatron_dla.training.run import check_run, run_directory  # noqa: E402
+from megatron_dla.training.trainer import Trainer  # noqa: E402
 
 
 def backbone(directory: Path) -> None:
@@ -65,18 +65,23 @@ def config_dict(data: Path, runs: Path, **sections: dict[str, Any]) -> dict[str,
     return base
 
 
+def make_trainer(values: dict[str, Any]) -> Trainer:
+    """The real trainer; the pool's groups are switched to the config's layout first."""
+    config: AdapterRunConfig = fill(AdapterRunConfig, values)
+    lay_out(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size)
+    task, device = check_run(config, torch.distributed.get_world_size())
+    run_dir = run_directory(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return Trainer(task, run_dir, device)
+
+
 def train(values: dict[str, Any]) -> dict[str, Any]:
     """Runs to the end (or to `stop_after`); metrics, the adapter, the episodes of the first step, and logits."""
     stop_after = values["training"].pop("stop_after", None)
-    config: AdapterRunConfig = fill(AdapterRunConfig, values)
-    lay_out(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size)
-    *_, base = check_adapter_run(config, torch.distributed.get_world_size())
-    run_dir = Path(config.run.dir) / config.run.name
-    run_dir.mkdir(parents=True, exist_ok=True)
-    batches = make_batches(config)
-    trainer = AdapterTrainer(config, run_dir, "cpu", False, batches, base)
-    places = {id(episode): i for i, episode in enumerate(trainer.batches.episodes)}
-    stream = trainer.batches._stream()
+    trainer = make_trainer(values)
+    config, run_dir, loader = trainer.config, trainer.run_dir, trainer.task.loader
+    places = {id(episode): i for i, episode in enumerate(loader.episodes)}
+    stream = loader._stream()
     first = [places[id(episode)] for _ in range(config.training.global_batch_size) for episode in next(stream)]
     if stop_after is not None:
         step = trainer._train_step
@@ -104,3 +109,36 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         "first_rows": first,
         "logits": logits,
     }
+
+
+def drifting(values: dict[str, Any]) -> str:
+    """The error of a run in which rank 1 changes one replica of the adapter's parameters in step 2."""
+    trainer = make_trainer(values)
+    step = trainer._train_step
+    parameters = trainer.engine.module.named_parameters()
+    parameter = next(p for name, p in parameters if p.requires_grad and not name.endswith("delta_q_proj"))
+
+    def drifting_step() -> float:
+        loss = step()
+        if trainer.step == 1 and torch.distributed.get_rank() == 1:
+            parameter.data.view(-1)[0] += 1e-3
+        return loss
+
+    trainer._train_step = drifting_step
+    try:
+        trainer.run()
+    except RuntimeError as error:
+        return f"after {trainer.step} steps: {error}"
+    return ""
+
+
+def poisoned(values: dict[str, Any]) -> tuple[str, int]:
+    """A run whose loss is not a number in step 2: (the error, finished steps)."""
+    trainer = make_trainer(values)
+    engine, forward = trainer.engine, trainer.engine.forward
+    engine.forward = lambda *a, **k: forward(*a, **k) * (float("nan") if trainer.step == 1 and engine.training else 1.0)
+    try:
+        trainer.run()
+    except FloatingPointError as error:
+        return str(error), trainer.step
+    return "", trainer.step

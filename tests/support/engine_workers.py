@@ -116,6 +116,9 @@ def distributed(case: Case) -> dict[str, Any]:
     engine = build_engine(model, parameter_groups(model, config), config, groups, bf16=False)
     result: dict[str, Any] = {"loss": [], "norm": [], "output": first_output(engine, groups, case)}
 
+    def packed(batch: Batch) -> Any:
+        return packed_sequence(batch.cu_seqlens, SEQ)
+
     def keep_gradients() -> None:
         full = {n: safe_get_full_grad(p).detach().clone() for n, p in model.named_parameters()}
         result["counted"] = counted_in_the_norm(model, full, groups.tp)
@@ -125,7 +128,7 @@ def distributed(case: Case) -> dict[str, Any]:
     for step in range(case.steps):
         batches = [rows(step, mine[i : i + 2], case.documents) for i in range(0, len(mine), 2)]
         hook = keep_gradients if step == 0 else None
-        loss = train_step(engine, batches, groups, torch.device("cpu"), SEQ, True, hook)
+        loss = train_step(engine, batches, groups, torch.device("cpu"), packed, before_update=hook)
         result["loss"].append(loss)
         norm = engine.get_global_grad_norm()
         result["norm"].append(None if norm is None else float(norm))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from megatron_dla.errors import FenceError  # noqa: E402
 from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
 from megatron_dla.model.gpt import build_model, packed_sequence  # noqa: E402
 from megatron_dla.training.engine import parameter_groups  # noqa: E402
-from megatron_dla.training.loop import Trainer  # noqa: E402
-from megatron_dla.training.run import check_run  # noqa: E402
+from megatron_dla.training.run import check_run, run_directory  # noqa: E402
 from megatron_dla.training.schedule import lr_factor  # noqa: E402
+from megatron_dla.training.trainer import Trainer  # noqa: E402
 
 SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
 
@@ -31,10 +30,10 @@ def make_trainer(values: dict[str, Any]) -> Trainer:
     """The real trainer; the pool's groups are switched to the config's layout first."""
     config = from_dict(values)
     lay_out(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size)
-    check_run(config, torch.distributed.get_world_size())
-    run_dir = Path(config.run.dir) / config.run.name
+    task, device = check_run(config, torch.distributed.get_world_size())
+    run_dir = run_directory(config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    return Trainer(config, run_dir, "cpu", config.training.precision == "bf16")
+    return Trainer(task, run_dir, device)
 
 
 def train(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -84,7 +83,7 @@ def plain_training(values: dict[str, Any]) -> tuple[list[float], list[float], di
 def scalar_dtypes(values: dict[str, Any]) -> dict[str, tuple[str, bool]]:
     """After bf16 training: {parameter: (dtype, moved away from its start)} of one mixer's scalars."""
     trainer = make_trainer(values)
-    mixer = trainer.mixers[0]
+    mixer = trainer.task.mixers[0]
     before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
     assert trainer.run() == 0
     return {name: (str(p.dtype), not torch.equal(p, before[name])) for name, p in mixer.named_parameters()}
@@ -156,7 +155,7 @@ def disturbed(
         trainer.control.check = lambda: None  # type: ignore[method-assign]
 
     def disturbed_step() -> float:
-        if trainer.step + 1 == step and trainer.is_main:
+        if trainer.step + 1 == step and torch.distributed.get_rank() == 0:
             for name, text in files.items():
                 (trainer.run_dir / name).write_text(text)
             trainer.control._beaten = 0.0  # the next heartbeat is not left out

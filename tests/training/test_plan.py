@@ -11,7 +11,8 @@ from megatron_dla.config import ParallelSection, load_config
 from megatron_dla.model.counts import count_parameters, parameters_per_rank
 from megatron_dla.model.gpt import padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed
-from megatron_dla.training import run
+from megatron_dla.tasks import pretrain
+from megatron_dla.training.device import Device
 from tests.support import workers
 from tests.support.engine_workers import BASE
 
@@ -84,10 +85,11 @@ def test_a_plan_for_gpus_says_where_the_kernels_are_left_out(capsys, override: s
 
 def test_a_start_says_that_triton_is_missing(monkeypatch) -> None:
     config = load_config(CONFIGS / "dla_mamba2_780m.yaml")
-    assert run.kernel_warning(config, "cpu", here=True) == ""
-    monkeypatch.setattr(run, "kernels_missing", lambda: "No module named 'triton'")
-    assert run.kernel_warning(config, "cuda", here=False) == ""
-    assert "No module named 'triton'" in run.kernel_warning(config, "cuda", here=True)
+    task = pretrain.PretrainTask(config)
+    assert "warning" not in task.describe(Device("cpu", bf16=False))
+    monkeypatch.setattr(pretrain, "kernels_missing", lambda: "No module named 'triton'")
+    assert "warning" not in task.describe(Device("cuda", bf16=True, planned=True))
+    assert "No module named 'triton'" in task.describe(Device("cuda", bf16=True))["warning"]
 
 
 def test_world_size_is_for_plans_only(capsys) -> None:

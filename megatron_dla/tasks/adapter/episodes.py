@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from megatron_dla.adapters.chat import Message, render_chat
+from megatron_dla.adapters.chat import Message, PlainText, render, render_prompt, render_told, system_message
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import DataError, UserError
 
@@ -46,60 +46,6 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.write_ids) + len(self.read_ids)
-
-
-# ---- tokens of messages
-
-
-class PlainText:
-    """A tokenizer without its chat template; texts are joined as they stand, with the spaces they bring."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return encode(self._tokenizer, text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids)
-
-
-def render(
-    tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool, numbered: bool, follows: bool = False
-) -> tuple[list[int], list[int]]:
-    """Token ids of messages and each one's message number: by the chat template, or, of a tokenizer without one, the
-    bare texts with one space between them (`follows`: also before the first; `PlainText`: none).
-
-    Raises:
-        UserError: see `render_chat`.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        return render_chat(tokenizer, messages, generation_prompt=generation_prompt, numbered=numbered)
-    ids: list[int] = []
-    numbers: list[int] = []
-    space = "" if isinstance(tokenizer, PlainText) else " "
-    for number, message in enumerate(messages):
-        part = encode(tokenizer, (space if follows or number else "") + message["content"])
-        ids += part
-        numbers += [number if numbered else -1] * len(part)
-    return ids, numbers
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, nothing added."""
-    if callable(tokenizer):  # transformers
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer.encode(text)
-
-
-def render_told(tokenizer: Any, told: Sequence[Message], *, numbered: bool = False) -> tuple[list[int], list[int]]:
-    """Write segment, whole: ids and message numbers."""
-    return render(tokenizer, told, generation_prompt=False, numbered=numbered)
-
-
-def render_prompt(tokenizer: Any, asked: Sequence[Message]) -> list[int]:
-    """Read segment up to where the answer to its last message begins."""
-    return render(tokenizer, asked, generation_prompt=True, numbered=False, follows=True)[0]
 
 
 def _render_answers(tokenizer: Any, asked: Sequence[Message], pairs: int) -> tuple[list[int], np.ndarray]:
@@ -177,10 +123,6 @@ def chat_episode(tokenizer: Any, messages: Sequence[Message], *, recent_messages
     if len(turns) < 2:
         raise UserError("nothing is told before the question: an episode needs a message before the last user message")
     return build_episode(tokenizer, [*system, *turns[:-1]], [*system, *turns[-recent_messages:], answer], **lengths)
-
-
-def system_message(text: str) -> list[Message]:
-    return [{"role": "system", "content": text}] if text else []
 
 
 def question_episode(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from megatron_dla.adapters.episodes import Episode
 from megatron_dla.adapters.hf_model import DeltaMemModel
 from megatron_dla.adapters.memory import MemoryInputs
+from megatron_dla.tasks.adapter.episodes import Episode
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Training of a δ-mem adapter: episodes, their loader, checks, the task."""

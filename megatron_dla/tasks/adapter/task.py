@@ -1,0 +1,241 @@
+"""Training of a δ-mem adapter on a frozen backbone, on episodes or on plain documents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_dla.adapters.calls import MemoryCall
+from megatron_dla.adapters.files import Fingerprint, fingerprint
+from megatron_dla.adapters.load import load_tokenizer
+from megatron_dla.adapters.memory import MemoryInputs, half_life
+from megatron_dla.checkpoint.weights import CheckpointLayout
+from megatron_dla.config import AdapterRunConfig, ModelSection, attention_head_dim
+from megatron_dla.data import TokenLoader
+from megatron_dla.data.packing import Batch
+from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
+from megatron_dla.errors import ConfigError, DataError
+from megatron_dla.files import file_sha256
+from megatron_dla.hf.backbones import BackboneInfo, BackboneWeights, build_backbone, read_backbone
+from megatron_dla.kernels.dla.naive import document_starts
+from megatron_dla.tasks.adapter.checks import check_adapter_config, memory_layer_numbers, row_length
+from megatron_dla.tasks.adapter.episodes import Episode, EpisodeBatch, read_episodes
+from megatron_dla.tasks.adapter.loader import EpisodeLoader, check_lengths, held_out_batches
+from megatron_dla.training.device import Device
+from megatron_dla.training.step import train_step
+from megatron_dla.training.task import Runtime, Task
+from megatron_dla.training.validation import validate
+
+
+class AdapterTask(Task):
+    """The memories of a frozen full-attention model, trained on the answers of episodes or on every token."""
+
+    config: AdapterRunConfig
+    loader: EpisodeLoader | TokenLoader
+
+    def __init__(self, config: AdapterRunConfig) -> None:
+        self.config, self.precision = config, config.backbone.precision
+
+    @property
+    def seq_len(self) -> int:
+        return row_length(self.config)
+
+    @cached_property
+    def backbone(self) -> tuple[ModelSection, BackboneInfo]:
+        """From its config.json. Raises CheckpointError where it is not a supported model."""
+        return read_backbone(self.config.backbone.dir)
+
+    @cached_property
+    def base(self) -> Fingerprint:
+        return fingerprint(self.config.backbone.dir)
+
+    @cached_property
+    def episodes(self) -> list[Episode]:
+        return self._read("train")
+
+    @cached_property
+    def held_out(self) -> list[Episode]:
+        return self._read("valid")
+
+    def _read(self, key: str) -> list[Episode]:
+        """The episodes of one file. Raises DataError naming file and line."""
+        e = self.config.episodes
+        path = getattr(e, key)
+        if not Path(path).is_file():
+            raise ConfigError(f"episodes.{key} = {path!r}: no such file")
+        return read_episodes(
+            path, load_tokenizer(self.config.backbone.dir), write_length=e.write_length, read_length=e.read_length,
+            recent_messages=e.recent_messages, numbered=self.config.delta_mem.write == "message",
+        )  # fmt: skip
+
+    # ---- before the start
+
+    def check_config(self, world_size: int, device: Device) -> None:
+        if not self.config.backbone.dir:
+            raise ConfigError("backbone.dir is not set: give the Hugging Face directory of the frozen model")
+        section, info = self.backbone
+        check_adapter_config(self.config, section, world_size)
+        if self.seq_len > info.max_length:
+            raise ConfigError(
+                f"a row of {self.seq_len} tokens (episodes.row_length or write_length + read_length) is longer than "
+                f"the backbone's {info.max_length}: shorten the segments"
+            )
+
+    def check_data(self, world_size: int) -> None:
+        """The backbone's weights, the held-out episodes, and the documents or episodes to train on."""
+        section, info = self.backbone
+        BackboneWeights(self.config.backbone.dir, section, info.vocab_size)
+        if self.config.episodes.valid:
+            check_lengths(self.held_out, "valid", self.seq_len)
+        if self.config.episodes.documents:
+            self._check_documents()
+        else:
+            check_lengths(self.episodes, "train", self.seq_len)
+        parallel = self.config.parallel
+        self._make_loader(0, world_size // (parallel.tensor_model_parallel_size * parallel.context_parallel_size))
+
+    def _check_documents(self) -> None:
+        """The shards must hold this backbone's tokens."""
+        index = ShardIndex.load(self.config.episodes.documents)
+        path = Path(self.config.backbone.dir) / TOKENIZER_NAME
+        if not path.is_file() or file_sha256(path) != index.tokenizer_sha256:
+            raise DataError(
+                f"vocabulary mismatch: episodes.documents = {self.config.episodes.documents!r} was not tokenised with "
+                f"the tokenizer.model of {self.config.backbone.dir!r}: build the shards with that one"
+            )
+
+    def describe(self, device: Device) -> dict[str, str]:
+        memory, episodes = self.config.delta_mem, self.config.episodes
+        section, info = self.backbone
+        layers = memory_layer_numbers(self.config, section)
+        heads = section.attention_heads * attention_head_dim(section)
+        trained = len(layers) * memory.count_parameters(section.hidden_size, heads)
+        state = len(layers) * memory.num_states * memory.rank**2 * 4
+        return {
+            "backbone": f"{self.config.backbone.dir}: {info.architecture}, frozen",
+            "adapter": f"{trained:,} parameters in {len(layers)} layers, {memory.num_states} state(s) of "
+            f"{memory.rank} x {memory.rank} each, writes by {memory.write}; {state:,} bytes of state a sequence",
+            "data": episodes.documents
+            or f"{episodes.train}: write {episodes.write_length}, read {episodes.read_length} tokens an episode",
+        }
+
+    def layout(self) -> CheckpointLayout:
+        section, _ = self.backbone
+        base = {"name": self.base.name, "sha256": self.base.sha256}
+        return CheckpointLayout(
+            model=section, vocab_size=section.vocab_multiple, tokenizer_sha256="",
+            tensor_parallel=self.config.parallel.tensor_model_parallel_size, seq_len=self.seq_len, step=0, tags={},
+            adapter={"delta_mem": self.config.delta_mem.to_dict(), "base": base},
+        )  # fmt: skip
+
+    # ---- on every rank of the run
+
+    def build(self, runtime: Runtime) -> nn.Module:
+        from megatron_dla.adapters.delta_mem import freeze_backbone, initialise_memories
+
+        config = self.config
+        self.runtime, self.gates = runtime, GateMeter()
+        self.loader = self._make_loader(runtime.groups.dp.rank(), runtime.groups.dp.size())
+        model, _ = build_backbone(
+            config.backbone.dir, config.parallel, seq_len=self.seq_len, device=runtime.device.type,
+            dtype=runtime.dtype, recompute=config.training.recompute, delta_mem=config.delta_mem,
+        )  # fmt: skip
+        initialise_memories(model, config.run.seed)
+        freeze_backbone(model)
+        return model.train()
+
+    def _make_loader(self, dp_rank: int, dp_size: int) -> EpisodeLoader | TokenLoader:
+        training, episodes = self.config.training, self.config.episodes
+        sizes: dict[str, Any] = {
+            "global_batch_size": training.global_batch_size, "micro_batch_size": training.micro_batch_size,
+            "seed": self.config.run.seed, "dp_rank": dp_rank, "dp_size": dp_size,
+        }  # fmt: skip
+        if episodes.documents:
+            return TokenLoader(
+                episodes.documents, "train", seq_len=self.seq_len, num_streams=episodes.num_streams, **sizes
+            )
+        return EpisodeLoader(self.episodes, row_length=self.seq_len, **sizes)
+
+    def _call(self, batch: Batch | EpisodeBatch) -> MemoryCall:
+        """What goes to the memories with one forward pass."""
+        device = self.runtime.device
+        if isinstance(batch, EpisodeBatch):
+            flags = {k: None if x is None else x.to(device) for k, x in vars(batch.inputs).items()}
+            return MemoryCall(MemoryInputs(**flags))
+        starts = document_starts(batch.cu_seqlens.to(device), *batch.tokens.shape, device)
+        return MemoryCall(MemoryInputs(reset=starts))
+
+    def _pack(self, batch: Batch | EpisodeBatch) -> Any:
+        from megatron_dla.adapters.delta_mem import with_memory
+
+        return with_memory(self._call(batch), self.seq_len, batch.cu_seqlens.to(self.runtime.device))
+
+    def train_step(self, engine: Any, step: int) -> float:
+        training, calls = self.config.training, []
+
+        def pack(batch: Batch | EpisodeBatch) -> Any:
+            packed = self._pack(batch)
+            call = packed.memory
+            call.gate_weight, call.gate_target, call.measure = training.gate_weight, training.gate_target, True
+            calls.append(call)
+            return packed
+
+        def objective(packed: Any, loss: Tensor) -> Tensor:
+            return packed.memory.penalise(loss)
+
+        batches, runtime = self.loader.next_step(), self.runtime
+        loss = train_step(engine, batches, runtime.groups, runtime.device, pack, objective=objective)
+        for call in calls:
+            self.gates.add(call)
+        return loss
+
+    def metrics(self) -> dict[str, Any]:
+        return self.gates.take(self.runtime.groups.dp)
+
+    def validate(self, engine: Any) -> dict[str, float]:
+        """Mean loss over the held-out answers."""
+        runtime = self.runtime
+        batches = held_out_batches(
+            self.held_out, row_length=self.seq_len, micro_batch_size=self.config.training.micro_batch_size,
+            dp_rank=runtime.groups.dp.rank(), dp_size=runtime.groups.dp.size(),
+        )  # fmt: skip
+        return validate(engine, batches, runtime.groups, runtime.device, self._pack)
+
+
+@dataclass
+class GateMeter:
+    """Mean write gate and size of the output correction, by layer, over the calls since the last reading."""
+
+    calls: int = 0
+    sums: Tensor | None = None
+
+    def add(self, call: MemoryCall) -> None:
+        rows = []
+        for _, result in sorted(call.results.items()):
+            assert result.steering is not None
+            rows.append(torch.stack([result.gate.double(), result.keep.double(), result.steering.double()]))
+        now = torch.stack(rows)
+        self.sums = now if self.sums is None else self.sums + now
+        self.calls += 1
+
+    def take(self, group: Any) -> dict[str, Any]:
+        """Metrics over the data-parallel `group` (a collective)."""
+        assert self.sums is not None
+        mean = self.sums / self.calls
+        dist.all_reduce(mean, group=group)
+        gate, keep, steering = (mean / group.size()).T.tolist()
+        lives = [half_life(x) for x in keep]
+        self.calls, self.sums = 0, None
+        return {
+            "gate": sum(gate) / len(gate),
+            "gate_by_layer": [round(x, 6) for x in gate],
+            "half_life_by_layer": [None if math.isinf(x) else round(x, 2) for x in lives],
+            "steering_by_layer": [round(x, 6) for x in steering],
+        }

@@ -1,0 +1,199 @@
+"""Pretraining of a whole model on tokenised shards."""
+
+from __future__ import annotations
+
+import zlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_dla.checkpoint.weights import CheckpointLayout
+from megatron_dla.config import LETTERS, RunConfig, check_config, check_precision, layer_letters
+from megatron_dla.data import TokenLoader, validation_batches
+from megatron_dla.data.packing import Batch
+from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
+from megatron_dla.data_prep.tokenizer import Tokenizer
+from megatron_dla.errors import ConfigError, DataError, UserError
+from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
+from megatron_dla.model.counts import count_parameters, flops_per_token
+from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence, padded_vocab
+from megatron_dla.training.device import Device
+from megatron_dla.training.plan import make_plan, render
+from megatron_dla.training.schedule import gate_temperature
+from megatron_dla.training.step import train_step
+from megatron_dla.training.task import Runtime, Task
+from megatron_dla.training.validation import validate
+
+ASSUMED_VOCABULARY = 32_000  # the paper's, for plans made where there is no data
+
+
+class PretrainTask(Task):
+    """Next-token prediction with DLA and softmax layers.
+
+    Attributes:
+        mixers: the DLA mixers in layer order, once built.
+    """
+
+    config: RunConfig
+    loader: TokenLoader
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.precision = config, config.training.precision
+
+    @property
+    def seq_len(self) -> int:
+        return self.config.data.seq_len
+
+    @cached_property
+    def index(self) -> ShardIndex:
+        """Raises DataError where data.dir has none."""
+        return ShardIndex.load(self.config.data.dir)
+
+    # ---- before the start
+
+    def check_config(self, world_size: int, device: Device) -> None:
+        check_config(self.config, world_size)
+        check_precision(self.config.training.zero_stage, device.bf16)
+
+    def check_data(self, world_size: int) -> None:
+        """The shards are there with their sizes, made with this tokenizer, and enough for the streams."""
+        data, index = self.config.data, self.index
+        tokenizer = Tokenizer(data.dir)
+        if tokenizer.sha256 != index.tokenizer_sha256:
+            raise DataError(
+                f"vocabulary mismatch: {data.dir}/{TOKENIZER_NAME} ({tokenizer.sha256[:12]}) is not the tokenizer "
+                f"that the shards were made with ({index.tokenizer_sha256[:12]}): build the shards again"
+            )
+        for shard in index.split("train") + (index.split("val") if self.config.training.eval_every else []):
+            path = Path(data.dir) / shard.path
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.bytes:
+                state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+                raise DataError(
+                    f"shard {str(path)!r} {state}: copy it again, or rebuild with dla data shards --overwrite"
+                )
+        shards = len(index.split("train"))
+        if data.num_streams > shards:
+            raise ConfigError(
+                f"data.num_streams = {data.num_streams} is more than the {shards} train shards: use at most "
+                f"{shards}, or build more shards (dla data shards --min-train-shards {data.num_streams})"
+            )
+
+    def describe(self, device: Device) -> dict[str, str]:
+        """Without data on this machine, for a vocabulary that is assumed."""
+        model, training, vocab = self.config.model, self.config.training, self._planned_vocab()
+        lines = {
+            "model": f"{count_parameters(model, vocab):,} parameters, "
+            f"{flops_per_token(model, vocab, self.seq_len):.3g} FLOP a token (forward and backward)"
+        }
+        try:
+            held = self.index.totals("train").tokens
+            epochs = training.steps * training.global_batch_size * self.seq_len / held
+            lines["data"] = f"{self.config.data.dir}: {held:,} tokens, {epochs:.2f} epochs"
+        except UserError:
+            lines["data"] = f"none here, {vocab:,} vocabulary rows assumed"
+        if reason := self._kernels_not_used(device):
+            lines["warning"] = f"DLA layers will run on the slower torch path, not the Triton kernels: {reason}"
+        return lines
+
+    def plan(self, world_size: int, device: Device) -> str:
+        return render(make_plan(self.config, world_size, self._planned_vocab(), device.bf16))
+
+    def _planned_vocab(self) -> int:
+        try:
+            size = self.index.vocab_size
+        except UserError:
+            size = ASSUMED_VOCABULARY
+        return padded_vocab(size, self.config.model.vocab_multiple)
+
+    def _kernels_not_used(self, device: Device) -> str:
+        """Why a run on GPUs would not use the Triton kernels, which `backend="auto"` does silently ('': it does)."""
+        model = self.config.model
+        if device.type != "cuda" or all(LETTERS[letter].softmax for letter in layer_letters(model)):
+            return ""
+        if reason := beyond_kernels(model.key_dim, model.value_dim, model.capacity):
+            return f"they do not take model.{reason}"
+        return "" if device.planned else kernels_missing()
+
+    def files(self) -> list[Path]:
+        return [Path(self.config.data.dir) / TOKENIZER_NAME]
+
+    def layout(self) -> CheckpointLayout:
+        config = self.config
+        return CheckpointLayout(
+            model=config.model, vocab_size=padded_vocab(self.index.vocab_size, config.model.vocab_multiple),
+            tokenizer_sha256=self.index.tokenizer_sha256, tensor_parallel=config.parallel.tensor_model_parallel_size,
+            seq_len=self.seq_len, step=0, tags={},
+        )  # fmt: skip
+
+    # ---- on every rank of the run
+
+    def build(self, runtime: Runtime) -> nn.Module:
+        config, dp = self.config, runtime.groups.dp
+        self.runtime = runtime
+        self.token_bytes = torch.from_numpy(Tokenizer(config.data.dir).token_bytes()).to(runtime.device)
+        model = build_model(
+            config.model, config.parallel, vocab_size=self.index.vocab_size, seq_len=self.seq_len,
+            seed=config.run.seed, dtype=runtime.dtype, device=runtime.device.type,
+            recompute=config.training.recompute,
+        )  # fmt: skip
+        self.mixers = dla_mixers(model)
+        self.loader = TokenLoader(
+            config.data.dir, "train", seq_len=self.seq_len, num_streams=config.data.num_streams,
+            global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.micro_batch_size,
+            dp_rank=dp.rank(), dp_size=dp.size(), seed=config.run.seed, verify=config.data.verify,
+        )  # fmt: skip
+        return model
+
+    def _pack(self, batch: Batch) -> Any:
+        cu_seqlens = batch.cu_seqlens.to(self.runtime.device) if self.config.data.reset_at_documents else None
+        return packed_sequence(cu_seqlens, self.seq_len)
+
+    def train_step(self, engine: Any, step: int) -> float:
+        batches = self.loader.next_step()
+        self.data_crc32 = zlib.crc32(b"".join(b.tokens.numpy().tobytes() for b in batches))
+        self.gate_temperature = gate_temperature(step, self.config.training)
+        for mixer in self.mixers:
+            mixer.gate_temperature = self.gate_temperature
+        return train_step(engine, batches, self.runtime.groups, self.runtime.device, self._pack)
+
+    def metrics(self) -> dict[str, Any]:
+        metrics: dict[str, Any] = {
+            "boundary_rate": None,
+            "epoch": self.loader.epoch,
+            "data_wait_s": self.loader.last_wait_s,
+            "data_crc32": self.data_crc32,  # of this rank's rows of the step: two runs read the same data
+        }
+        if self.config.training.tau_gate == "annealed":
+            metrics["gate_temperature"] = self.gate_temperature
+        if self.mixers:
+            rates = self._boundary_rates()
+            metrics |= {
+                "boundary_rate": rates.mean().item(),
+                "boundary_rate_by_head": [[round(r, 4) for r in layer] for layer in rates.tolist()],
+            }
+        return metrics
+
+    def _boundary_rates(self) -> torch.Tensor:
+        """[layers, H] over all tokens since the last call (a collective)."""
+        groups = self.runtime.groups
+        local = torch.stack([mixer.take_boundary_rate() for mixer in self.mixers]).contiguous()
+        dist.all_reduce(local, group=groups.dp_cp)
+        parts = [torch.empty_like(local) for _ in range(groups.tp.size())]
+        dist.all_gather(parts, local, group=groups.tp)
+        return torch.cat(parts, 1) / groups.dp.size()
+
+    def validate(self, engine: Any) -> dict[str, float]:
+        config, groups = self.config, self.runtime.groups
+        batches = validation_batches(
+            config.data.dir, self.seq_len, config.training.micro_batch_size, groups.dp.rank(), groups.dp.size(),
+            config.training.eval_rows or None, verify=config.data.verify,
+        )  # fmt: skip
+        values = validate(engine, batches, groups, self.runtime.device, self._pack, self.token_bytes)
+        for mixer in self.mixers:
+            mixer.take_boundary_rate()  # held-out tokens are not part of the training rate
+        return values

@@ -1,0 +1,145 @@
+"""The trainer, for every task: read it from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dla.checkpoint.manager import (
+    Checkpointer,
+    check_same_model,
+    complete_checkpoints,
+    is_weights_only,
+    load_weights,
+)
+from megatron_dla.checkpoint.optimizer import local_shapes
+from megatron_dla.checkpoint.weights import parameter_tags
+from megatron_dla.errors import STOPPED
+from megatron_dla.metrics.meters import StepMeter, memory_gb
+from megatron_dla.metrics.sinks import JsonlSink, console_line
+from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, on_main, process_groups
+from megatron_dla.parallel.replicas import check_replicas
+from megatron_dla.training.control import REASONS, RunControl
+from megatron_dla.training.device import Device
+from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
+from megatron_dla.training.signals import StopRequest
+from megatron_dla.training.step import dropped_update
+from megatron_dla.training.task import Runtime, Task
+
+
+class Trainer:
+    """One run: `Trainer(task, run_dir, device).run()` returns the exit code (0 done, 75 asked to stop).
+
+    Args:
+        task: has passed its checks. run_dir: exists on every rank; this run is its only writer until `run` returns.
+        control: the run directory's control files, made if not given.
+
+    Raises:
+        FenceError: another run writes in run_dir.
+        CheckpointError: run_dir holds a checkpoint of another model, or a damaged one.
+    """
+
+    def __init__(self, task: Task, run_dir: Path, device: Device, control: RunControl | None = None) -> None:
+        self.task, self.config, self.run_dir = task, task.config, run_dir
+        config = self.config
+        initialize_distributed(device.type)
+        self.control = control or RunControl(run_dir, dist.get_rank())
+        self.control.attempt = on_main(self.control.claim)
+        initialize_model_parallel(
+            config.parallel.tensor_model_parallel_size, config.run.seed, config.parallel.context_parallel_size
+        )
+        self.groups = process_groups()
+        self.runtime = Runtime(self.groups, device.current(), device.dtype)
+        model = task.build(self.runtime)
+        self.layout = replace(task.layout(), tags=parameter_tags(model), shapes=local_shapes(model))
+        found = complete_checkpoints(run_dir) if config.training.resume else []
+        newest = found[-1][1] if found else None
+        if newest is not None:
+            check_same_model(newest, self.layout)
+            load_weights(newest, model, self.groups.tp)  # before ZeRO takes its copies
+        optimizer_groups = parameter_groups(model, config)
+        self.engine = build_engine(model, optimizer_groups, config, self.groups, device.bf16)
+        self.checkpoints = Checkpointer(
+            run_dir, self.engine, self.groups, config.training.keep_checkpoints, self.control
+        )
+        self.step = 0
+        if newest is not None and not is_weights_only(newest):
+            self.step, state = self.checkpoints.load(newest, self.layout)
+            task.load_state_dict(state)
+            apply_optimizer_section(self.engine, optimizer_groups, config)
+        if config.debug.check_replicas:
+            check_replicas(self.engine.module, self.groups, "before the first step")
+        is_main = dist.get_rank() == 0
+        self.sink = JsonlSink(run_dir / "metrics.jsonl", self.step if newest else None) if is_main else None
+        if newest is not None:
+            self.runtime.print(f"resuming from {newest} at step {self.step}")
+
+    def run(self) -> int:
+        training, check_every = self.config.training, self.config.debug.check_replicas
+        tokens_per_step = training.global_batch_size * self.task.seq_len
+        meter = StepMeter(self.step, training.steps)
+        with self.control, StopRequest(self.runtime.device, self.control.asked_to_stop) as stop:
+            if self.step == 0 and training.eval_every:
+                self._log({"step": 0, "tokens": 0, **self.task.validate(self.engine)})
+            while self.step < training.steps:
+                started = time.monotonic()
+                loss = self._train_step()
+                self.step += 1
+                self.control.beat(self.step)
+                if check_every and self.step % check_every == 0:
+                    check_replicas(self.engine.module, self.groups, f"by step {self.step}")
+                meter.add(tokens_per_step, time.monotonic() - started)
+                last = self.step == training.steps
+                validating = training.eval_every and (last or self.step % training.eval_every == 0)
+                if last or validating or self.step % training.log_every == 0:
+                    metrics = self._metrics(loss, meter)
+                    self._log(metrics | self.task.validate(self.engine) if validating else metrics)
+                reason = stop.agreed()
+                stopping = reason and not last
+                if last or stopping or (training.save_every and self.step % training.save_every == 0):
+                    self._save()
+                if stopping:
+                    by = REASONS.get(reason, "a signal")
+                    self.runtime.print(f"stopped by {by} after step {self.step}; run the same command to resume")
+                    return STOPPED
+            on_main(lambda: self.control.finish(self.step))
+        return 0
+
+    def _train_step(self) -> float:
+        self.lr = self.engine.get_lr()[0]  # before the schedule moves on
+        loss = self.task.train_step(self.engine, self.step)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step + 1}: lower optimizer.lr or check the data"
+            )
+        if dropped_update(self.engine):
+            self.runtime.print(f"step {self.step + 1}: the gradient is not finite, its update is dropped")
+        return loss
+
+    def _metrics(self, loss: float, meter: StepMeter) -> dict[str, Any]:
+        norm = self.engine.get_global_grad_norm()
+        return {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": None if norm is None else float(norm),
+            "lr": self.lr,
+            "tokens": self.task.loader.tokens_seen,
+            "tokens_per_s": meter.tokens_per_s(),
+            "memory_gb": memory_gb(self.runtime.device),
+            "eta_s": meter.eta_s(self.step),
+        } | self.task.metrics()
+
+    def _save(self) -> None:
+        self.layout.step = self.step
+        path = self.checkpoints.save(self.layout, self.task.state_dict())
+        self.runtime.print(f"saved {path}")
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        if self.sink is not None:
+            self.sink.write(metrics)
+            self.runtime.print(console_line(metrics, self.config.training.steps))

@@ -1,0 +1,42 @@
+"""Which way imports run: tasks know the trainer, the trainer knows tasks by their interface alone."""
+
+import ast
+from pathlib import Path
+
+import megatron_dla
+
+PACKAGE = Path(megatron_dla.__file__).parent
+REGISTRY = ("run.py", "megatron_dla.tasks")
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = str(node.module or "")
+            if node.level:  # the files that exports carry
+                package = path.relative_to(PACKAGE.parent).parts[: -node.level]
+                module = ".".join([*package, *filter(None, [module])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def uses(path: Path, *packages: str) -> set[str]:
+    """Those of `packages` (or modules in them) that a file imports."""
+    return {name for name in imported(path) if any(f"{name}.".startswith(f"{package}.") for package in packages)}
+
+
+def test_the_trainer_does_not_know_the_tasks() -> None:
+    files = sorted((PACKAGE / "training").glob("*.py"))
+    assert {"trainer.py", "step.py", "run.py"} <= {path.name for path in files}
+    found = {(path.name, name) for path in files for name in uses(path, "megatron_dla.adapters", "megatron_dla.tasks")}
+    assert found == {REGISTRY, ("run.py", "megatron_dla.tasks.make_task")}
+
+
+def test_the_memory_and_the_serving_code_do_not_know_the_tasks() -> None:
+    for package in ("adapters", "mixers", "model", "parallel", "checkpoint", "data", "hf", "serving"):
+        for path in (PACKAGE / package).rglob("*.py"):
+            assert not uses(path, "megatron_dla.tasks", "megatron_dla.training"), path
