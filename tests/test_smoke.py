@@ -18,6 +18,7 @@ from megatron_dla.kernels.bench.inputs import TAU, Problem, make_inputs
 from megatron_dla.kernels.dla import partition
 from megatron_dla.smoke import kernels, model
 from megatron_dla.smoke.report import FAIL, LEFT_OUT, PASS, CheckFailed, LeftOut, Stages
+from megatron_dla.smoke.text import write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = kernels.Sizes(tokens=96, heads=1, dims=(8,), capacity=3, prefix=64, decoded=4)
@@ -38,6 +39,14 @@ sys.meta_path.insert(0, Blocker())
 
 def checker(sizes: kernels.Sizes = TINY, seed: int = 3) -> kernels.Checker:
     return kernels.Checker(torch.device("cpu"), "torch", sizes, seed, Stages(4))
+
+
+@pytest.mark.parametrize("device", sorted(model.RECIPES))
+def test_the_recipe_s_vocabulary_can_be_trained_on_its_text(device: str, tmp_path: Path) -> None:
+    recipe = model.RECIPES[device]
+    corpus = write_corpus(tmp_path / "text.jsonl", min(recipe.characters, 400_000), 3)
+    command = ["data", "tokenizer", "--input", str(corpus), "--output", str(tmp_path / "tokenizer")]
+    assert main([*command, "--vocab-size", str(recipe.vocab_size)]) == 0
 
 
 def test_stages_report_and_go_on(capsys) -> None:

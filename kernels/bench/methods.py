@@ -55,10 +55,9 @@ def _heads_first(x: Tensor, heads: int) -> Tensor:
 
 def _sdpa(x: Inputs, p: Problem) -> Prepared:
     q, k, v = (_heads_first(t, p.heads) for t in (x.q, x.k, x.v))
-    kernel = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.is_cuda else contextlib.nullcontext()
 
     def call() -> Tensor:  # q is already scaled
-        with kernel:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.is_cuda else contextlib.nullcontext():
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0).transpose(1, 2)
 
     return call, [q, k, v]

@@ -50,6 +50,7 @@ class Report:
     tensor_memory: int = 0
     mma: str = ""
     trans_hits: int = 0
+    redux_hits: int = 0
     seconds: float = 0.0
     error: str = ""
     key: str = ""
@@ -67,6 +68,7 @@ class Report:
                 self.tensor_memory > TENSOR_MEMORY_LIMIT
             ),
             f"{self.trans_hits} transposed matmul results feed a wgmma (see `transposed_results`)": self.trans_hits > 0,
+            f"{self.redux_hits} predicated integer reductions (see `predicated_reductions`)": self.redux_hits > 0,
         }
         return [text for text, true in found.items() if true]
 
@@ -104,6 +106,24 @@ def transposed_results(ttgir: str) -> list[str]:
     return hits
 
 
+def predicated_reductions(sass: str) -> list[str]:
+    """Instructions in which a warp's integer reduction runs under a per-thread predicate.
+
+    Triton lowers an integer `tl.sum`, `tl.min` or `tl.max` over a warp to `redux.sync`. Where one stands in a short
+    branch, the assembler of CUDA 12.8 turns the branch into predication and takes the predicate of another
+    instruction; warps then disagree about a scalar that decides a branch with a barrier in it. Seen on an H200
+    (Triton 3.6.0): wrong and varying results. Reduce outside of the branch, and select.
+    """
+    return [line.strip() for line in sass.splitlines() if re.search(r"@!?P\d\s+REDUX", line)]
+
+
+def _disassemble(cubin: str) -> str:
+    from triton import knobs
+
+    command = [knobs.nvidia.cuobjdump.path, "-sass", cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def _spills(ptx: str, arch: int) -> tuple[int, int]:
     """Bytes of spill stores and loads, from the assembler's log."""
     from triton.backends.nvidia.compiler import get_ptxas
@@ -136,6 +156,7 @@ def report(kernel: Any, arch: int, seconds: float = 0.0) -> Report:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        redux = predicated_reductions(_disassemble(file.name)) if "redux.sync" in ptx else []
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, usage
     registers, stack = int(match[1]), int(match[2])
@@ -144,7 +165,7 @@ def report(kernel: Any, arch: int, seconds: float = 0.0) -> Report:
     hits = transposed_results(kernel.asm["ttgir"]) if arch == 90 else []
     return Report(
         data.name, arch, data.num_warps, data.num_stages, registers, stores, loads, data.shared,
-        getattr(data, "tmem_size", 0) or 0, _mma(ptx), len(hits), seconds, key=kernel.hash,
+        getattr(data, "tmem_size", 0) or 0, _mma(ptx), len(hits), len(redux), seconds, key=kernel.hash,
     )  # fmt: skip
 
 
@@ -240,7 +261,7 @@ def table(reports: list[Report]) -> str:
     for r in sorted(reports, key=lambda r: (r.arch, r.name, r.key)):
         users = r.users[0] + (f" +{len(r.users) - 1}" if len(r.users) > 1 else "") if r.users else ""
         numbers = (r.warps, r.stages, r.registers, f"{r.spill_stores}/{r.spill_loads}", r.shared, r.tensor_memory)
-        tail = (r.mma, r.trans_hits, f"{r.seconds:.1f}", users)
+        tail = (r.mma, r.trans_hits + r.redux_hits, f"{r.seconds:.1f}", users)
         rows.append(("" if r.ok else "!", r.name, f"sm_{r.arch}", *map(str, numbers), *map(str, tail)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -36,7 +36,7 @@ class Recipe:
     lr: float
     characters: int
     fall: float
-    vocab_size: int = 1024
+    vocab_size: int = 512
 
 
 RECIPES = {

@@ -47,6 +47,18 @@ def test_planted_faults_are_found(arch: int) -> None:
     assert not found["computed_transposed"][0]["problems"]
 
 
+def test_a_reduction_under_a_predicate_is_found() -> None:
+    """Lines of the partition's repair kernel as it was miscompiled (Triton 3.6.0, its ptxas 12.8, sm_90)."""
+    sass = """
+        /*84f0*/              @!P5 SEL R46, R139, RZ, !P4 ;
+        /*8500*/              @!P0 REDUX.SUM.S32 UR39, R46 ;
+        /*bcc0*/                   REDUX.SUM.S32 UR32, R39 ;
+    """
+    (found,) = aot.predicated_reductions(sass)
+    assert "@!P0 REDUX.SUM.S32 UR39" in found
+    assert aot.failures([aot.Report("k", 90, redux_hits=1)]) and not aot.failures([aot.Report("k", 90)])
+
+
 def test_merge_keeps_one_report_a_kernel() -> None:
     a, b = aot.Report("k", 90, key="1", users=["a"]), aot.Report("k", 90, key="1", users=["b"])
     other = aot.Report("k", 80, key="1", users=["a"])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_dla.kernels.bench.inputs import TAU, Problem, make_inputs
 from megatron_dla.kernels.dla import dla_attention, partition
 from tests.support.dla_cases import CASES, Case
 from tests.support.replay import forced_replay
@@ -65,6 +66,20 @@ def test_shards_and_chunks_change_nothing(case: Case) -> None:
     real = decide(**x, **case.rule)
     assert torch.equal(whole.start, real.start) and torch.equal(whole.death, real.death)
     torch.testing.assert_close(whole.score, real.score, atol=2e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="at this size the interpreter takes hours")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("backbone", "dim"), [("gdn", 64), ("gdn", 128), ("mamba2", 64), ("mamba2", 128)])
+def test_shards_change_nothing_as_launched_on_a_gpu(backbone: str, dim: int, dtype: torch.dtype) -> None:
+    x = make_inputs(Problem(backbone, 4096, dim, 30, 4), 7, dtype=dtype, device=torch.device("cuda"))
+    whole, *parts = (
+        decide(x.k, x.v, x.g, x.beta, tau=TAU, capacity=30, shard_blocks=n) for n in (1 << 20, 32, 32, 32, 8)
+    )
+    for part in parts:
+        assert torch.equal(whole.start, part.start) and torch.equal(whole.death, part.death)
+        torch.testing.assert_close(whole.score, part.score, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
