@@ -68,10 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from megatron_dla.data_prep.cli import add_data_parser
     from megatron_dla.evaluation.cli import add_eval_parser
-    from megatron_dla.hf.cli import add_chat_parser, add_convert_parser, add_generate_parser
+    from megatron_dla.hf.cli import add_convert_parser
     from megatron_dla.kernels.bench.cli import add_bench_parser
     from megatron_dla.launch.cli import add_slurm_parsers
     from megatron_dla.launch.preflight import add_preflight_parser
+    from megatron_dla.serving.cli import add_chat_parser, add_generate_parser
     from megatron_dla.smoke.cli import add_smoke_parser
 
     parser = argparse.ArgumentParser(prog="dla", description="Pretraining with Dynamic Linear Attention.")

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_dla.checkpoint.manager import complete_checkpoints
+from megatron_dla.checkpoint.find import complete_checkpoints
 from megatron_dla.metrics.meters import clock
 from megatron_dla.metrics.sinks import read_metrics
 

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dla import compat
-from megatron_dla.adapters.load import load_adapted, load_tokenizer
-from megatron_dla.adapters.session_file import load_session
+from megatron_dla.adapters.checkpoint import read_any_adapter
 from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.cli import main
 from megatron_dla.config import load_any
-from megatron_dla.hf.adapter import read_any_adapter
 from megatron_dla.hf.convert import read_section, to_hf
-from megatron_dla.hf.load import load_model
+from megatron_dla.hf.load import load_export, load_tokenizer
+from megatron_dla.serving.load import load_adapted
+from megatron_dla.serving.session_file import load_session
 
 ROOT = Path(__file__).resolve().parents[1]
 OLD = ROOT / "tests/fixtures/62bb8a7"
@@ -54,7 +54,7 @@ def test_checkpoint_gives_the_same_logits(name: str, tmp_path: Path) -> None:
 
     ids = EXPECTED[f"{name}.ids"]
     assert_close(megatron_logits(megatron_model(step(name))[0], ids)[:, ::8], f"{name}.megatron")
-    assert_close(load_model(to_hf(step(name), tmp_path / name))(ids).logits[:, ::8], f"{name}.export")
+    assert_close(load_export(to_hf(step(name), tmp_path / name))(ids).logits[:, ::8], f"{name}.export")
 
 
 def test_checkpoint_exports_to_the_same_tensors(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_checkpoint_exports_to_the_same_tensors(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_export_loads_in_this_process() -> None:
-    assert_close(load_model(OLD / "export")(EXPECTED["gdn.ids"]).logits[:, ::8], "gdn.export")
+    assert_close(load_export(OLD / "export")(EXPECTED["gdn.ids"]).logits[:, ::8], "gdn.export")
 
 
 def test_export_loads_with_its_own_code_alone(tmp_path: Path) -> None:

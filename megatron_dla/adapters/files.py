@@ -1,4 +1,4 @@
-"""An adapter as a directory: our safetensors, the published pair of files, and the fingerprint of the base model.
+"""An adapter as a directory: our safetensors form, or the published pair of files.
 
     adapter_model.safetensors + adapter_config.json     peft_type "DELTA_MEM", our whole config, base model
     delta_mem_config.json + delta_mem_adapter.pt        the published form (`upstream`); names no base model
@@ -18,94 +18,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 
 from megatron_dla.adapters import upstream
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.errors import CheckpointError, ConfigError
 from megatron_dla.files import atomic_path, load_tensors, save_tensors
+from megatron_dla.hf.directory import Fingerprint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "DELTA_MEM"
 Format = Literal["safetensors", "upstream"]
-_FINGERPRINT_ROWS = 64  # of every tensor that is hashed
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """A base model: `name` for messages, `sha256` of parts of its weights for comparing."""
-
-    name: str
-    sha256: str
-
-    def check(self, other: Fingerprint, what: str) -> None:
-        """Raises CheckpointError unless both are the same weights."""
-        if self.sha256 != other.sha256:
-            raise CheckpointError(
-                f"{what} belongs to the base model {self.name!r} (weights {self.sha256[:12]}), this one is "
-                f"{other.name!r} ({other.sha256[:12]}): use that model"
-            )
-
-
-def fingerprint(source: nn.Module | Mapping[str, Tensor] | str | Path, name: str | None = None) -> Fingerprint:
-    """Of a Hugging Face model, its state dict, or its directory (a few megabytes are read).
-
-    Hashed are the first rows, rounded to bf16, of the embedding, the first layer's query projection, the last layer's
-    down projection and the last norm: the same whatever dtype the model is loaded in.
-
-    Raises:
-        CheckpointError: weights are missing, so it is no supported model.
-    """
-    weights: Mapping[str, Tensor]
-    if isinstance(source, nn.Module):
-        weights, name = source.state_dict(), name or getattr(source, "name_or_path", "")
-    elif isinstance(source, Mapping):
-        weights = source
-    else:
-        weights, name = _Directory(Path(source)), name or str(source)
-    layers = [int(key.split(".")[2]) for key in weights if key.startswith("model.layers.")]
-    keys = [
-        "model.embed_tokens.weight",
-        "model.layers.0.self_attn.q_proj.weight",
-        f"model.layers.{max(layers, default=0)}.mlp.down_proj.weight",
-        "model.norm.weight",
-    ]
-    if missing := [key for key in keys if key not in weights]:
-        raise CheckpointError(f"the base model {name!r} has no weight {missing[0]}: it is no supported model")
-    digest = hashlib.sha256()
-    for key in keys:
-        x = weights[key]
-        digest.update(f"{key}{list(x.shape)}".encode())
-        part = x[:_FINGERPRINT_ROWS].detach().cpu().to(torch.bfloat16).contiguous()
-        digest.update(part.view(torch.int16).numpy().tobytes())
-    return Fingerprint(name or "", digest.hexdigest())
-
-
-class _Directory(Mapping[str, Tensor]):
-    """Weights of a Hugging Face directory, each read when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._files: dict[str, Path] = {}
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{str(path)!r} holds no *.safetensors: give a directory that save_pretrained wrote")
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    self._files |= dict.fromkeys(opened.keys(), file)
-            except Exception as error:  # safetensors raises its own and OSError alike
-                raise CheckpointError(f"{str(file)!r} is damaged ({error}): fetch it again") from error
-
-    def __getitem__(self, key: str) -> Tensor:
-        with safe_open(self._files[key], framework="pt") as file:
-            return file.get_tensor(key)
-
-    def __iter__(self):
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
 
 
 @dataclass
@@ -123,6 +47,11 @@ class Adapter:
     def sha256(self) -> str:
         """Of config and values (as fp32): the same for copies in other formats and for wider dtypes."""
         return adapter_sha256(self.config, self.tensors)
+
+
+def empty_adapter() -> Adapter:
+    """An adapter of no layers, which leaves any model as it is."""
+    return Adapter(DeltaMemConfig(layers_to_transform=()), {})
 
 
 def adapter_sha256(config: DeltaMemConfig, tensors: Mapping[int, Mapping[str, Tensor]]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_dla.checkpoint.find import COMPLETE, LAYOUT, checkpoint_dir, complete_checkpoints
 from megatron_dla.checkpoint.optimizer import load_optimizer, save_optimizer
 from megatron_dla.checkpoint.weights import (
-    COMPLETE,
-    LAYOUT,
     CheckpointLayout,
     load_merged,
     parameter_tags,
@@ -36,20 +34,6 @@ from megatron_dla.files import write_text
 from megatron_dla.parallel.groups import on_main
 
 DATA_STATE = "data_state.json"
-
-
-def checkpoint_dir(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
-
-
-def complete_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every complete checkpoint, oldest first."""
-    found = []
-    for path in checkpoint_dir(run_dir).glob("step_*"):
-        match = re.fullmatch(r"step_(\d+)", path.name)
-        if match and (path / COMPLETE).is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
 
 
 def _random_state() -> dict[str, Any]:

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from megatron_dla.checkpoint.find import COMPLETE, LAYOUT
 from megatron_dla.config import ModelSection, check_model, from_dict
 from megatron_dla.errors import CheckpointError
 from megatron_dla.files import save_tensors
 from megatron_dla.parallel.tags import Tag, get_tag
 
-LAYOUT, COMPLETE, WEIGHTS = "layout.json", "complete.json", "weights"
+WEIGHTS = "weights"
 FORMAT_VERSION = 1
 
 

@@ -56,10 +56,12 @@ def add_eval_parser(subparsers: Any) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     tasks = _check(args)
-    from megatron_dla.adapters.files import fingerprint
-    from megatron_dla.adapters.load import load_backbone, load_tokenizer, put_on, read_adapter
+    from megatron_dla.adapters.files import read_adapter
     from megatron_dla.evaluation.report import write_report
     from megatron_dla.evaluation.table import join_tables
+    from megatron_dla.hf.directory import fingerprint
+    from megatron_dla.hf.load import load_backbone, load_tokenizer
+    from megatron_dla.serving.load import attach_adapter
 
     adapters = [read_adapter(directory) for directory in args.adapter]
     static = read_adapter(args.static) if args.static else None
@@ -67,7 +69,7 @@ def _eval(args: argparse.Namespace) -> int:
         raise UserError(f"--static {args.static}: this adapter has delta_mem.memory = {static.config.memory!r}")
     runs = {name: _prepare(name, args, load_tokenizer(args.model)) for name in tasks}  # bad files are named first
     base = load_backbone(args.model, device=args.device)
-    control = put_on(base, static, any_base=args.any_base) if static is not None else None
+    control = attach_adapter(base, static, any_base=args.any_base) if static is not None else None
     tables = []
     for name in tasks:
         found = []
@@ -105,11 +107,10 @@ def _check(args: argparse.Namespace) -> list[str]:
 
 
 def _put(base: Any, adapter: Any, any_base: bool) -> Any:
-    from megatron_dla.adapters.config import DeltaMemConfig
-    from megatron_dla.adapters.files import Adapter
-    from megatron_dla.adapters.load import put_on
+    from megatron_dla.adapters.files import empty_adapter
+    from megatron_dla.serving.load import attach_adapter
 
-    return put_on(base, adapter or Adapter(DeltaMemConfig(layers_to_transform=()), {}), any_base=any_base)
+    return attach_adapter(base, adapter or empty_adapter(), any_base=any_base)
 
 
 def _prepare(name: str, args: argparse.Namespace, tokenizer: Any) -> Callable[[Any, Any, int], Any]:

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dla.adapters.chat import encode, render, render_prompt, render_told
-from megatron_dla.adapters.decode import generate_batch, stop_tokens
-from megatron_dla.adapters.hf_model import DeltaMemModel, States, select_states
 from megatron_dla.adapters.memory import MemoryControl
 from megatron_dla.errors import DataError, UserError
 from megatron_dla.evaluation.scoring import PLAIN, READ_ONLY, LayerMeans, Told, derangement, tell
 from megatron_dla.evaluation.stemming import stem
 from megatron_dla.evaluation.table import Table
+from megatron_dla.serving.chat import encode, render, render_prompt, render_told
+from megatron_dla.serving.decode import generate_batch, stop_tokens
+from megatron_dla.serving.hf_model import DeltaMemModel, States, select_states
 
 CATEGORIES = {1: "multi_hop", 2: "temporal", 3: "open_domain", 4: "single_hop"}
 PROMPT = "Answer from our conversation, in a few words. {}"

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dla.adapters.chat import PlainText, render, render_prompt, render_told, system_message
-from megatron_dla.adapters.decode import pad_left
-from megatron_dla.adapters.hf_model import DeltaMemModel, LayerStats, States, select_states
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryState, half_life
 from megatron_dla.adapters.messages import Pending
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.recall import Question, Story
+from megatron_dla.serving.chat import PlainText, render, render_prompt, render_told, system_message
+from megatron_dla.serving.decode import pad_left
+from megatron_dla.serving.hf_model import DeltaMemModel, LayerStats, States, select_states
 
 PLAIN, READ_ONLY = MemoryControl(scale=0.0, freeze=True), MemoryControl(freeze=True)
 

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_dla.adapters.chat import encode
-from megatron_dla.adapters.hf_model import DeltaMemModel, select_states
 from megatron_dla.adapters.memory import MemoryControl
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.recall import RecallTask, stories
@@ -24,6 +22,8 @@ from megatron_dla.evaluation.scoring import (
     tell,
 )
 from megatron_dla.evaluation.table import Table
+from megatron_dla.serving.chat import encode
+from megatron_dla.serving.hf_model import DeltaMemModel, select_states
 
 METRICS = ("choice", "exact", "logprob")
 

@@ -6,18 +6,14 @@ rank never holds more of the model than its part and one layer's matrix. What we
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.families import FAMILIES, check_family, unsupported
 from megatron_dla.checkpoint.weights import split_merged
 from megatron_dla.config import (
     ModelSection,
@@ -28,12 +24,15 @@ from megatron_dla.config import (
     check_tensor_parallel,
 )
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import file_sha256
 from megatron_dla.hf import mapping
+from megatron_dla.hf.directory import CONFIG, DirectoryWeights, read_config
+from megatron_dla.hf.families import FAMILIES, check_family, unsupported
 from megatron_dla.parallel.tags import get_tag
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+
+    from megatron_dla.adapters.config import DeltaMemConfig
 
 _ROPE_TYPES = ("default", "linear", "llama3")
 # buffers that old versions of transformers saved
@@ -63,9 +62,9 @@ def read_backbone(hf_dir: str | Path) -> tuple[ModelSection, BackboneInfo]:
     Raises:
         CheckpointError: no such file, another architecture, or something in it that would be computed differently.
     """
-    path = Path(hf_dir) / "config.json"
+    fix = "give a directory that save_pretrained wrote"
+    raw, path = read_config(hf_dir, fix), Path(hf_dir) / CONFIG
     try:
-        raw = json.loads(path.read_text())
         kind = check_family(raw, repr(str(path)))
         config = _transformers_config(kind, raw, path)
         _refuse(config, raw, path)
@@ -75,18 +74,8 @@ def read_backbone(hf_dir: str | Path) -> tuple[ModelSection, BackboneInfo]:
         return section, BackboneInfo(FAMILIES[kind], config.vocab_size, config.max_position_embeddings, stored)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{str(path)!r} is missing or damaged ({error}): give a directory that save_pretrained wrote"
-        raise CheckpointError(message) from error
-
-
-def tokenizer_digest(hf_dir: str | Path) -> str:
-    """sha256 of the directory's tokenizer.model, as shards carry it, or tokenizer.json; empty where it has neither."""
-    for name in ("tokenizer.model", "tokenizer.json"):
-        path = Path(hf_dir) / name
-        if path.is_file():
-            return file_sha256(path)
-    return ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged ({error}): {fix}") from error
 
 
 def _transformers_config(kind: str, raw: dict[str, Any], path: Path) -> Any:
@@ -181,59 +170,39 @@ class BackboneWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, hf_dir: str | Path, section: ModelSection, vocab_size: int) -> None:
-        self._dir = Path(hf_dir)
         self._entries = {entry.keys[0]: entry for entry in mapping.entries(section, dense=True)}
-        self._files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._paths():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    names = [name for name in file.keys() if not name.endswith(_IGNORED)]  # noqa: SIM118
-                    shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            except Exception as error:  # safetensors raises its own and OSError alike
-                raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}): fetch it again") from error
-            self._files |= dict.fromkeys(names, path)
-        self._check(shapes, _shapes(section, vocab_size), section.tie_embeddings)
-
-    def _paths(self) -> list[Path]:
-        index = self._dir / "model.safetensors.index.json"
-        try:
-            if not index.is_file():
-                return [self._dir / "model.safetensors"]
-            return [self._dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{str(index)!r} is damaged ({error}): fetch it again") from error
-
-    def _check(self, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], tied: bool) -> None:
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if tied and head in found and embedding in found:
-            if not torch.equal(self._read(head), self._read(embedding)):
-                raise CheckpointError(
-                    f"{str(self._dir)!r}: {head} differs from {embedding}, but tie_word_embeddings = true: set it to "
-                    "false in config.json, or remove that weight"
-                )
-            found.pop(head)
-        mapping.check_names(set(found), set(wanted), f"{str(self._dir)!r}")
-        for name, shape in wanted.items():
-            if found[name] != shape:
-                raise CheckpointError(
-                    f"{str(self._dir)!r}: {name} has shape {list(found[name])}, config.json asks for {list(shape)}: "
-                    "they are of different models"
-                )
-
-    def _read(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        self._stored = DirectoryWeights(hf_dir)
+        _check_weights(self._stored, _shapes(section, vocab_size), section.tie_embeddings, repr(str(hf_dir)))
 
     def __getitem__(self, key: str) -> Tensor:
         entry = self._entries[key]
-        return entry.from_hf(*(self._read(name) for name in entry.names))[0]
+        return entry.from_hf(*(self._stored[name] for name in entry.names))[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _check_weights(stored: DirectoryWeights, wanted: dict[str, tuple[int, ...]], tied: bool, where: str) -> None:
+    """CheckpointError unless the names and shapes of the stored weights are those of config.json."""
+    found = {name: shape for name, shape in stored.shapes.items() if not name.endswith(_IGNORED)}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if tied and head in found and embedding in found:
+        if not torch.equal(stored[head], stored[embedding]):
+            raise CheckpointError(
+                f"{where}: {head} differs from {embedding}, but tie_word_embeddings = true: set it to false in "
+                "config.json, or remove that weight"
+            )
+        found.pop(head)
+    mapping.check_names(set(found), set(wanted), where)
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {list(found[name])}, config.json asks for {list(shape)}: they are of "
+                "different models"
+            )
 
 
 def build_backbone(

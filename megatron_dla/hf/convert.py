@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, CheckpointLayout, load_merged, save_weights, split_merged
+from megatron_dla.checkpoint.find import COMPLETE, LAYOUT, resolve_checkpoint
+from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, save_weights, split_merged
 from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.config.checks import check_model, check_tensor_parallel
 from megatron_dla.config.load import from_dict
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.files import file_sha256
 from megatron_dla.hf import mapping
-from megatron_dla.hf.backbones import BackboneWeights, read_backbone, tokenizer_digest
+from megatron_dla.hf.backbones import BackboneWeights, read_backbone
 from megatron_dla.hf.card import model_card
-from megatron_dla.hf.load import TOKENIZER, check_tokenizer
+from megatron_dla.hf.directory import CONFIG, TOKENIZER, DirectoryWeights, read_config, tokenizer_digest
+from megatron_dla.hf.load import check_tokenizer
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.counts import count_parameters
 
@@ -39,6 +40,7 @@ _AUTO_MAP = {
     "AutoModel": "modeling_dla.DLAModel",
     "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM",
 }
+_EXPORT_AGAIN = "export the model again"
 _RENAMED = {"tie_embeddings": "tie_word_embeddings"}
 # fields that the first exports did not have: their defaults describe those
 _ADDED = (
@@ -50,27 +52,6 @@ _ADDED = (
     "rope_high_freq_factor",
     "rope_original_length",
 )
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """A `step_N` directory: `path` itself, or the newest complete one of a run directory.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{str(path)!r} is not a directory: give a step_N directory or a run directory")
-    found = {
-        int(match[1]): child
-        for child in (path / "checkpoints").glob("step_*")
-        if (match := re.fullmatch(r"step_(\d+)", child.name)) and (child / COMPLETE).is_file()
-    }
-    if found:
-        return found[max(found)]
-    if (path / "checkpoints").is_dir() and not (path / LAYOUT).exists():
-        raise CheckpointError(f"{str(path)!r} has no complete checkpoint yet: wait for the run to save one")
-    return path
 
 
 def code_files() -> dict[str, Path]:
@@ -243,25 +224,6 @@ def _generation_config(layout: CheckpointLayout, tokens: dict[str, int]) -> dict
     return config
 
 
-def load_hf_state(hf_dir: Path) -> dict[str, Tensor]:
-    """All tensors of an exported directory, from one file or several.
-
-    Raises:
-        CheckpointError: no weights, or a damaged file.
-    """
-    index = hf_dir / "model.safetensors.index.json"
-    try:
-        names = {"model.safetensors"}
-        if index.is_file():
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        state: dict[str, Tensor] = {}
-        for name in sorted(names):
-            state |= load_file(hf_dir / name)
-    except Exception as error:  # safetensors raises its own and OSError alike
-        raise CheckpointError(f"{str(hf_dir)!r}: weights are missing or damaged: {error}") from error
-    return state
-
-
 def _check_sizes(merged: Mapping[str, Tensor], section: ModelSection, vocab_size: int, path: Path) -> None:
     held, wanted = sum(x.numel() for x in merged.values()), count_parameters(section, vocab_size)
     if held != wanted:
@@ -270,21 +232,12 @@ def _check_sizes(merged: Mapping[str, Tensor], section: ModelSection, vocab_size
         )
 
 
-def _model_type(hf_dir: Path) -> str:
-    """Of a Hugging Face directory. Raises CheckpointError where it is none."""
-    try:
-        return json.loads((hf_dir / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        message = f"{str(hf_dir / 'config.json')!r} is missing or damaged ({error}): give a Hugging Face directory"
-        raise CheckpointError(message) from error
-
-
 def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
     """Model section and raw config.json of an exported directory. Raises CheckpointError where it is not one."""
+    config = read_config(hf_dir, _EXPORT_AGAIN)
+    if config.get("model_type") != "dla":
+        raise CheckpointError(f"{str(hf_dir)!r}: model_type is {config.get('model_type')!r}, this reads 'dla' only")
     try:
-        config = json.loads((hf_dir / "config.json").read_text())
-        if config.get("model_type") != "dla":
-            raise CheckpointError(f"{str(hf_dir)!r}: model_type is {config.get('model_type')!r}, this reads 'dla' only")
         defaults = asdict(ModelSection())
         config = {name: defaults[name] for name in _ADDED} | config
         names = {name: _RENAMED.get(name, name) for name in defaults if name != "pattern"}
@@ -292,18 +245,15 @@ def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
         section = from_dict({"model": {"pattern": config["layer_letters"], **fields}}).model
         check_model(section)
         return section, config
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{str(hf_dir / 'config.json')!r} is missing or damaged ({error}): export the model again"
-        raise CheckpointError(message) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{str(hf_dir / CONFIG)!r} is damaged ({error}): {_EXPORT_AGAIN}") from error
 
 
 def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel: int = 1) -> Path:
     """Write a checkpoint (weights and layout, no optimizer state) from an exported directory or a full-attention model.
 
     Args:
-        hf_dir: what `to_hf` wrote, or a model of one of `adapters.families.FAMILIES`.
+        hf_dir: what `to_hf` wrote, or a model of one of `hf.families.FAMILIES`.
         tensor_parallel: number of weight files; a checkpoint means the same at every one.
 
     The pattern comes back spelled out, one letter a layer; the step is 0. The tokenizer stays where it is: only its
@@ -315,12 +265,12 @@ def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel:
     """
     source, out = Path(hf_dir), Path(out_checkpoint_dir)
     merged: Mapping[str, Tensor]
-    if _model_type(source) == "dla":
+    if read_config(source, "give a Hugging Face directory").get("model_type") == "dla":
         section, config = read_section(source)
         vocab_size, seq_len = config["vocab_size"], config["max_position_embeddings"]
         check_tensor_parallel(section, tensor_parallel, False, seq_len)
         digest = check_tokenizer(source)
-        merged = mapping.from_hf_names(load_hf_state(source), section)
+        merged = mapping.from_hf_names(dict(DirectoryWeights(source)), section)
         _check_sizes(merged, section, vocab_size, source)
     else:
         section, info = read_backbone(source)

@@ -1,81 +1,186 @@
-"""Loading an exported directory the way a user does, with errors that name the fix."""
+"""Models and tokenizers of Hugging Face directories, complete or not at all, with errors that name the fix.
+
+`load_backbone` and `load_tokenizer` take a plain model of `families` and run no code of its directory; `load_export`
+and `load_export_tokenizer` take what `dla convert to-hf` wrote, and run the code that it put there.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from megatron_dla.adapters.load import load_whole
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.files import file_sha256
+from megatron_dla.hf.directory import CONFIG, TOKENIZER, read_config
+from megatron_dla.hf.families import check_servable
 
-TOKENIZER = "tokenizer.model"
+_EXPORT = "write it with `dla convert to-hf` (`--overwrite` replaces a damaged export)"
 
 
-def check_device(device: str) -> str:
-    """`device`, if it is there. Raises UserError where CUDA is asked for and absent."""
+def check_device(device: str) -> None:
+    """Raises UserError where CUDA is asked for and absent."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device on this machine: use --device cpu")
-    return device
 
 
-def load_model(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
+# ---- plain models
+
+
+def check_backbone(hf_dir: str | Path) -> dict[str, Any]:
+    """config.json of a model that can be served; the weights are not looked at.
+
+    Raises:
+        CheckpointError: not a model directory, a damaged file, or a model that is not supported.
+    """
+    config, path = read_config(hf_dir), Path(hf_dir) / CONFIG
+    try:
+        check_servable(config, repr(str(path)))
+    except (ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{str(path)!r} is damaged ({error}): fetch it again") from error
+    return config
+
+
+def load_backbone(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> nn.Module:
+    """The plain model of a directory, in eval mode.
+
+    Raises:
+        CheckpointError: see `check_backbone`; also weights that are damaged, missing, left over or of another shape,
+            of which transformers would only warn. UserError: no such device.
+    """
+    check_device(device)
+    check_backbone(hf_dir)
+    other = "the weights and config.json are of different models, or the download is not complete: fetch both again"
+    return _load_model(hf_dir, "fetch it again", other, dtype=dtype).eval().to(device)
+
+
+def load_tokenizer(hf_dir: str | Path) -> Any:
+    """The tokenizer of a plain model's directory.
+
+    Raises:
+        CheckpointError: there is none, or it has tokens that the model of the same directory does not have (fewer are
+            normal: embeddings are padded).
+    """
+    if not Path(hf_dir).is_dir():
+        raise CheckpointError(f"{str(hf_dir)!r} is not a directory: give that of a Hugging Face model")
+    path = Path(hf_dir) / CONFIG
+    rows = check_backbone(hf_dir).get("vocab_size") if path.is_file() else None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{str(hf_dir)!r} has no tokenizer that loads ({_first_line(error)})") from error
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if isinstance(rows, int) and size > rows:
+        raise CheckpointError(
+            f"{str(path)!r}: vocab_size = {rows}, but the tokenizer beside it has {size} tokens, so that some have no "
+            "embedding: put the model's own tokenizer there, or resize the model's embedding"
+        )
+    return tokenizer
+
+
+# ---- exports
+
+
+def load_export(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
     """The causal language model of an exported directory, in eval mode.
 
     Raises:
         CheckpointError: the directory holds no exported model, or not all of it. UserError: no such device.
     """
     check_device(device)
-    _check_directory(hf_dir)
-    again = "export it again with `dla convert to-hf --overwrite`"
-    model = load_whole(hf_dir, again, again, dtype=dtype, trust_remote_code=True)
+    read_config(hf_dir, _EXPORT)
+    model = _load_model(hf_dir, _EXPORT, _EXPORT, dtype=dtype, trust_remote_code=True)
     return model.eval().to(device)
 
 
-def load_tokenizer(hf_dir: str | Path) -> Any:
-    """The tokenizer of an exported directory. Raises CheckpointError where there is none."""
-    _check_directory(hf_dir)
-    check_tokenizer(Path(hf_dir))
+def load_export_tokenizer(hf_dir: str | Path) -> Any:
+    """The tokenizer of an exported directory. Raises CheckpointError where it is missing or of another model."""
+    check_tokenizer(hf_dir)
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(hf_dir), trust_remote_code=True)
     except Exception as error:
-        raise _damaged(hf_dir, error) from error
+        raise CheckpointError(f"{str(hf_dir)!r} is damaged ({error}): {_EXPORT}") from error
 
 
-def check_tokenizer(hf_dir: Path) -> str:
+def check_tokenizer(hf_dir: str | Path) -> str:
     """sha256 of the export's tokenizer.model. Raises CheckpointError if the model was trained with another one."""
+    config, path = read_config(hf_dir, _EXPORT), Path(hf_dir) / TOKENIZER
+    if "tokenizer_sha256" not in config:
+        raise CheckpointError(
+            f"{str(hf_dir)!r} holds a model of type {config.get('model_type')}, not an export of DLA layers: use "
+            "transformers itself, or `dla generate --adapter` for one that carries a δ-mem"
+        )
+    wanted = str(config["tokenizer_sha256"])
     try:
-        config = json.loads((hf_dir / "config.json").read_text())
-        if "tokenizer_sha256" not in config:
-            raise CheckpointError(
-                f"{str(hf_dir)!r} holds a model of type {config.get('model_type')}, not an export of DLA layers: use "
-                "transformers itself, or `dla generate --adapter` for one that carries a δ-mem"
-            )
-        wanted = config["tokenizer_sha256"]
-        found = file_sha256(hf_dir / TOKENIZER)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise _damaged(hf_dir, error) from error
+        found = file_sha256(path)
+    except OSError as error:
+        raise CheckpointError(f"{str(hf_dir)!r} is damaged ({error}): {_EXPORT}") from error
     if found != wanted:
         raise CheckpointError(
-            f"vocabulary mismatch: {str(hf_dir / TOKENIZER)!r} has sha256 {found[:12]}, the model was trained with "
-            f"{wanted[:12]}: restore the file, or export again"
+            f"vocabulary mismatch: {str(path)!r} has sha256 {found[:12]}, the model was trained with {wanted[:12]}: "
+            "restore the file, or export again"
         )
     return found
 
 
-def _damaged(hf_dir: str | Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{str(hf_dir)!r} is damaged ({error}): export it again with `dla convert to-hf --overwrite`"
-    )
+# ---- both
 
 
-def _check_directory(hf_dir: str | Path) -> None:
-    if not (Path(hf_dir) / "config.json").is_file():
-        raise CheckpointError(
-            f"{str(hf_dir)!r} is no exported model (config.json is missing): make one with `dla convert to-hf`"
+def _load_model(hf_dir: str | Path, damaged: str, incomplete: str, **options: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, quiet, and only if every weight came from the files.
+
+    Args:
+        damaged, incomplete: the fix, for the messages. options: of transformers.
+
+    Raises:
+        CheckpointError: weights that are damaged, missing, left over or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report on the weights: ours follows
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(hf_dir), local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    except Exception as error:  # transformers and safetensors raise almost anything for a damaged file
+        raise CheckpointError(f"{str(hf_dir)!r} is damaged ({_first_line(error)}): {damaged}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    model, report = loaded
+    _check_weights(model, report, repr(str(hf_dir)), incomplete)
+    return model
+
+
+def _check_weights(model: Any, report: dict[str, Any], where: str, fix: str) -> None:
+    """CheckpointError unless every weight came from the files, and every weight of the files went somewhere."""
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise CheckpointError(f"{where}: {name} has shape {list(found)}, config.json asks for {list(wanted)}: {fix}")
+    for names, what in (
+        (report["missing_keys"], "is missing from the weights"),
+        (report["unexpected_keys"], "is in the weights and has no place in the model of config.json"),
+    ):
+        if names:
+            raise CheckpointError(f"{where}: {min(names)} {what} ({len(names)} in all): {fix}")
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"{where}: lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings = true: set it "
+            "to false in config.json, or remove that weight"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,12 +11,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_dla.checkpoint.find import resolve_checkpoint
 from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged
 from megatron_dla.config import LETTERS, ModelSection, attention_head_dim, layer_letters
 from megatron_dla.errors import CheckpointError
 from megatron_dla.hf import mapping
-from megatron_dla.hf.convert import fresh_directory, resolve_checkpoint, tokenizer_file
-from megatron_dla.hf.load import TOKENIZER
+from megatron_dla.hf.convert import fresh_directory, tokenizer_file
+from megatron_dla.hf.directory import TOKENIZER
+from megatron_dla.hf.families import FAMILIES
 
 _PROBES = ("", " ", "a  b ", "\n\ttab", "Caf\xe9 \U0001f600 x", "The 12 cats, 3.5!\nNext line.")
 
@@ -67,8 +69,6 @@ def _family(layout: CheckpointLayout, checkpoint: Path) -> str:
 
 
 def _config(layout: CheckpointLayout, family: str, tokens: dict[str, int]) -> dict[str, Any]:
-    from megatron_dla.adapters.families import FAMILIES
-
     m: ModelSection = layout.model
     rope: dict[str, Any] = {"rope_type": m.rope_type, "rope_theta": m.rope_theta}
     if m.rope_type != "default":

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dla.checkpoint.find import resolve_checkpoint
 from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, split_merged
 from megatron_dla.errors import CheckpointError, UserError
-from megatron_dla.hf.convert import resolve_checkpoint
-from megatron_dla.hf.load import check_tokenizer, load_model
+from megatron_dla.hf.load import check_tokenizer, load_export
 
 
 def _largest(values: list[float]) -> float:
@@ -131,7 +131,7 @@ def verify(checkpoint_dir: str | Path, hf_dir: str | Path, *, tolerance: float =
         raise UserError(f"tokens = {tokens}, tolerance = {tolerance}: want 1 to 65536 tokens, a positive tolerance")
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(hf_dir)
     CheckpointLayout.load(checkpoint)  # before anything slow
-    exported = load_model(out, dtype=torch.float32)
+    exported = load_export(out, dtype=torch.float32)
     check_tokenizer(out)
     reference, layout = megatron_model(checkpoint)
     if exported.config.vocab_size != layout.vocab_size:

@@ -233,17 +233,17 @@ class ModelSmoke:
         self.stages.say(f"save_pretrained, from_pretrained: {ids.shape[1]} x {wanted.shape[-1]} logits, bit-equal")
 
     def _load(self) -> Any:
-        from megatron_dla.hf.load import load_model
+        from megatron_dla.hf.load import load_export
 
-        return load_model(self.exported, device=self.device)
+        return load_export(self.exported, device=self.device)
 
     def generate(self) -> None:
         """Greedy tokens after a short and a long prompt; the cache has the same size."""
         model = self._load()
         if self.through_trainer:
-            from megatron_dla.hf.load import load_tokenizer
+            from megatron_dla.hf.load import load_export_tokenizer
 
-            tokenizer = load_tokenizer(self.exported)
+            tokenizer = load_export_tokenizer(self.exported)
             encode, decode = (lambda text: tokenizer(text)["input_ids"]), tokenizer.decode
         else:
             encode, decode = _to_bytes, _from_bytes

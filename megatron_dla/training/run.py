@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_dla.checkpoint.manager import check_same_model, complete_checkpoints
+from megatron_dla.checkpoint.find import complete_checkpoints
+from megatron_dla.checkpoint.manager import check_same_model
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config
 from megatron_dla.errors import CheckpointError
 from megatron_dla.tasks import make_task  # the only place where training/ knows of tasks

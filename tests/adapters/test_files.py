@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dla.adapters import upstream
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.files import CONFIG, WEIGHTS, Adapter, Fingerprint, fingerprint, read_adapter, write_adapter
-from megatron_dla.adapters.load import load_adapted, load_backbone, put_on
+from megatron_dla.adapters.files import CONFIG, WEIGHTS, Adapter, read_adapter, write_adapter
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import CheckpointError, ConfigError
+from megatron_dla.hf.directory import Fingerprint, fingerprint
+from megatron_dla.hf.load import load_backbone
+from megatron_dla.serving.load import attach_adapter, load_adapted
 from tests.support.tiny_hf import CONFIGS, build_adapted, build_base, save_base, tokens
 
 PARTIAL = DeltaMemConfig(
@@ -64,7 +66,7 @@ def test_saved_adapter_computes_the_same_on_a_fresh_model(tmp_path, name):
     found = read_adapter(tmp_path)
     assert found.config == STORED[name] and found.base == fingerprint(model.base, "tiny")
     assert found.sha256() == adapter_of(model).sha256()
-    assert torch.equal(logits(put_on(build_base(), found)), logits(model))
+    assert torch.equal(logits(attach_adapter(build_base(), found)), logits(model))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -73,7 +75,7 @@ def test_published_form_computes_the_same(tmp_path, name):
     write_adapter(tmp_path, adapter_of(model), formats=["upstream"])
     found = read_adapter(tmp_path)
     assert found.config == STORED[name] and found.base is None
-    assert torch.equal(logits(put_on(build_base(), found)), logits(model))
+    assert torch.equal(logits(attach_adapter(build_base(), found)), logits(model))
     flat = torch.load(tmp_path / upstream.WEIGHTS, weights_only=True)
     heads = {f"delta_{module}" for module in STORED[name].target_modules}
     gates = {"beta_proj", "beta_bias"} | (set() if STORED[name].couple_lambda else {"lambda_proj", "lambda_bias"})
@@ -113,7 +115,7 @@ def test_bf16_storage_halves_the_file_and_rounds_once(tmp_path):
 
 def test_inactive_heads_of_zeros_are_dropped_and_others_refused(published):
     directory, flat = published
-    assert torch.equal(logits(put_on(build_base(), read_adapter(directory))), logits(build_adapted()))
+    assert torch.equal(logits(attach_adapter(build_base(), read_adapter(directory))), logits(build_adapted()))
     flat["model.layers.1.self_attn.delta_v_proj"][3, 4] = 1e-3
     torch.save(flat, directory / upstream.WEIGHTS)
     with pytest.raises(CheckpointError, match=r"delta_v_proj of layer 1 is not zero.*'v' is not supported"):

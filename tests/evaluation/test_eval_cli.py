@@ -7,7 +7,8 @@ import pytest
 
 from megatron_dla import cli
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.files import Adapter, fingerprint, write_adapter
+from megatron_dla.adapters.files import Adapter, write_adapter
+from megatron_dla.hf.directory import fingerprint
 from tests.support.tiny_eval import build_model, save_words
 from tests.support.tiny_hf import save_base
 
@@ -100,7 +101,7 @@ def test_bad_arguments_are_named(dla, tmp_path, arguments):
 
 def test_no_model_and_no_place_for_the_report_are_named_first(dla, place, tmp_path):
     for arguments, message in (
-        ((str(tmp_path / "none"),), f"'{tmp_path}/none': no such directory"),
+        ((str(tmp_path / "none"),), f"'{tmp_path}/none' is not a directory"),
         (("{place}/base", "--out", "{place}/text.txt"), "text.txt: is a file, want a directory"),
     ):
         code, out, err = dla(*arguments)

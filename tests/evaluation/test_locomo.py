@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from megatron_dla.adapters.decode import generate_batch, stop_tokens
-from megatron_dla.adapters.hf_model import select_states
 from megatron_dla.errors import DataError, UserError
 from megatron_dla.evaluation import locomo
 from megatron_dla.evaluation.locomo import answer_f1, locomo_table, read_locomo, token_f1
 from megatron_dla.evaluation.scoring import PLAIN, READ_ONLY, Told, tell
 from megatron_dla.evaluation.stemming import stem
+from megatron_dla.serving.decode import generate_batch, stop_tokens
+from megatron_dla.serving.hf_model import select_states
 from tests.support.tiny_eval import build_model, build_words
 
 # examples of the 1980 paper, carried through all steps

@@ -6,13 +6,13 @@ import torch
 from transformers import DynamicCache
 
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.hf_model import select_states
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.recall import Question, Story, make_task, stories
 from megatron_dla.evaluation.scoring import READ_ONLY, derangement, encode_stories, score, tell
 from megatron_dla.evaluation.table import Table, join_tables
 from megatron_dla.evaluation.tasks import perplexity_table, recall_table, text_windows
+from megatron_dla.serving.hf_model import select_states
 from tests.support.tiny_eval import build_model, build_words
 
 SSW = DeltaMemConfig(write="message")

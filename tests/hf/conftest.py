@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from megatron_dla import compat
-from megatron_dla.checkpoint.weights import COMPLETE, LAYOUT, CheckpointLayout, load_merged, save_weights, split_merged
+from megatron_dla.checkpoint.find import COMPLETE, LAYOUT
+from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, save_weights, split_merged
 from megatron_dla.config import ModelSection, ParallelSection
 from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
 from megatron_dla.hf import mapping
 from megatron_dla.hf.convert import to_hf
-from megatron_dla.hf.load import load_model
+from megatron_dla.hf.load import load_export
 
 BASE = ModelSection(
     hidden_size=32, num_layers=2, num_heads=4, num_groups=1, key_dim=8, value_dim=8, capacity=4, ffn_hidden_size=48,
@@ -50,7 +51,7 @@ class Exported:
     directory: Path
 
     def load(self, **kwargs: Any) -> Any:
-        return load_model(self.directory, **kwargs)
+        return load_export(self.directory, **kwargs)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dla import cli
-from megatron_dla.adapters.families import FAMILIES
 from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.config import ParallelSection
 from megatron_dla.errors import CheckpointError, ConfigError, DataError
 from megatron_dla.hf import mapping, smollm2
 from megatron_dla.hf.backbones import BackboneWeights, build_backbone, read_backbone
+from megatron_dla.hf.families import FAMILIES
 from megatron_dla.hf.verify import megatron_logits, megatron_model
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel
 from tests.support import tiny_backbones

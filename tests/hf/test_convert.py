@@ -14,15 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dla.checkpoint.find import resolve_checkpoint
 from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, parameter_tags
 from megatron_dla.errors import CheckpointError, ConfigError, UserError
 from megatron_dla.hf import mapping
-from megatron_dla.hf.cli import add_convert_parser, add_generate_parser
-from megatron_dla.hf.convert import code_files, from_hf, read_section, resolve_checkpoint, to_hf
-from megatron_dla.hf.generate import generate
-from megatron_dla.hf.load import load_model
+from megatron_dla.hf.cli import add_convert_parser
+from megatron_dla.hf.convert import code_files, from_hf, read_section, to_hf
+from megatron_dla.hf.load import load_export
 from megatron_dla.hf.verify import verify
 from megatron_dla.mixers.layout import FP32_PARAMETERS
+from megatron_dla.serving.cli import add_generate_parser
+from megatron_dla.serving.generate import generate
 
 ROOT = Path(__file__).parents[2]
 CASES = ["mamba2", "mamba2_hybrid", "gdn", "gdn_hybrid"]
@@ -78,7 +80,7 @@ def test_an_export_is_loaded_whole_or_not_at_all(exported, tmp_path, change, mes
     change(weights)
     save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
-        load_model(tmp_path / "hf")
+        load_export(tmp_path / "hf")
 
 
 def test_an_export_has_the_mode_that_the_umask_gives(exported, tmp_path):
@@ -232,7 +234,7 @@ def test_verify(exported, tmp_path, capsys):
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="by nan"):
         verify(case.checkpoint, broken, tokens=110)
-    with pytest.raises(CheckpointError, match="no exported model"):
+    with pytest.raises(CheckpointError, match="not a Hugging Face model directory"):
         verify(case.checkpoint, tmp_path / "nothing")
 
 

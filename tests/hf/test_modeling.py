@@ -11,7 +11,7 @@ from megatron_dla.checkpoint.weights import parameter_tags
 from megatron_dla.config import LETTERS
 from megatron_dla.hf import mapping
 from megatron_dla.hf.convert import to_hf
-from megatron_dla.hf.load import load_model
+from megatron_dla.hf.load import load_export
 from megatron_dla.hf.verify import decode_logits, megatron_logits
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 
@@ -57,7 +57,7 @@ def test_every_letter_of_the_pattern(exported, saved, tmp_path, letter):
     section = replace(exported("gdn_hybrid").section, pattern=letter)
     megatron, step = saved(section, tmp_path / "run")
     assert parameter_tags(megatron) == mapping.parameter_tags(section)
-    model, ids = load_model(to_hf(step, tmp_path / f"hf_letter_{letter}")).double(), tokens(2, 60)
+    model, ids = load_export(to_hf(step, tmp_path / f"hf_letter_{letter}")).double(), tokens(2, 60)
     with torch.no_grad():
         want = megatron.double()(ids, torch.arange(60).expand_as(ids), None)
         torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-10)

@@ -12,7 +12,7 @@ from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.config import ModelSection
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.hf.convert import from_hf
-from megatron_dla.hf.load import load_tokenizer
+from megatron_dla.hf.load import load_export_tokenizer
 from megatron_dla.hf.plain import to_plain
 
 LLAMA = ModelSection(
@@ -54,7 +54,7 @@ def test_what_is_refused(saved, tmp_path):
         to_plain(step, out)
     assert to_plain(step, out, overwrite=True) == out
     with pytest.raises(CheckpointError, match="model of type llama, not an export of DLA layers"):
-        load_tokenizer(out)
+        load_export_tokenizer(out)
     before = sorted(Path(out).iterdir())
     _, dla = saved(replace(LLAMA, pattern="AD"), tmp_path / "run")
     with pytest.raises(CheckpointError, match="has DLA layers"):

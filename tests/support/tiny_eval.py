@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.hf_model import DeltaMemModel
 from megatron_dla.evaluation.recall import CATEGORIES, FILLERS, PEOPLE, RELATIONS
+from megatron_dla.serving.hf_model import DeltaMemModel
 from tests.support.tiny_hf import TEMPLATE, build_adapted
 
 SPECIAL = ("<|im_end|>", "<pad>", "<|im_start|>", "<unk>")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.hf_model import DeltaMemModel, attach
+from megatron_dla.serving.hf_model import DeltaMemModel, attach
 
 FAMILIES = ("llama", "qwen3", "smollm3")
 VOCABULARY, LAYERS, LENGTH = 260, 3, 13

@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 
-from megatron_dla.adapters.hf_model import attach
-from megatron_dla.adapters.load import load_adapted, load_backbone, load_tokenizer
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.cli import main
 from megatron_dla.config import AdapterRunConfig
 from megatron_dla.evaluation.recall import ProfileTask, write_stories
+from megatron_dla.hf.load import load_backbone, load_tokenizer
+from megatron_dla.serving.hf_model import attach
+from megatron_dla.serving.load import load_adapted
 from megatron_dla.tasks.adapter.episodes import collate, read_episodes
 from megatron_dla.tasks.adapter.two_pass import answer_loss
 from tests.support import adapter_workers

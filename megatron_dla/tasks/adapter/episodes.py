@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from megatron_dla.adapters.chat import Message, PlainText, render, render_prompt, render_told, system_message
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import DataError, UserError
+from megatron_dla.serving.chat import Message, PlainText, render, render_prompt, render_told, system_message
 
 OPENERS: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 ROLES = ("system", "user", "assistant")

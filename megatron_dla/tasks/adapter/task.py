@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dla.adapters.calls import MemoryCall
-from megatron_dla.adapters.files import Fingerprint, fingerprint
-from megatron_dla.adapters.load import load_tokenizer
 from megatron_dla.adapters.memory import MemoryInputs, half_life
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import AdapterRunConfig, ModelSection, attention_head_dim
@@ -24,6 +22,8 @@ from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.errors import ConfigError, DataError
 from megatron_dla.files import file_sha256
 from megatron_dla.hf.backbones import BackboneInfo, BackboneWeights, build_backbone, read_backbone
+from megatron_dla.hf.directory import Fingerprint, fingerprint
+from megatron_dla.hf.load import load_tokenizer
 from megatron_dla.kernels.dla.naive import document_starts
 from megatron_dla.tasks.adapter.checks import check_adapter_config, memory_layer_numbers, row_length
 from megatron_dla.tasks.adapter.episodes import Episode, EpisodeBatch, read_episodes

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from megatron_dla.adapters.hf_model import DeltaMemModel
 from megatron_dla.adapters.memory import MemoryInputs
+from megatron_dla.serving.hf_model import DeltaMemModel
 from megatron_dla.tasks.adapter.episodes import Episode
 
 

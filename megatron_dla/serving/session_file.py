@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dla.adapters.files import Fingerprint, adapter_sha256, fingerprint, written_whole
-from megatron_dla.adapters.hf_model import DeltaMemModel, States
+from megatron_dla.adapters.files import adapter_sha256, written_whole
 from megatron_dla.adapters.memory import MemoryInputs, MemoryState
 from megatron_dla.adapters.messages import Pending
-from megatron_dla.adapters.session import Session, cache_tensors, make_cache
 from megatron_dla.errors import CheckpointError
 from megatron_dla.files import load_tensors, save_tensors
+from megatron_dla.hf.directory import Fingerprint, fingerprint
+from megatron_dla.serving.hf_model import DeltaMemModel, States
+from megatron_dla.serving.session import Session, cache_tensors, make_cache
 
 FORMAT = "megatron_dla δ-mem session 2"
 _CHECKSUM = "checksum"

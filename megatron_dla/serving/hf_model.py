@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.families import FAMILIES, check_servable
 from megatron_dla.adapters.memory import DeltaMemory, MemoryControl, MemoryInputs, MemoryState, ScanResult
 from megatron_dla.errors import CheckpointError, ConfigError
+from megatron_dla.hf.families import FAMILIES, check_servable
 
 States = dict[int, MemoryState]
 """State of each layer that has a memory, by layer number."""

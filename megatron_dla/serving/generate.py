@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 
 from megatron_dla.errors import UserError
-from megatron_dla.hf.load import load_model, load_tokenizer
+from megatron_dla.hf.load import load_export, load_export_tokenizer
 
 
 @dataclass
@@ -92,7 +92,7 @@ def generate(
         UserError: a bad value, no exported model, no such device.
     """
     check_options(prompt, max_new_tokens, temperature, top_p, seed)
-    model, tokenizer = load_model(hf_dir, device=device), load_tokenizer(hf_dir)
+    model, tokenizer = load_export(hf_dir, device=device), load_export_tokenizer(hf_dir)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
     out = sys.stdout if out is None else out
     out.write(prompt)

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.hf_model import DeltaMemModel, attach, detach_states, select_states
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryState
 from megatron_dla.errors import CheckpointError, ConfigError
+from megatron_dla.serving.hf_model import DeltaMemModel, attach, detach_states, select_states
 from tests.support.tiny_hf import CONFIGS, FAMILIES, LENGTH, build_adapted, build_base, tokens
 
 MESSAGE = torch.tensor([-1, -1, 0, 0, 0, 1, 1, 2, 2, 2, 2, 3, -1]).expand(2, LENGTH)

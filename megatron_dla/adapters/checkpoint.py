@@ -1,4 +1,4 @@
-"""A trained adapter out of a run's checkpoint. No Megatron: the checkpoint's tensors have layout-free names."""
+"""A trained adapter from a run's checkpoint. No Megatron: the checkpoint's tensors have layout-free names."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.files import Adapter, Fingerprint, read_adapter
-from megatron_dla.checkpoint.weights import LAYOUT, load_merged
+from megatron_dla.adapters.files import Adapter, read_adapter
+from megatron_dla.checkpoint.find import LAYOUT, checkpoint_dir, resolve_checkpoint
+from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.errors import CheckpointError
-from megatron_dla.hf.convert import resolve_checkpoint
+from megatron_dla.hf.directory import Fingerprint
 
 _KEY = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.delta_mem\.(\w+)")
 
@@ -23,17 +24,17 @@ def read_any_adapter(path: str | Path) -> Adapter:
         CheckpointError: none of these, or a checkpoint of a whole model.
     """
     path = Path(path)
-    if not (path / "checkpoints").is_dir() and not (path / LAYOUT).is_file():
+    if not checkpoint_dir(path).is_dir() and not (path / LAYOUT).is_file():
         return read_adapter(path)
     checkpoint = resolve_checkpoint(path)
     merged, layout = load_merged(checkpoint)
     if not layout.adapter:
-        raise CheckpointError(f"{str(checkpoint)!r} holds a whole model, no adapter: use `dla convert to-hf`")
+        raise CheckpointError(f"{str(checkpoint)!r} holds a whole model, not an adapter: use `dla convert to-hf`")
     tensors: dict[int, dict[str, Tensor]] = {}
     for key, value in merged.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise CheckpointError(f"{str(checkpoint)!r}: {key} is no tensor of an adapter")
+            raise CheckpointError(f"{str(checkpoint)!r}: {key} is not a tensor of an adapter")
         tensors.setdefault(int(match[1]), {})[match[2]] = value
     return Adapter(
         DeltaMemConfig.from_dict(layout.adapter["delta_mem"]), tensors, Fingerprint(**layout.adapter["base"])

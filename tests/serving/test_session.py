@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 
-from megatron_dla.adapters.chat import render_chat
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.decode import draw, generate_batch
-from megatron_dla.adapters.hf_model import attach
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs
-from megatron_dla.adapters.session import Session
-from megatron_dla.adapters.session_file import load_session, save_session
 from megatron_dla.errors import CheckpointError, UserError
+from megatron_dla.serving.chat import render_chat
+from megatron_dla.serving.decode import draw, generate_batch
+from megatron_dla.serving.hf_model import attach
+from megatron_dla.serving.session import Session
+from megatron_dla.serving.session_file import load_session, save_session
 from tests.support.tiny_hf import CONFIGS, build_adapted, build_base, build_tokenizer, tokens
 
 ROW = tokens(1, 30)[0].tolist()

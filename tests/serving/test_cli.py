@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from megatron_dla import cli
-from megatron_dla.adapters.chat import render_chat
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.files import Adapter, fingerprint, read_adapter, write_adapter
-from megatron_dla.adapters.session import Session
-from megatron_dla.adapters.session_file import load_session
+from megatron_dla.adapters.files import Adapter, read_adapter, write_adapter
+from megatron_dla.hf.directory import fingerprint
+from megatron_dla.serving.chat import render_chat
+from megatron_dla.serving.session import Session
+from megatron_dla.serving.session_file import load_session
 from tests.support.tiny_hf import CONFIGS, build_adapted, build_tokenizer, save_base
 
 SIZES = re.compile(r"\[state (\d+) bytes after (\d+) tokens, KV cache (\d+) bytes of (\d+) tokens\]")
@@ -177,7 +178,7 @@ def broken(place, tmp_path_factory, monkeypatch):
     def weights(*args, **kwargs):
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("megatron_dla.hf.serve.load_backbone", weights)
+    monkeypatch.setattr("megatron_dla.serving.terminal.load_backbone", weights)
     return copy
 
 
@@ -205,7 +206,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(dla, broken, command):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["generate", "nowhere", "--prompt", "x", "--adapter", "{adapter}"], r"'nowhere' is no Hugging Face model"),
+    (["generate", "nowhere", "--prompt", "x", "--adapter", "{adapter}"], r"'nowhere' is not a Hugging Face model"),
     (["generate", "{base}", "--prompt", "x", "--adapter", "nowhere"], r"'nowhere' is no δ-mem adapter"),
     (["generate", "{other}", "--prompt", "x", "--adapter", "{adapter}"], r"the adapter belongs to the base model"),
     (["generate", "{base}", "--prompt", "x", "--session", "new"], r"are for --adapter DIR"),

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.hf_model import attach
-from megatron_dla.adapters.load import load_adapted, load_backbone, load_tokenizer
 from megatron_dla.errors import CheckpointError
+from megatron_dla.hf.load import load_backbone, load_tokenizer
+from megatron_dla.serving.hf_model import attach
+from megatron_dla.serving.load import load_adapted
 from tests.support.tiny_hf import FAMILIES, build_base, save_base, tokens
 
 Q, HEAD, EMBEDDING = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight", "model.embed_tokens.weight"

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dla.adapters.chat import Message, render_chat
-from megatron_dla.adapters.decode import draw, stop_tokens
-from megatron_dla.adapters.hf_model import DeltaMemModel, States
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs
+from megatron_dla.serving.chat import Message, render_chat
+from megatron_dla.serving.decode import draw, stop_tokens
+from megatron_dla.serving.hf_model import DeltaMemModel, States
 
 
 class SessionBytes(NamedTuple):

@@ -10,12 +10,14 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_dla.adapters.chat import check_chat
-from megatron_dla.adapters.load import adapter_of, check_backbone, load_backbone, load_tokenizer, put_on
-from megatron_dla.adapters.session import Session
-from megatron_dla.adapters.session_file import load_session, save_session
+from megatron_dla.adapters.files import empty_adapter, read_adapter
 from megatron_dla.errors import UserError
-from megatron_dla.hf.generate import Generation, Streamer, check_options
+from megatron_dla.hf.load import check_backbone, load_backbone, load_tokenizer
+from megatron_dla.serving.chat import check_chat
+from megatron_dla.serving.generate import Generation, Streamer, check_options
+from megatron_dla.serving.load import attach_adapter
+from megatron_dla.serving.session import Session
+from megatron_dla.serving.session_file import load_session, save_session
 
 COMMANDS = {
     "/reset": "forget everything",
@@ -47,10 +49,10 @@ def open_session(
         raise UserError(f"--session {str(session_file)!r}: its directory is not there: make it first")
     check_backbone(hf_dir)
     tokenizer = load_tokenizer(hf_dir)
-    trained = adapter_of(adapter)
+    trained = empty_adapter() if adapter is None else read_adapter(adapter)
     if chat:
         check_chat(tokenizer, repr(str(hf_dir)), numbered=trained.config.write == "message")
-    model = put_on(load_backbone(hf_dir, device=device), trained, any_base=any_base)
+    model = attach_adapter(load_backbone(hf_dir, device=device), trained, any_base=any_base)
     if session_file is not None and Path(session_file).exists():
         return load_session(session_file, model, tokenizer)
     return Session(model, tokenizer)
@@ -70,7 +72,7 @@ def generate_with_memory(
     device: str = "cpu",
     out: TextIO | None = None,
 ) -> Generation:
-    """Continue `prompt` after what the session has seen, and save the session; output as of `hf.generate.generate`.
+    """Continue `prompt` after what the session has seen, and save the session; output as in `serving.generate`.
 
     Raises:
         UserError: a bad value; a model, adapter or session that is missing, damaged or of another kind.

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from megatron_dla.adapters.hf_model import DeltaMemModel, States
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs
+from megatron_dla.serving.hf_model import DeltaMemModel, States
 
 
 def draw(

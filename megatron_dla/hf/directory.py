@@ -1,0 +1,136 @@
+"""Reading a Hugging Face directory: its config.json, its weights one by one, and the fingerprint of the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from megatron_dla.errors import CheckpointError
+from megatron_dla.files import file_sha256
+
+CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer.model"
+_FINGERPRINT_ROWS = 64  # of every tensor that is hashed
+
+
+def read_config(hf_dir: str | Path, fix: str = "fetch it again") -> dict[str, Any]:
+    """The contents of config.json. Raises CheckpointError, which ends in `fix`, where it is missing or damaged."""
+    path = Path(hf_dir) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{str(hf_dir)!r} is not a Hugging Face model directory ({CONFIG} is missing): {fix}")
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+        return config
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged ({error}): {fix}") from error
+
+
+def tokenizer_digest(hf_dir: str | Path) -> str:
+    """sha256 of the directory's tokenizer.model, as shards carry it, or tokenizer.json; empty where it has neither."""
+    for name in (TOKENIZER, "tokenizer.json"):
+        path = Path(hf_dir) / name
+        if path.is_file():
+            return file_sha256(path)
+    return ""
+
+
+class DirectoryWeights(Mapping[str, Tensor]):
+    """Name -> tensor of a Hugging Face directory's safetensors, one file or several. A tensor is read when asked for.
+
+    Attributes:
+        shapes: name -> shape of every tensor, from the files' headers.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+
+    def __init__(self, hf_dir: str | Path) -> None:
+        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in _weight_files(Path(hf_dir)):
+            try:
+                file = safe_open(path, framework="pt")
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    self._files[name] = file
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+            except Exception as error:  # safetensors raises its own and OSError alike
+                raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}): fetch it again") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _weight_files(hf_dir: Path) -> list[Path]:
+    index = hf_dir / WEIGHTS_INDEX
+    if not index.is_file():
+        return [hf_dir / WEIGHTS]
+    try:
+        return [hf_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{str(index)!r} is damaged ({error}): fetch it again") from error
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A base model: `name` for messages, `sha256` of parts of its weights for comparing."""
+
+    name: str
+    sha256: str
+
+    def check(self, other: Fingerprint, what: str) -> None:
+        """Raises CheckpointError unless both are the same weights."""
+        if self.sha256 != other.sha256:
+            raise CheckpointError(
+                f"{what} belongs to the base model {self.name!r} (weights {self.sha256[:12]}), this one is "
+                f"{other.name!r} ({other.sha256[:12]}): use that model"
+            )
+
+
+def fingerprint(source: nn.Module | Mapping[str, Tensor] | str | Path, name: str | None = None) -> Fingerprint:
+    """Of a Hugging Face model, its state dict, or its directory (a few megabytes are read).
+
+    Hashed are the first rows, rounded to bf16, of the embedding, the first layer's query projection, the last layer's
+    down projection and the last norm: the same whatever dtype the model is loaded in.
+
+    Raises:
+        CheckpointError: one of these weights is missing, so the model is not of a supported family.
+    """
+    weights: Mapping[str, Tensor]
+    if isinstance(source, nn.Module):
+        weights, name = source.state_dict(), name or getattr(source, "name_or_path", "")
+    elif isinstance(source, Mapping):
+        weights = source
+    else:
+        weights, name = DirectoryWeights(source), name or str(source)
+    layers = [int(key.split(".")[2]) for key in weights if key.startswith("model.layers.")]
+    keys = [
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        f"model.layers.{max(layers, default=0)}.mlp.down_proj.weight",
+        "model.norm.weight",
+    ]
+    if missing := [key for key in keys if key not in weights]:
+        raise CheckpointError(f"the base model {name!r} has no weight {missing[0]}: its family is not supported")
+    digest = hashlib.sha256()
+    for key in keys:
+        x = weights[key]
+        digest.update(f"{key}{list(x.shape)}".encode())
+        part = x[:_FINGERPRINT_ROWS].detach().cpu().to(torch.bfloat16).contiguous()
+        digest.update(part.view(torch.int16).numpy().tobytes())
+    return Fingerprint(name or "", digest.hexdigest())
