@@ -1,1 +1,1 @@
-"""Launchers: build command lines and watch processes; no training code."""
+"""Launchers: build command lines, start processes and watch them; no training code."""

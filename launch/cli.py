@@ -1,9 +1,9 @@
-"""`dla submit`, `jobs`, `logs` and `cancel`: arguments only; the work is imported when a command runs."""
+"""Arguments of `dla submit`, `jobs`, `logs` and `cancel`; the implementation is imported when a command runs."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import copy
 import shlex
 import shutil
 from pathlib import Path
@@ -11,35 +11,39 @@ from typing import Any
 
 
 def add_slurm_parsers(subparsers: Any) -> None:
-    """Add the four commands to an argparse subparsers object; `func(args)` gives the exit code."""
-    text = "train on a Slurm cluster: check the run for its number of processes, submit it, keep it going"
+    """Add the four commands to an argparse subparsers object; `args.func(args)` returns the exit code."""
+    text = "submit a training run to a Slurm cluster; its job resumes after time limits and failures"
     parser = subparsers.add_parser("submit", help="train on a Slurm cluster", description=text)
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the config")
-    parser.add_argument("--profile", required=True, metavar="FILE", help="the cluster, see slurm/profiles/")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes to train on")
-    parser.add_argument("--time", default="", metavar="T", help="limit of one attempt, as for sbatch")
-    parser.add_argument("--chain", type=int, default=1, metavar="K", help="K jobs one after the other, without requeue")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, submit nothing")
+    parser.add_argument("--profile", required=True, metavar="FILE", help="the cluster: YAML file, see slurm/profiles/")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes to train on")
+    parser.add_argument("--time", default="", metavar="T", help="time limit of one attempt, as for sbatch")
+    parser.add_argument(
+        "--chain", type=int, default=1, metavar="K", help="K jobs, one after the other, without requeue"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan, submit nothing")
     parser.set_defaults(func=_submit)
-    parser = subparsers.add_parser("jobs", help="the submitted runs: job, state, step")
+    parser = subparsers.add_parser("jobs", help="list the submitted runs with job, state and step")
     _add_runs(parser)
     parser.set_defaults(func=_jobs)
-    parser = subparsers.add_parser("logs", help="the log of a run's newest attempt")
-    parser.add_argument("run", help="its directory, or its name under --runs")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on printing until no job of the run is left")
-    parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="of each log's end (default: 20)")
+    parser = subparsers.add_parser("logs", help="print the log of a run's newest attempt")
+    parser.add_argument("run", help="run directory, or its name under --runs")
+    parser.add_argument("-f", "--follow", action="store_true", help="keep printing until the run has no job left")
+    parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="last lines of each log (default: 20)")
     _add_runs(parser)
     parser.set_defaults(func=_logs)
-    parser = subparsers.add_parser("cancel", help="save a checkpoint, end the run's jobs, let none start again")
-    parser.add_argument("run", help="its directory, or its name under --runs")
-    parser.add_argument("--now", action="store_true", help="end running jobs at once, without a checkpoint")
+    parser = subparsers.add_parser("cancel", help="save a checkpoint, end the run's jobs and let none start again")
+    parser.add_argument("run", help="run directory, or its name under --runs")
+    parser.add_argument("--now", action="store_true", help="end running jobs immediately, without a checkpoint")
     _add_runs(parser)
     parser.set_defaults(func=_cancel)
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="run.dir (default: runs)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="run.dir of the configs (default: runs)"
+    )
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -49,22 +53,22 @@ def _submit(args: argparse.Namespace) -> int:
     from megatron_dla.training.run import git_state, train, versions
 
     request = submit.make_request(args.config, args.overrides, args.profile, args.nodes, args.time, args.chain)
-    training, gpus = request.config.training, request.profile.gpus_per_node
-    if training.device == "cuda" and not gpus:
-        raise ConfigError(f"training.device = cuda, and {args.profile} has gpus_per_node = 0: use another profile")
-    device = "cuda" if gpus and training.device == "auto" else training.device
-    planned = dataclasses.replace(request.config, training=dataclasses.replace(training, device=device))
+    planned, gpus = copy.deepcopy(request.config), request.profile.gpus_per_node
+    if planned.training.device == "cuda" and not gpus:
+        raise ConfigError(f"training.device = cuda, but gpus_per_node = 0 in {args.profile}: use another profile")
+    if planned.training.device == "auto" and gpus:
+        planned.training.device = "cuda"
     if not args.dry_run:
-        submit.check_free(request)  # first: a running job writes and deletes the checkpoints that the plan looks at
+        submit.check_free(request)  # first: a running job writes and deletes the checkpoints that the plan reads
     train(planned, dry_run=True, world_size=request.world_size)
     argv, env = submit.sbatch_argv(request), submit.job_environment(request)
     for name in known_bad_nodes(request.run_dir)[1]:
-        print(f"left out     {name!r} in {request.run_dir / 'bad_nodes'}: no node of this cluster")
+        print(f"ignored      {name!r} in {request.run_dir / 'bad_nodes'} is not a node of this cluster")
     if args.dry_run:
         print("environment  " + " ".join(f"{k}={shlex.quote(v)}" for k, v in env.items()))
         print(f"command      {shlex.join(argv)}")
         if shutil.which("sbatch") is None:
-            print("slurm        not on this machine: not asked")
+            print("slurm        not installed on this machine, so sbatch --test-only was skipped")
             return 0
     print(f"slurm        {submit.test_only(argv, env)}", flush=True)
     if args.dry_run:
@@ -72,7 +76,7 @@ def _submit(args: argparse.Namespace) -> int:
     about = {"config": str(Path(args.config).absolute()), "overrides": args.overrides}
     jobs = submit.submit(request, about | {"git": git_state(), "versions": versions()})
     print(f"submitted    job {', then '.join(jobs)}; run directory {request.run_dir}")
-    print(f"follow       dla logs -f {request.run_dir}    all runs: dla jobs    end: dla cancel {request.run_dir}")
+    print(f"follow       dla logs -f {request.run_dir}    list all: dla jobs    end: dla cancel {request.run_dir}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Which rank of an attempt failed first, on which node and why: what the batch script prints when the ranks have ended.
+"""Reports which rank of an attempt failed first, on which node and why; the batch script prints it after each attempt.
 
-Ranks leave exits/ATTEMPT/rankR.json; one that was killed cannot, but torchrun's summary in its node's log names it.
-Standard library only: this runs beside the batch script, outside any container.
+Ranks write exits/ATTEMPT/rankR.json when they fail. A rank that was killed cannot, but torchrun's summary in the log of
+its node names it. Standard library only: this runs on the host, beside the batch script, outside any container.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 
 from megatron_dla.errors import BAD_INPUT, STOPPED
 
-LAST_LINES = 15  # of the log, shown below the failure
+LAST_LINES = 15  # of the log, printed below the failure
 SUMMARY = re.compile(
     r"time +: (?P<time>\S+)\s+host +: \S+\s+rank +: (?P<rank>\d+).*?\s+exitcode +: (?P<code>-?\d+)", re.MULTILINE
 )
-# what `dla` says of bad input; a rank that finds it before it knows its run directory leaves no record
+# how `dla` prints bad input; a rank that fails before it knows its run directory writes no record
 REFUSAL = re.compile(r"^dla(?: train)?: (?P<message>.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a rank ended; a negative code is the signal that killed it. `order`: of the time, within one source."""
+    """How a rank ended. `code`: negative for the signal that killed it. `order`: sorts by time within one source."""
 
     rank: int
     node: str
@@ -36,7 +36,7 @@ class Exit:
 
     @property
     def _blame(self) -> int:
-        """The smaller, the likelier the cause: the end of one rank makes the others fail, or be ended."""
+        """Smaller is more likely to be the cause: after one rank fails, the others fail too or are terminated."""
         if self.code in (-signal.SIGTERM, 128 + signal.SIGTERM):
             return 4
         if self.code == STOPPED:
@@ -56,7 +56,7 @@ def log_dir(run_dir: Path, attempt: str) -> Path:
 
 
 def find_exits(run_dir: Path, attempt: str) -> list[Exit]:
-    """All that is known of an attempt's ranks, the likeliest cause first."""
+    """The known exits of an attempt's ranks, the most likely cause first."""
     found = []
     for path in (run_dir / "exits" / attempt).glob("rank*.json"):
         try:
@@ -68,7 +68,7 @@ def find_exits(run_dir: Path, attempt: str) -> list[Exit]:
                 )
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # half-written by a dying node
+            continue  # incomplete: its node died while writing
     known = {exit.rank for exit in found}
     for path in log_dir(run_dir, attempt).glob("*.log"):
         text = re.sub(r"^ *\d+: ?", "", path.read_text(errors="replace"), flags=re.MULTILINE)  # srun --label
@@ -76,8 +76,8 @@ def find_exits(run_dir: Path, attempt: str) -> list[Exit]:
             if (rank := int(match["rank"])) not in known:
                 known.add(rank)
                 code = int(match["code"])
-                said = REFUSAL.findall(text) if code == BAD_INPUT else []
-                found.append(Exit(rank, path.stem, code, said[-1] if said else "", match["time"]))
+                messages = REFUSAL.findall(text) if code == BAD_INPUT else []
+                found.append(Exit(rank, path.stem, code, messages[-1] if messages else "", match["time"]))
     return sorted(found, key=lambda exit: (exit._blame, exit.order, exit.rank))
 
 
@@ -89,7 +89,7 @@ def report(run_dir: Path, attempt: str) -> int:
         print(f"watchdog: {text}")
     exits = find_exits(run_dir, attempt)
     if not exits:
-        print(f"FAILED: no rank left a word; the nodes' logs are in {logs}")
+        print(f"FAILED: no rank recorded why it ended; the logs of the nodes are in {logs}")
         return 1
     cause = exits[0]
     if cause.code == STOPPED:

@@ -1,7 +1,7 @@
-"""One rank of preflight's group check: a matmul alone, then an all-reduce with all the others.
+"""One rank of preflight's group check: a matmul on its own, then an all-reduce over all ranks.
 
-Started by `preflight` with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. After every stage it says how
-far it is in its file, so that the one who hangs is told from those who wait for it.
+Started by `preflight` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. It writes each stage that it enters into
+its report, so that a rank that hangs can be distinguished from the ranks that wait for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REPEATS = 5
 
 
 def check(path: Path, report: RankReport, timeout_s: float) -> None:
-    """Raises whatever torch raises; the report on disk then says in which stage."""
+    """Run all stages. Raises whatever torch raises; the report on disk then has the stage."""
 
     def enter(stage: str) -> None:
         report.stage = stage
@@ -41,7 +41,7 @@ def check(path: Path, report: RankReport, timeout_s: float) -> None:
 
     def best_ms(operation) -> float:
         times = []
-        for _ in range(REPEATS + 1):  # the first one warms up
+        for _ in range(REPEATS + 1):  # the first is a warm-up
             begin = time.perf_counter()
             operation()
             if kind == "cuda":
@@ -57,7 +57,7 @@ def check(path: Path, report: RankReport, timeout_s: float) -> None:
     limit = timedelta(seconds=timeout_s)
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=rank == 0, timeout=limit,
-        wait_for_workers=False,  # or rank 0 would look as late as the one it waits for
+        wait_for_workers=False,  # or rank 0 would appear to hang while it waits for a late rank
     )  # fmt: skip
     enter("all-reduce")
     backend = "nccl" if kind == "cuda" else "gloo"
@@ -65,22 +65,22 @@ def check(path: Path, report: RankReport, timeout_s: float) -> None:
     numbers = torch.full((ALL_REDUCE[kind] // 4,), float(rank), device=device)
     dist.all_reduce(numbers)
     if (total := numbers[-1].item()) != world * (world - 1) / 2:
-        raise RuntimeError(f"the all-reduce of the ranks' numbers gives {total}")
+        raise RuntimeError(f"the all-reduce of the rank numbers is {total}, not {world * (world - 1) / 2}")
     report.all_reduce_ms = best_ms(lambda: dist.all_reduce(numbers))
     dist.barrier()
     report.clock = time.time()
     enter("finished")
-    dist.barrier()  # rank 0 holds the store
+    dist.barrier()  # rank 0 hosts the store
     dist.destroy_process_group()
 
 
 def main() -> int:
-    """Arguments: the report's file, seconds, the GPU's number or "cpu"."""
+    """Command line: file of the report, timeout in s, index of the GPU or "cpu"."""
     path, timeout_s, gpu = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
     report = RankReport(int(os.environ["RANK"]), node_name(), None if gpu == "cpu" else int(gpu), pid=os.getpid())
     try:
         check(path, report, timeout_s)
-    except Exception as error:  # whatever it is, it is this node's or its network's
+    except Exception as error:  # any failure here is a failure of this node or its network
         report.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         write_json(path, asdict(report), fsync=False)
         return 1

@@ -1,4 +1,4 @@
-"""What one node says of itself before a run: its GPUs, versions and disks. Standard library only, about a second."""
+"""Collects the state of one node before a run: GPUs, versions and disks. Standard library only, about a second."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ QUERY_TIMEOUT_S = 20  # nvidia-smi hangs on a broken driver
 
 @dataclass
 class Gpu:
-    """One GPU of the allocation; None where the driver does not say."""
+    """One GPU of the allocation; None where the driver does not report a value."""
 
     index: int
     uuid: str
     name: str
     driver: str
     memory_used_mb: float | None
-    utilization: float | None  # percent of the last second
-    ecc_errors: float | None  # uncorrected, since the driver's start
+    utilization: float | None  # percent, over the last second
+    ecc_errors: float | None  # uncorrected, since the driver was loaded
     processes: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Disk:
-    """A directory that a run writes to; `error` is what went wrong with a file that was written and read back."""
+    """A directory that a run writes to. `error`: why a test file could not be written and read back, or empty."""
 
     path: str
     free_gb: float
@@ -45,7 +45,7 @@ class Disk:
 
 @dataclass
 class NodeReport:
-    """preflight/ATTEMPT/HOST.json. `order`: of the nodes in the job. `left_out`: what could not be looked at."""
+    """preflight/ATTEMPT/HOST.json. `order`: index of the node in the job. `left_out`: checks that were skipped."""
 
     host: str
     order: int
@@ -59,10 +59,10 @@ class NodeReport:
 
     @classmethod
     def from_json(cls, values: dict) -> NodeReport:
-        """Of `dataclasses.asdict`.
+        """Inverse of `dataclasses.asdict`.
 
         Raises:
-            TypeError: another program's file.
+            TypeError: not the file of a NodeReport.
         """
         gpus, disks = [Gpu(**g) for g in values["gpus"]], [Disk(**d) for d in values["disks"]]
         return cls(**(values | {"gpus": gpus, "disks": disks}))
@@ -72,7 +72,7 @@ def _nvidia_smi(*arguments: str) -> list[list[str]]:
     command = ["nvidia-smi", *arguments, "--format=csv,noheader,nounits"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S)
     if done.returncode:
-        raise RuntimeError(f"nvidia-smi exits with {done.returncode}: {(done.stdout + done.stderr).strip()[:200]}")
+        raise RuntimeError(f"nvidia-smi exited with {done.returncode}: {(done.stdout + done.stderr).strip()[:200]}")
     return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
 
 
@@ -83,11 +83,11 @@ def _number(text: str) -> float | None:
         return None
 
 
-def look_at_gpus() -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, all without it.
+def query_gpus() -> list[Gpu]:
+    """The GPUs in CUDA_VISIBLE_DEVICES, or all if it is not set.
 
     Raises:
-        RuntimeError, OSError, subprocess.TimeoutExpired: nvidia-smi fails, is absent or hangs.
+        RuntimeError, OSError, subprocess.TimeoutExpired: nvidia-smi fails, is not installed or hangs.
     """
     gpus = []
     for row in _nvidia_smi(f"--query-gpu={','.join(GPU_FIELDS)}"):
@@ -103,7 +103,7 @@ def look_at_gpus() -> list[Gpu]:
     return gpus
 
 
-def try_disk(path: Path) -> Disk:
+def check_disk(path: Path) -> Disk:
     """Write, sync, read back and delete a file of 1 MiB."""
     probe, data = path / f".preflight-{uuid.uuid4().hex}", os.urandom(PROBE_BYTES)
     free = 0.0
@@ -114,7 +114,7 @@ def try_disk(path: Path) -> Disk:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        error = "" if probe.read_bytes() == data else "reads back something else than was written"
+        error = "" if probe.read_bytes() == data else "the file read back differs from the file written"
     except OSError as failure:
         error = failure.strerror or str(failure)
     finally:
@@ -123,21 +123,21 @@ def try_disk(path: Path) -> Disk:
     return Disk(str(path), round(free, 1), error)
 
 
-def look_at_node(report: NodeReport, run_dir: Path, temporary: Path, gpus_wanted: int) -> NodeReport:
-    """Fill a report in."""
-    report.disks = [try_disk(run_dir), try_disk(temporary)]
+def check_node(report: NodeReport, run_dir: Path, temporary: Path, gpus_wanted: int) -> NodeReport:
+    """Fill in the disks, versions and GPUs of a report and return it."""
+    report.disks = [check_disk(run_dir), check_disk(temporary)]
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             report.versions[package] = version(package)
     if not gpus_wanted:
-        report.left_out.append("GPUs: the run wants none")
+        report.left_out.append("GPUs: the run uses none")
         return report
     try:
-        report.gpus = look_at_gpus()
+        report.gpus = query_gpus()
     except FileNotFoundError:
-        report.gpu_error = "nvidia-smi is not there"
+        report.gpu_error = "nvidia-smi is not installed"
     except subprocess.TimeoutExpired:
-        report.gpu_error = f"nvidia-smi does not answer within {QUERY_TIMEOUT_S} s"
+        report.gpu_error = f"nvidia-smi does not respond within {QUERY_TIMEOUT_S} s"
     except (RuntimeError, OSError, ValueError) as error:
         report.gpu_error = str(error)
     if report.gpus:

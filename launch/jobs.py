@@ -1,4 +1,4 @@
-"""`dla jobs`, `dla logs` and `dla cancel`: a run's jobs, seen and ended by the name of its directory."""
+"""`dla jobs`, `dla logs` and `dla cancel`: list, follow and end the jobs of a run, given its name or directory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ def find_run(name: str, runs: Path) -> Path:
     """The directory of a run, given its path or its name under `runs`.
 
     Raises:
-        UserError: no such run was submitted.
+        UserError: no run with this name was submitted.
     """
     for path in (Path(name), runs / name):
         if submissions(path):
             return path.absolute()
-    raise UserError(f"no run {name!r} was submitted here or under {str(runs)!r}: give the path of its directory")
+    raise UserError(
+        f"run {name!r}: neither it nor {str(runs / name)!r} was submitted; pass the path of a run directory"
+    )
 
 
 def _progress(run_dir: Path) -> str:
@@ -37,10 +39,10 @@ def _progress(run_dir: Path) -> str:
 
 
 def list_jobs(runs: Path) -> list[list[str]]:
-    """A header and one row a run: run, job, state, restarts, nodes, progress."""
+    """A header and one row per run: run, job, state, restarts, nodes, progress."""
     rows = [["RUN", "JOB", "STATE", "RESTARTS", "NODES", "PROGRESS"]]
     for run_dir in sorted(p for p in runs.glob("*") if submissions(p)):
-        states = [job_state(job) or JobState(job, "forgotten", 0, "") for job in run_jobs(run_dir)]
+        states = [job_state(job) or JobState(job, "UNKNOWN", 0, "") for job in run_jobs(run_dir)]
         shown = [state for state in states if state.active] or states[-1:]
         for state in shown:
             rows.append([run_dir.name, state.job, state.state, str(state.restarts), state.nodes, _progress(run_dir)])
@@ -48,7 +50,7 @@ def list_jobs(runs: Path) -> list[list[str]]:
 
 
 def render(rows: list[list[str]]) -> str:
-    """Columns of equal width."""
+    """The rows as text, with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -56,7 +58,7 @@ def render(rows: list[list[str]]) -> str:
 
 
 def current_logs(run_dir: Path) -> list[Path]:
-    """The newest job's log, and of its newest attempt the log of rank 0's node once there is one."""
+    """The log of the newest job and, once it exists, that of rank 0's node in its newest attempt."""
     jobs = [job for job in run_jobs(run_dir) if (run_dir / "logs" / f"job-{job}.log").is_file()]
     if not jobs:
         return []
@@ -69,7 +71,7 @@ def current_logs(run_dir: Path) -> list[Path]:
 
 
 def _is_first_node(path: Path) -> bool:
-    """srun --label marks the lines of rank 0's node."""
+    """Whether a log is that of rank 0's node, by the prefix of `srun --label`."""
     if path.name.startswith(("preflight-", "watchdog")):
         return False
     with path.open(errors="replace") as file:
@@ -77,17 +79,17 @@ def _is_first_node(path: Path) -> bool:
 
 
 def tail(run_dir: Path, lines: int, follow: bool) -> Iterator[str]:
-    """The last `lines` of each current log; with `follow` what is added, also by later attempts, until nothing runs.
+    """Yield the last `lines` of each current log; with `follow`, new text too, over requeues, until no job is left.
 
     Raises:
-        UserError: the run has no log yet and nothing is to be followed.
+        UserError: the run has no log yet and `follow` is false.
     """
     seen: dict[Path, int] = {}
     logs = current_logs(run_dir)
     if not logs and not follow:
-        raise UserError(f"{str(run_dir)!r} has no log yet: its job has not started (dla jobs)")
+        raise UserError(f"{str(run_dir)!r} has no log yet, its job has not started: see dla jobs, or pass --follow")
     while True:
-        ended = follow and not active_jobs(run_dir)  # asked first: what was written before the end is still shown
+        ended = follow and not active_jobs(run_dir)  # queried before reading, so that the last lines are not lost
         for path in current_logs(run_dir):
             with path.open(errors="replace") as file:
                 file.seek(seen.get(path, 0))
@@ -105,21 +107,21 @@ def tail(run_dir: Path, lines: int, follow: bool) -> Iterator[str]:
 
 
 def cancel(run_dir: Path, now: bool) -> list[str]:
-    """Halt a run for good; returns what was done, a line each.
+    """Halt a run; returns what was done, one line per action.
 
-    A running job is asked to save a checkpoint and to end, with `now` it is ended; waiting ones leave the queue.
+    A running job saves a checkpoint and ends, or with `now` ends immediately; pending jobs are removed from the queue.
 
     Raises:
-        SlurmError: Slurm does not answer or refuses; the halt file stays, so nothing will start.
+        SlurmError: Slurm does not respond or refuses; the halt file stays, so no job of the run will start.
     """
-    (run_dir / "halt").touch()  # before any scancel: a job that ends now must not come back
-    said = [f"wrote {run_dir / 'halt'}: nothing of this run starts again before dla submit"]
+    (run_dir / "halt").touch()  # before scancel, so that a job that ends now is not requeued
+    actions = [f"wrote {run_dir / 'halt'}: no job of this run starts until the next dla submit"]
     for state in active_jobs(run_dir):
         if now or state.state == "PENDING":
             done = call(["scancel", state.job])
             if done.returncode:
                 raise SlurmError(f"scancel {state.job}: {done.stderr.strip()}")
-            said.append(f"cancelled job {state.job} ({state.state})")
+            actions.append(f"cancelled job {state.job} ({state.state})")
         else:
-            said.append(f"job {state.job} saves a checkpoint at its next step and ends (--now: at once, without one)")
-    return said
+            actions.append(f"job {state.job} saves a checkpoint after the current step and ends (--now: no checkpoint)")
+    return actions

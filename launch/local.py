@@ -1,4 +1,4 @@
-"""`dla run`: all processes of a run on this machine, through torch's elastic launcher."""
+"""`dla run`: starts all processes of a run on this machine with torch's elastic launcher."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from megatron_dla.training.fence import attempt_id
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
-    """Pass a stop signal on to the ranks, which save at the next step and exit with 75."""
+    """Forward a stop signal to the ranks, which save after the current step and exit with 75."""
     for child in psutil.Process().children():
         child.send_signal(number)
 
 
 @contextmanager
 def _watched(run_dir: Path, hang_timeout: float) -> Iterator[Watchdog | None]:
-    """Ends ranks that make no step in `hang_timeout` s, 0 = never. `attempt_id` is the ranks' one."""
+    """Kill the ranks if they complete no step in `hang_timeout` s (0: never). DLA_ATTEMPT must be set."""
     if not hang_timeout:
         yield None
         return
@@ -51,23 +51,23 @@ def run_local(nproc: int, train_arguments: list[str], run_dir: Path, hang_timeou
     """Start `nproc` ranks of `dla train ...`.
 
     Args:
-        run_dir: runs/NAME of the arguments' config. hang_timeout: s from step to step after which the run counts as
-            hung and is ended, 0 = never.
+        run_dir: runs/NAME of the config in `train_arguments`. hang_timeout: s between two steps after which the ranks
+            are considered hung and are killed, 0 = never.
 
-    Returns the exit code of the first rank that failed, 4 after a hang, 0 if none failed.
+    Returns the exit code of the first rank that failed, 4 after a hang, 0 if no rank failed.
     """
     threads = max(1, (os.cpu_count() or 1) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ["DLA_LAUNCHED"] = "1"  # ranks hand their error to this process instead of printing it each
+    os.environ["DLA_LAUNCHED"] = "1"  # the ranks pass their error to this process, which prints it once
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / STOP).unlink(missing_ok=True)  # meant for an earlier run
-    given = os.environ.get("DLA_ATTEMPT")
+    (run_dir / STOP).unlink(missing_ok=True)  # left by an earlier run
+    from_outside = "DLA_ATTEMPT" in os.environ
     os.environ["DLA_ATTEMPT"] = attempt_id()
     try:
         with _watched(run_dir, hang_timeout) as watchdog:
             code = _launch(nproc, train_arguments, run_dir)
     finally:
-        if given is None:
+        if not from_outside:
             del os.environ["DLA_ATTEMPT"]
     return HUNG if watchdog is not None and watchdog.hung else code
 
@@ -82,24 +82,24 @@ def _launch(nproc: int, train_arguments: list[str], run_dir: Path) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.5,
-        # not SIGTERM: torch's agent would answer it by killing the ranks after 30 s, saved or not
+        # not SIGTERM: torch's agent would kill the ranks 30 s after it, saved or not
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     signal.signal(signal.SIGTERM, _forward)
-    # by the file: a rank that is not in its loop yet would die of the signal
+    # by a file: the signal would kill a rank that has not installed its handler yet
     signal.signal(signal.SIGUSR1, lambda *_: (run_dir / STOP).touch())
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what went wrong is said below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # errors are printed below
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_dla.cli", "train", *train_arguments)
     except ChildFailedError as error:
-        # the agent ends the other ranks with SIGTERM: theirs is never the cause, whatever the clocks say
+        # the agent terminates the other ranks with SIGTERM: those are never the cause, even with an earlier timestamp
         failures = error.failures.items()
         rank, failure = min(failures, key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
         if failure.exitcode == BAD_INPUT:
             print(failure.message, file=sys.stderr)
         if failure.exitcode in (BAD_INPUT, STOPPED):
             return failure.exitcode
-        print(f"rank {rank} failed with exit code {failure.exitcode}; its output stands above", file=sys.stderr)
+        print(f"rank {rank} failed with exit code {failure.exitcode}; see its output above", file=sys.stderr)
         return 1
     except SignalException as error:
         return 128 + error.sigval

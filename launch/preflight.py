@@ -1,12 +1,13 @@
-"""`dla preflight`: are the nodes of a job fit to train on? One process on every node, before the training.
+"""`dla preflight`: checks the nodes of a job before the training. Runs as one process on every node.
 
-1. Every node looks at itself and writes preflight/ATTEMPT/HOST.json: GPUs, disks, versions.
-2. When all reports are there, or time is up, the nodes that are well start one rank a GPU (one where there is none): a
-   matmul alone, then an all-reduce together; preflight/ATTEMPT/group/rankR.json says how far each came.
-3. Every node judges what it finds (`verdict.judge`); the first one to do so names the bad nodes in runs/NAME/bad_nodes.
+1. Every node checks its GPUs, disks and versions and writes preflight/ATTEMPT/HOST.json.
+2. When all reports exist, or after the timeout, the healthy nodes start one rank per GPU (one without GPUs): a matmul
+   on its own, then an all-reduce over all ranks. preflight/ATTEMPT/group/rankR.json has the last stage of each rank.
+3. Every node evaluates all reports (`verdict.judge`); the first one to finish appends the bad nodes to
+   runs/NAME/bad_nodes.
 
-The nodes agree through files in the run directory, so a node that does not share it is found as well. This module needs
-the standard library only; torch is imported in the ranks of step 2.
+The nodes communicate through files in the run directory, which also detects a node that does not share it. This module
+needs the standard library only; torch is imported in the ranks of step 2.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from megatron_dla.errors import BAD_INPUT, UserError
 from megatron_dla.files import create_json, write_json
-from megatron_dla.launch.health import NodeReport, look_at_node
+from megatron_dla.launch.health import NodeReport, check_node
 from megatron_dla.launch.verdict import STAGES, Limits, RankReport, Verdict, judge, own_problems
 from megatron_dla.training.fence import attempt_id, node_name
 
@@ -45,7 +46,7 @@ def _wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def _job_hosts() -> list[str]:
-    """The nodes of this Slurm step; empty where nothing can say."""
+    """The nodes of this Slurm step; empty outside Slurm or if scontrol fails."""
     nodes = os.environ.get("SLURM_STEP_NODELIST")
     if not nodes or not shutil.which("scontrol"):
         return []
@@ -54,15 +55,18 @@ def _job_hosts() -> list[str]:
 
 
 class Preflight:
-    """This node's part. `args`: of `add_preflight_arguments`."""
+    """Preflight of this node. `args`: parsed by `add_preflight_arguments`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         if args.nodes < 1 or args.gpus < 0 or args.timeout <= 0:
-            raise UserError("--nodes must be at least 1, --gpus at least 0, --timeout more than 0")
+            raise UserError(
+                f"--nodes {args.nodes} --gpus {args.gpus} --timeout {args.timeout:g}: must be at least 1, at least 0 "
+                "and more than 0"
+            )
         if "DLA_ATTEMPT" not in os.environ and "SLURM_JOB_ID" in os.environ:
             os.environ["DLA_ATTEMPT"] = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
         if args.nodes > 1 and "DLA_ATTEMPT" not in os.environ:
-            raise UserError("--nodes > 1 outside Slurm: set DLA_ATTEMPT to one name on all nodes")
+            raise UserError(f"--nodes {args.nodes} outside Slurm: set DLA_ATTEMPT to the same name on all nodes")
         self.args, self.run_dir = args, args.run_dir
         self.limits = Limits(args.slow, args.clock_skew, args.min_disk_gb)
         self.folder = self.run_dir / "preflight" / attempt_id()
@@ -70,18 +74,18 @@ class Preflight:
         self.host = node_name()
 
     def run(self) -> int:
-        """0 where all nodes are good, 3 where not."""
+        """Exit code: 0 if all nodes are good, 3 if not."""
         order = int(os.environ.get("SLURM_NODEID", "0"))
         address = os.environ.get("MASTER_ADDR") if order == 0 else None
         report = NodeReport(self.host, order, address or platform.node(), time.time())
-        look_at_node(report, self.run_dir, self.args.tmp, self.args.gpus)
+        check_node(report, self.run_dir, self.args.tmp, self.args.gpus)
         for problem in own_problems(report, self.args.gpus, self.limits):
             print(f"{self.host}: {problem}", flush=True)
         try:
             (self.folder / "group").mkdir(parents=True, exist_ok=True)
             write_json(self.folder / f"{self.host}.json", asdict(report), fsync=False)
-        except OSError as error:  # the others will miss the report
-            print(f"bad node {self.host}: no report can be written: {error}", flush=True)
+        except OSError as error:  # the other nodes report it as missing
+            print(f"bad node {self.host}: cannot write its report: {error}", flush=True)
             return FOUND_BAD
         _wait_for(lambda: len(self._reports()) >= self.args.nodes, self.args.timeout if self.args.nodes > 1 else 0)
         members = self._agree_on_members()
@@ -97,16 +101,16 @@ class Preflight:
         return sorted(reports, key=lambda r: (r.order, r.host))
 
     def _agree_on_members(self) -> list[NodeReport]:
-        """The nodes of the group check: one of them decides, when all have reported or time is up."""
+        """The nodes of the group check, as the first node past the wait for reports wrote them."""
         if self.args.node_only:
             return []
-        well = [r for r in self._reports() if not own_problems(r, self.args.gpus, self.limits)]
+        healthy = [r for r in self._reports() if not own_problems(r, self.args.gpus, self.limits)]
         path = self.folder / "group" / "members.json"
-        create_json(path, {"members": [asdict(report) for report in well]})
+        create_json(path, {"members": [asdict(report) for report in healthy]})
         return [NodeReport.from_json(values) for values in json.loads(path.read_text())["members"]]
 
     def _check_together(self, members: list[NodeReport]) -> list[RankReport]:
-        """Run this node's ranks of the group check, if it takes part, and wait for the others'."""
+        """Run this node's ranks of the group check, if it is a member, and wait for the ranks of the other nodes."""
         per_node = max(1, self.args.gpus)
         world, folder = per_node * len(members), self.folder / "group"
         deadline = time.monotonic() + self.args.timeout
@@ -128,7 +132,7 @@ class Preflight:
         return list((silent | read()).values())
 
     def _run_ranks(self, ranks: range, world: int, address: str, deadline: float) -> None:
-        """One process a GPU; those that have not ended in time are killed."""
+        """One process per GPU; those that have not ended by the deadline are killed."""
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
         port = self.args.port or int(os.environ.get("MASTER_PORT", 10000 + job % 10000))
         children = []
@@ -148,15 +152,15 @@ class Preflight:
                 child.kill()
             if path.exists():
                 values = json.loads(path.read_text())
-                values["error"] = values["error"] or f"no end within {self.args.timeout:g} s"
+                values["error"] = values["error"] or f"not finished within {self.args.timeout:g} s"
                 write_json(path, values, fsync=False)
 
     def _announce(self, verdict: Verdict, ranks: list[RankReport], report: NodeReport) -> None:
-        """The first node that has a verdict prints and records it, all nodes come to the same one."""
+        """Print and record the verdict, on the first node that has it; all nodes reach the same one."""
         if not create_json(self.folder / "group" / "verdict.json", asdict(verdict)):
             return
-        for left_out in report.left_out:
-            print(f"left out: {left_out}")
+        for skipped in report.left_out:
+            print(f"skipped: {skipped}")
         for name, times in (
             ("matmul", [r.matmul_ms for r in ranks if r.matmul_ms is not None]),
             ("all-reduce", [r.all_reduce_ms for r in ranks if r.all_reduce_ms is not None]),
@@ -169,7 +173,7 @@ class Preflight:
             with (self.run_dir / BAD_NODES).open("a") as file:
                 file.write(f"{host}  # {'; '.join(reasons)}, {when}\n")
         for reason in verdict.unnamed:
-            print(f"not well: {reason}")
+            print(f"failed: {reason}")
         if verdict.good:
             print(f"preflight: {self.args.nodes} node(s) good")
         sys.stdout.flush()
@@ -177,26 +181,26 @@ class Preflight:
 
 def add_preflight_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Limits()
-    parser.add_argument("--run-dir", type=Path, required=True, help="runs/NAME, on a file system that all nodes share")
-    parser.add_argument("--nodes", type=int, default=1, help="how many nodes run this command (default 1)")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs wanted on each node (default 0: CPU nodes)")
-    parser.add_argument("--hosts", default="", help="the nodes' names by commas; found out by scontrol in a Slurm step")
-    parser.add_argument("--node-only", action="store_true", help="leave out the matmul and the all-reduce")
-    parser.add_argument("--timeout", type=float, default=60, help="s to wait for reports, and again for the all-reduce")
-    parser.add_argument("--port", type=int, default=0, help="of the all-reduce (default: MASTER_PORT)")
-    parser.add_argument("--tmp", type=Path, default=Path(tempfile.gettempdir()), help="the node's own disk")
+    parser.add_argument("--run-dir", type=Path, required=True, help="runs/NAME, on a file system shared by all nodes")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes that run this command (default 1)")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs required on each node (default 0: CPU nodes)")
+    parser.add_argument("--hosts", default="", help="names of the nodes by commas (default: from scontrol)")
+    parser.add_argument("--node-only", action="store_true", help="skip the matmul and the all-reduce")
+    parser.add_argument("--timeout", type=float, default=60, help="s to wait for reports, again for the group")
+    parser.add_argument("--port", type=int, default=0, help="port of the all-reduce (default: MASTER_PORT)")
+    parser.add_argument("--tmp", type=Path, default=Path(tempfile.gettempdir()), help="local disk of the node")
     parser.add_argument("--min-disk-gb", type=float, default=defaults.free_gb, help="GB free on each disk")
-    parser.add_argument("--slow", type=float, default=defaults.slow, help="a GPU slower than so many medians is bad")
-    parser.add_argument("--clock-skew", type=float, default=defaults.skew_s, help="s between the clocks of two nodes")
+    parser.add_argument("--slow", type=float, default=defaults.slow, help="bad: a matmul above so many medians")
+    parser.add_argument("--clock-skew", type=float, default=defaults.skew_s, help="s between a clock and the median")
 
 
 def preflight(args: argparse.Namespace) -> int:
-    """Exit codes: 0 all nodes are good, 3 some are not (named in bad_nodes where it can be told), 2 bad usage."""
+    """Exit codes: 0 all nodes are good, 3 some are not (listed in bad_nodes if they can be identified), 2 bad usage."""
     return Preflight(args).run()
 
 
 def add_preflight_parser(subparsers) -> None:
-    parser = subparsers.add_parser("preflight", help="look at the nodes of a job before it trains", description=__doc__)
+    parser = subparsers.add_parser("preflight", help="check the nodes of a job before training", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_preflight_arguments(parser)
     parser.set_defaults(func=preflight)

@@ -1,4 +1,4 @@
-"""What the launcher asks Slurm's own commands, and what it keeps about its jobs in the run directory."""
+"""Calls of Slurm's commands, and the launcher's records of its jobs in the run directory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 
 from megatron_dla.errors import UserError
 
-SUBMISSIONS = "submissions.jsonl"  # one object a `dla submit`: jobs, argv, environment, git state, versions
+SUBMISSIONS = "submissions.jsonl"  # one object per `dla submit`: jobs, argv, environment, git state, versions
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED"}
 
 
 class SlurmError(UserError):
-    """Slurm is not there, does not answer or refuses a request."""
+    """Slurm is not installed, does not respond or refuses a request."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as Slurm has it now. `nodes`: a host list, or why it waits."""
+    """State of a job as Slurm reports it. `nodes`: its host list or, for a pending job, the reason."""
 
     job: str
     state: str
@@ -36,7 +36,7 @@ class JobState:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment; inside a job without what that job would hand to a new one."""
+    """The environment of this process without the variables that an outer Slurm job would pass to a new one."""
     if "SLURM_JOB_ID" not in os.environ:
         return dict(os.environ)
     foreign = re.compile(r"(SLURM|SBATCH|SRUN)_(?!CONF$)")
@@ -47,7 +47,7 @@ def call(argv: list[str], env: dict[str, str] | None = None) -> subprocess.Compl
     """Run one of Slurm's commands.
 
     Raises:
-        SlurmError: it is not installed here.
+        SlurmError: the command is not installed.
     """
     try:
         return subprocess.run(argv, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
@@ -58,10 +58,12 @@ def call(argv: list[str], env: dict[str, str] | None = None) -> subprocess.Compl
 
 
 def job_state(job: str) -> JobState | None:
-    """From `scontrol show job`, which knows ended jobs for a while too (not every cluster has sacct); None if unknown.
+    """The state from `scontrol show job`; None for an unknown job.
+
+    Ended jobs stay known for a while (MinJobAge). Not sacct: not every cluster has it.
 
     Raises:
-        SlurmError: the controller does not answer.
+        SlurmError: the controller does not respond.
     """
     for attempt in range(5):
         done = call(["scontrol", "-o", "show", "job", job])
@@ -73,14 +75,14 @@ def job_state(job: str) -> JobState | None:
         if "Invalid job id" in done.stderr:
             return None
         time.sleep(attempt)
-    raise SlurmError(f"scontrol does not answer: {done.stderr.strip()}")
+    raise SlurmError(f"scontrol does not respond: {done.stderr.strip()}")
 
 
 def submissions(run_dir: Path) -> list[dict[str, Any]]:
-    """All `dla submit` of a run, oldest first; empty for a run that never was on a cluster.
+    """The records of all `dla submit` of a run, oldest first; empty if it was never submitted.
 
     Raises:
-        UserError: the record is damaged.
+        UserError: the file is damaged.
     """
     try:
         lines = (run_dir / SUBMISSIONS).read_text().splitlines()
@@ -90,17 +92,17 @@ def submissions(run_dir: Path) -> list[dict[str, Any]]:
         return [json.loads(line) | {} for line in lines if line.strip()]
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{str(run_dir / SUBMISSIONS)!r} is damaged ({error}): remove the line that is no JSON"
+            f"{str(run_dir / SUBMISSIONS)!r} is damaged ({error}): remove the line that is not JSON"
         ) from error
 
 
 def run_jobs(run_dir: Path) -> list[str]:
-    """Job numbers of a run, oldest first."""
+    """Job IDs of a run, oldest first."""
     return [job for submission in submissions(run_dir) for job in submission["jobs"]]
 
 
 def active_jobs(run_dir: Path) -> list[JobState]:
-    """The jobs of a run that wait or run."""
+    """The pending and running jobs of a run."""
     states = [job_state(job) for job in run_jobs(run_dir)]
     return [state for state in states if state is not None and state.active]
 
@@ -120,9 +122,9 @@ def bad_nodes(run_dir: Path) -> dict[str, str]:
 
 
 def known_bad_nodes(run_dir: Path) -> tuple[list[str], list[str]]:
-    """(names for --exclude, what is left out) of a run's bad_nodes: one unknown name, and Slurm refuses the list.
+    """(names for --exclude, ignored names) of a run's bad_nodes: Slurm refuses a list with an unknown name.
 
-    Where sinfo does not answer, every single word counts as a name.
+    If sinfo does not respond, every single word is taken as a name.
     """
     found = list(bad_nodes(run_dir))
     if not found:

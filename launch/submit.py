@@ -1,6 +1,7 @@
-"""`dla submit`: check a run for its world size, write down what is asked of Slurm, ask it.
+"""`dla submit`: check a run for its world size, record the submission, call sbatch.
 
-The batch script is slurm/pretrain.sbatch as it stands: a submission is sbatch's flags and the environment, no template.
+The batch script is slurm/pretrain.sbatch, unchanged: a submission sets flags of sbatch and environment variables, and
+there is no template.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from megatron_dla.launch.profile import Profile, check_time, load_profile
 from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, call, clean_environment, known_bad_nodes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "pretrain.sbatch"
-RECORDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX")  # no secrets
+RECORDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX")  # may not include secrets
 
 
 @dataclass(frozen=True)
 class Request:
-    """One `dla submit`. run_dir: absolute. time: "" = the profile's. chain: jobs one after the other."""
+    """One `dla submit`. run_dir: absolute. time: "" for the profile's. chain: number of jobs, each after the last."""
 
     config: RunConfig | AdapterRunConfig
     profile: Profile
@@ -44,7 +45,7 @@ class Request:
 
 
 def sbatch_argv(request: Request) -> list[str]:
-    """The command line of sbatch, without what makes a job one of a chain."""
+    """The command line of sbatch, without the dependency on the previous job of a chain."""
     profile, run_dir = request.profile, request.run_dir
     excluded = [*filter(None, [profile.exclude]), *known_bad_nodes(run_dir)[0]]
     gpus = f"--gpus-per-node={profile.gpus_per_node}" if profile.gpus_per_node else ""
@@ -75,7 +76,7 @@ def sbatch_argv(request: Request) -> list[str]:
 
 
 def job_environment(request: Request) -> dict[str, str]:
-    """What is set for the job, on top of the environment that sbatch hands on; an empty setting is left out."""
+    """Variables set for the job, in addition to the environment that sbatch passes on; empty settings are omitted."""
     profile = request.profile
     settings = {
         "DLA_RUN_DIR": request.run_dir,
@@ -100,15 +101,15 @@ def _sbatch(argv: list[str], env: dict[str, str]) -> str:
     done = call(argv, clean_environment() | env)
     if done.returncode:
         reason = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
-        raise SlurmError(f"sbatch refuses this: {reason}; asked was: {shlex.join(argv)}")
+        raise SlurmError(f"sbatch failed: {reason}; the command was: {shlex.join(argv)}")
     return (done.stdout + done.stderr).strip()
 
 
 def test_only(argv: list[str], env: dict[str, str]) -> str:
-    """Slurm's word on when and where the job would start.
+    """When and where Slurm would start the job, as text.
 
     Raises:
-        SlurmError: it never could.
+        SlurmError: it can never start.
     """
     return _sbatch([argv[0], "--test-only", *argv[1:]], env).removeprefix("sbatch: ")
 
@@ -116,10 +117,10 @@ def test_only(argv: list[str], env: dict[str, str]) -> str:
 def make_request(
     config_path: str, overrides: list[str], profile_path: str, nodes: int, limit: str = "", chain: int = 1
 ) -> Request:
-    """Read and check what can be checked without Slurm and without the data.
+    """Load and check what does not need Slurm or the data.
 
     Raises:
-        UserError: the key or option, the value and the fix.
+        UserError: with the key or option, the value and the fix.
     """
     for name, value in (("--nodes", nodes), ("--chain", chain)):
         if value < 1:
@@ -128,16 +129,18 @@ def make_request(
     if limit:
         check_time(limit, profile)
     if re.search(r"[\s,%]", str(run_dir := (Path(config.run.dir) / config.run.name).absolute())):
-        raise ConfigError(f"run.dir, run.name = {str(run_dir)!r}: without blanks, commas and % for a job on a cluster")
+        raise ConfigError(
+            f"run.dir, run.name = {str(run_dir)!r}: must have no spaces, commas or % for a job on a cluster"
+        )
     return Request(config, profile, run_dir, nodes, limit, chain)
 
 
 def check_free(request: Request) -> None:
-    """SlurmError where a job of this run still waits or runs, ConfigError where the run is done."""
+    """Raises SlurmError if a job of this run is pending or running, ConfigError if the run is done."""
     if jobs := active_jobs(request.run_dir):
         listed = ", ".join(f"{job.job} ({job.state})" for job in jobs)
         name = request.config.run.name
-        raise SlurmError(f"run {name!r} has jobs in the queue: {listed}; dla cancel {request.run_dir} ends them")
+        raise SlurmError(f"run {name!r} has jobs in the queue: {listed}; end them with dla cancel {request.run_dir}")
     try:
         step = json.loads((request.run_dir / "done").read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -150,12 +153,12 @@ def check_free(request: Request) -> None:
 
 
 def submit(request: Request, about: dict[str, Any]) -> list[str]:
-    """Write the run directory and submit; returns the job numbers. `about` goes into the record: git state, versions.
+    """Write the run directory and submit; returns the job IDs. `about` is added to the record: git state, versions.
 
     Raises:
-        UserError: of `check_free`, asked again while no other `dla submit` can act on this run.
-        SlurmError, OSError: sbatch refuses, or nothing can be written; no job is left then, and the run directory is as
-            it was before.
+        UserError: from `check_free`, repeated here under a lock against another `dla submit` of this run.
+        SlurmError, OSError: sbatch refuses, or a file cannot be written; no job is left then, and the run directory is
+            unchanged.
     """
     run_dir = request.run_dir
     argv, env = sbatch_argv(request), job_environment(request)
@@ -167,11 +170,11 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
     made = next((p for p in (run_dir, *run_dir.parents) if p.parent.exists() and not p.exists()), None)
     resolved, submissions = run_dir / "config.yaml", run_dir / SUBMISSIONS
     run_dir.mkdir(parents=True, exist_ok=True)
-    with submissions.open("ab", buffering=0) as file:  # nothing is written after a failure
+    with submissions.open("ab", buffering=0) as file:  # unbuffered: closing writes nothing after a failure
         _lock(file, run_dir)
         check_free(request)
-        size = submissions.stat().st_size  # of earlier submissions' lines
-        kept: list[Path] = []  # their files, renamed: that needs no space on a full disk
+        size = submissions.stat().st_size  # of the earlier lines
+        kept: list[Path] = []  # earlier files, renamed: that needs no space on a full disk
         try:
             (run_dir / "logs").mkdir(exist_ok=True)
             for path in (resolved, *(run_dir / name for name in ("stop", "halt", "done", "failures"))):
@@ -183,7 +186,7 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(submissions))
         except BaseException:
-            _cancel(record["jobs"])  # nobody would know of them
+            _cancel(record["jobs"])  # jobs without a record
             _undo(made, resolved, submissions, size, kept)
             raise
     for path in kept:
@@ -192,15 +195,17 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
 
 
 def _lock(file: IO[bytes], run_dir: Path) -> None:
-    """Until the file is closed; nothing on file systems without locks.
+    """Lock a file until it is closed; does nothing on file systems without locks.
 
     Raises:
-        SlurmError: another `dla submit` of this run has it.
+        SlurmError: another `dla submit` of this run holds the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise SlurmError(f"another dla submit of {str(run_dir)!r} is at work: see dla jobs in a moment") from error
+        raise SlurmError(
+            f"another dla submit of {str(run_dir)!r} is running: wait for it, then see dla jobs"
+        ) from error
     except OSError:
         pass
 
@@ -212,7 +217,7 @@ def _submit_chain(request: Request, argv: list[str], env: dict[str, str]) -> lis
         try:
             printed = _sbatch([*argv[:2], *after, *argv[2:]], env | {"DLA_CHAIN": str(place)})
         except BaseException:
-            _cancel(jobs)  # all of the chain or nothing
+            _cancel(jobs)  # the whole chain or nothing
             raise
         jobs.append(printed.splitlines()[0].split(";")[0])
     return jobs
@@ -224,6 +229,7 @@ def _cancel(jobs: list[str]) -> None:
 
 
 def _undo(made: Path | None, resolved: Path, submissions: Path, size: int, kept: list[Path]) -> None:
+    """Restore the run directory; `made` is the topmost directory that this submission created."""
     resolved.unlink(missing_ok=True)
     for path in kept:
         path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".before")))
@@ -232,7 +238,7 @@ def _undo(made: Path | None, resolved: Path, submissions: Path, size: int, kept:
     else:
         submissions.unlink()
     for path in (resolved.parent / "logs", *resolved.parents) if made is not None else ():
-        with contextlib.suppress(OSError):  # another run stands beside this one by now
+        with contextlib.suppress(OSError):  # not empty: another run has been added meanwhile
             path.rmdir()
         if path == made:
             break

@@ -1,4 +1,4 @@
-"""Which nodes are bad: a pure function of what the nodes and the ranks of the group check report."""
+"""Decides which nodes are bad: a pure function of the reports of the nodes and of the ranks of the group check."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 from megatron_dla.launch.health import NodeReport
 
-IDLE_MB = 1024  # an idle GPU holds up to some hundred MB for its driver
+IDLE_MB = 1024  # the driver of an idle GPU uses up to some hundred MB
 STAGES = ("waiting for its start", "started", "matmul", "rendezvous", "all-reduce", "finished")
 
 
 @dataclass
 class RankReport:
-    """preflight/ATTEMPT/group/rankR.json: how far one rank of the group check came, and how fast.
+    """preflight/ATTEMPT/group/rankR.json: progress and timings of one rank of the group check.
 
-    `stage`: of STAGES, what it was in last. `clock`: unix time, read at one moment on all ranks.
+    `stage`: the last of STAGES that it entered. `clock`: unix time, read at the same moment on all ranks.
     """
 
     rank: int
@@ -36,7 +36,7 @@ class RankReport:
 
 @dataclass(frozen=True)
 class Limits:
-    """slow: times the median; skew: seconds between clocks; free: GB on each disk."""
+    """slow: multiple of the median. skew_s: s from the median clock. free_gb: GB on each disk."""
 
     slow: float = 1.5
     skew_s: float = 2.0
@@ -45,7 +45,7 @@ class Limits:
 
 @dataclass
 class Verdict:
-    """bad: {host: reasons}; unnamed: what is wrong without a node to blame."""
+    """bad: {host: reasons}. unnamed: failures that cannot be attributed to a node."""
 
     bad: dict[str, list[str]] = field(default_factory=dict)
     unnamed: list[str] = field(default_factory=list)
@@ -59,13 +59,13 @@ class Verdict:
 
 
 def own_problems(report: NodeReport, gpus: int, limits: Limits) -> list[str]:
-    """What is wrong with a node whatever the others are like."""
+    """Problems of a node that do not depend on the other nodes."""
     problems = []
     for disk in report.disks:
         if disk.error:
             problems.append(f"{disk.path}: {disk.error}")
         elif disk.free_gb < limits.free_gb:
-            problems.append(f"{disk.path} has {disk.free_gb} GB left, {limits.free_gb:g} are wanted")
+            problems.append(f"{disk.path} has {disk.free_gb} GB free, {limits.free_gb:g} required")
     if gpus:
         if report.gpu_error:
             problems.append(report.gpu_error)
@@ -73,8 +73,8 @@ def own_problems(report: NodeReport, gpus: int, limits: Limits) -> list[str]:
             problems.append(f"{len(report.gpus)} of {gpus} GPUs")
     for gpu in report.gpus:
         if gpu.processes or (gpu.memory_used_mb or 0) > IDLE_MB:
-            who = f"process {', '.join(map(str, gpu.processes))}" if gpu.processes else "nobody that shows"
-            problems.append(f"GPU {gpu.index} is busy: {gpu.memory_used_mb or 0:.0f} MB held by {who}")
+            who = f"process {', '.join(map(str, gpu.processes))}" if gpu.processes else "no visible process"
+            problems.append(f"GPU {gpu.index} is busy: {gpu.memory_used_mb or 0:.0f} MB used by {who}")
         if gpu.ecc_errors:
             problems.append(f"GPU {gpu.index} has {gpu.ecc_errors:.0f} uncorrected memory errors")
     return problems
@@ -83,19 +83,18 @@ def own_problems(report: NodeReport, gpus: int, limits: Limits) -> list[str]:
 def judge(
     reports: list[NodeReport], ranks: list[RankReport], *, nodes: int, hosts: list[str], gpus: int, limits: Limits
 ) -> Verdict:
-    """Who is bad.
+    """Find the bad nodes.
 
     Args:
-        reports: of the nodes that answered. ranks: of the group check, empty if there was none. nodes: how many must
-            answer. hosts: their names, where known. gpus: wanted on each.
+        reports: of the nodes that wrote one. ranks: of the group check, empty if it was skipped. nodes: number of nodes
+            of the job. hosts: their names, if known. gpus: required on each node.
     """
     verdict = Verdict()
-    answered = {report.host for report in reports}
-    missing = [host for host in hosts if host not in answered]
-    for host in missing:
+    reported = {report.host for report in reports}
+    for host in (host for host in hosts if host not in reported):
         verdict.blame(host, "no report: it did not start, hangs, or does not share the run directory")
     if not hosts and len(reports) < nodes:
-        verdict.unnamed.append(f"{nodes - len(reports)} of {nodes} nodes left no report")
+        verdict.unnamed.append(f"{nodes - len(reports)} of {nodes} nodes wrote no report")
     for report in reports:
         for problem in own_problems(report, gpus, limits):
             verdict.blame(report.host, problem)
@@ -105,13 +104,13 @@ def judge(
         _compare_versions([(r.host, r.versions) for r in ranks if r.versions], verdict)
         _compare_progress(ranks, verdict)
         _compare_clocks(ranks, limits, verdict)
-        if gpus:  # the cores of CPU nodes are shared: their speed says little
+        if gpus:  # timings of CPU nodes vary, because their cores are shared
             _compare_speed(ranks, limits, verdict)
     return verdict
 
 
 def _compare_versions(found: list[tuple[str, dict[str, str]]], verdict: Verdict) -> None:
-    """The most common version is right; of two as common, that of the first node."""
+    """Blame nodes whose version is not the most common one (in a tie: not that of the first node)."""
     for name in sorted({key for _, versions in found for key in versions}):
         values = [(host, versions.get(name, "none")) for host, versions in found]
         usual, count = Counter(value for _, value in values).most_common(1)[0]
@@ -121,20 +120,20 @@ def _compare_versions(found: list[tuple[str, dict[str, str]]], verdict: Verdict)
 
 
 def _compare_progress(ranks: list[RankReport], verdict: Verdict) -> None:
-    """Who is behind the others, by an error or hanging, is the cause; those who wait for it are not."""
+    """Blame the nodes whose ranks stopped in the earliest stage; the other ranks only wait for them."""
     unfinished = [r for r in ranks if r.stage != STAGES[-1]]
     if not unfinished:
         return
     behind = min(STAGES.index(r.stage) for r in unfinished)
     late = {r.host for r in unfinished if STAGES.index(r.stage) == behind}
-    if 2 * len(late) > len({r.host for r in ranks}):  # not all of these are to blame
-        errors = "; ".join(dict.fromkeys(r.error for r in unfinished if r.error)) or "no answer in time"
-        verdict.unnamed.append(f"{len(late)} node(s) came no further than: {STAGES[behind]}: {errors}")
+    if 2 * len(late) > len({r.host for r in ranks}):  # more than half of the nodes: no single node is the cause
+        errors = "; ".join(dict.fromkeys(r.error for r in unfinished if r.error)) or "timed out"
+        verdict.unnamed.append(f"{len(late)} node(s) stopped in stage {STAGES[behind]!r}: {errors}")
         return
     for rank in unfinished:
         if STAGES.index(rank.stage) == behind:
             error = f" ({rank.error})" if rank.error else ""
-            verdict.blame(rank.host, f"{rank} came no further than: {rank.stage}{error}")
+            verdict.blame(rank.host, f"{rank} stopped in stage {rank.stage!r}{error}")
 
 
 def _compare_clocks(ranks: list[RankReport], limits: Limits, verdict: Verdict) -> None:
@@ -147,15 +146,15 @@ def _compare_clocks(ranks: list[RankReport], limits: Limits, verdict: Verdict) -
         if rank.clock is not None and abs(rank.clock - usual) > limits.skew_s:
             worst[rank.host] = max(worst.get(rank.host, 0.0), rank.clock - usual, key=abs)
     for host, difference in worst.items():
-        verdict.blame(host, f"its clock differs by {difference:+.1f} s")
+        verdict.blame(host, f"its clock differs from the median by {difference:+.1f} s")
 
 
 def _compare_speed(ranks: list[RankReport], limits: Limits, verdict: Verdict) -> None:
-    """Against the lower median: with two ranks the faster one."""
+    """Blame nodes with a rank slower than `limits.slow` times the lower median (of two ranks: the faster one)."""
     times = [r.matmul_ms for r in ranks if r.matmul_ms is not None]
     if not times:
         return
     usual = statistics.median_low(times)
     for rank in ranks:
         if rank.matmul_ms is not None and rank.matmul_ms > limits.slow * usual:
-            verdict.blame(rank.host, f"{rank} takes {rank.matmul_ms:.1f} ms for a matmul, {usual:.1f} ms is the median")
+            verdict.blame(rank.host, f"{rank}: a matmul takes {rank.matmul_ms:.1f} ms, the median is {usual:.1f} ms")

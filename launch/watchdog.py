@@ -1,11 +1,11 @@
-"""Ends an attempt whose heartbeat has stopped, and says first where each of its ranks stands.
+"""Ends an attempt whose heartbeat has stopped, after reporting where each of its ranks hangs.
 
     python -m megatron_dla.launch.watchdog --run-dir DIR --timeout S --job JOB --step STEP      (beside a Slurm step)
     python -m megatron_dla.launch.watchdog --run-dir DIR --timeout S --pids PID ...             (on this machine)
 
-On a hang every rank is asked for the stacks of its threads (SIGUSR2, see training/control.py), what is learnt is
-printed and kept in exits/ATTEMPT/hang.json, and the step is cancelled or the processes are killed. Standard library
-only. Exit codes: 0 what it watched has ended by itself, 4 it hung and was ended, 2 bad usage.
+On a hang every rank dumps the stacks of its threads (SIGUSR2, see training/control.py), the location of each rank is
+printed and written to exits/ATTEMPT/hang.json, and the step is cancelled or the processes are killed. Standard library
+only. Exit codes: 0 the watched processes have ended, 4 they hung and were ended, 2 bad usage.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from megatron_dla.training.fence import attempt_id, node_name, process_start
 
 HUNG = 4  # exit code
 GRACE_S = 20.0
-NO_STACKS = "gives no stacks: stopped, gone or out of reach"
-OUTSIDE = ("site-packages", "/lib/python", "<frozen")  # frames of libraries
+NO_STACKS = "no stacks: stopped, ended or not reachable"
+LIBRARIES = ("site-packages", "/lib/python", "<frozen")  # in the file names of frames outside this project
 
 
 @dataclass
 class RankPlace:
-    """A rank and the place where its main thread stands."""
+    """A rank and the location of its main thread."""
 
     rank: int
     host: str
@@ -46,25 +46,25 @@ class RankPlace:
 
 
 def startup_timeout(timeout: float) -> float:
-    """s to the first step, where nobody chose: loading, compiling and tuning take longer than a step."""
+    """Default timeout of the first step, s: loading, compiling and tuning take longer than a step."""
     return max(1800.0, 2 * timeout)
 
 
 def place_of(dump: str) -> str:
-    """Where the main thread stands by faulthandler's last dump: the innermost frame, and the innermost of ours."""
+    """The main thread's location in a faulthandler dump: the innermost frame, and the innermost outside libraries."""
     threads = re.split(r"^(?:Current thread|Thread) 0x.*$", dump, flags=re.MULTILINE)
     frames = re.findall(
         r'^  File "(.*)", line (\d+) in (.*)$', threads[-1], flags=re.MULTILINE
     )  # the main thread is last
     if not frames:
         return NO_STACKS
-    ours = next((frame for frame in frames if not any(part in frame[0] for part in OUTSIDE)), frames[0])
+    ours = next((frame for frame in frames if not any(part in frame[0] for part in LIBRARIES)), frames[0])
     inner, outer = ("{2} ({0}:{1})".format("/".join(f[0].split("/")[-3:]), *f[1:]) for f in (frames[0], ours))
     return inner if inner == outer else f"{inner}, called from {outer}"
 
 
 class Processes:
-    """Ranks on this machine. `pids`: the processes to end; the ranks themselves if empty."""
+    """Ranks on this machine. `pids`: processes to end in addition to the ranks."""
 
     def __init__(self, pids: list[int] | None = None) -> None:
         self.pids = pids or []
@@ -78,7 +78,7 @@ class Processes:
                 self._signal(rank.pid, signal.SIGUSR2)
 
     def end(self, ranks: list[RankPlace]) -> None:
-        """SIGKILL: ranks only note a SIGTERM, and act on it after the step that never ends."""
+        """SIGKILL: the ranks would handle a SIGTERM only after the step that hangs."""
         for pid in [*(rank.pid for rank in ranks if rank.host == node_name()), *self.pids]:
             self._signal(pid, signal.SIGKILL)
 
@@ -91,14 +91,14 @@ class Processes:
 class SlurmStep:
     """Ranks of a step of a Slurm job, on any nodes.
 
-    A signal to the whole step would end torchrun, which does not handle SIGUSR2: each node's ranks get theirs by kill.
+    SIGUSR2 for the whole step would end torchrun, which does not handle it: `kill` on each node signals the ranks only.
     """
 
     def __init__(self, job: str, step: str) -> None:
         self.job, self.step = job, step
 
     def ended(self) -> bool:
-        return False  # the batch script ends this process
+        return False  # the batch script ends the watchdog
 
     def dump(self, ranks: list[RankPlace]) -> None:
         by_host = defaultdict(list)
@@ -117,7 +117,7 @@ class SlurmStep:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()  # its node does not answer
+                process.kill()  # its node does not respond
 
     def end(self, ranks: list[RankPlace]) -> None:
         """Slurm sends SIGTERM, then after its KillWait SIGKILL."""
@@ -125,11 +125,11 @@ class SlurmStep:
 
 
 class Watchdog:
-    """Follows the heartbeat of one attempt.
+    """Watches the heartbeat of one attempt.
 
     Args:
-        run_dir: runs/NAME. attempt: of `attempt_id`. timeout: s from step to step, with validation and checkpoints.
-        startup: s to the first step. grace: s for the ranks to write their stacks. target: what is watched.
+        run_dir: runs/NAME. attempt: as from `attempt_id`. timeout: s between two steps, including validation and
+            checkpoints. startup: s to the first step. grace: s for the ranks to write their stacks. target: the ranks.
     """
 
     def __init__(
@@ -141,8 +141,8 @@ class Watchdog:
         self.hung = False
 
     def watch(self, ended: Callable[[], bool]) -> int:
-        """Until `ended` (0) or a hang, which it reports and ends (4)."""
-        seen, since = None, time.monotonic()  # not the heartbeat's time: another machine's clock
+        """Returns 0 once `ended()` is true; on a hang, reports it, ends the ranks and returns 4."""
+        seen, since = None, time.monotonic()  # not the time in the heartbeat: the clock of another machine
         while True:
             if (beat := self._beat()) != seen:
                 seen, since = beat, time.monotonic()
@@ -182,7 +182,7 @@ class Watchdog:
         before = {rank.rank: len(self._stacks(rank)) for rank in ranks}
         self.target.dump(ranks)
         deadline, sizes = time.monotonic() + self.grace, before
-        while time.monotonic() < deadline:  # until all have written, and nothing more comes
+        while time.monotonic() < deadline:  # until all have written and no file grows
             time.sleep(min(0.5, self.grace / 4))
             now = {rank.rank: len(self._stacks(rank)) for rank in ranks}
             if now == sizes and all(now[n] > before[n] for n in now):
@@ -193,9 +193,9 @@ class Watchdog:
         return ranks
 
     def _report(self, silent: float) -> None:
-        """Print and record where the ranks stand, the ones that stand apart first; end the attempt."""
+        """Print and record the locations of the ranks, the rarest first; end the attempt."""
         after = "before the first step" if self.step is None else f"after step {self.step}"
-        print(f"hang: nothing for {silent:.0f} s {after} of attempt {self.attempt}", flush=True)
+        print(f"hang: no step for {silent:.0f} s {after} of attempt {self.attempt}", flush=True)
         ranks = self._dump()
         places = defaultdict(list)
         for rank in ranks:
@@ -203,30 +203,33 @@ class Watchdog:
         for place, who in sorted(places.items(), key=lambda item: len(item[1])):
             print(f"rank {', '.join(who)}: {place}")
         if not ranks:
-            print("no rank has come so far as to say where it runs")
+            print("no rank has started far enough to record its process")
         folder = self.run_dir / EXITS / self.attempt
         folder.mkdir(parents=True, exist_ok=True)
         values = {"step": self.step, "time": time.time(), "silent_s": round(silent, 1)}
         write_json(folder / "hang.json", values | {"ranks": [asdict(rank) for rank in ranks]}, fsync=False)
-        print(f"all stacks are in {self.run_dir / STACKS / self.attempt}; ending the attempt", flush=True)
+        print(f"stacks of all threads: {self.run_dir / STACKS / self.attempt}; ending the attempt", flush=True)
         self.target.end(ranks)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_dla.launch.watchdog", description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--timeout", type=float, required=True, help="s from step to step")
+    parser.add_argument("--timeout", type=float, required=True, help="s between two steps")
     parser.add_argument("--startup-timeout", type=float, help="s to the first step (default: 1800 or twice --timeout)")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="s for the ranks to write their stacks")
     parser.add_argument("--attempt", help="default: DLA_ATTEMPT")
-    parser.add_argument("--job", help="with --step: of Slurm")
-    parser.add_argument("--step", help="its number in the job")
-    parser.add_argument("--pids", type=int, nargs="+", help="processes of this machine to end")
+    parser.add_argument("--job", help="Slurm job, with --step")
+    parser.add_argument("--step", help="number of the step in the job")
+    parser.add_argument("--pids", type=int, nargs="+", help="processes on this machine to watch and end")
     args = parser.parse_args(argv)
     if bool(args.job) != bool(args.step) or bool(args.job) == bool(args.pids):
         parser.error("give either --job and --step, or --pids")
     if args.timeout <= 0 or not (args.attempt or os.environ.get("DLA_ATTEMPT")):
-        print("watchdog: --timeout must be more than 0, and --attempt or DLA_ATTEMPT be set", file=sys.stderr)
+        print(
+            f"watchdog: --timeout {args.timeout:g} must be more than 0, and --attempt or DLA_ATTEMPT must be set",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     target = SlurmStep(args.job, args.step) if args.job else Processes(args.pids)
     startup = args.startup_timeout or startup_timeout(args.timeout)

@@ -17,8 +17,8 @@ def failure(rank: int, exitcode: int, at: int, message: str, folder: Path) -> Pr
     return ProcessFailure(local_rank=rank, pid=1, exitcode=exitcode, error_file=str(path))
 
 
-def test_a_rank_that_was_ended_is_not_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Clocks of one second: the rank that SIGTERM ended may look older than the one that failed."""
+def test_a_rank_that_was_terminated_is_not_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Timestamps are whole seconds: the rank ended by SIGTERM may have an earlier one than the rank that failed."""
     failed = {
         0: failure(0, 2, 100, "shard train-00000 is damaged", tmp_path),
         1: failure(1, -signal.SIGTERM, 99, "ended", tmp_path),
@@ -34,11 +34,11 @@ def test_a_rank_that_was_ended_is_not_the_cause(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert local.run_local(2, ["config.yaml"], tmp_path) == 2
     printed = capsys.readouterr().err
-    assert "shard train-00000 is damaged" in printed and "failed with exit code" not in printed
+    assert "shard train-00000 is damaged" in printed and "rank 1" not in printed
 
 
 def test_usr1_asks_the_ranks_of_one_attempt_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the file; what an earlier run was asked is forgotten first."""
+    """With the file `stop`; a file left by an earlier run is removed first."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "stop").touch()

@@ -1,5 +1,6 @@
 """`dla submit` without a cluster: profiles, sbatch's command line, what is written and what is undone."""
 
+import errno
 import fcntl
 import json
 import resource
@@ -35,7 +36,7 @@ def paths(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sbatch, scancel and scontrol that note how they were called; the test says what sbatch answers in answers/N."""
+    """sbatch, scancel and scontrol that record their calls; call N of sbatch fails if the test made the file failN."""
     folder = tmp_path / "bin"
     write(
         folder / "sbatch",
@@ -56,17 +57,17 @@ def test_the_profile_of_24_hours_is_not_86400_minutes(paths: tuple[Path, Path]) 
 @pytest.mark.parametrize(
     "text,words",
     [
-        ("gpus_per_nod: 8", "did you mean 'gpus_per_node'"),
+        ("gpus_per_nod: 8", "'gpus_per_node'"),
         ("gpus_per_node: many", "gpus_per_node = 'many'"),
         ("gpus_per_node: 0", "processes_per_node = 0"),
         ("gpus_per_node: 8\nspare_nodes: -1", "spare_nodes = -1"),
-        ("gpus_per_node: 8\nsrun_args: ['--a b']", "one word an item"),
+        ("gpus_per_node: 8\nsrun_args: ['--a b']", "'--a b'"),
         ("gpus_per_node: 8\nsrun_args: --a", "srun_args = '--a'"),
         ("gpus_per_node: 8\nenv: {A-B: 1}", "env.A-B"),
-        ("gpus_per_node: 8\ntime: '2'", "ask for more time"),
-        ("gpus_per_node: 8\ntime: soon", "write minutes"),
-        ("- a", "must be a mapping"),
-        ("a: [b", "not valid YAML"),
+        ("gpus_per_node: 8\ntime: '2'", "time limit 2 is 120 s"),
+        ("gpus_per_node: 8\ntime: soon", "time limit soon"),
+        ("- a", "got list"),
+        ("a: [b", "YAML"),
     ],
 )
 def test_wrong_profiles_are_named(tmp_path: Path, text: str, words: str) -> None:
@@ -86,7 +87,7 @@ def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int) -> No
 
 
 def test_every_key_of_a_profile_reaches_slurm_or_the_batch_script(tmp_path: Path, paths: tuple[Path, Path]) -> None:
-    """One value for each key that occurs nowhere else."""
+    """Each key has a value that no other key has."""
     numbers = {"gpus_per_node": 7, "cpus_per_node": 77, "processes_per_node": 6, "spare_nodes": 2, "save_seconds": 311,
                "max_failures": 13, "hang_timeout": 999, "preflight_timeout": 222}  # fmt: skip
     words = {name: f"x-{name}" for name, value in vars(Profile()).items() if value == "" and name != "time"}
@@ -110,7 +111,7 @@ def test_every_key_of_a_profile_reaches_slurm_or_the_batch_script(tmp_path: Path
 
 
 def test_bad_nodes_are_excluded(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
-    write(slurm / "sinfo", "#!/bin/sh\nexit 1\n", executable=True)  # does not answer
+    write(slurm / "sinfo", "#!/bin/sh\nexit 1\n", executable=True)  # does not respond
     run = tmp_path / "runs" / "tiny"
     write(run / "bad_nodes", "n3  # no answer; x, 2026\nn5\n\n# a remark\n")
     assert bad_nodes(run) == {"n3": "no answer; x, 2026", "n5": ""}
@@ -119,13 +120,13 @@ def test_bad_nodes_are_excluded(slurm: Path, tmp_path: Path, paths: tuple[Path, 
     write(run / "bad_nodes", "n3\ngone17  # sold\nnot a name\n")
     assert "--exclude=n3,gone17" in submit.sbatch_argv(request)
     write(slurm / "sinfo", "#!/bin/sh\nprintf 'n3\\nn5\\n'\n", executable=True)
-    assert "--exclude=n3" in submit.sbatch_argv(request)  # Slurm refuses a list with a name it does not know
+    assert "--exclude=n3" in submit.sbatch_argv(request)  # Slurm refuses a list with an unknown name
     assert known_bad_nodes(run) == (["n3"], ["gone17", "not a name"])
 
 
 @pytest.mark.parametrize("lines", ["0", "-3"])
 def test_logs_shows_at_least_one_line(capsys, lines: str) -> None:
-    assert main(["logs", "x", "-n", lines]) == 2 and f"--lines {lines}: must be at least 1" in capsys.readouterr().err
+    assert main(["logs", "x", "-n", lines]) == 2 and f"--lines {lines}" in capsys.readouterr().err
 
 
 def test_a_submission_is_recorded_and_clears_the_control_files(
@@ -155,7 +156,7 @@ def test_a_submission_is_recorded_and_clears_the_control_files(
 def test_a_refusal_leaves_everything_as_it_was(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
     request = submit.make_request(str(paths[0]), [], str(paths[1]), 2, chain=3)
     write(slurm / "fail1", "")
-    with pytest.raises(SlurmError, match="no such partition; asked was: sbatch"):
+    with pytest.raises(SlurmError, match=r"no such partition.*sbatch --parsable"):
         submit.submit(request, {})
     assert not (tmp_path / "runs").exists()
     run = tmp_path / "runs" / "tiny"
@@ -186,8 +187,9 @@ def test_a_full_disk_leaves_no_job_and_everything_as_it_was(
         return whole(Path("/dev/full") if path.name == full and "r" not in mode else path, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", open_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError) as error:
         submit.submit(request, {})
+    assert error.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert {p.name: p.read_text() for p in run.iterdir() if p.is_file()} == before
     calls = (slurm / "calls").read_text().splitlines() if (slurm / "calls").exists() else []
@@ -206,8 +208,9 @@ def test_a_record_that_fits_in_part_is_taken_back(
 
     monkeypatch.setattr(submit, "_submit_chain", chain)
     try:
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError) as error:
             submit.submit(submit.make_request(str(paths[0]), [], str(paths[1]), 2), {})
+        assert error.value.errno == errno.ENOSPC
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert record.read_text() == before and (slurm / "calls").read_text() == "scancel 101\n"
@@ -218,19 +221,19 @@ def test_two_submissions_at_once_make_one_job(slurm: Path, tmp_path: Path, paths
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
     with (run / "submissions.jsonl").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the other one, between its look at the queue and its record
-        with pytest.raises(SlurmError, match="another dla submit"):
+        fcntl.flock(file, fcntl.LOCK_EX)  # the other one, between its query of the queue and its record
+        with pytest.raises(SlurmError, match=str(run)):
             submit.submit(request, {})
     assert not (slurm / "calls").exists() and [p.name for p in run.iterdir()] == ["submissions.jsonl"]
     write(slurm / "scontrol", "#!/bin/sh\necho JobId=7 JobState=PENDING\n", executable=True)
-    write(run / "submissions.jsonl", '{"jobs": ["7"]}\n')  # it came between our first look and the lock
-    with pytest.raises(SlurmError, match=r"jobs in the queue: 7 \(PENDING\)"):
+    write(run / "submissions.jsonl", '{"jobs": ["7"]}\n')  # submitted between the first query and the lock
+    with pytest.raises(SlurmError, match=r"7 \(PENDING\)"):
         submit.submit(request, {})
     assert not (slurm / "calls").exists()
 
 
-def test_a_refusal_leaves_the_runs_of_others(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
-    """Both found no directory runs/, and the other one was submitted first."""
+def test_a_refusal_leaves_other_runs(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    """Both submissions found no directory runs/, and the other one was first."""
     write(slurm / "fail1", "")
     sbatch = slurm / "sbatch"
     other = tmp_path / "runs" / "other" / "config.yaml"
@@ -240,17 +243,17 @@ def test_a_refusal_leaves_the_runs_of_others(slurm: Path, tmp_path: Path, paths:
     assert other.exists() and not (tmp_path / "runs" / "tiny").exists()
 
 
-def test_a_damaged_record_is_said(capsys, tmp_path: Path) -> None:
+def test_a_damaged_record_is_reported(capsys, tmp_path: Path) -> None:
     write(tmp_path / "runs" / "tiny" / "submissions.jsonl", '{"jobs": ["7"]}\n{"time": 17, "jo')
     assert main(["jobs", "--runs", str(tmp_path / "runs")]) == 2
-    assert "submissions.jsonl' is damaged" in capsys.readouterr().err
+    assert f"{tmp_path / 'runs' / 'tiny' / 'submissions.jsonl'}" in capsys.readouterr().err
 
 
 def test_a_run_that_is_done_is_not_submitted_unless_it_has_become_longer(
     tmp_path: Path, paths: tuple[Path, Path]
 ) -> None:
     write(tmp_path / "runs" / "tiny" / "done", json.dumps({"step": 5}))
-    with pytest.raises(ConfigError, match=r"done at step 5: raise training\.steps = 5"):
+    with pytest.raises(ConfigError, match=r"step 5.*training\.steps = 5"):
         submit.check_free(submit.make_request(str(paths[0]), [], str(paths[1]), 2))
     submit.check_free(submit.make_request(str(paths[0]), ["training.steps=6"], str(paths[1]), 2))
 
@@ -260,8 +263,8 @@ def test_a_run_that_is_done_is_not_submitted_unless_it_has_become_longer(
     [
         (["--nodes", "0"], "--nodes 0"),
         (["--nodes", "1", "--chain", "0"], "--chain 0"),
-        (["--nodes", "1", "run.name=a b"], "without blanks"),
-        (["--nodes", "1", "--time", "6"], "ask for more time"),
+        (["--nodes", "1", "run.name=a b"], "run.name"),
+        (["--nodes", "1", "--time", "6"], "time limit 6 is 360 s"),
         (["--nodes", "1", "model.hiden_size=3"], "hidden_size"),
     ],
 )
@@ -278,11 +281,11 @@ def test_outside_a_job_the_environment_is_the_users(monkeypatch: pytest.MonkeyPa
     assert clean_environment()["SBATCH_ACCOUNT"] == "mine"
 
 
-def test_no_slurm_here_is_said(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_slurm_is_reported(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs" / "tiny"
     write(run / "submissions.jsonl", json.dumps({"jobs": ["7"]}) + "\n")
     monkeypatch.setenv("PATH", "/nonexistent")
     assert main(["jobs", "--runs", str(tmp_path / "runs")]) == 2
-    assert "scontrol is not installed" in capsys.readouterr().err
+    assert "scontrol" in capsys.readouterr().err
     assert main(["logs", "other", "--runs", str(tmp_path / "runs")]) == 2
-    assert "no run 'other' was submitted" in capsys.readouterr().err
+    assert "'other'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The hang watchdog: a run that stops making steps is ended, and where each rank stood is known."""
+"""The hang watchdog: a run that stops making steps is ended, and the location of each rank is recorded."""
 
 import json
 import os
@@ -15,7 +15,9 @@ from megatron_dla.launch import watchdog
 from megatron_dla.launch.watchdog import NO_STACKS, place_of
 from tests.support import tiny
 
-# two ranks train, that is add one number a step; after step 2 one of them sleeps and the other waits for it
+LIMIT_S = 300  # of a process that should end by itself; long, because the machine may be busy
+
+# two ranks train, which is an all-reduce per step; after step 2 one of them sleeps and the other waits for it
 TRAINER = """
 import os, sys, time
 from pathlib import Path
@@ -41,7 +43,7 @@ if rank == 1:
     overslept()
 train_step()
 """
-# a rank without torch: open_records, then it beats once if asked to, then it sleeps
+# a rank without torch: open_records, a heartbeat if argument 3 is "beat", then it sleeps
 SLEEPER = """
 import sys, time
 from pathlib import Path
@@ -66,7 +68,7 @@ def start(code: str, *arguments: object, **env: str) -> subprocess.Popen:
 def watch(run_dir: Path, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "megatron_dla.launch.watchdog", "--run-dir", str(run_dir), "--attempt", "6.1"]
     command += map(str, arguments)
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | (env or {}))
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=os.environ | (env or {}))
 
 
 def hang_record(run_dir: Path) -> dict:
@@ -76,16 +78,15 @@ def hang_record(run_dir: Path) -> dict:
 def test_two_ranks_one_of_which_never_joins_the_collective(tmp_path: Path) -> None:
     ranks = [start(TRAINER, tmp_path, RANK=str(rank), DLA_ATTEMPT="6.1") for rank in (0, 1)]
     pids = [rank.pid for rank in ranks]
-    done = watch(tmp_path, "--timeout", 2, "--startup-timeout", 90, "--grace", 10, "--pids", *pids)
+    done = watch(tmp_path, "--timeout", 4, "--startup-timeout", LIMIT_S, "--grace", 10, "--pids", *pids)
     assert done.returncode == 4, done
-    assert [rank.wait(10) for rank in ranks] == [-signal.SIGKILL, -signal.SIGKILL]
+    assert [rank.wait(LIMIT_S) for rank in ranks] == [-signal.SIGKILL, -signal.SIGKILL]
     record = hang_record(tmp_path)
-    assert record["step"] == 2 and record["silent_s"] >= 2
+    assert record["step"] == 2 and record["silent_s"] >= 4
     waits, sleeps = (rank["at"] for rank in record["ranks"])
     assert "all_reduce" in waits and waits.endswith(f"called from train_step (<string>:{line(TRAINER, 'all_reduce')})")
     assert sleeps == f"overslept (<string>:{line(TRAINER, 'sleep')})"
     assert [rank["pid"] for rank in record["ranks"]] == pids
-    assert "after step 2 of attempt 6.1" in done.stdout
     for place, rank in ((waits, 0), (sleeps, 1)):
         assert f"rank {rank} on {record['ranks'][rank]['host']}: {place}" in done.stdout
 
@@ -103,7 +104,7 @@ echo "scancel $*" >> "$LOG"
 
 @pytest.mark.parametrize("beat", ["beat", "none"])
 def test_a_slurm_step_is_dumped_node_by_node_and_cancelled(tmp_path: Path, beat: str) -> None:
-    """srun and scancel are stand-ins that note their arguments; n2 does not answer. The real ones: tests/slurm."""
+    """srun and scancel are scripts that record their arguments; n2 does not respond. The real ones: tests/slurm."""
     for name, text in (("srun", SRUN), ("scancel", SCANCEL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -111,7 +112,6 @@ def test_a_slurm_step_is_dumped_node_by_node_and_cancelled(tmp_path: Path, beat:
     run_dir.mkdir()
     if beat == "none":
         (run_dir / "heartbeat.json").write_text(json.dumps({"step": 99, "attempt": "6.0"}))  # of an earlier attempt
-    started = time.monotonic()
     nodes = ("n1", "n1", "n2")
     ranks = [
         start(SLEEPER, run_dir, rank, beat, DLA_ATTEMPT="6.1", SLURMD_NODENAME=node) for rank, node in enumerate(nodes)
@@ -120,12 +120,12 @@ def test_a_slurm_step_is_dumped_node_by_node_and_cancelled(tmp_path: Path, beat:
         f"from megatron_dla.launch import watchdog as w; w.GRACE_S = 1; raise SystemExit(w.main({arguments(run_dir)}))"
     )
     while len(list(run_dir.glob("stacks/6.1/*"))) < 3 or (beat == "beat" and "6.1" not in heartbeat(run_dir)):
-        assert time.monotonic() - started < 20
+        assert [rank.poll() for rank in ranks] == [None, None, None]
         time.sleep(0.02)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S, env=env)
     assert done.returncode == 4, done
-    assert [rank.poll() for rank in ranks] == [None, None, None]  # only Slurm ends them
+    assert [rank.poll() for rank in ranks] == [None, None, None]  # only Slurm ends them: scancel above does nothing
     for rank in ranks:
         rank.kill()
         rank.wait()
@@ -189,17 +189,16 @@ def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
     data = tiny.build_data(tmp_path / "corpus")
     config, run_dir = tmp_path / "tiny.yaml", tmp_path / "tiny"
     config.write_text(yaml.safe_dump(tiny.config_dict(data, tmp_path, training={"steps": 100000})))
-    command = [sys.executable, "-m", "megatron_dla.cli", "run", str(config), "--nproc", "2", "--hang-timeout", "4"]
+    command = [sys.executable, "-m", "megatron_dla.cli", "run", str(config), "--nproc", "2", "--hang-timeout", "8"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 90
     while not heartbeat(run_dir):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert process.poll() is None
         time.sleep(0.05)
     (path,) = run_dir.glob("ranks/*/rank1.json")
     frozen = json.loads(path.read_text())
     os.kill(frozen["pid"], signal.SIGSTOP)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 4, output
     assert f"rank 1 on {frozen['host']}: {NO_STACKS}" in output
     (record,) = run_dir.glob("exits/*/hang.json")
@@ -208,7 +207,7 @@ def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
 
 
 def test_what_runs_on_the_host_needs_the_standard_library_only() -> None:
-    """Beside the batch script, outside the container, there may be no torch."""
+    """On the host, outside the container, there may be no torch."""
     code = (
         "import sys, megatron_dla.launch.watchdog, megatron_dla.launch.preflight, megatron_dla.training.control\n"
         "print(sorted({'torch', 'numpy', 'psutil', 'yaml'} & set(sys.modules)))"

@@ -1,4 +1,4 @@
-"""One real cluster a test process; `make test` leaves this folder out, `make test-slurm` runs it."""
+"""One real cluster per test process; `make test` skips this folder, `make test-slurm` runs it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A job that a failed or planted test left running would take the next one's nodes."""
+    """A job left running by a failed or planted test would occupy the nodes of the next one."""
     yield
     if "cluster" in request.fixturenames:
         request.getfixturevalue("cluster").clear()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install the Debian packages that the throw-away cluster needs, where they are missing and this may do it. Exit code 1,
-# with the reason in one line, where no cluster can run here.
+# Install the missing Debian packages of the test cluster. Exit code 1, with the reason in one line, if no cluster can run
+# here.
 set -euo pipefail
 packages=(slurmctld slurmd slurm-client munge iproute2)
 PATH="$PATH:/usr/sbin:/sbin"

@@ -1,4 +1,4 @@
-"""Bugs planted in the batch script: each must turn its test red, or the test proves nothing."""
+"""Bugs planted in the batch script: each must make its test fail."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +8,12 @@ import pytest
 from tests.support.slurm import scenarios
 from tests.support.slurm.lab import Cluster
 
-# name: (text, what stands there instead, the scenario that must fail)
+# name: (text, its replacement, the scenario that must fail)
 PLANTED: dict[str, tuple[str, str, Callable[[Cluster, Path], None]]] = {
     "no kill-on-bad-exit": (
         "--kill-on-bad-exit=1 --wait=60",
         "--kill-on-bad-exit=0",
-        lambda cluster, script: scenarios.crash_ends_the_job(cluster, script, seconds=15),
+        lambda cluster, script: scenarios.crash_ends_the_job(cluster, script, stalled=15),
     ),
     "requeue on TERM": (
         "then cancelled=1; fi' TERM",
@@ -29,7 +29,7 @@ PLANTED: dict[str, tuple[str, str, Callable[[Cluster, Path], None]]] = {
 def test_a_planted_bug_is_caught(cluster: Cluster, tmp_path: Path, name: str) -> None:
     text, bug, scenario = PLANTED[name]
     whole = scenarios.SCRIPT.read_text()
-    assert whole.count(text) == 1, f"{text!r} is not in the batch script any more: plant {name!r} elsewhere"
+    assert whole.count(text) == 1, f"{text!r} is no longer in the batch script: plant {name!r} elsewhere"
     script = tmp_path / "pretrain.sbatch"
     script.write_text(whole.replace(text, bug))
     with pytest.raises((AssertionError, TimeoutError)):

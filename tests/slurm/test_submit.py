@@ -1,4 +1,4 @@
-"""`dla submit`, `jobs`, `logs` and `cancel` on a real Slurm; the ranks are played by the stub."""
+"""`dla submit`, `jobs`, `logs` and `cancel` on a real Slurm, with simulated ranks."""
 
 import re
 import shutil
@@ -32,8 +32,8 @@ def submitted(cluster: Cluster, run: Path, *arguments: object, **stub: object) -
 @pytest.mark.parametrize(
     "profile,options,words",
     [
-        ({"gpus_per_node": 16}, ["--nodes", 2], "sbatch refuses this: "),
-        ({"spare_nodes": 9}, ["--nodes", 2, "--dry-run"], "sbatch refuses this: "),
+        ({"gpus_per_node": 16}, ["--nodes", 2], "--gpus-per-node=16"),
+        ({"spare_nodes": 9}, ["--nodes", 2, "--dry-run"], "--nodes=11"),
         ({}, ["--nodes", 2, "--time", "0:30"], "time limit 0:30 is 30 s"),
         ({}, ["--nodes", 3], "data-parallel size"),
     ],
@@ -47,7 +47,7 @@ def test_impossible_requests_are_refused_before_anything_is_written(
     assert not cluster.run("squeue", "--noheader", "--name=tiny").stdout.strip()
 
 
-def test_dry_run_asks_slurm_and_writes_nothing(cluster: Cluster, inputs: tuple[Path, ...], tmp_path: Path) -> None:
+def test_dry_run_queries_slurm_and_writes_nothing(cluster: Cluster, inputs: tuple[Path, ...], tmp_path: Path) -> None:
     printed = dla(cluster, "submit", *inputs, "--nodes", 2, "--dry-run")
     assert (
         re.search(r"slurm +Job \d+ to start at \S+ using 4 processors", printed) and "--gpus-per-node=4" in printed
@@ -66,22 +66,23 @@ def test_a_run_is_submitted_watched_and_cancelled(
     (folder / "bad_nodes").write_text("n2 # no answer\n")
     (run,) = submitted(cluster, folder, *inputs, "--nodes", 2, STUB_STEPS=100_000)
     assert not {"n1", "n2"} & set(run.training())
-    assert run.job.number in dla(cluster, "submit", *inputs, "--nodes", 2, code=2)  # one job a run
+    assert run.job.number in dla(cluster, "submit", *inputs, "--nodes", 2, code=2)  # one job per run
     row = dla(cluster, "jobs", *runs).splitlines()[1].split()
     assert row[:4] == ["tiny", run.job.number, "RUNNING", "0"] and "step" in row
     logs = dla(cluster, "logs", "tiny", *runs)
     assert "training on" in logs and "0: start node=0" in logs
-    assert "saves a checkpoint" in dla(cluster, "cancel", "tiny", *runs)
-    assert "halted: not requeued" in run.ended("COMPLETED")
+    assert str(folder / "halt") in dla(cluster, "cancel", "tiny", *runs)
+    run.ended("COMPLETED")
+    assert run.job.info()["Restarts"] == "0"
     assert len(run.steps()) > 0 and "not requeued" in dla(cluster, "logs", "tiny", "-f", *runs)
-    shutil.rmtree(folder / "checkpoints")  # the stub's are none for dla submit
-    (again,) = submitted(cluster, folder, *inputs, "--nodes", 2, STUB_STEPS=10)  # a person's word: halt is gone
+    shutil.rmtree(folder / "checkpoints")  # simulated ones, which dla submit would refuse
+    (again,) = submitted(cluster, folder, *inputs, "--nodes", 2, STUB_STEPS=10)  # a new submission removes halt
     again.ended("COMPLETED")
     shutil.rmtree(folder / "checkpoints")
-    assert "is done at step 10" in dla(cluster, "submit", *inputs, "--nodes", 2, code=2)
+    assert "step 10" in dla(cluster, "submit", *inputs, "--nodes", 2, code=2)
 
 
-def test_a_chain_goes_on_where_requeue_is_not_allowed(
+def test_a_chain_resumes_where_requeue_is_not_allowed(
     cluster: Cluster, inputs: tuple[Path, ...], tmp_path: Path
 ) -> None:
     folder = tmp_path / "runs" / "tiny"
@@ -91,7 +92,8 @@ def test_a_chain_goes_on_where_requeue_is_not_allowed(
     first.training()
     assert second.job.state == "PENDING"
     first.warn()
-    assert "requeue is not allowed" in first.ended("FAILED")
+    first.ended("FAILED")
+    assert first.job.info()["ExitCode"] == "75:0", first.text()
     saved = first.steps()[-1]
     second.ended("COMPLETED")
     assert second.resumed_at(0) == saved and second.steps()[-1] == saved + 20

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ HERE = Path(__file__).resolve().parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshare", "nsenter")
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "OUT_OF_MEMORY"}
 GPUS, GPU_TYPE = 8, "h100"
+STALLED_S = 300.0  # without any activity; an import of torch alone may take a minute on a busy machine
+LIMIT_S = 1200.0  # in all, for activity that never ends
 
-# CredExpire 5 is the least that Slurm takes (less means 120 s): a requeued job may start again after it. The timeouts
-# are for a busy machine: what is lost in a test is said to be lost.
-# Accounting is off, as on clusters without slurmdbd; the nodes claim more CPUs and memory than the machine has.
+# cred_expire=5 is the smallest value that Slurm accepts (below, it uses 120 s): a requeued job starts only after it.
+# The timeouts are long, for a busy machine: a test that loses a node marks it as down.
+# Accounting is off, as on clusters without slurmdbd; the nodes declare more CPUs and memory than the machine has.
 CONF = """
 ClusterName=lab
 SlurmctldHost=ctl(10.77.0.254)
@@ -60,10 +63,10 @@ DefMemPerCPU=100
 ReturnToService=2
 SlurmdTimeout=120
 SlurmctldTimeout=120
-MessageTimeout=30
-TCPTimeout=5
+MessageTimeout=60
+TCPTimeout=20
 KillWait=10
-BatchStartTimeout=60
+BatchStartTimeout=300
 MinJobAge=3600
 JobRequeue={requeue}
 GresTypes=gpu
@@ -71,18 +74,27 @@ GresTypes=gpu
 
 
 def missing() -> list[str]:
-    """Why no cluster can run here, in a few words each; empty where one can."""
+    """Why no cluster can run here; empty if one can."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     reasons = [f"{name} is not installed" for name in PROGRAMS if shutil.which(name, path=path) is None]
     return reasons + (["not root"] if os.geteuid() else [])
 
 
-def until(what: str, condition: Callable[[], Any], seconds: float) -> Any:
-    """Poll until `condition()` is true; returns its value."""
-    end = time.monotonic() + seconds
+def until(
+    what: str, condition: Callable[[], Any], stalled: float = STALLED_S, activity: Callable[[], Any] = lambda: None
+) -> Any:
+    """Poll until `condition()` is true; returns its value.
+
+    Raises TimeoutError after `stalled` s without a change of `activity()`: a busy machine may be slow, but not stuck.
+    """
+    begin = since = time.monotonic()
+    last = activity()
     while not (value := condition()):
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited {seconds:.0f} s for {what}")
+        now = time.monotonic()
+        if (current := activity()) != last:
+            last, since = current, now
+        if now - since > stalled or now - begin > LIMIT_S:
+            raise TimeoutError(f"waited {now - begin:.0f} s for {what}, the last {now - since:.0f} s without activity")
         time.sleep(0.1)
     return value
 
@@ -94,7 +106,7 @@ class Job:
         self.cluster, self.number = cluster, number
 
     def info(self) -> dict[str, str]:
-        """What `scontrol show job` says; empty while the controller does not answer."""
+        """The fields of `scontrol show job`; empty if the controller does not respond."""
         text = self.cluster.run("scontrol", "-o", "show", "job", self.number, check=False).stdout
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
@@ -102,21 +114,28 @@ class Job:
     def state(self) -> str:
         return self.info().get("JobState", "")
 
-    def wait(self, seconds: float = 180, states: Iterable[str] = frozenset(FINAL)) -> str:
-        """Until the job is in one of `states`; returns it. (`sbatch --wait` polls too rarely to be timed.)"""
+    def log_bytes(self) -> int:
+        """Size of the job's logs, to see that it is alive."""
+        return sum(p.stat().st_size for p in self.log_path.parent.rglob("*.log"))
+
+    def wait(self, stalled: float = STALLED_S, states: Iterable[str] = frozenset(FINAL)) -> str:
+        """Until the job is in one of `states`; returns it. (`sbatch --wait` polls too rarely.)"""
         wanted = set(states)
         try:
-            return until(f"job {self.number}", lambda: (s := self.state) in wanted and s, seconds)
+            return until(f"job {self.number}", lambda: (s := self.state) in wanted and s, stalled, self.log_bytes)
         except TimeoutError as error:
             raise TimeoutError(f"{error}, which is {self.state} and not {wanted}:\n{self.log()}") from None
 
-    def log(self) -> str:
-        path = Path(self.info().get("StdOut") or "/nonexistent")
-        return path.read_text(errors="replace") if path.is_file() else ""
+    @cached_property
+    def log_path(self) -> Path:
+        return Path(until(f"job {self.number} to be known", lambda: self.info().get("StdOut")))
 
-    def wait_log(self, pattern: str, seconds: float = 120) -> re.Match[str]:
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace") if self.log_path.is_file() else ""
+
+    def wait_log(self, pattern: str) -> re.Match[str]:
         try:
-            return until(f"/{pattern}/ in the log", lambda: re.search(pattern, self.log()), seconds)
+            return until(f"/{pattern}/ in the log", lambda: re.search(pattern, self.log()), activity=self.log_bytes)
         except TimeoutError as error:
             raise TimeoutError(f"{error} of job {self.number}:\n{self.log()}") from None
 
@@ -151,9 +170,9 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         if self.process is not None:
             assert self.process.stdin is not None
-            self.process.stdin.close()  # PID 1 sees the end of its input and goes; the kernel kills the rest
+            self.process.stdin.close()  # PID 1 exits at the end of its input; the kernel kills the rest
             try:
-                self.process.wait(10)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -167,14 +186,14 @@ class Cluster:
         (self.dir / "munge" / "key").chmod(0o600)
         hosts, conf = ["127.0.0.1 localhost", "10.77.0.254 ctl"], [CONF.format(dir=self.dir, requeue=int(self.requeue))]
         for i, node in enumerate(self.nodes, start=1):
-            hosts += [f"10.77.0.{i} {node}", f"::ffff:10.77.0.{i} {node}"]  # torch asks for the mapped address
+            hosts += [f"10.77.0.{i} {node}", f"::ffff:10.77.0.{i} {node}"]  # torch looks up the mapped address
             conf.append(
                 f"NodeName={node} NodeHostname={node} NodeAddr=10.77.0.{i} CPUs=16 RealMemory=64000 "
                 f"Gres=gpu:{GPU_TYPE}:{GPUS} State=UNKNOWN"
             )
         conf.append("PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n")
         for i in range(GPUS):
-            (self.dir / "dev" / f"nvidia{i}").symlink_to("/dev/null")  # Slurm insists on a character device
+            (self.dir / "dev" / f"nvidia{i}").symlink_to("/dev/null")  # Slurm requires a character device
         (self.dir / "hosts").write_text("\n".join(hosts) + "\n")
         (self.dir / "slurm.conf").write_text("\n".join(conf))
         (self.dir / "gres.conf").write_text(
@@ -183,17 +202,17 @@ class Cluster:
         )
 
     def environment(self, **extra: object) -> dict[str, str]:
-        """Ours without the variables of an outer Slurm job."""
+        """The environment of this process without the variables of an outer Slurm job."""
         foreign = ("SLURM", "SBATCH", "SQUEUE", "SALLOC", "SRUN", "SINFO")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         kept |= {"PATH": kept.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"}
         return kept | {"SLURM_CONF": str(self.dir / "slurm.conf")} | {k: str(v) for k, v in extra.items()}
 
     def run(
-        self, *argv: object, check: bool = True, env: dict[str, Any] | None = None, timeout: float = 240
+        self, *argv: object, check: bool = True, env: dict[str, Any] | None = None, timeout: float = LIMIT_S
     ) -> subprocess.CompletedProcess[str]:
         """A command on the controller's host, in the directory `work`."""
-        # nsenter --mount goes to /: come back
+        # nsenter --mount changes the directory to /
         enter = ["nsenter", f"--target={self.init}", "--mount", "--uts", "--net", "--pid", "--ipc", "--"]
         command = [*enter, "env", f"--chdir={self.dir / 'work'}", *map(str, argv)]
         done = subprocess.run(
@@ -205,31 +224,31 @@ class Cluster:
         return done
 
     def clear(self) -> None:
-        """End all jobs, those too that come back when they are ended."""
+        """End all jobs, including those that are requeued."""
 
         def empty() -> bool:
             self.run("scancel", "--user=root", check=False)
             return not self.run("squeue", "--noheader").stdout.strip()
 
-        until("all jobs to end", empty, 120)
+        until("all jobs to end", empty)
 
     def submit(self, script: Path | str, *options: object, args: Iterable[object] = (), env: Any = None) -> Job:
         printed = self.run("sbatch", "--parsable", *options, script, *args, env=env).stdout
         return Job(self, printed.strip().split(";")[0])
 
     def power_cut(self, node: str) -> None:
-        """Every process of the node dies at once; Slurm is told, as an operator would, instead of timing out."""
+        """Kill every process of the node; mark it as down, as an operator would, instead of waiting for the timeout."""
         kill = 'for _ in 1 2 3 4 5; do p=$(ip netns pids "$0"); [ -z "$p" ] || kill -KILL $p; sleep 0.05; done'
         self.run("bash", "-c", kill, node, check=False)
         self._mark_down(node, "power")
 
     def kill_slurmd(self, node: str) -> None:
-        """The daemon dies, the processes of its jobs live on; Slurm is told that the node is down."""
+        """Kill the daemon, not the processes of its jobs; mark the node as down."""
         self.run("bash", "-c", f"kill -KILL $(cat {self.dir}/run/slurmd-{node}.pid)")
         self._mark_down(node, "slurmd")
 
     def _mark_down(self, node: str, reason: str) -> None:
-        """Until the node stays down for two seconds: a reply of before its end may still bring it back."""
+        """Until the node stays down for two seconds: a reply sent before the kill may bring it up again."""
         since = 0.0
         while not self.node_state(node).startswith("down") or time.monotonic() - since < 2:
             if not self.node_state(node).startswith("down"):
@@ -239,10 +258,10 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         self.run("bash", HERE / "cluster.sh", "node", self.dir, node)
-        self.wait_node(node, "idle", 180)
+        self.wait_node(node, "idle")
 
     def node_state(self, node: str) -> str:
         return self.run("sinfo", "--noheader", "--nodes", node, "--format=%T").stdout.strip()
 
-    def wait_node(self, node: str, state: str, seconds: float = 180) -> None:
-        until(f"{node} to be {state}", lambda: self.node_state(node) == state, seconds)
+    def wait_node(self, node: str, state: str) -> None:
+        until(f"{node} to be {state}", lambda: self.node_state(node) == state)

@@ -1,4 +1,4 @@
-"""The real trainer on the throw-away cluster: inputs, `dla` on its login node, what a run left behind."""
+"""The real trainer on the test cluster: inputs, `dla` on its login node, the files of a run."""
 
 import re
 import sys
@@ -44,10 +44,11 @@ def curve(run: Path) -> list[tuple[int, float, float]]:
     return [(m["step"], m["loss"], m["grad_norm"]) for m in read_metrics(path)] if path.is_file() else []
 
 
-def until_attempt_steps(run: Path, attempt: str, seconds: float = 240) -> None:
+def until_attempt_steps(run: Path, attempt: str) -> None:
     """Wait for the first heartbeat of an attempt."""
     beat = run / "heartbeat.json"
-    until(f"a step of {attempt}", lambda: beat.is_file() and f'"{attempt}"' in beat.read_text(), seconds)
+    written = lambda: sum(p.stat().st_size for p in run.rglob("*.log"))  # noqa: E731
+    until(f"a step of {attempt}", lambda: beat.is_file() and f'"{attempt}"' in beat.read_text(), activity=written)
 
 
 def submit(cluster: Cluster, run: Path, inputs: tuple[Path, Path], nodes: int, *overrides: str) -> Job:

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""DLA_PYTHON of the launcher tests: stands for torchrun with its ranks, and for preflight; all else is the real Python.
+"""DLA_PYTHON of the launcher tests: replaces torchrun with its ranks, and preflight; runs the real Python otherwise.
 
-One process a node plays all ranks of the node, without torch. It keeps the trainer's contract: checkpoints with their
-marker, stop, halt, done, heartbeat, attempt, records of exits. Knobs, in the environment:
+One process per node simulates all ranks of the node, without torch, with the files of the trainer: checkpoints with
+their marker, stop, halt, done, heartbeat, attempt, records of exits. Options, in the environment:
 
 STUB_STEPS     length of the run (40)           STUB_SECONDS   of a step (0.05)
-STUB_SAVE      steps between checkpoints (10)   STUB_DEAF      never looks at `stop`
-STUB_AFTER     what remains of the run, in steps, for an attempt that goes on from a checkpoint
-STUB_TERM      seconds that it takes to die of TERM (0)
+STUB_SAVE      steps between checkpoints (10)   STUB_DEAF      ignores `stop`
+STUB_AFTER     remaining steps of an attempt that resumes from a checkpoint
+STUB_TERM      after TERM, ends once the batch script has logged its own TERM, or after this many seconds (0)
 STUB_CRASH     STEP:NODE:CODE[:always]; without "always" only in the first attempt. CODE -9: killed
-STUB_BAD       what preflight refuses: rank of the node (or all) [:always], else only in the first attempt
-STUB_HALT      somebody makes `halt` during `preflight` or the `report` of a failure
-STUB_REPORT    seconds that the report of a failure takes (0); it makes the file `reporting` at its start
+STUB_BAD       node that fails preflight: its rank (or all) [:always], otherwise only in the first attempt
+STUB_HALT      create `halt` during `preflight` or the `report` of a failure
+STUB_REPORT    seconds that the report of a failure takes (0); it creates the file `reporting` at its start
 """
 
 import argparse
@@ -27,7 +27,7 @@ ENV = os.environ
 
 def as_rank(options: argparse.Namespace, command: list[str]) -> int:
     keys = dict(text.split("=", 1) for text in command if "=" in text)
-    for key in ("run.dir", "run.name"):  # quoted YAML: a name like 007 is no number
+    for key in ("run.dir", "run.name"):  # quoted YAML: a name like 007 is not a number
         assert keys[key][0] == keys[key][-1] == "'", command
         keys[key] = keys[key][1:-1].replace("''", "'")
     run, attempt, node = Path(keys["run.dir"]) / keys["run.name"], ENV["DLA_ATTEMPT"], options.node_rank
@@ -62,13 +62,15 @@ def as_rank(options: argparse.Namespace, command: list[str]) -> int:
             (run / "heartbeat.json").write_text(json.dumps({"step": step, "time": time.time(), "attempt": attempt}))
         if step == int(at) and (always or attempt.endswith(".0")):
             while node != int(who) or (node and reached(run) < step):
-                time.sleep(0.01)  # the trainer's collectives keep the ranks together: the others never get past it
+                time.sleep(0.01)  # as in a collective of the trainer, the other ranks cannot continue
             return crash(run, attempt, node * options.nproc_per_node, host, int(code))
         if step % int(ENV.get("STUB_SAVE", "10")) == 0:
             save()
         if not ENV.get("STUB_DEAF") and ((run / "stop").exists() or (run / "halt").exists()):
             save()
-            together = run / f"saved-{attempt}"  # the trainer's barrier: no rank leaves before the checkpoint is whole
+            together = (
+                run / f"saved-{attempt}"
+            )  # as the trainer's barrier: no rank exits before the checkpoint is complete
             if node == 0:
                 together.touch()
             while not together.exists():
@@ -86,7 +88,7 @@ def reached(run: Path) -> int:
     """Rank 0's last step."""
     try:
         return int(json.loads((run / "heartbeat.json").read_text())["step"])
-    except (OSError, ValueError):  # not there yet, or half-written
+    except (OSError, ValueError):  # missing or incomplete
         return 0
 
 
@@ -125,7 +127,9 @@ def before_the_report(argv: list[str]) -> None:
 
 
 def die(*_: object) -> None:
-    time.sleep(float(ENV.get("STUB_TERM", "0")))
+    end, log = time.monotonic() + float(ENV.get("STUB_TERM", "0")), Path(ENV["DLA_RUN_DIR"] + ".log")
+    while time.monotonic() < end and not (log.exists() and "] terminated" in log.read_text(errors="replace")):
+        time.sleep(0.1)
     sys.exit(143)
 
 
