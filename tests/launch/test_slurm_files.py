@@ -1,4 +1,4 @@
-"""The batch scripts, the profiles and docs/slurm.md: clean, and in step with the code, both ways."""
+"""The batch scripts, the profiles and docs/slurm.md agree with the code and with each other; shellcheck."""
 
 import argparse
 import os
@@ -23,12 +23,12 @@ SLURMS_OWN = {
 
 
 def section(title: str) -> str:
-    """Of the page, from its heading to the next of the same level."""
+    """A section of the page, up to the next heading of the same level."""
     return DOC.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def first_cells(text: str) -> set[str]:
-    """What stands in code in the first column of the tables."""
+    """The code spans in the first column of the tables."""
     return {name for row in re.findall(r"^\| (`[^|]*)\|", text, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)}
 
 
@@ -59,12 +59,12 @@ def test_scripts_call_commands_that_exist(path: Path) -> None:
     assert called or "launch.preflight" in text
 
 
-def test_every_setting_of_a_script_is_in_the_docs_and_the_other_way_round() -> None:
+def test_the_settings_of_the_scripts_are_those_in_the_docs() -> None:
     used = {name for path in SCRIPTS for name in re.findall(r'^: "\$\{(DLA_\w+):', path.read_text(), re.MULTILINE)}
     assert used == first_cells(section("Settings of the batch scripts"))
 
 
-def test_a_script_knows_every_setting_that_submit_makes(tmp_path: Path) -> None:
+def test_the_script_reads_every_setting_of_submit(tmp_path: Path) -> None:
     config = ROOT / "configs" / "smoke_gpu.yaml"
     request = make_request(str(config), [f"run.dir={tmp_path}"], str(ROOT / "slurm" / "profiles" / "h100.yaml"), 1)
     text = (ROOT / "slurm" / "pretrain.sbatch").read_text()
@@ -85,7 +85,7 @@ def test_every_key_of_a_profile_is_in_the_docs_with_its_default() -> None:
     assert {name for cell in listed for name in re.findall(r"\w+", cell)} == set(vars(Profile()))
 
 
-def test_every_option_is_in_the_docs_and_the_other_way_round() -> None:
+def test_the_options_are_those_in_the_docs() -> None:
     ours = {command: options(command) for command in ("submit", "jobs", "logs", "cancel", "preflight")}
     commands, preflight = section("The commands"), section("Preflight")
     assert ours["submit"] | ours["jobs"] | ours["logs"] | ours["cancel"] == {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A throw-away Slurm cluster on one machine; lab.py starts it.
+# A temporary Slurm cluster on one machine; lab.py starts it.
 #
 #   cluster.sh up DIR NODES     PID 1 of new namespaces: network, munged, slurmctld and one slurmd per node. Prints "up",
 #                               then waits for the end of its standard input: when its parent has ended, however it did,

@@ -1,4 +1,4 @@
-"""A real, throw-away Slurm cluster (munged, slurmctld, one slurmd a node) in namespaces of its own: see cluster.sh.
+"""A real, temporary Slurm cluster (munged, slurmctld, one slurmd per node) in its own namespaces: see cluster.sh.
 
 with Cluster(nodes=3) as cluster:
     job = cluster.submit("job.sbatch", "--time=5")

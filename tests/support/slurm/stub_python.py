@@ -25,6 +25,13 @@ from pathlib import Path
 ENV = os.environ
 
 
+def write(path: Path, text: str) -> None:
+    """Atomically, as the trainer does: the other processes read these files at any time."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 def as_rank(options: argparse.Namespace, command: list[str]) -> int:
     keys = dict(text.split("=", 1) for text in command if "=" in text)
     for key in ("run.dir", "run.name"):  # quoted YAML: a name like 007 is not a number
@@ -41,7 +48,7 @@ def as_rank(options: argparse.Namespace, command: list[str]) -> int:
         flush=True,
     )
     if node == 0:
-        (run / "attempt").write_text(attempt)
+        write(run / "attempt", attempt)
     at, who, code, *always = (ENV.get("STUB_CRASH") or "-1:0:0").split(":")
 
     def save() -> None:
@@ -50,7 +57,7 @@ def as_rank(options: argparse.Namespace, command: list[str]) -> int:
                 print(f"attempt {attempt} was taken over: it publishes nothing", flush=True)
                 sys.exit(2)
             (checkpoints / f"step_{step}").mkdir(parents=True, exist_ok=True)
-            (checkpoints / f"step_{step}" / "complete.json").write_text(json.dumps({"step": step}))
+            write(checkpoints / f"step_{step}" / "complete.json", json.dumps({"step": step}))
 
     steps = int(ENV.get("STUB_STEPS", "40"))
     if step and "STUB_AFTER" in ENV:
@@ -59,7 +66,7 @@ def as_rank(options: argparse.Namespace, command: list[str]) -> int:
         time.sleep(float(ENV.get("STUB_SECONDS", "0.05")))
         step += 1
         if node == 0:
-            (run / "heartbeat.json").write_text(json.dumps({"step": step, "time": time.time(), "attempt": attempt}))
+            write(run / "heartbeat.json", json.dumps({"step": step, "time": time.time(), "attempt": attempt}))
         if step == int(at) and (always or attempt.endswith(".0")):
             while node != int(who) or (node and reached(run) < step):
                 time.sleep(0.01)  # as in a collective of the trainer, the other ranks cannot continue
@@ -80,7 +87,7 @@ def as_rank(options: argparse.Namespace, command: list[str]) -> int:
             return 1  # torchrun's, whatever the rank's was
     save()
     if node == 0:
-        (run / "done").write_text(json.dumps({"step": step}))
+        write(run / "done", json.dumps({"step": step}))
     return 0
 
 
@@ -88,7 +95,7 @@ def reached(run: Path) -> int:
     """Rank 0's last step."""
     try:
         return int(json.loads((run / "heartbeat.json").read_text())["step"])
-    except (OSError, ValueError):  # missing or incomplete
+    except FileNotFoundError:
         return 0
 
 
@@ -101,7 +108,7 @@ def crash(run: Path, attempt: str, rank: int, host: str, code: int) -> int:
     folder = run / "exits" / attempt
     folder.mkdir(parents=True, exist_ok=True)
     record = {"rank": rank, "host": host, "exitcode": code, "message": "planted", "time": time.time()}
-    (folder / f"rank{rank}.json").write_text(json.dumps(record))
+    write(folder / f"rank{rank}.json", json.dumps(record))
     return 1
 
 
