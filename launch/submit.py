@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_any
+from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_config
 from megatron_dla.errors import ConfigError
 from megatron_dla.launch.profile import Profile, check_time, load_profile
 from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, call, clean_environment, known_bad_nodes
@@ -125,7 +125,7 @@ def make_request(
     for name, value in (("--nodes", nodes), ("--chain", chain)):
         if value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
-    config, profile = load_any(config_path, overrides), load_profile(profile_path)
+    config, profile = load_config(config_path, overrides), load_profile(profile_path)
     if limit:
         check_time(limit, profile)
     if re.search(r"[\s,%]", str(run_dir := (Path(config.run.dir) / config.run.name).absolute())):

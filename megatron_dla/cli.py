@@ -16,21 +16,21 @@ from megatron_dla.errors import UserError, is_wrong_path
 
 
 def _train(args: argparse.Namespace) -> int:
-    from megatron_dla.config import load_any
+    from megatron_dla.config import load_config
     from megatron_dla.training.run import train
 
     if args.world_size and not args.dry_run:
         raise UserError("--world-size is for --dry-run: a real run has as many processes as its launcher starts")
-    config = load_any(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
     return train(config, dry_run=args.dry_run, world_size=args.world_size)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_dla.config import load_any
+    from megatron_dla.config import load_config
     from megatron_dla.launch.local import run_local
     from megatron_dla.training.run import check_run, run_directory, train
 
-    config = load_any(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
     if args.dry_run:
         return train(config, dry_run=True, world_size=args.nproc)
     check_run(config, args.nproc)  # one message here instead of one a rank

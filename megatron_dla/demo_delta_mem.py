@@ -53,12 +53,12 @@ def adapter(config: str, name: str, base: Path, *overrides: str) -> Path:
 
 def held_out_loss(base: Path, directory: Path, config_file: Path) -> float:
     """Mean loss over the answers of the run's held-out episodes, in two passes on the transformers model."""
-    from megatron_dla.config import AdapterRunConfig, load_any
+    from megatron_dla.config import AdapterRunConfig, load_config
     from megatron_dla.serving.load import load_adapted
     from megatron_dla.tasks.adapter.task import AdapterTask
     from megatron_dla.tasks.adapter.two_pass import answer_loss
 
-    config = load_any(config_file)
+    config = load_config(config_file)
     assert isinstance(config, AdapterRunConfig)
     return answer_loss(load_adapted(base, directory), AdapterTask(config).held_out)
 

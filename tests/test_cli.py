@@ -43,19 +43,19 @@ def refused(capsys, *arguments: object) -> str:
         ("modle.tau=3", ["'modle'", "'model'"]),
         ("model.tau=high", ["model.tau", "'high'", "float"]),
         ("training.steps=2.5", ["training.steps", "2.5", "int"]),
-        ("model.backbone=rwkv", ["model.backbone", "mamba2, gdn"]),
+        ("model.backbone=rwkv", ["model.backbone = 'rwkv'", "mamba2", "gdn"]),
         ("parallel.tensor_model_parallel_size=3", ["model.num_heads = 4", "parallel.tensor_model_parallel_size = 3"]),
         ("model.pattern=DX", ["model.pattern", "'DX'"]),
         ("training.global_batch_size=7", ["global_batch_size = 7", "multiple"]),
         ("data.num_streams=64 training.global_batch_size=64", ["data.num_streams = 64", "train shards"]),
         ("data.dir=/nowhere", ["/nowhere"]),
         ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "parallel.tensor_model_parallel_size"]),
-        ("model.capacity=1", ["model.capacity = 1", "2 slots"]),
+        ("model.capacity=1", ["model.capacity = 1", "2"]),
         ("optimizer.lr=-1", ["optimizer.lr"]),
         ("optimizer.lr=.nan", ["optimizer.lr", "nan"]),
-        ("optimizer.beta1=1.5", ["optimizer.beta1 = 1.5", "[0, 1)"]),
+        ("optimizer.beta1=1.5", ["optimizer.beta1 = 1.5", "less than 1"]),
         ("model.rope_theta=-1", ["model.rope_theta"]),
-        ("data.dir=[a: b: c", ["data.dir", "not valid YAML"]),
+        ("data.dir=[a: b: c", ["data.dir=[a:"]),
         ("run.name=a/b", ["run.name = 'a/b'"]),
         ("run.seed=99999999999999", ["run.seed"]),
         ("nonsense", ["section.key=value"]),
@@ -72,9 +72,9 @@ def test_missing_and_broken_config_files(capsys, tmp_path: Path) -> None:
     assert "no_such.yaml" in refused(capsys, "train", tmp_path / "no_such.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("model: [1, 2")
-    assert "not valid YAML" in refused(capsys, "train", broken)
+    assert str(broken) in refused(capsys, "train", broken)
     broken.write_bytes(b"run: {name: \xff}")
-    assert "not UTF-8" in refused(capsys, "train", broken)
+    assert str(broken) in refused(capsys, "train", broken)
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_an_error_of_the_system_without_a_file_keeps_its_traceback(monkeypatch: 
 
 @pytest.mark.skipif("torch" in sys.modules and sys.modules["torch"].cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_where_there_is_none(capsys, config: Path) -> None:
-    assert "no CUDA device" in refused(capsys, "train", config, "training.device=cuda")
+    assert "training.device = cuda" in refused(capsys, "train", config, "training.device=cuda")
 
 
 def test_processes_that_do_not_fit_the_layout(capsys, config: Path) -> None:
-    assert "does not divide the 3 processes" in refused(
-        capsys, "run", config, "--nproc", 3, "parallel.tensor_model_parallel_size=2"
-    )
+    key = "parallel.tensor_model_parallel_size"
+    line = refused(capsys, "run", config, "--nproc", 3, f"{key}=2")
+    assert f"{key} = 2" in line and "3 processes" in line
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -141,9 +141,10 @@ def test_one_missing_shard_is_found_before_the_start(capsys, data: Path, config:
     shards = sorted((copy / "train").glob("*.tar"))
     shards[3].unlink()
     line = refused(capsys, "run", config, "--nproc", 1, "--dry-run", f"data.dir={copy}")
-    assert shards[3].name in line and "is missing" in line
+    assert shards[3].name in line
     shutil.copy(shards[2], shards[3])
-    assert "bytes instead of" in refused(capsys, "run", config, "--nproc", 1, "--dry-run", f"data.dir={copy}")
+    line = refused(capsys, "run", config, "--nproc", 1, "--dry-run", f"data.dir={copy}")
+    assert shards[3].name in line and str(shards[3].stat().st_size) in line
     shards[2].unlink()
     assert refused(capsys, "data", "verify", copy).count("train-0000") >= 2
 
@@ -154,12 +155,12 @@ def test_another_tokenizer_than_the_shards(capsys, data: Path, config: Path, tmp
     other = tiny.build_data(tmp_path / "other", vocab_size=310, seed=3)
     shutil.copy(other / "tokenizer.model", copy / "tokenizer.model")
     capsys.readouterr()  # the progress of building the other shards
-    assert "vocabulary mismatch" in refused(capsys, "train", config, f"data.dir={copy}")
+    assert f"{copy}/tokenizer.model" in refused(capsys, "train", config, f"data.dir={copy}")
 
 
 def test_no_processes_and_paths_that_are_files(capsys, config: Path) -> None:
-    assert "at least 1" in refused(capsys, "run", config, "--nproc", 0)
-    assert "at least 1" in refused(capsys, "run", config, "--nproc", -1, "--dry-run")
+    assert "--nproc 1" in refused(capsys, "run", config, "--nproc", 0)
+    assert "--nproc 1" in refused(capsys, "run", config, "--nproc", -1, "--dry-run")
     assert str(config) in refused(capsys, "train", config, f"run.dir={config}")
 
 
@@ -168,7 +169,7 @@ def test_a_run_directory_in_use(capsys, config: Path) -> None:
     run_dir.mkdir(parents=True)
     other = Fence(run_dir, "another")
     other.claim()
-    assert "in use by attempt another" in refused(capsys, "train", config)
+    assert "another" in refused(capsys, "train", config)
     other.check()
     assert not (run_dir / "config.yaml").exists()
 

@@ -21,7 +21,7 @@ from megatron_dla import compat
 from megatron_dla.adapters.checkpoint import read_any_adapter
 from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.cli import main
-from megatron_dla.config import load_any
+from megatron_dla.config import load_config
 from megatron_dla.hf.convert import read_section, to_hf
 from megatron_dla.hf.load import load_export, load_tokenizer
 from megatron_dla.serving.load import load_adapted
@@ -99,7 +99,7 @@ def test_export_converts_back_to_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PROCESSES)
 def test_config_is_read(name: str) -> None:
     """The file that the user wrote and the resolved one of the run directory, with the keys of that time."""
-    written, resolved = (load_any(OLD / path) for path in (f"{name}.yaml", f"trained/{name}/config.yaml"))
+    written, resolved = (load_config(OLD / path) for path in (f"{name}.yaml", f"trained/{name}/config.yaml"))
     assert written == resolved
     assert (written.training.steps, written.training.save_every) == (5, 3)
 

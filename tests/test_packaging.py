@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_dla.cli import build_parser
-from megatron_dla.config import AdapterRunConfig, RunConfig, check_model, check_tensor_parallel, load_any
+from megatron_dla.config import AdapterRunConfig, RunConfig, check_model, check_tensor_parallel, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -45,7 +45,7 @@ def test_transformers_imports_beside_our_kernels_folder() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_are_valid(path: Path) -> None:
-    config = load_any(path)
+    config = load_config(path)
     if isinstance(config, AdapterRunConfig):
         assert config.backbone.dir and bool(config.episodes.train) != bool(config.episodes.documents)
         return

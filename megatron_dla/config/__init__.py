@@ -3,15 +3,18 @@
 from megatron_dla.config.adapter import AdapterRunConfig
 from megatron_dla.config.checks import (
     attention_head_dim,
+    check_adapter_config,
     check_config,
     check_context_parallel,
     check_model,
     check_precision,
     check_tensor_parallel,
     layer_letters,
+    memory_layers,
+    row_length,
     softmax_layers,
 )
-from megatron_dla.config.load import dump_config, from_dict, load_any, load_config, to_dict
+from megatron_dla.config.load import dump_config, from_dict, load_config, to_dict
 from megatron_dla.config.pattern import LETTERS
 from megatron_dla.config.schema import (
     DataSection,
@@ -21,6 +24,7 @@ from megatron_dla.config.schema import (
     ParallelSection,
     RunConfig,
     RunSection,
+    TauSection,
     TrainingSection,
 )
 
@@ -34,8 +38,10 @@ __all__ = [
     "ParallelSection",
     "RunConfig",
     "RunSection",
+    "TauSection",
     "TrainingSection",
     "attention_head_dim",
+    "check_adapter_config",
     "check_config",
     "check_context_parallel",
     "check_model",
@@ -44,8 +50,9 @@ __all__ = [
     "dump_config",
     "from_dict",
     "layer_letters",
-    "load_any",
     "load_config",
+    "memory_layers",
+    "row_length",
     "softmax_layers",
     "to_dict",
 ]

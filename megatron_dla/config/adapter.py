@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.config.schema import DebugSection, OptimizerSection, ParallelSection, RunSection
+from megatron_dla.config.schema import (
+    DebugSection,
+    OptimizerSection,
+    ParallelSection,
+    RunSection,
+    TrainingSection,
+)
 
 
 @dataclass
@@ -15,8 +23,6 @@ class BackboneSection:
 
     dir: str = ""
     """Hugging Face directory (Llama, Qwen3, SmolLM families) with its tokenizer."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 on CUDA, fp32 on a CPU. Adapter parameters, gates and states are fp32 always."""
 
 
 @dataclass
@@ -29,42 +35,35 @@ class EpisodeSection:
     """The same, held out; "" = no validation."""
     documents: str = ""
     """Directory of tokenised shards (`dla data shards`, with the backbone's tokenizer): plain text, a loss on every
-    token, the memory emptied at each document."""
-    num_streams: int = 8
+    token, the memory reset at each document."""
+    num_streams: PositiveInt = 8
     """Logical readers of `documents`, fixed for the life of a run."""
-    write_length: int = 8192
+    write_length: Annotated[int, Field(ge=2)] = 8192
     """Tokens written before the question, the last ones of the context."""
-    read_length: int = 512
+    read_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of question and answer."""
-    recent_messages: int = 1
-    """Messages before the answer that stand in the read segment."""
-    row_length: int = 0
+    recent_messages: PositiveInt = 1
+    """Messages before the answer that belong to the read segment."""
+    row_length: NonNegativeInt = 0
     """Tokens a row: several episodes may share one; 0 = write_length + read_length."""
 
 
 @dataclass
-class AdapterTrainingSection:
-    """Length, batch and rhythm, in optimizer steps and rows."""
+class GateLossSection:
+    """Auxiliary loss weight * (mean write gate of the tokens written in a micro-batch - target)^2, averaged over
+    layers."""
 
-    steps: int = 70
-    global_batch_size: int = 32
-    """Rows an optimizer step, over all processes."""
-    micro_batch_size: int = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    zero_stage: int = 1
-    """0, 1 or 2: the adapter is a few MB, ZeRO-3 would only cut it up."""
-    offload_optimizer: bool = False
-    recompute: Literal["none", "selective", "full"] = "none"
-    gate_weight: float = 0.0
-    """Weight of (mean gate of the tokens written in a micro batch - gate_target)^2, averaged over layers; 0 = off."""
-    gate_target: float = 0.05
-    log_every: int = 1
-    eval_every: int = 0
-    """Steps between validations on episodes.valid; the first is before step 1, the last after the end. 0 = never."""
-    save_every: int = 0
-    """Steps between checkpoints; the last step always saves."""
-    keep_checkpoints: int = 2
-    resume: bool = True
+    weight: NonNegativeFloat = 0.0
+    """0 = off."""
+    target: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+
+def _optimizer() -> OptimizerSection:
+    return OptimizerSection(lr=2e-4, min_lr_ratio=0.0, warmup_steps=7, weight_decay=0.0)
+
+
+def _training() -> TrainingSection:
+    return TrainingSection(steps=70, micro_batch_size=1, log_every=1, eval_every=0, save_every=0)
 
 
 @dataclass
@@ -76,8 +75,7 @@ class AdapterRunConfig:
     delta_mem: DeltaMemConfig = field(default_factory=DeltaMemConfig)
     episodes: EpisodeSection = field(default_factory=EpisodeSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
-    optimizer: OptimizerSection = field(
-        default_factory=lambda: OptimizerSection(lr=2e-4, min_lr_ratio=0.0, warmup_steps=7, weight_decay=0.0)
-    )
-    training: AdapterTrainingSection = field(default_factory=AdapterTrainingSection)
+    optimizer: OptimizerSection = field(default_factory=_optimizer)
+    training: TrainingSection = field(default_factory=_training)
+    gate_loss: GateLossSection = field(default_factory=GateLossSection)
     debug: DebugSection = field(default_factory=DebugSection)

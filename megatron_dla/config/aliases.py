@@ -14,6 +14,13 @@ RENAMED = {  # old: new
     "parallel.sequence": "parallel.sequence_parallel",
     "optimizer.clip": "optimizer.clip_grad",
     "delta_mem.heads": "delta_mem.target_modules",
+    "training.tau_gate": "tau.gate",
+    "training.tau_anneal_share": "tau.anneal_share",
+    "training.tau_temperature_start": "tau.temperature_start",
+    "training.tau_temperature_end": "tau.temperature_end",
+    "training.gate_weight": "gate_loss.weight",
+    "training.gate_target": "gate_loss.target",
+    "backbone.precision": "training.precision",
     "delta_mem.layers": "delta_mem.layers_to_transform",
 }
 
@@ -25,13 +32,16 @@ def rename_keys(values: dict[str, Any]) -> None:
         ConfigError: a key is given under both names, with different values.
     """
     for old, new in RENAMED.items():
-        section, old_key = old.split(".")
-        keys = values.get(section)
-        if isinstance(keys, dict) and old_key in keys:
-            new_key = new.split(".")[1]
-            value = keys.pop(old_key)
-            _check_same(old, value, new, keys.setdefault(new_key, value))
-            _note(old, new)
+        (old_section, old_key), (section, key) = old.split("."), new.split(".")
+        given = values.get(old_section)
+        if not isinstance(given, dict) or old_key not in given:
+            continue
+        value = given.pop(old_key)
+        if values.get(section) is None:
+            values[section] = {}
+        if isinstance(values[section], dict):  # else an error of its own, later
+            _check_same(old, value, new, values[section].setdefault(key, value))
+        _note(old, new)
 
 
 def rename_overrides(overrides: Iterable[tuple[list[str], Any]]) -> Iterator[tuple[list[str], Any]]:

@@ -1,11 +1,23 @@
-"""Cross-checks of a config: every error names the key, the value and the values that would do."""
+"""Checks of a config beyond the range of one key: every error names the key, the value and the values that would do."""
 
 from __future__ import annotations
 
 import math
 
+from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.config.adapter import AdapterRunConfig, EpisodeSection
+from megatron_dla.config.load import check_ranges
 from megatron_dla.config.pattern import LETTERS, describe_letters
-from megatron_dla.config.schema import ModelSection, ParallelSection, RunConfig
+from megatron_dla.config.schema import (
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RunConfig,
+    RunSection,
+    TauSection,
+    TrainingSection,
+)
 from megatron_dla.errors import ConfigError
 
 TP = "parallel.tensor_model_parallel_size"
@@ -13,13 +25,6 @@ TP = "parallel.tensor_model_parallel_size"
 
 def _divisors(n: int, at_most: int = 1024) -> str:
     return ", ".join(str(d) for d in range(1, min(n, at_most) + 1) if n % d == 0)
-
-
-def _positive(section: object, name: str, *keys: str) -> None:
-    for key in keys:
-        value = getattr(section, key)
-        if value <= 0:
-            raise ConfigError(f"{name}.{key} = {value}: must be positive")
 
 
 def layer_letters(model: ModelSection) -> str:
@@ -46,12 +51,8 @@ def attention_head_dim(model: ModelSection) -> int:
 
 
 def check_model(model: ModelSection) -> None:
-    """Sizes that do not fit together, whatever the layout."""
-    _positive(
-        model, "model", "hidden_size", "num_layers", "num_heads", "num_groups", "key_dim", "value_dim", "conv_kernel",
-        "ffn_hidden_size", "attention_heads", "attention_groups", "vocab_multiple", "norm_eps", "init_std",
-        "rope_theta",
-    )  # fmt: skip
+    """Ranges, and sizes that do not fit together, whatever the layout."""
+    check_ranges(model, "model")
     if not model.pattern or set(model.pattern) - LETTERS.keys():
         raise ConfigError(f"model.pattern = {model.pattern!r}: use the letters {describe_letters()}")
     if model.num_heads % model.num_groups:
@@ -59,16 +60,15 @@ def check_model(model: ModelSection) -> None:
             f"model.num_groups = {model.num_groups} does not divide model.num_heads = {model.num_heads}: "
             f"use one of {_divisors(model.num_heads)}"
         )
-    if model.capacity < 2:
-        raise ConfigError(f"model.capacity = {model.capacity}: a merge needs at least 2 slots")
-    if not 0 <= model.tau <= 3:
-        raise ConfigError(f"model.tau = {model.tau}: the information score lies in [0, 2] (paper: 0.6)")
     if model.tau_mode == "learned" and model.merge != "density":
         raise ConfigError("model.tau_mode = learned needs model.merge = density (the gradient follows that rule)")
     if softmax_layers(model):
         check_attention(model)
-    if not 0 < model.dt_min <= model.dt_max or not 0 < model.a_min <= model.a_max:
-        raise ConfigError("model.dt_min/dt_max and a_min/a_max must be positive ranges")
+    for low, high in (("dt_min", "dt_max"), ("a_min", "a_max")):
+        if getattr(model, low) > getattr(model, high):
+            raise ConfigError(
+                f"model.{low} = {getattr(model, low)}: must be at most model.{high} = {getattr(model, high)}"
+            )
 
 
 def check_attention(model: ModelSection) -> None:
@@ -78,8 +78,6 @@ def check_attention(model: ModelSection) -> None:
             f"model.attention_groups = {model.attention_groups} does not divide "
             f"model.attention_heads = {model.attention_heads}: use one of {_divisors(model.attention_heads)}"
         )
-    if model.attention_head_dim < 0:
-        raise ConfigError(f"model.attention_head_dim = {model.attention_head_dim}: must not be negative")
     if not model.attention_head_dim and model.hidden_size % model.attention_heads:
         raise ConfigError(
             f"model.attention_heads = {model.attention_heads} does not divide model.hidden_size = {model.hidden_size}: "
@@ -91,7 +89,6 @@ def check_attention(model: ModelSection) -> None:
             f"model.{key} = {getattr(model, key)} gives an odd head size ({attention_head_dim(model)}): rotary "
             "positions need an even one"
         )
-    _positive(model, "model", "rope_factor", "rope_low_freq_factor", "rope_original_length")
     if model.rope_high_freq_factor <= model.rope_low_freq_factor:
         raise ConfigError(
             f"model.rope_high_freq_factor = {model.rope_high_freq_factor}: must be above "
@@ -141,19 +138,14 @@ def _shares(tensor: int, sizes: dict[str, int], groups: dict[str, int]) -> bool:
     )
 
 
-def check_tau_gate(config: RunConfig) -> None:
-    """The annealed soft gate's keys."""
-    training = config.training
-    if training.tau_gate == "annealed" and config.model.tau_mode != "learned":
-        raise ConfigError("training.tau_gate = annealed needs model.tau_mode = learned (a fixed tau has no gradient)")
-    if not 0 < training.tau_anneal_share < 1:
+def check_tau(tau: TauSection, model: ModelSection) -> None:
+    """The annealed soft gate."""
+    if tau.gate == "annealed" and model.tau_mode != "learned":
+        raise ConfigError("tau.gate = annealed needs model.tau_mode = learned (a fixed tau has no gradient)")
+    if tau.temperature_end > tau.temperature_start:
         raise ConfigError(
-            f"training.tau_anneal_share = {training.tau_anneal_share}: must be between 0 and 1 (the end is hard)"
-        )
-    if not 0 < training.tau_temperature_end <= training.tau_temperature_start:
-        raise ConfigError(
-            f"training.tau_temperature_end = {training.tau_temperature_end}: must be positive and at most "
-            f"tau_temperature_start = {training.tau_temperature_start}"
+            f"tau.temperature_end = {tau.temperature_end}: must be at most tau.temperature_start = "
+            f"{tau.temperature_start}"
         )
 
 
@@ -162,8 +154,6 @@ def check_context_parallel(
 ) -> None:
     """What the context-parallel size must divide; sizes that are named also divide `world_size` processes, if given."""
     size, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-    if size < 1:
-        raise ConfigError(f"parallel.context_parallel_size = {size}: must be at least 1")
     if size == 1:
         return
     pieces = size * (tensor if parallel.sequence_parallel else 1)
@@ -194,11 +184,11 @@ def check_context_parallel(
 
 
 def check_chain(model: ModelSection, size: int, seq_len: int) -> None:
-    """What handing the slot memory from rank to rank cannot do."""
+    """Limits of the chain, which sends the slot memory from rank to rank."""
     if model.tau_mode != "fixed":
         raise ConfigError(
-            f"parallel.cp_scheme = chain with model.tau_mode = {model.tau_mode}: a threshold's gradient does not cross "
-            "a memory that was handed on; use parallel.cp_scheme=heads or model.tau_mode=fixed"
+            f"parallel.cp_scheme = chain with model.tau_mode = {model.tau_mode}: the threshold has no gradient through "
+            "a slot memory that another rank sent; use parallel.cp_scheme=heads or model.tau_mode=fixed"
         )
     if seq_len // size < model.conv_kernel - 1:
         raise ConfigError(
@@ -214,10 +204,10 @@ def _fits(size: int, tensor: int, heads: dict[str, int], groups: dict[str, int])
 
 
 def check_precision(zero_stage: int, bf16: bool) -> None:
-    """What DeepSpeed cannot do in bf16 with scalars that stay fp32."""
+    """ZeRO stages that do not work in bf16 with parameters that stay fp32."""
     reasons = {
         0: "without ZeRO DeepSpeed neither keeps fp32 master weights nor accumulates fp32 gradients of a bf16 model",
-        3: "DeepSpeed cuts all parameters up as one dtype, and the recurrence's scalars (A_log, ...) must stay fp32",
+        3: "DeepSpeed shards all parameters in one dtype, and the recurrence's scalars (A_log, ...) must stay fp32",
     }
     if bf16 and zero_stage in reasons:
         raise ConfigError(
@@ -226,39 +216,38 @@ def check_precision(zero_stage: int, bf16: bool) -> None:
         )
 
 
-def check_config(config: RunConfig, world_size: int) -> None:
-    """Everything that would make a real start fail, before anything is started or written.
+def check_run_section(run: RunSection) -> None:
+    """The name becomes a directory."""
+    if not run.name or len(run.name) > 100 or run.name in (".", "..") or "/" in run.name:
+        raise ConfigError(f"run.name = {run.name[:120]!r}: a directory name of 1 to 100 characters, without a slash")
 
-    Raises:
-        ConfigError: the key, the value and the fix.
-    """
+
+def check_parallel(model: ModelSection, parallel: ParallelSection, seq_len: int, world_size: int) -> None:
+    """The layout against the model, the row length and the number of processes."""
     if world_size < 1:
         raise ConfigError(f"{world_size} processes: a run needs at least 1 (--nproc 1)")
-    name = config.run.name
-    if not name or len(name) > 100 or name in (".", "..") or "/" in name:
-        raise ConfigError(f"run.name = {name[:120]!r}: a directory name of 1 to 100 characters, without a slash")
-    if not 0 <= config.run.seed < 2**31:
-        raise ConfigError(f"run.seed = {config.run.seed}: must be in [0, 2^31)")
-    training, optimizer, parallel = config.training, config.optimizer, config.parallel
-    check_model(config.model)
-    _positive(config.data, "data", "seq_len", "num_streams")
-    check_tensor_parallel(
-        config.model, parallel.tensor_model_parallel_size, parallel.sequence_parallel, config.data.seq_len
-    )
-    check_context_parallel(config.model, parallel, config.data.seq_len, world_size)
-    ranks, name = parallel.tensor_model_parallel_size, TP
-    if parallel.context_parallel_size > 1:
-        ranks, name = (
-            ranks * parallel.context_parallel_size,
-            f"{TP} x parallel.context_parallel_size",
-        )
+    check_tensor_parallel(model, parallel.tensor_model_parallel_size, parallel.sequence_parallel, seq_len)
+    check_context_parallel(model, parallel, seq_len, world_size)
+    ranks = parallel.model_parallel_size
     if world_size % ranks:
+        name = f"{TP} x parallel.context_parallel_size" if parallel.context_parallel_size > 1 else TP
         raise ConfigError(
             f"{name} = {ranks} does not divide the {world_size} processes of this run: "
             f"start a multiple of {ranks} (dla run --nproc {ranks} ...)"
         )
-    data_parallel = world_size // ranks
-    _positive(training, "training", "steps", "global_batch_size", "micro_batch_size", "log_every")
+
+
+def check_optimizer(optimizer: OptimizerSection, steps: int) -> None:
+    """The warm-up must end before the run does."""
+    if optimizer.warmup_steps >= steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} leaves no step of training.steps = {steps} at the full "
+            f"learning rate: use about {steps // 10}"
+        )
+
+
+def check_training(training: TrainingSection, data_parallel: int) -> None:
+    """The batch against the data-parallel size, and offloading."""
     rows = training.micro_batch_size * data_parallel
     if training.global_batch_size % rows:
         raise ConfigError(
@@ -266,37 +255,104 @@ def check_config(config: RunConfig, world_size: int) -> None:
             f"data-parallel size = {training.micro_batch_size} x {data_parallel} = {rows}: "
             f"use a multiple of {rows}, or another micro_batch_size"
         )
-    if config.data.num_streams % data_parallel:
-        raise ConfigError(
-            f"data.num_streams = {config.data.num_streams} is not a multiple of the data-parallel size "
-            f"{data_parallel}: use a multiple of {data_parallel}"
-        )
-    if training.global_batch_size % config.data.num_streams:
-        raise ConfigError(
-            f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
-            f"data.num_streams = {config.data.num_streams}: use one of {_divisors(training.global_batch_size)}"
-        )
-    if training.zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(f"training.zero_stage = {training.zero_stage}: must be 0, 1, 2 or 3")
-    check_tau_gate(config)
     if training.offload_optimizer and training.zero_stage == 0:
         raise ConfigError(
             "training.offload_optimizer = true with training.zero_stage = 0: DeepSpeed offloads only an optimizer that "
-            "ZeRO has cut up; use training.zero_stage 1, 2 or 3"
+            "ZeRO has sharded; use training.zero_stage 1, 2 or 3"
         )
-    _positive(optimizer, "optimizer", "lr", "eps")
-    if not 0 <= optimizer.min_lr_ratio <= 1:
-        raise ConfigError(f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio}: a share of lr, in [0, 1]")
-    for key in ("beta1", "beta2"):
-        if not 0 <= getattr(optimizer, key) < 1:
-            raise ConfigError(f"optimizer.{key} = {getattr(optimizer, key)}: must be in [0, 1)")
-    for key in ("warmup_steps", "weight_decay", "clip_grad", "tau_lr_ratio"):
-        if getattr(optimizer, key) < 0:
-            raise ConfigError(f"optimizer.{key} = {getattr(optimizer, key)}: must not be negative")
-    for key in ("eval_every", "eval_rows", "save_every", "keep_checkpoints"):
-        if getattr(training, key) < 0:
-            raise ConfigError(f"training.{key} = {getattr(training, key)}: must not be negative")
-    if config.debug.check_replicas < 0:
-        raise ConfigError(f"debug.check_replicas = {config.debug.check_replicas}: must not be negative")
-    if not config.data.dir:
-        raise ConfigError("data.dir is empty: name the directory that `dla data shards` wrote")
+
+
+def check_data(data: DataSection, global_batch_size: int, data_parallel: int) -> None:
+    """The number of streams against the batch and the data-parallel size."""
+    if data.num_streams % data_parallel:
+        raise ConfigError(
+            f"data.num_streams = {data.num_streams} is not a multiple of the data-parallel size "
+            f"{data_parallel}: use a multiple of {data_parallel}"
+        )
+    if global_batch_size % data.num_streams:
+        raise ConfigError(
+            f"training.global_batch_size = {global_batch_size} is not a multiple of data.num_streams = "
+            f"{data.num_streams}: use one of {_divisors(global_batch_size)}"
+        )
+    if not data.dir:
+        raise ConfigError("data.dir is empty: give the directory that `dla data shards` wrote")
+
+
+def check_config(config: RunConfig, world_size: int) -> None:
+    """Check everything in a pretraining config that needs neither files nor devices.
+
+    Raises:
+        ConfigError: the key, the value and the fix.
+    """
+    check_ranges(config)
+    check_run_section(config.run)
+    check_model(config.model)
+    check_parallel(config.model, config.parallel, config.data.seq_len, world_size)
+    data_parallel = world_size // config.parallel.model_parallel_size
+    check_training(config.training, data_parallel)
+    check_tau(config.tau, config.model)
+    check_data(config.data, config.training.global_batch_size, data_parallel)
+
+
+def memory_layers(memory: DeltaMemConfig, backbone: ModelSection) -> list[int]:
+    """Layers of the backbone that carry a memory, from 0.
+
+    Raises:
+        ConfigError: `delta_mem.layers_to_transform` has one that does not exist, or none at all.
+    """
+    softmax = [i for i, letter in enumerate(layer_letters(backbone)) if LETTERS[letter].softmax]
+    chosen = memory.layers_to_transform
+    if wrong := sorted(set(chosen or ()) - set(softmax)):
+        raise ConfigError(
+            f"delta_mem.layers_to_transform = {list(chosen or ())}: the backbone has no attention layer {wrong[0]}, "
+            f"only 0 to {softmax[-1]}"
+        )
+    if not (layers := [i for i in softmax if memory.carries(i)]):
+        raise ConfigError("delta_mem.layers_to_transform = []: no layer would carry a memory; leave it out")
+    return layers
+
+
+def row_length(config: AdapterRunConfig) -> int:
+    """Tokens a row: as configured, or of one episode, rounded up to what sequence and context parallelism divide."""
+    episodes, parallel = config.episodes, config.parallel
+    length = episodes.row_length or episodes.write_length + episodes.read_length
+    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    multiple = parallel.context_parallel_size * shards
+    return -(-length // multiple) * multiple
+
+
+def check_episodes(episodes: EpisodeSection, training: TrainingSection) -> None:
+    """Which data there is to train and validate on."""
+    if bool(episodes.train) == bool(episodes.documents):
+        raise ConfigError(
+            f"episodes.train = {episodes.train!r}, episodes.documents = {episodes.documents!r}: set one of the two"
+        )
+    if training.eval_every and not episodes.valid:
+        raise ConfigError(
+            f"training.eval_every = {training.eval_every} needs episodes.valid: give held-out episodes, or set it to 0"
+        )
+    if training.eval_rows:
+        raise ConfigError(
+            f"training.eval_rows = {training.eval_rows}: an adapter is validated on all of episodes.valid, set it to 0"
+        )
+
+
+def check_adapter_config(config: AdapterRunConfig, backbone: ModelSection, world_size: int) -> None:
+    """Check everything in an adapter's config that needs no files beyond the backbone's model section.
+
+    Raises:
+        ConfigError: the key, the value and the fix.
+    """
+    check_ranges(config)
+    check_run_section(config.run)
+    memory_layers(config.delta_mem, backbone)
+    check_parallel(backbone, config.parallel, row_length(config), world_size)
+    if config.parallel.cp_scheme != "heads":
+        raise ConfigError("parallel.cp_scheme = 'chain' is for DLA layers: use 'heads' under an adapter")
+    check_training(config.training, world_size // config.parallel.model_parallel_size)
+    if config.training.zero_stage > 2:
+        raise ConfigError(
+            f"training.zero_stage = {config.training.zero_stage}: use 0, 1 or 2 (the adapter is a few MB)"
+        )
+    check_optimizer(config.optimizer, config.training.steps)
+    check_episodes(config.episodes, config.training)

@@ -1,81 +1,104 @@
-"""YAML plus `section.key=value` overrides -> `RunConfig`; unknown keys and wrong types are named with the fix."""
+"""YAML plus `section.key=value` overrides -> a typed config; pydantic checks types and ranges."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
-import math
-import types
 import typing
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_dla.config.adapter import AdapterRunConfig
 from megatron_dla.config.aliases import rename_keys, rename_overrides
 from megatron_dla.config.schema import RunConfig
 from megatron_dla.errors import ConfigError
 
+_RULES = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+@lru_cache
+def _fields(cls: Any) -> dict[str, tuple[Any, TypeAdapter[Any] | None]]:
+    """Name -> (type, its validator) of each field of the dataclass `cls`; no validator for a section."""
+    plain, full = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
+    return {
+        f.name: (plain[f.name], None if _is_section(plain[f.name]) else TypeAdapter(full[f.name], config=_RULES))
+        for f in dataclasses.fields(cls)
+    }
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _value(kind: Any, adapter: TypeAdapter[Any], value: Any, key: str) -> Any:
+    """`value` as its field's type: 3 is a float, 1e-3 (a string to YAML) too; 3.5 is not an int, 1 not a bool."""
+    if kind in (bool, int, float, str) and isinstance(value, bool) != (kind is bool):
+        raise ConfigError(f"{key} = {value!r}: must be {kind.__name__}, got {type(value).__name__}")
+    number: Any = value
+    if kind in (int, float) and isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            raise ConfigError(f"{key} = {value!r}: must be {kind.__name__}, got str") from None
+    try:
+        return adapter.validate_python(number)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        at = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        bad = first["input"] if at else value
+        raise ConfigError(f"{key}{at} = {bad!r}: {first['msg'].replace('Input should', 'must')}") from None
+
+
+def fill(cls: type, values: Any, path: str = "", defaults: Any = None) -> Any:
+    """A section (or a whole config) from nested dictionaries.
+
+    Args:
+        path: key of the section, for messages. defaults: values of the keys that are not given; None = those of `cls`.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type or out of range.
+    """
+    defaults = cls() if defaults is None else defaults
+    if values is None:
+        return defaults
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path or 'the config'} = {values!r}: must be a mapping of keys")
+    fields, done = _fields(cls), {}
+    for key, value in values.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            raise ConfigError(f"unknown config key {full!r}: {_suggest(str(key), fields)}")
+        kind, adapter = fields[key]
+        done[key] = (
+            fill(kind, value, full, getattr(defaults, key)) if adapter is None else _value(kind, adapter, value, full)
+        )
+    return dataclasses.replace(defaults, **done)
+
+
+def check_ranges(section: Any, path: str = "") -> None:
+    """The types and ranges of a section or config that was not read from YAML.
+
+    Raises:
+        ConfigError: the key, its value and what it must be.
+    """
+    for key, (kind, adapter) in _fields(section.__class__).items():
+        value, full = getattr(section, key), f"{path}.{key}" if path else key
+        if adapter is None:
+            check_ranges(value, full)
+        else:
+            _value(kind, adapter, value, full)
+
 
 def _suggest(key: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-
-
-def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the annotated type; 3 is a float, 1e-3 (a YAML string) too, 3.5 is not an int."""
-    if typing.get_origin(hint) is typing.Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ConfigError(f"{key} = {value!r}: must be one of {', '.join(map(str, choices))}")
-        return value
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)  # YAML reads 1e-3 as a string
-        except (ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number) and (hint is float or number.is_integer()):
-            return hint(number)
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union) and type(None) in typing.get_args(hint):
-        (inner,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
-        return None if value is None else _coerce(value, inner, key)
-    if typing.get_origin(hint) in (tuple, list) and isinstance(value, (list, tuple)):
-        kind = typing.get_args(hint)[0]
-        return typing.get_origin(hint)(_coerce(item, kind, f"{key}[{n}]") for n, item in enumerate(value))
-    if hint == dict[str, str] and isinstance(value, dict):
-        return {str(name): _coerce(item, str, f"{key}.{name}") for name, item in value.items()}
-    raise ConfigError(f"{key} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
-
-
-def fill(cls: type, values: Any, path: str = "") -> Any:
-    """A section (or a whole config) from nested dictionaries; `path` leads the keys in messages.
-
-    Raises:
-        ConfigError: an unknown key or a value of the wrong type.
-    """
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path or 'the config'} must be a mapping of keys, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name for f in dataclasses.fields(cls)}
-    done = {}
-    for key, value in values.items():
-        full = f"{path}.{key}" if path else str(key)
-        if key not in fields:
-            raise ConfigError(f"unknown config key {full!r}: {_suggest(str(key), fields)}")
-        hint = hints[key]
-        is_section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        done[key] = fill(hint, value, full) if is_section else _coerce(value, hint, full)
-    return cls(**done)
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -99,27 +122,18 @@ def to_dict(config: RunConfig | AdapterRunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def load_any(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig | AdapterRunConfig:
-    """As `load_config`; a file with a `delta_mem` section is a run that trains an adapter."""
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig | AdapterRunConfig:
+    """Read a YAML config and apply `section.key=value` overrides; one with a `delta_mem` section trains an adapter.
+
+    Raises:
+        ConfigError: no such file, invalid YAML, an unknown key, or a value of the wrong type or out of range.
+    """
     values = _read(path, overrides)
     return fill(AdapterRunConfig, values) if "delta_mem" in values else from_dict(values)
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a YAML config and apply `section.key=value` overrides.
-
-    Raises:
-        ConfigError: no such file, invalid YAML, an unknown key or a value of the wrong type.
-    """
-    return from_dict(_read(path, overrides))
-
-
 def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
-    """The mapping of sections in a YAML file, with overrides.
-
-    Raises:
-        ConfigError: no such file, invalid YAML, an unknown key or a value of the wrong type.
-    """
+    """The mapping of sections in a YAML file, with overrides."""
     path = Path(path)
     try:
         text = path.read_text()

@@ -1,9 +1,11 @@
-"""The typed sections of a run. One YAML file is one run; every default is here, with its unit and its reason."""
+"""The typed sections of a run. One YAML file is one run; every default is here, with its unit, range and reason."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Backbone = Literal["mamba2", "gdn"]
 RopeType = Literal["default", "linear", "llama3"]
@@ -16,7 +18,7 @@ class RunSection:
     name: str = "run"
     """Directory under `dir`; holds config.yaml, metrics.jsonl, checkpoints/, plots/, hf/."""
     dir: str = "runs"
-    seed: int = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
     """Initialisation and data order."""
 
 
@@ -26,9 +28,9 @@ class DataSection:
 
     dir: str = ""
     """Directory that holds index.json, tokenizer.model, train/ and val/."""
-    seq_len: int = 2048
+    seq_len: PositiveInt = 2048
     """Tokens a row; a row continues the last document of the one before with an empty memory."""
-    num_streams: int = 8
+    num_streams: PositiveInt = 8
     """Logical readers, fixed for the life of a run: a multiple of the data-parallel size, at most the train shards."""
     verify: Literal["sha256", "size", "none"] = "sha256"
     """What is checked before a shard is first read."""
@@ -40,137 +42,148 @@ class DataSection:
 class ModelSection:
     """A decoder of (mixer + SwiGLU) layers. Sizes are of the whole model, whatever the parallel layout."""
 
-    hidden_size: int = 1536
-    num_layers: int = 21
+    hidden_size: PositiveInt = 1536
+    num_layers: PositiveInt = 21
     pattern: str = "D"
     """One letter a layer, repeated to num_layers: D = DLA mixer, A = softmax attention with RoPE, N = without."""
     backbone: Backbone = "mamba2"
-    num_heads: int = 48
+    num_heads: PositiveInt = 48
     """DLA heads H."""
-    num_groups: int = 1
+    num_groups: PositiveInt = 1
     """Query/key groups of the DLA mixer; divides num_heads (Mamba-2: 1; GDN: num_heads)."""
-    key_dim: int = 128
+    key_dim: PositiveInt = 128
     """Dk, per group (Mamba-2's d_state)."""
-    value_dim: int = 64
+    value_dim: PositiveInt = 64
     """Dv, per head."""
-    conv_kernel: int = 4
-    capacity: int = 30
+    conv_kernel: PositiveInt = 4
+    capacity: Annotated[int, Field(ge=2)] = 30
     """K, slots a head."""
-    tau: float = 0.6
+    tau: Annotated[float, Field(ge=0, le=3)] = 0.6
     """Boundary threshold on the information score in [0, 2], or its start when learned."""
     tau_mode: Literal["fixed", "learned"] = "fixed"
     merge: Literal["density", "ward"] = "density"
     slot_weight_init: Literal["backbone", "log_linear"] = "backbone"
     """backbone: every slot weight starts at 1, so the layer starts as its plain backbone."""
-    ffn_hidden_size: int = 4096
-    attention_heads: int = 16
+    ffn_hidden_size: PositiveInt = 4096
+    attention_heads: PositiveInt = 16
     """Softmax layers only."""
-    attention_groups: int = 16
+    attention_groups: PositiveInt = 16
     """Key/value heads of the softmax layers."""
-    attention_head_dim: int = 0
+    attention_head_dim: NonNegativeInt = 0
     """Channels of a softmax head; 0 = hidden_size / attention_heads."""
     qk_norm: bool = False
     """RMSNorm of each query and key head of the softmax layers, before RoPE."""
-    rope_theta: float = 500_000.0
+    rope_theta: PositiveFloat = 500_000.0
     rope_type: RopeType = "default"
     """How RoPE is stretched: linear (all wavelengths by rope_factor) or llama3 (the long ones)."""
-    rope_factor: float = 1.0
+    rope_factor: PositiveFloat = 1.0
     """linear and llama3: how much longer a wavelength becomes."""
-    rope_low_freq_factor: float = 1.0
+    rope_low_freq_factor: PositiveFloat = 1.0
     """llama3: wavelengths over rope_original_length / this are stretched whole."""
-    rope_high_freq_factor: float = 4.0
+    rope_high_freq_factor: PositiveFloat = 4.0
     """llama3: wavelengths under rope_original_length / this are left alone."""
-    rope_original_length: int = 8192
+    rope_original_length: PositiveInt = 8192
     """llama3: tokens a row before the stretch."""
     tie_embeddings: bool = False
-    vocab_multiple: int = 128
+    vocab_multiple: PositiveInt = 128
     """The tokenizer's vocabulary is padded up to a multiple of this."""
-    norm_eps: float = 1e-5
-    init_std: float = 0.006
-    dt_min: float = 0.001
+    norm_eps: PositiveFloat = 1e-5
+    init_std: PositiveFloat = 0.006
+    dt_min: PositiveFloat = 0.001
     """Range of the initial time step (log-uniform): its softplus bias starts there."""
-    dt_max: float = 0.1
-    a_min: float = 1.0
+    dt_max: PositiveFloat = 0.1
+    a_min: PositiveFloat = 1.0
     """Range of the initial decay rate A (uniform)."""
-    a_max: float = 16.0
+    a_max: PositiveFloat = 16.0
 
 
 @dataclass
 class ParallelSection:
     """How one model is spread; the rest of the processes are data-parallel."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: PositiveInt = 1
     """Processes that share each layer, by heads and columns."""
     sequence_parallel: bool = False
     """Megatron sequence parallelism between the tensor-parallel regions (needs tensor_model_parallel_size > 1)."""
-    context_parallel_size: int = 1
+    context_parallel_size: PositiveInt = 1
     """Processes that share each row: every one holds a contiguous part of its tokens."""
     cp_scheme: Literal["heads", "chain"] = "heads"
-    """heads: all-to-all to heads around the recurrence. chain: the slot memory is handed from rank to rank."""
+    """heads: all-to-all to heads around the recurrence. chain: each rank sends the slot memory to the next."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that share one model replica; the data-parallel size is world size / this."""
+        return self.tensor_model_parallel_size * self.context_parallel_size
 
 
 @dataclass
 class OptimizerSection:
     """AdamW with warm-up and cosine decay. Norms, biases and per-head scalars get no weight decay."""
 
-    lr: float = 3e-4
-    min_lr_ratio: float = 0.1
+    lr: PositiveFloat = 3e-4
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Final learning rate as a share of lr."""
-    warmup_steps: int = 1024
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
+    warmup_steps: NonNegativeInt = 1024
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_grad: NonNegativeFloat = 1.0
     """Global gradient norm; 0 = off."""
-    tau_lr_ratio: float = 1.0
+    tau_lr_ratio: NonNegativeFloat = 1.0
     """Learning rate of a learned tau as a share of lr."""
 
 
 @dataclass
 class TrainingSection:
-    """Length, batch and rhythm of the run, in optimizer steps and rows."""
+    """Length, batch, device and intervals of the run, in optimizer steps and rows."""
 
-    steps: int = 1000
-    global_batch_size: int = 32
+    steps: PositiveInt = 1000
+    global_batch_size: PositiveInt = 32
     """Rows an optimizer step, over all processes."""
-    micro_batch_size: int = 4
+    micro_batch_size: PositiveInt = 4
     """Rows a forward pass of one process; the rest is gradient accumulation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 on CUDA, fp32 on a CPU."""
-    zero_stage: int = 1
-    """DeepSpeed ZeRO stage: 0, 1, 2 or 3; 1 or 2 in bf16."""
-    tau_gate: Literal["hard", "annealed"] = "hard"
-    """How a learned tau is trained: hard slots with a straight-through gradient, or soft gates that cool down first."""
-    tau_anneal_share: float = 0.8
-    """annealed: share of the steps with soft gates (quadratic in seq_len); the rest trains hard, as inference is."""
-    tau_temperature_start: float = 0.3
-    """annealed: width of the gate's sigmoid at the first step; falls geometrically to tau_temperature_end."""
-    tau_temperature_end: float = 0.03
+    """auto: bf16 on CUDA, fp32 on a CPU. Of the backbone under an adapter, whose parameters and states are fp32."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed ZeRO stage: 0, 1, 2 or 3; 1 or 2 in bf16, 0 to 2 under an adapter (a few MB)."""
     offload_optimizer: bool = False
     """Keep optimizer state and update in host memory (needs zero_stage >= 1): saves 12 bytes a parameter, slower."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing. selective: convolution, gates and recurrence of each mixer (and the softmax core);
-    full: whole layers. Decisions are kept, never taken again."""
-    log_every: int = 10
-    eval_every: int = 500
+    full: whole layers. Slot boundaries and merges are stored, not recomputed."""
+    log_every: PositiveInt = 10
+    eval_every: NonNegativeInt = 500
     """Steps between validations; the first is before step 1, the last after the end. 0 = never."""
-    eval_rows: int = 0
-    """Held-out rows a validation reads; 0 = all."""
-    save_every: int = 500
+    eval_rows: NonNegativeInt = 0
+    """Held-out rows a validation reads; 0 = all (under an adapter always)."""
+    save_every: NonNegativeInt = 500
     """Steps between checkpoints; the last step always saves. 0 = only the last."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: NonNegativeInt = 2
     """Newest checkpoints to keep; 0 = all."""
     resume: bool = True
-    """Go on from the newest complete checkpoint of this run's directory."""
+    """Resume from the newest complete checkpoint in the run's directory."""
+
+
+@dataclass
+class TauSection:
+    """How a learned tau is trained (model.tau_mode = learned)."""
+
+    gate: Literal["hard", "annealed"] = "hard"
+    """hard: hard slots with a straight-through gradient. annealed: soft gates that cool down first."""
+    anneal_share: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """annealed: share of the steps with soft gates (quadratic in seq_len); the rest trains hard, as inference is."""
+    temperature_start: PositiveFloat = 0.3
+    """annealed: width of the gate's sigmoid at the first step; falls geometrically to temperature_end."""
+    temperature_end: PositiveFloat = 0.03
 
 
 @dataclass
 class DebugSection:
     """Checks that cost time."""
 
-    check_replicas: int = 0
+    check_replicas: NonNegativeInt = 0
     """At the start and every so many steps, parameters that several ranks hold must be equal bit for bit; 0 = off."""
 
 
@@ -184,4 +197,5 @@ class RunConfig:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: TrainingSection = field(default_factory=TrainingSection)
+    tau: TauSection = field(default_factory=TauSection)
     debug: DebugSection = field(default_factory=DebugSection)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,15 +24,13 @@ from megatron_dla.files import file_sha256
 from megatron_dla.hf import mapping
 from megatron_dla.hf.backbones import BackboneWeights, read_backbone
 from megatron_dla.hf.card import model_card
+from megatron_dla.hf.code_files import code_files
 from megatron_dla.hf.directory import CONFIG, TOKENIZER, DirectoryWeights, read_config, tokenizer_digest
 from megatron_dla.hf.load import check_tokenizer
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.counts import count_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ENTRY_FILES = ("modeling_dla", "configuration_dla", "tokenization_dla")
-# where a module of the exported directory lies in this project, first match wins
-_SOURCES = ("megatron_dla.hf", "megatron_dla.kernels.dla", "megatron_dla.mixers", "megatron_dla.config")
 _AUTO_MAP = {
     "AutoConfig": "configuration_dla.DLAConfig",
     "AutoModel": "modeling_dla.DLAModel",
@@ -52,30 +48,6 @@ _ADDED = (
     "rope_high_freq_factor",
     "rope_original_length",
 )
-
-
-def code_files() -> dict[str, Path]:
-    """File name -> source of all code that an exported directory needs: the entry files and what they import.
-
-    Raises:
-        RuntimeError: a relative import has no source (a programming error).
-    """
-    found: dict[str, Path] = {}
-    todo = list(ENTRY_FILES)
-    while todo:
-        name = todo.pop()
-        if f"{name}.py" in found:
-            continue
-        if "." in name:
-            raise RuntimeError(f"the exported code imports from .{name}: only files beside each other can be exported")
-        specs = (importlib.util.find_spec(f"{package}.{name}") for package in _SOURCES)
-        origin = next((spec.origin for spec in specs if spec is not None and spec.origin), None)
-        if origin is None:
-            raise RuntimeError(f"the exported code imports .{name}, which is in none of {', '.join(_SOURCES)}")
-        found[f"{name}.py"] = Path(origin)
-        # the rule by which transformers finds the files to fetch
-        todo += re.findall(r"^\s*from\s+\.(\S+)\s+import", Path(origin).read_text(), flags=re.MULTILINE)
-    return dict(sorted(found.items()))
 
 
 @contextmanager

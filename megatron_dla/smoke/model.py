@@ -164,7 +164,7 @@ class ModelSmoke:
 
     def _bare_directory(self) -> Path:
         """Code and config of a model without weights, as `dla convert to-hf` writes them."""
-        from megatron_dla.hf.convert import code_files
+        from megatron_dla.hf.code_files import code_files
 
         bare = self.work / "bare"
         bare.mkdir(parents=True)

@@ -42,7 +42,7 @@ class PretrainTask(Task):
     loader: TokenLoader
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self.precision = config, config.training.precision
+        self.config = config
 
     @property
     def seq_len(self) -> int:
@@ -156,7 +156,7 @@ class PretrainTask(Task):
     def train_step(self, engine: Any, step: int) -> float:
         batches = self.loader.next_step()
         self.data_crc32 = zlib.crc32(b"".join(b.tokens.numpy().tobytes() for b in batches))
-        self.gate_temperature = gate_temperature(step, self.config.training)
+        self.gate_temperature = gate_temperature(step, self.config.tau, self.config.training.steps)
         for mixer in self.mixers:
             mixer.gate_temperature = self.gate_temperature
         return train_step(engine, batches, self.runtime.groups, self.runtime.device, self._pack)
@@ -168,7 +168,7 @@ class PretrainTask(Task):
             "data_wait_s": self.loader.last_wait_s,
             "data_crc32": self.data_crc32,  # of this rank's rows of the step: two runs read the same data
         }
-        if self.config.training.tau_gate == "annealed":
+        if self.config.tau.gate == "annealed":
             metrics["gate_temperature"] = self.gate_temperature
         if self.mixers:
             rates = self._boundary_rates()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from megatron_dla.config import TrainingSection
 from megatron_dla.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ class Device:
         return f"{self.type}, {'bf16' if self.bf16 else 'fp32'}"
 
 
-def resolve_device(training: Any, precision: str, *, planned: bool = False) -> Device:
+def resolve_device(training: TrainingSection, *, planned: bool = False) -> Device:
     """The device that a training section asks for; "auto" is CUDA where this machine has it.
 
     Args:
@@ -50,4 +50,5 @@ def resolve_device(training: Any, precision: str, *, planned: bool = False) -> D
         raise ConfigError(
             "training.device = cuda, but torch finds no CUDA device here: use training.device=cpu or auto"
         )
-    return Device(kind, precision == "bf16" or (precision == "auto" and kind == "cuda"), planned)
+    bf16 = training.precision == "bf16" or (training.precision == "auto" and kind == "cuda")
+    return Device(kind, bf16, planned)

@@ -36,7 +36,7 @@ def check_run(config: Config, world_size: int) -> tuple[Task, Device]:
         UserError: one message with the key, the value and the fix.
     """
     task = make_task(config)
-    device = resolve_device(config.training, task.precision)
+    device = resolve_device(config.training)
     task.check_config(world_size, device)
     task.check_data(world_size)
     _check_older_run(task)
@@ -77,7 +77,7 @@ def describe(task: Task, world_size: int, device: Device) -> str:
 def _plan(config: Config, world_size: int) -> int:
     """Print what a run would do and need; then raise what would stop it, if anything."""
     task = make_task(config)
-    device = resolve_device(config.training, task.precision, planned=True)
+    device = resolve_device(config.training, planned=True)
     task.check_config(world_size, device)
     print(describe(task, world_size, device))
     if text := task.plan(world_size, device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_dla.config import OptimizerSection, TrainingSection
+from megatron_dla.config import OptimizerSection, TauSection
 
 
 def lr_factor(step: int, section: OptimizerSection, total_steps: int) -> float:
@@ -17,14 +17,14 @@ def lr_factor(step: int, section: OptimizerSection, total_steps: int) -> float:
     return section.min_lr_ratio + (1 - section.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def gate_temperature(step: int, section: TrainingSection) -> float | None:
+def gate_temperature(step: int, section: TauSection, total_steps: int) -> float | None:
     """Temperature of the soft gates for the optimizer step after `step` finished ones; None: hard slots.
 
-    Geometric from start to end over the first `tau_anneal_share` of the steps, so that a step late in the phase is as
+    Geometric from start to end over the first `anneal_share` of the steps, so that a step late in the phase is as
     large a share of the temperature as an early one.
     """
-    soft_steps = round(section.tau_anneal_share * section.steps)
-    if section.tau_gate != "annealed" or step >= soft_steps:
+    soft_steps = round(section.anneal_share * total_steps)
+    if section.gate != "annealed" or step >= soft_steps:
         return None
-    ratio = section.tau_temperature_end / section.tau_temperature_start
-    return section.tau_temperature_start * ratio ** (step / max(1, soft_steps - 1))
+    ratio = section.temperature_end / section.temperature_start
+    return section.temperature_start * ratio ** (step / max(1, soft_steps - 1))

@@ -63,8 +63,6 @@ class Task(ABC):
     """
 
     config: RunConfig | AdapterRunConfig
-    precision: str
-    """auto, bf16 or fp32, as the config has it."""
     runtime: Runtime
     loader: Loader
     """Both set by `build`."""

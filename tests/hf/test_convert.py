@@ -19,7 +19,8 @@ from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, param
 from megatron_dla.errors import CheckpointError, ConfigError, UserError
 from megatron_dla.hf import mapping
 from megatron_dla.hf.cli import add_convert_parser
-from megatron_dla.hf.convert import code_files, from_hf, read_section, to_hf
+from megatron_dla.hf.code_files import code_files
+from megatron_dla.hf.convert import from_hf, read_section, to_hf
 from megatron_dla.hf.load import load_export
 from megatron_dla.hf.verify import verify
 from megatron_dla.mixers.layout import FP32_PARAMETERS

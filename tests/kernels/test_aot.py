@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dla.config import AdapterRunConfig, load_any
+from megatron_dla.config import AdapterRunConfig, load_config
 from megatron_dla.kernels.common import aot, aot_dla
 from megatron_dla.kernels.dla import beyond_kernels
 from megatron_dla.kernels.dla.attention import BACKENDS
@@ -89,7 +89,7 @@ def test_dla_kernels_fit(arch: int, pytestconfig: pytest.Config, tmp_path: Path)
 def test_every_shipped_gpu_config_is_compiled_as_its_ranks_run_it() -> None:
     configs = {one.name: one for one in aot_dla.shipped()}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        run_config = load_any(path)
+        run_config = load_config(path)
         if isinstance(run_config, AdapterRunConfig):  # softmax layers only
             continue
         model = run_config.model

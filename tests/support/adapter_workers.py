@@ -56,9 +56,10 @@ def config_dict(data: Path, runs: Path, **sections: dict[str, Any]) -> dict[str,
         },
         "optimizer": {"lr": 1e-2, "warmup_steps": 1, "weight_decay": 0.0},
         "training": {
-            "steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "device": "cpu", "gate_weight": 0.3,
+            "steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "device": "cpu",
             "eval_every": 1,
         },
+        "gate_loss": {"weight": 0.3},
     }  # fmt: skip
     for name, values in sections.items():
         base.setdefault(name, {}).update(values)

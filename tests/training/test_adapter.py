@@ -194,7 +194,7 @@ def run_cli(tmp_path: Path, values: dict, *more: str) -> int:
         ({"episodes": {"write_length": 4000, "row_length": 0}}, "longer than the backbone's"),
         ({"episodes": {"row_length": 20}}, "does not fit a row of 20"),
         ({"episodes": {"write_length": 0}}, "episodes.write_length = 0"),
-        ({"delta_mem": {"layers_to_transform": []}}, "delta_mem.layers_to_transform = ()"),
+        ({"delta_mem": {"layers_to_transform": []}}, "delta_mem.layers_to_transform = []"),
         ({"optimizer": {"warmup_steps": 4}}, "optimizer.warmup_steps = 4"),
         ({"training": {"log_every": 0}}, "training.log_every = 0"),
     ],

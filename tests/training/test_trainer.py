@@ -141,8 +141,8 @@ def test_annealed_gates_cool_down_and_end_hard(ranks, data, tmp_path) -> None:
         "slot_weight_init": "log_linear",
         "init_std": 0.3,
     }  # from `backbone` all weights start at 1
-    training = {"tau_gate": "annealed", "tau_anneal_share": 0.6}
-    values = run_config(data, tmp_path, "mamba2", model=model, training=training)
+    tau = {"gate": "annealed", "anneal_share": 0.6}
+    values = run_config(data, tmp_path, "mamba2", model=model, tau=tau)
     metrics = ranks(2).run(train_workers.train, values)[0]
     temperatures = [m["gate_temperature"] for m in metrics]
     assert temperatures[3:] == [None, None]

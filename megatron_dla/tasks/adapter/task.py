@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from megatron_dla.adapters.calls import MemoryCall
 from megatron_dla.adapters.memory import MemoryInputs, half_life
 from megatron_dla.checkpoint.weights import CheckpointLayout
-from megatron_dla.config import AdapterRunConfig, ModelSection, attention_head_dim
+from megatron_dla.config import (
+    AdapterRunConfig,
+    ModelSection,
+    attention_head_dim,
+    check_adapter_config,
+    memory_layers,
+    row_length,
+)
 from megatron_dla.data import TokenLoader
 from megatron_dla.data.packing import Batch
 from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
@@ -25,7 +32,6 @@ from megatron_dla.hf.backbones import BackboneInfo, BackboneWeights, build_backb
 from megatron_dla.hf.directory import Fingerprint, fingerprint
 from megatron_dla.hf.load import load_tokenizer
 from megatron_dla.kernels.dla.naive import document_starts
-from megatron_dla.tasks.adapter.checks import check_adapter_config, memory_layer_numbers, row_length
 from megatron_dla.tasks.adapter.episodes import Episode, EpisodeBatch, read_episodes
 from megatron_dla.tasks.adapter.loader import EpisodeLoader, check_lengths, held_out_batches
 from megatron_dla.training.device import Device
@@ -41,7 +47,7 @@ class AdapterTask(Task):
     loader: EpisodeLoader | TokenLoader
 
     def __init__(self, config: AdapterRunConfig) -> None:
-        self.config, self.precision = config, config.backbone.precision
+        self.config = config
 
     @property
     def seq_len(self) -> int:
@@ -114,7 +120,7 @@ class AdapterTask(Task):
     def describe(self, device: Device) -> dict[str, str]:
         memory, episodes = self.config.delta_mem, self.config.episodes
         section, info = self.backbone
-        layers = memory_layer_numbers(self.config, section)
+        layers = memory_layers(self.config.delta_mem, section)
         heads = section.attention_heads * attention_head_dim(section)
         trained = len(layers) * memory.count_parameters(section.hidden_size, heads)
         state = len(layers) * memory.num_states * memory.rank**2 * 4
@@ -178,12 +184,12 @@ class AdapterTask(Task):
         return with_memory(self._call(batch), self.seq_len, batch.cu_seqlens.to(self.runtime.device))
 
     def train_step(self, engine: Any, step: int) -> float:
-        training, calls = self.config.training, []
+        gate_loss, calls = self.config.gate_loss, []
 
         def pack(batch: Batch | EpisodeBatch) -> Any:
             packed = self._pack(batch)
             call = packed.memory
-            call.gate_weight, call.gate_target, call.measure = training.gate_weight, training.gate_target, True
+            call.gate_weight, call.gate_target, call.measure = gate_loss.weight, gate_loss.target, True
             calls.append(call)
             return packed
 
