@@ -12,7 +12,15 @@ from .attention import decode_step, dla_attention
 from .cache import EMPTY, SlotCache
 from .cache_dla import LayerMemory
 from .configuration_dla import DLAConfig
-from .functional import clamp_tau, gated_head_norm, gdn_inputs, mamba2_inputs, short_convolution, slot_weights
+from .functional import (
+    SlotRule,
+    clamp_tau,
+    gated_head_norm,
+    gdn_inputs,
+    mamba2_inputs,
+    short_convolution,
+    slot_weights,
+)
 from .layout import FP32_PARAMETERS, dla_parameters
 from .pattern import LETTERS
 
@@ -67,6 +75,8 @@ class DLAMixer(nn.Module):
     the model is loaded in bf16.
     """
 
+    table = staticmethod(dla_parameters)
+
     in_proj: nn.Linear
     out_proj: nn.Linear
     conv_value: nn.Parameter
@@ -83,7 +93,7 @@ class DLAMixer(nn.Module):
     def __init__(self, config: DLAConfig, letter: str = "D") -> None:
         super().__init__()
         self.config, self.delta = config, config.backbone == "gdn"
-        table = dla_parameters(config)
+        table = self.table(config)
         self.sizes = dict(table["in_proj.weight"].sections)
         for name, spec in table.items():
             if name.endswith(".weight"):
@@ -97,19 +107,25 @@ class DLAMixer(nn.Module):
             x = x * step.real[..., None]  # no projection has a bias: a zero token is like none to all of them
         part = dict(zip(self.sizes, self.in_proj(x).split(list(self.sizes.values()), -1), strict=True))
         query, key, value = self._convolve(part, memory, step.keep)
-        raw = part["slot"].unflatten(-1, (-1, self.config.capacity))
-        lam = slot_weights(raw, self.slot_scale, self.slot_bias)
+        lam, rule = self._slots(part)
         beta, write = None, value
         if self.delta:
             query, key, g, beta = gdn_inputs(query, key, part["step"], part["strength"], self.A_log, self.dt_bias)
         else:
             write, g = mamba2_inputs(value, part["step"], self.A_log, self.dt_bias)
-        out = self._recur((query, key, write, g, lam, beta), memory, step)
+        out = self._recur((query, key, write, g, lam, beta), rule, memory, step)
         if not self.delta:
             out = out + self.D[:, None].to(value.dtype) * value
         gate = part["gate"].unflatten(-1, (self.config.num_heads, -1))
         out = gated_head_norm(out, gate, self.norm, self.config.norm_eps, gate_first=not self.delta)
         return self.out_proj(out.flatten(2).to(x.dtype))
+
+    def _slots(self, part: dict[str, Tensor]) -> tuple[Tensor, SlotRule]:
+        """The readout weight of each slot [B, T, H, K], and the rule by which slots open and merge."""
+        c = self.config
+        raw = part["slot"].unflatten(-1, (-1, c.capacity))
+        tau = clamp_tau(self.tau) if c.tau_mode == "learned" else c.tau
+        return slot_weights(raw, self.slot_scale, self.slot_bias), SlotRule(tau, c.capacity, c.merge)
 
     def _convolve(self, part: dict[str, Tensor], memory: LayerMemory, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key [B, T, G, Dk] and value [B, T, H, Dv] after their short convolutions."""
@@ -133,33 +149,31 @@ class DLAMixer(nn.Module):
         inputs = torch.cat([tail, x], 1)
         return inputs[:, inputs.shape[1] - wanted :].clone()
 
-    def _recur(self, tensors: tuple, memory: LayerMemory, step: Step) -> Tensor:
+    def _recur(self, tensors: tuple, rule: SlotRule, memory: LayerMemory, step: Step) -> Tensor:
         """The recurrence over (q, k, v, g, slot_weights, beta): [B, T, H, Dv]."""
-        c = self.config
-        tau = clamp_tau(self.tau) if c.tau_mode == "learned" else c.tau
         q, k, v, g, lam, beta = tensors
+        tau, capacity, merge = rule.tau, rule.capacity, rule.merge
         if memory.slots is not None:
             if isinstance(tau, Tensor):
                 tau = tau.detach()  # the threshold has a gradient only over whole sequences
             if v.shape[1] == 1 and not torch.is_grad_enabled():
-                return decode_step(q, k, v, g, lam, memory.slots, beta, tau=tau, capacity=c.capacity, merge=c.merge)[0]
+                return decode_step(q, k, v, g, lam, memory.slots, beta, tau=tau, capacity=capacity, merge=merge)[0]
         if step.padding is not None:
-            return self._recur_padded(tensors, memory, step, tau)
+            return self._recur_padded(tensors, rule, memory, step)
         out, slots = dla_attention(
-            q, k, v, g, lam, beta, tau=tau, capacity=c.capacity, merge=c.merge, cache=memory.slots,
-            return_cache=step.keep,
-        )  # fmt: skip
+            q, k, v, g, lam, beta, tau=tau, capacity=capacity, merge=merge, cache=memory.slots, return_cache=step.keep
+        )
         memory.slots = slots if step.keep else memory.slots
         return out
 
-    def _recur_padded(self, tensors: tuple, memory: LayerMemory, step: Step, tau: float | Tensor) -> Tensor:
+    def _recur_padded(self, tensors: tuple, rule: SlotRule, memory: LayerMemory, step: Step) -> Tensor:
         """Each row from its first real token on: padding neither writes nor opens a slot."""
-        assert step.padding is not None
-        c, outs, caches = self.config, [], []
+        assert step.padding is not None and memory.slots is None
+        outs, caches = [], []
         for row, skip in enumerate(step.padding.tolist()):
             q, k, v, g, lam, beta = (None if x is None else x[row : row + 1, skip:] for x in tensors)
             out, slots = dla_attention(
-                q, k, v, g, lam, beta, tau=tau, capacity=c.capacity, merge=c.merge, return_cache=step.keep
+                q, k, v, g, lam, beta, tau=rule.tau, capacity=rule.capacity, merge=rule.merge, return_cache=step.keep
             )
             outs.append(F.pad(out, (0, 0, 0, 0, skip, 0)))
             if slots is not None:

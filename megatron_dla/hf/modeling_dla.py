@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple
 from .cache_dla import DLACache, LayerMemory
 from .configuration_dla import DLAConfig
 from .layers_dla import DLALayer, DLAMixer, DLARMSNorm, Step
-from .layout import FP32_PARAMETERS, dla_parameters, zeros
+from .layout import FP32_PARAMETERS, zeros
 from .pattern import LETTERS
 from .rotary import rotary_frequencies
 
@@ -71,7 +71,7 @@ class DLAPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if not isinstance(module, DLAMixer):
             return
-        table = dla_parameters(self.config)
+        table = module.table(self.config)
         # A_log is drawn last, so that a seed gives the model that it gave to the first exports
         for name in sorted(table, key=lambda name: name == "A_log"):
             if not name.endswith(".weight"):  # else transformers has initialised it, by its own rule

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from megatron_dla.kernels.dla import Partition, SlotCache
 from megatron_dla.kernels.dla.naive import document_starts
-from megatron_dla.mixers import functional
-from megatron_dla.mixers.recurrence import Inputs, SlotRule
+from megatron_dla.mixers.functional import SlotRule, short_convolution
+from megatron_dla.mixers.recurrence import Inputs, attend, decide
 from megatron_dla.parallel.neighbours import Neighbours, halo, hand_on, receive_states
 
-Decide = Callable[[Callable[[], Partition]], Partition]
+GetPartition = Callable[[Callable[[], Partition]], Partition]
 
 
 def number_of_pieces(heads: int, groups: int, ranks: int) -> int:
@@ -52,29 +52,29 @@ class Chain:
             first = self.near.rank * xs[0].shape[1]
             document = torch.nn.functional.pad(starts.long().cumsum(1), (width, 0))[:, first : first + x.shape[1]]
         parts = zip(x.split(sizes, -1), weights, strict=True)
-        return [functional.short_convolution(part, weight, document)[:, width:] for part, weight in parts]
+        return [short_convolution(part, weight, document)[:, width:] for part, weight in parts]
 
     def attend(
         self,
         inputs: Inputs,
         rule: SlotRule,
         starts: Tensor | None,
-        decide: Callable[[int, Callable[[], Partition]], Partition],
+        get: Callable[[int, Callable[[], Partition]], Partition],
     ) -> Tensor:
         """[B, T, H, Dv] of this rank's tokens.
 
         Args:
-            decide: gets the first head of a piece and the computation of its partition, and returns that partition.
+            get: takes the first head of a piece and the computation of its partition, and returns that partition.
         """
         heads, groups = inputs.v.shape[2], inputs.q.shape[2]
         pieces = number_of_pieces(heads, groups, self.near.size)
         outs = []
         for i in range(pieces):
             cut = inputs.map(lambda x, i=i: _piece(x, i, pieces))  # type: ignore[misc]
-            outs.append(self._piece(cut, rule, starts, partial(decide, i * heads // pieces)))
+            outs.append(self._piece(cut, rule, starts, partial(get, i * heads // pieces)))
         return torch.cat(outs, 2)
 
-    def _piece(self, inputs: Inputs, rule: SlotRule, starts: Tensor | None, decide: Decide) -> Tensor:
+    def _piece(self, inputs: Inputs, rule: SlotRule, starts: Tensor | None, get: GetPartition) -> Tensor:
         k, v = inputs.k, inputs.v
         B, T, H, Dv = v.shape
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
@@ -85,7 +85,7 @@ class Chain:
                 for name in SlotCache.FIELDS[1:]:
                     setattr(cache, name, self.near.receive(getattr(cache, name), self.near.before))
             cache.states = receive_states(v, cache.states, self.near)
-        out, after = self._rows(inputs, rule, starts, cache, decide)
+        out, after = self._rows(inputs, rule, starts, cache, get)
         assert after is not None  # the last segment of a rank is asked for it
         if self.near.after is not None:
             for name in SlotCache.FIELDS[1:]:
@@ -93,18 +93,18 @@ class Chain:
         return hand_on(out, after.states, None if cache is None else cache.states, self.near)
 
     def _rows(
-        self, inputs: Inputs, rule: SlotRule, starts: Tensor | None, cache: SlotCache | None, decide: Decide
+        self, inputs: Inputs, rule: SlotRule, starts: Tensor | None, cache: SlotCache | None, get: GetPartition
     ) -> tuple[Tensor, SlotCache | None]:
         """The recurrence over this rank's tokens: (outputs, slots after the last token)."""
         T, first = inputs.v.shape[1], self.near.rank * inputs.v.shape[1]
         borders = None if starts is None else starts[:, first : first + T]
         if borders is None or not bool(borders[:, 1 if cache is None else 0 :].any()):
-            return _attend(inputs, rule, None, cache, decide, keep=True)
+            return _attend(inputs, rule, None, cache, get, keep=True)
         outs, caches = [], []
         for row, ends in enumerate(borders):
             one = inputs.map(lambda x, row=row: x[row : row + 1])  # type: ignore[misc]
             carried = None if cache is None else rows_from(cache, row)
-            out, after = _attend_row(one, rule, ends.nonzero().flatten().tolist(), carried, decide)
+            out, after = _attend_row(one, rule, ends.nonzero().flatten().tolist(), carried, get)
             outs.append(out)
             caches.append(after)
         return torch.cat(outs), SlotCache.concatenate(caches)
@@ -119,14 +119,14 @@ def _piece(x: Tensor, i: int, pieces: int) -> Tensor:
 
 
 def _attend(
-    inputs: Inputs, rule: SlotRule, cu_seqlens: Tensor | None, cache: SlotCache | None, decide: Decide, *, keep: bool
+    inputs: Inputs, rule: SlotRule, cu_seqlens: Tensor | None, cache: SlotCache | None, get: GetPartition, *, keep: bool
 ) -> tuple[Tensor, SlotCache | None]:
-    decided = decide(lambda: rule.partition(inputs, cu_seqlens, cache))
-    return rule.attend(inputs, decided, cu_seqlens, cache, return_cache=keep)
+    decided = get(lambda: decide(inputs, rule, cu_seqlens, cache))
+    return attend(inputs, rule, decided, cu_seqlens, cache, return_cache=keep)
 
 
 def _attend_row(
-    inputs: Inputs, rule: SlotRule, borders: list[int], cache: SlotCache | None, decide: Decide
+    inputs: Inputs, rule: SlotRule, borders: list[int], cache: SlotCache | None, get: GetPartition
 ) -> tuple[Tensor, SlotCache | None]:
     """One row: the document continued from the rank before, whole ones, and one that may continue at the next rank."""
     T = inputs.v.shape[1]
@@ -134,7 +134,7 @@ def _attend_row(
     outs, after = [], cache
 
     def run(a: int, b: int, cu_seqlens: Tensor | None, incoming: SlotCache | None, keep: bool):
-        return _attend(inputs.map(lambda x: x[:, a:b]), rule, cu_seqlens, incoming, decide, keep=keep)
+        return _attend(inputs.map(lambda x: x[:, a:b]), rule, cu_seqlens, incoming, get, keep=keep)
 
     if first > 0:
         out, after = run(0, first, None, cache, not borders)

@@ -29,8 +29,9 @@ from megatron_dla.kernels.dla.soft import soft_attention
 from megatron_dla.mixers import functional
 from megatron_dla.mixers.chain import Chain
 from megatron_dla.mixers.decisions import Decisions
+from megatron_dla.mixers.functional import SlotRule
 from megatron_dla.mixers.layout import FP32_PARAMETERS, ParamSpec, dla_parameters
-from megatron_dla.mixers.recurrence import Inputs, SlotRule
+from megatron_dla.mixers.recurrence import Inputs, attend, decide
 from megatron_dla.parallel.context import HeadExchange
 from megatron_dla.parallel.tags import Tag, set_tag, sum_gradient
 
@@ -46,9 +47,11 @@ class DLAMixerSubmodules:
 class DLAMixer(MegatronModule):
     """Dynamic Linear Attention over [S, B, hidden], on the Mamba-2 or the Gated DeltaNet backbone.
 
-    Parameters: see `layout.dla_parameters`; those that are sharded are local here, 1/TP of the whole model's.
+    Parameters: see `layout.dla_parameters`; those that are sharded have 1/TP of their size here.
     Deviation from Mamba-2: the gated norm is per head, so that it does not depend on the tensor-parallel size.
     """
+
+    table = staticmethod(dla_parameters)
 
     conv_value: nn.Parameter
     conv_query: nn.Parameter
@@ -91,7 +94,7 @@ class DLAMixer(MegatronModule):
         self.boundaries: Tensor | None = None  # boundary counts since the last `take_boundary_rate`, [H local]
         self.tokens = torch.zeros(0)
         self.gate_temperature: float | None = None  # soft gates in training, set by the trainer each step; None = hard
-        table = dla_parameters(model, size)
+        table = self.table(model, size)
         self.sections = table["in_proj.weight"].sections
         self.in_proj = build_module(
             submodules.in_proj, config.hidden_size, table["in_proj.weight"].shape[0], config=config,
@@ -215,34 +218,39 @@ class DLAMixer(MegatronModule):
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, part: dict[str, Tensor], cu_seqlens, starts) -> Tensor:
         """The recurrence: [B, S, H, Dv]."""
-        m, mine = self.model, self._mine
-        raw = part["slot"].unflatten(-1, (-1, m.capacity))
-        weights = functional.slot_weights(raw, mine(self.slot_scale), mine(self.slot_bias))
+        mine = self._mine
+        weights, rule = self._slots(part)
         beta, write = None, value
         scalars = mine(self.A_log), mine(self.dt_bias)
         if self.delta:
             query, key, g, beta = functional.gdn_inputs(query, key, part["step"], part["strength"], *scalars)
         else:
             write, g = functional.mamba2_inputs(value, part["step"], *scalars)
+        inputs = Inputs(query, key, write, g, weights, beta)
+        if self.chain is not None:
+            out = self.chain.attend(inputs, rule, starts, self._partition)
+        else:
+            decided = self._partition(0, lambda: decide(inputs, rule, cu_seqlens))
+            if self.training and self.gate_temperature is not None:
+                out, _ = soft_attention(
+                    *inputs, tau=rule.tau, temperature=self.gate_temperature, partition=decided, cu_seqlens=cu_seqlens
+                )
+            else:
+                out, _ = attend(inputs, rule, decided, cu_seqlens)
+        return out if self.delta else out + mine(self.D)[:, None].to(value.dtype) * value
+
+    def _slots(self, part: dict[str, Tensor]) -> tuple[Tensor, SlotRule]:
+        """The readout weight of each slot [B, S, H, K], and the rule by which slots open and merge."""
+        m, mine = self.model, self._mine
+        raw = part["slot"].unflatten(-1, (-1, m.capacity))
+        weights = functional.slot_weights(raw, mine(self.slot_scale), mine(self.slot_bias))
         tau: float | Tensor = m.tau
         if m.tau_mode == "learned":
             tau = functional.clamp_tau(mine(self.tau))
             tau = tau if torch.is_grad_enabled() else tau.requires_grad_()  # a recomputation will need Partition.lo
-        rule = SlotRule(tau, m.capacity, m.merge, self.backend)
-        inputs = Inputs(query, key, write, g, weights, beta)
-        if self.chain is not None:
-            out = self.chain.attend(inputs, rule, starts, self._decide)
-        else:
-            decided = self._decide(0, lambda: rule.partition(inputs, cu_seqlens))
-            if self.training and self.gate_temperature is not None:
-                out, _ = soft_attention(
-                    *inputs, tau=tau, temperature=self.gate_temperature, partition=decided, cu_seqlens=cu_seqlens
-                )
-            else:
-                out, _ = rule.attend(inputs, decided, cu_seqlens)
-        return out if self.delta else out + mine(self.D)[:, None].to(value.dtype) * value
+        return weights, SlotRule(tau, m.capacity, m.merge, self.backend)
 
-    def _decide(self, first_head: int, compute: Callable[[], Partition]) -> Partition:
+    def _partition(self, first_head: int, compute: Callable[[], Partition]) -> Partition:
         """The computed partition of the heads from `first_head` on, or the kept one where this pass is recomputed."""
 
         def counted() -> Partition:

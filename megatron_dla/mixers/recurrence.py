@@ -1,14 +1,14 @@
-"""The DLA recurrence as the mixers call it: its tensors and its settings as types."""
+"""The DLA recurrence as the Megatron mixers call it, with its tensors and its settings as types."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from megatron_dla.kernels.dla import Partition, SlotCache, dla_attention, partition
+from megatron_dla.mixers.functional import SlotRule
 
 
 class Inputs(NamedTuple):
@@ -25,33 +25,27 @@ class Inputs(NamedTuple):
         return Inputs(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class SlotRule:
-    """When a slot opens and which slots merge, as in `dla_attention`, and the backend that computes it."""
+def decide(
+    inputs: Inputs, rule: SlotRule, cu_seqlens: Tensor | None = None, cache: SlotCache | None = None
+) -> Partition:
+    """Where slots open and which die; give `cu_seqlens` or `cache`, not both."""
+    return partition(
+        inputs.k, inputs.v, inputs.g, inputs.beta, tau=rule.tau, capacity=rule.capacity, merge=rule.merge,
+        cu_seqlens=cu_seqlens, cache=cache, backend=rule.backend,
+    )  # fmt: skip
 
-    tau: float | Tensor
-    capacity: int
-    merge: str
-    backend: str = "auto"
 
-    def partition(self, inputs: Inputs, cu_seqlens: Tensor | None = None, cache: SlotCache | None = None) -> Partition:
-        """Where slots open and which die; `cu_seqlens` and `cache` exclude each other."""
-        return partition(
-            inputs.k, inputs.v, inputs.g, inputs.beta, tau=self.tau, capacity=self.capacity, merge=self.merge,
-            cu_seqlens=cu_seqlens, cache=cache, backend=self.backend,
-        )  # fmt: skip
-
-    def attend(
-        self,
-        inputs: Inputs,
-        decided: Partition,
-        cu_seqlens: Tensor | None = None,
-        cache: SlotCache | None = None,
-        *,
-        return_cache: bool = False,
-    ) -> tuple[Tensor, SlotCache | None]:
-        """Outputs [B, T, H, Dv] under a partition, and the slots after the last token if `return_cache`."""
-        return dla_attention(
-            *inputs, tau=self.tau, capacity=self.capacity, merge=self.merge, partition=decided,
-            cu_seqlens=cu_seqlens, cache=cache, return_cache=return_cache, backend=self.backend,
-        )  # fmt: skip
+def attend(
+    inputs: Inputs,
+    rule: SlotRule,
+    decided: Partition,
+    cu_seqlens: Tensor | None = None,
+    cache: SlotCache | None = None,
+    *,
+    return_cache: bool = False,
+) -> tuple[Tensor, SlotCache | None]:
+    """Outputs [B, T, H, Dv] under a partition, and the slots after the last token if `return_cache`."""
+    return dla_attention(
+        *inputs, tau=rule.tau, capacity=rule.capacity, merge=rule.merge, partition=decided, cu_seqlens=cu_seqlens,
+        cache=cache, return_cache=return_cache, backend=rule.backend,
+    )  # fmt: skip
