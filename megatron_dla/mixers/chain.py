@@ -17,7 +17,7 @@ from megatron_dla.kernels.dla import Partition, SlotCache
 from megatron_dla.kernels.dla.naive import document_starts
 from megatron_dla.mixers.functional import SlotRule, short_convolution
 from megatron_dla.mixers.recurrence import Inputs, attend, decide
-from megatron_dla.parallel.neighbours import Neighbours, halo, hand_on, receive_states
+from megatron_dla.parallel.neighbours import Neighbours, halo, receive_states, send_states
 
 GetPartition = Callable[[Callable[[], Partition]], Partition]
 
@@ -36,20 +36,20 @@ class Chain:
     """The exchanges of one mixer. T is this rank's part of the rows, S = T * ranks."""
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
-        self.near = Neighbours(group)
+        self.ranks = Neighbours(group)
 
     def documents(self, cu_seqlens: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
         """Document starts of whole rows, bool [B, S]."""
-        return None if cu_seqlens is None else document_starts(cu_seqlens, batch, length * self.near.size, device)
+        return None if cu_seqlens is None else document_starts(cu_seqlens, batch, length * self.ranks.size, device)
 
     def convolve(self, xs: list[Tensor], weights: list[Tensor], starts: Tensor | None) -> list[Tensor]:
         """Short convolutions of [B, T, C] each over whole rows, with one halo exchange for all of them."""
         width, sizes = weights[0].shape[1] - 1, [x.shape[-1] for x in xs]
         x = torch.cat(xs, -1)
-        x = torch.cat([halo(x, width, self.near), x], 1)
+        x = torch.cat([halo(x, width, self.ranks), x], 1)
         document = None
         if starts is not None:
-            first = self.near.rank * xs[0].shape[1]
+            first = self.ranks.rank * xs[0].shape[1]
             document = torch.nn.functional.pad(starts.long().cumsum(1), (width, 0))[:, first : first + x.shape[1]]
         parts = zip(x.split(sizes, -1), weights, strict=True)
         return [short_convolution(part, weight, document)[:, width:] for part, weight in parts]
@@ -67,7 +67,7 @@ class Chain:
             get: takes the first head of a piece and the computation of its partition, and returns that partition.
         """
         heads, groups = inputs.v.shape[2], inputs.q.shape[2]
-        pieces = number_of_pieces(heads, groups, self.near.size)
+        pieces = number_of_pieces(heads, groups, self.ranks.size)
         outs = []
         for i in range(pieces):
             cut = inputs.map(lambda x, i=i: _piece(x, i, pieces))  # type: ignore[misc]
@@ -79,24 +79,24 @@ class Chain:
         B, T, H, Dv = v.shape
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         cache = None
-        if self.near.before is not None:
+        if self.ranks.before is not None:
             cache = SlotCache.empty(B, H, rule.capacity, k.shape[-1], Dv, dtype=dtype, device=v.device)
             with torch.no_grad():
                 for name in SlotCache.FIELDS[1:]:
-                    setattr(cache, name, self.near.receive(getattr(cache, name), self.near.before))
-            cache.states = receive_states(v, cache.states, self.near)
+                    setattr(cache, name, self.ranks.receive(getattr(cache, name), self.ranks.before))
+            cache.states = receive_states(v, cache.states, self.ranks)
         out, after = self._rows(inputs, rule, starts, cache, get)
         assert after is not None  # the last segment of a rank is asked for it
-        if self.near.after is not None:
+        if self.ranks.after is not None:
             for name in SlotCache.FIELDS[1:]:
-                self.near.send(getattr(after, name).detach(), self.near.after)
-        return hand_on(out, after.states, None if cache is None else cache.states, self.near)
+                self.ranks.send(getattr(after, name).detach(), self.ranks.after)
+        return send_states(out, after.states, None if cache is None else cache.states, self.ranks)
 
     def _rows(
         self, inputs: Inputs, rule: SlotRule, starts: Tensor | None, cache: SlotCache | None, get: GetPartition
     ) -> tuple[Tensor, SlotCache | None]:
         """The recurrence over this rank's tokens: (outputs, slots after the last token)."""
-        T, first = inputs.v.shape[1], self.near.rank * inputs.v.shape[1]
+        T, first = inputs.v.shape[1], self.ranks.rank * inputs.v.shape[1]
         borders = None if starts is None else starts[:, first : first + T]
         if borders is None or not bool(borders[:, 1 if cache is None else 0 :].any()):
             return _attend(inputs, rule, None, cache, get, keep=True)

@@ -1,7 +1,7 @@
-"""Partitions of a forward pass that will be recomputed: decided once, reused by the recomputation.
+"""Partitions of a forward pass under activation checkpointing: computed once, reused by the recomputation.
 
-A second decision could round differently (another kernel, another tile order) and flip a boundary, which would make the
-gradient that of another function than the loss.
+A second computation could round differently (another kernel, another tile order) and flip a boundary; the gradient
+would then be of another function than the loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Decisions:
         return len(self._kept)
 
     def get(self, decide: Callable[[], Partition]) -> Partition:
-        """`decide()`, except in the recomputation of an activation checkpoint, which gets what was decided before."""
+        """Returns `decide()`, or the kept partition in the recomputation of an activation checkpoint."""
         from megatron.core.tensor_parallel.random import is_checkpointing
 
         if not is_checkpointing():

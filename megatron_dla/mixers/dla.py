@@ -82,9 +82,9 @@ class DLAMixer(MegatronModule):
         self.layer_number, self.model, self.backend = layer_number, model, backend
         self.tp = pg_collection.tp
         size = self.tp.size()
-        shared = pg_collection.cp.size() > 1  # the rows are
-        self.exchange = HeadExchange(pg_collection.cp) if shared and cp_scheme == "heads" else None
-        self.chain = Chain(pg_collection.cp) if shared and cp_scheme == "chain" else None
+        split = pg_collection.cp.size() > 1  # rows over context-parallel ranks
+        self.exchange = HeadExchange(pg_collection.cp) if split and cp_scheme == "heads" else None
+        self.chain = Chain(pg_collection.cp) if split and cp_scheme == "chain" else None
         self.selective = config.recompute_granularity == "selective"
         self.decisions = Decisions()
         self.heads = model.num_heads // size
@@ -171,12 +171,12 @@ class DLAMixer(MegatronModule):
         return out if self.exchange is None else self.exchange.to_tokens(out)
 
     def _recur(self, part: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
-        """[B, S, local heads * Dv] from whole rows of this rank's heads (chain: from its tokens of all heads)."""
+        """[B, S, local heads * Dv] of whole rows of this rank's heads (chain: of its tokens of all heads)."""
         B, S = part["value"].shape[:2]
         conv, m = functional.short_convolution, self.model
         xs = [part[name] for name in ("value", "query", "key")]
-        shared = (self._mine(self._shared(weight), self.groups) for weight in (self.conv_query, self.conv_key))
-        weights = [self._mine(self.conv_value), *shared]
+        shared = (self._local(self._shared(weight), self.groups) for weight in (self.conv_query, self.conv_key))
+        weights = [self._local(self.conv_value), *shared]
         if self.chain is not None:
             starts = self.chain.documents(cu_seqlens, B, S, xs[0].device)
             xs = self.chain.convolve(xs, weights, starts)
@@ -187,9 +187,9 @@ class DLAMixer(MegatronModule):
         value, query, key = (x.unflatten(-1, (-1, n)) for x, n in zip(xs, (m.value_dim, *2 * [m.key_dim]), strict=True))
         return self._mix(query, key, value, part, cu_seqlens, starts).flatten(2)
 
-    def _mine(self, weight: Tensor, units: int | None = None) -> Tensor:
-        """The context-parallel rank's heads (or groups) of a parameter over the tensor-parallel rank's."""
-        return weight if self.exchange is None else self.exchange.mine(weight, units or self.heads)
+    def _local(self, weight: Tensor, units: int | None = None) -> Tensor:
+        """The heads (or groups) of this context-parallel rank, of a parameter of the tensor-parallel rank."""
+        return weight if self.exchange is None else self.exchange.local(weight, units or self.heads)
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """The sections of in_proj, each [B, S, local size]."""
@@ -197,7 +197,7 @@ class DLAMixer(MegatronModule):
         return packed.transpose(0, 1).split([n // self.tp.size() for _, n in self.sections], -1)
 
     def _shared_query_key(self, hidden_states: Tensor) -> dict[str, Tensor]:
-        """Query and key of this rank's one group, from weights that several ranks hold alike."""
+        """Query and key of this rank's one group, from replicated weights."""
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.tp)
         else:
@@ -218,10 +218,10 @@ class DLAMixer(MegatronModule):
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, part: dict[str, Tensor], cu_seqlens, starts) -> Tensor:
         """The recurrence: [B, S, H, Dv]."""
-        mine = self._mine
+        local = self._local
         weights, rule = self._slots(part)
         beta, write = None, value
-        scalars = mine(self.A_log), mine(self.dt_bias)
+        scalars = local(self.A_log), local(self.dt_bias)
         if self.delta:
             query, key, g, beta = functional.gdn_inputs(query, key, part["step"], part["strength"], *scalars)
         else:
@@ -237,16 +237,16 @@ class DLAMixer(MegatronModule):
                 )
             else:
                 out, _ = attend(inputs, rule, decided, cu_seqlens)
-        return out if self.delta else out + mine(self.D)[:, None].to(value.dtype) * value
+        return out if self.delta else out + local(self.D)[:, None].to(value.dtype) * value
 
     def _slots(self, part: dict[str, Tensor]) -> tuple[Tensor, SlotRule]:
         """The readout weight of each slot [B, S, H, K], and the rule by which slots open and merge."""
-        m, mine = self.model, self._mine
+        m, local = self.model, self._local
         raw = part["slot"].unflatten(-1, (-1, m.capacity))
-        weights = functional.slot_weights(raw, mine(self.slot_scale), mine(self.slot_bias))
+        weights = functional.slot_weights(raw, local(self.slot_scale), local(self.slot_bias))
         tau: float | Tensor = m.tau
         if m.tau_mode == "learned":
-            tau = functional.clamp_tau(mine(self.tau))
+            tau = functional.clamp_tau(local(self.tau))
             tau = tau if torch.is_grad_enabled() else tau.requires_grad_()  # a recomputation will need Partition.lo
         return weights, SlotRule(tau, m.capacity, m.merge, self.backend)
 
@@ -262,14 +262,14 @@ class DLAMixer(MegatronModule):
 
     @torch.no_grad()
     def _count(self, start: Tensor, first: int) -> None:
-        mine = start.sum((0, 1))
+        opened = start.sum((0, 1))
         if self.exchange is not None:
-            first += self.exchange.rank * len(mine)
+            first += self.exchange.rank * len(opened)
         if self.boundaries is None:
             self.boundaries = torch.zeros(self.heads, dtype=torch.int64, device=start.device)
             self.tokens = torch.zeros_like(self.boundaries)
-        self.boundaries[first : first + len(mine)] += mine
-        self.tokens[first : first + len(mine)] += start.shape[0] * start.shape[1]
+        self.boundaries[first : first + len(opened)] += opened
+        self.tokens[first : first + len(opened)] += start.shape[0] * start.shape[1]
 
     def take_boundary_rate(self) -> Tensor:
         """Share of tokens that opened a slot since the last call, per local head: fp32 [H local].
@@ -277,7 +277,7 @@ class DLAMixer(MegatronModule):
         Under context parallelism a share of the sum over the group: a rank counts its heads, or its tokens, only.
         """
         assert self.boundaries is not None, "no forward pass yet"
-        ranks = 1 if self.chain is None else self.chain.near.size
+        ranks = 1 if self.chain is None else self.chain.ranks.size
         rate = self.boundaries.float() / (self.tokens.clamp(min=1) * ranks)
         self.boundaries = None
         return rate

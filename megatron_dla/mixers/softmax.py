@@ -1,6 +1,6 @@
 """Causal softmax core attention on PyTorch SDPA, with packed documents kept apart, context-parallel by heads.
 
-Megatron's local DotProductAttention materialises the scores, refuses packed rows and refuses context parallelism.
+Megatron's local DotProductAttention materialises the scores and supports neither packed rows nor context parallelism.
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ class _AllToAll(torch.autograd.Function):
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ...] -> [ranks, ...]: entry i of this rank goes to rank i, which finds it at this rank's place."""
+    """[ranks, ...] -> [ranks, ...]: entry i of this rank becomes entry `this rank` of rank i."""
     return _AllToAll.apply(x.contiguous(), group)
 
 
 class HeadExchange:
-    """Moves activations between "my tokens, all heads" and "all tokens, my heads".
+    """Moves activations between this rank's tokens of all heads and all tokens of this rank's heads.
 
     A *unit* is a head or a q/k group. With fewer groups than ranks, each rank gets the group that its heads read.
     """
@@ -62,7 +62,7 @@ class HeadExchange:
         packed = x.unflatten(1, (self.size, -1)).transpose(0, 1)  # [cp (tokens), B, S / cp, C]
         return all_to_all(packed, self.group).permute(1, 2, 0, 3).flatten(2)
 
-    def mine(self, weight: Tensor, units: int) -> Tensor:
+    def local(self, weight: Tensor, units: int) -> Tensor:
         """This rank's units of a per-head or per-group parameter [units * c, ...]."""
         if units % self.size == 0:
             return weight.chunk(self.size)[self.rank]

@@ -1,9 +1,9 @@
-"""What DeepSpeed asks of an `mpu`, answered from process groups that are passed in.
+"""The `mpu` object that DeepSpeed wants, made from process groups that are passed in.
 
-Data parallelism in DeepSpeed's sense is every rank with its own tokens: data x context. It averages gradients over them
-and shards its states over them; `training.step` scales the loss to match. The other way, DeepSpeed's sequence-parallel
-methods, is wrong at ZeRO-3 (0.19.8): parameters are cut over `get_data_parallel_group` alone, so gradients are never
-summed over context, and its reduce-scatter does not undo the averaging.
+DeepSpeed's data-parallel group is every rank with tokens of its own: data x context. It averages gradients over them
+and shards its states over them; `training.step` scales the loss to match. The alternative, DeepSpeed's
+sequence-parallel methods, is wrong at ZeRO-3 (0.19.8): parameters are partitioned over `get_data_parallel_group` alone,
+so gradients are never summed over context, and its reduce-scatter does not undo the averaging.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exchanges between neighbouring context-parallel ranks, differentiable: a convolution's halo, a memory handed on."""
+"""Differentiable exchanges between neighbouring context-parallel ranks: a convolution's halo, and slot states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Neighbours:
-    """This rank's place in the chain of context-parallel ranks: rank r holds the tokens before those of rank r + 1."""
+    """The context-parallel ranks before and after this one; rank r holds the tokens before those of rank r + 1."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
@@ -19,7 +19,7 @@ class Neighbours:
         self.after = ranks[self.rank + 1] if self.rank + 1 < self.size else None
 
     def shift(self, x: Tensor, forwards: bool) -> Tensor:
-        """Every rank's x to its neighbour after (or before) it; zeros arrive where there is no neighbour."""
+        """Send every rank's x to the next (or previous) rank; returns zeros where there is no neighbour."""
         to, source = (self.after, self.before) if forwards else (self.before, self.after)
         got, ops = torch.zeros_like(x), []
         if to is not None:
@@ -69,7 +69,7 @@ class _Receive(torch.autograd.Function):
         return None, None, None
 
 
-class _HandOn(torch.autograd.Function):
+class _SendStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, states: Tensor, incoming: Tensor | None, chain: Neighbours) -> Tensor:
         ctx.chain, ctx.incoming = chain, None if incoming is None else torch.zeros_like(incoming)
@@ -86,17 +86,17 @@ class _HandOn(torch.autograd.Function):
 
 
 def receive_states(anchor: Tensor, like: Tensor, chain: Neighbours) -> Tensor:
-    """A tensor from the rank before; its gradient goes back there.
+    """A tensor from the rank before; the backward pass sends its gradient back there.
 
     Args:
-        anchor: any input that requires a gradient, so that the backward pass comes here. like: shape and dtype.
+        anchor: any input that requires a gradient, so that autograd reaches this function. like: shape and dtype.
     """
     return _Receive.apply(anchor, like, chain)
 
 
-def hand_on(out: Tensor, states: Tensor, incoming: Tensor | None, chain: Neighbours) -> Tensor:
-    """Send `states` to the rank after, whose gradient of them comes back with the backward pass of the returned `out`.
+def send_states(out: Tensor, states: Tensor, incoming: Tensor | None, chain: Neighbours) -> Tensor:
+    """Send `states` to the rank after; the backward pass of the returned `out` receives their gradient from there.
 
-    `incoming` (what `receive_states` gave) is tied to `out`, so that its gradient is sent back even where it is zero.
+    `incoming` (from `receive_states`) is tied to `out`, so that its gradient is sent back even where it is zero.
     """
-    return _HandOn.apply(out, states, incoming, chain)
+    return _SendStates.apply(out, states, incoming, chain)

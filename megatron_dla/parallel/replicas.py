@@ -1,4 +1,4 @@
-"""Do replicas hold the same bits? A check on request (`debug.check_replicas`), for parameters that must never drift."""
+"""Check that replicas of a parameter hold the same bits (`debug.check_replicas`)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def _differ(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @torch.no_grad()
 def drifted(model: nn.Module, groups: Any) -> list[str]:
-    """Names of parameters whose replicas differ (a collective): over data x context ranks every parameter, over tensor-
-    parallel ranks those that are not sharded. Parameters that ZeRO-3 has cut up have no data-parallel replicas.
+    """Names of parameters whose replicas differ (a collective).
+
+    All parameters are compared over data x context ranks, and those that are not sharded over tensor-parallel ranks.
+    Parameters partitioned by ZeRO-3 have no data-parallel replicas.
     """
     names, sums, replicated = [], [], []
     for name, parameter in model.named_parameters():
@@ -45,7 +47,7 @@ def drifted(model: nn.Module, groups: Any) -> list[str]:
 
 
 def check_replicas(model: nn.Module, groups: Any, when: str) -> None:
-    """RuntimeError on every rank of a group in which replicas differ, naming the parameters."""
+    """Raises RuntimeError, with the parameters' names, on every rank of a group in which replicas differ."""
     if names := drifted(model, groups):
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise RuntimeError(f"replicas drifted {when}: {shown} (a gradient is not reduced over a group that shares it)")

@@ -1,4 +1,4 @@
-"""What a run will need, from its config alone: parameters, memory and traffic of each rank. Nothing is started.
+"""What a run will need, estimated from its config: parameters, memory and traffic of each rank.
 
 Parameter counts are exact. Memory and traffic are estimates from shapes: allocator, buckets and workspaces are not
 included.
@@ -20,7 +20,7 @@ class ResourcePlan:
     """Bytes are of one rank; traffic is what one rank sends in one optimizer step.
 
     Attributes:
-        parameters: of one tensor-parallel rank, before ZeRO cuts them up.
+        parameters: of one tensor-parallel rank, before ZeRO partitions them.
         memory: {what: bytes} on the device. host: bytes of offloaded optimizer state. traffic: {what: bytes}.
     """
 
@@ -49,7 +49,7 @@ def make_plan(config: RunConfig, world_size: int, vocab_size: int, bf16: bool) -
 
 
 def _states(config: RunConfig, parameters: int, replicas: int, bf16: bool) -> tuple[dict[str, float], float]:
-    """Weights, gradients, optimizer; what ZeRO cuts up lies over data x context ranks."""
+    """Weights, gradients, optimizer; ZeRO partitions over data x context ranks."""
     stage, element = config.training.zero_stage, 2 if bf16 else 4
     cut = {name: replicas if stage >= least else 1 for name, least in (("weights", 3), ("grads", 2), ("optimizer", 1))}
     optimizer = parameters * (12 if bf16 or stage else 8) / cut["optimizer"]  # master weights and two moments, fp32
@@ -153,7 +153,7 @@ def _size(n: float) -> str:
 
 
 def render(plan: ResourcePlan) -> str:
-    """The lines that `--dry-run` adds."""
+    """The lines that `--dry-run` prints."""
     lines = [f"a rank       {plan.parameters:,} parameters (tensor {plan.tensor})"]
     parts = ", ".join(f"{name} {_size(n)}" for name, n in plan.memory.items())
     lines.append(f"memory       about {_size(plan.total)} a rank: {parts}")

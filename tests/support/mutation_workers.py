@@ -108,7 +108,7 @@ COMMUNICATION = {
     "rotary positions of the rank's tokens": lambda: patch.object(
         softmax.ContiguousRotary, "forward", lambda self, n, **_: self.inner.get_emb(n).chunk(self.cp.size())[0]
     ),
-    "gradient of the memory": lambda: _backward_of(neighbours._HandOn, 1),
+    "gradient of the memory": lambda: _backward_of(neighbours._SendStates, 1),
     "gradient of the halo": lambda: _backward_of(neighbours._Halo, 0),
     "the halo": lambda: patch.object(
         neighbours.Neighbours, "shift", lambda self, x, forwards: torch.zeros_like(x)
