@@ -68,9 +68,9 @@ def _groups_as(**changed: str):
     """`train_step` with some process groups mistaken for others."""
     original = engine_workers.train_step
 
-    def step(engine, batches, groups, *args):
+    def step(engine, batches, groups, *args, **kwargs):
         names = {name: getattr(groups, changed.get(name, name)) for name in ("dp", "cp", "dp_cp")}
-        return original(engine, batches, SimpleNamespace(**names), *args)
+        return original(engine, batches, SimpleNamespace(**names), *args, **kwargs)
 
     return patch.object(engine_workers, "train_step", step)
 
