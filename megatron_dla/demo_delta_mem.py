@@ -1,12 +1,12 @@
-"""`make demo-delta-mem`: does a δ-mem state carry what was told, once the text is gone? As the commands a user types.
+"""`make demo-delta-mem`: does a δ-mem state keep what was written once the text is removed? With a user's commands.
 
 1. The mechanism: a small full-attention model, pretrained here, learns to recall words of its context. Adapters of
    three seeds are trained on it, frozen, and asked without the context: with the state kept, zeroed, another episode's,
    with the correction off, and beside an adapter without memory.
 2. A real model: SmolLM2-135M-Instruct, facts in sentences, the same table. Whatever it says is the result.
 
-Every adapter is evaluated on the plain transformers model, from its exported directory. Everything stands in
-runs/demo_delta_mem/ afterwards.
+Every adapter is evaluated on the plain transformers model, from its exported directory. The results are in
+runs/demo_delta_mem/.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`dla smoke` on a CPU: what it finds, what it says it left out, and that it needs nothing but torch and numpy."""
+"""`dla smoke` on a CPU: what it finds, what it skips, and that it needs nothing but torch and numpy."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from megatron_dla.config import load_config
 from megatron_dla.kernels.bench.inputs import TAU, Problem, make_inputs
 from megatron_dla.kernels.dla import partition
 from megatron_dla.smoke import kernels, model
-from megatron_dla.smoke.report import FAIL, LEFT_OUT, PASS, CheckFailed, LeftOut, Stages
+from megatron_dla.smoke.report import FAIL, PASS, SKIP, CheckFailed, Skipped, Stages
 from megatron_dla.smoke.text import write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,15 +55,13 @@ def test_stages_report_and_go_on(capsys) -> None:
 
     stages = Stages(5)
     assert stages.run("a", lambda: None).outcome == PASS
-    assert stages.run("b", lambda: raises(LeftOut("no GPU"))).outcome == LEFT_OUT
+    assert stages.run("b", lambda: raises(Skipped("no GPU"))).outcome == SKIP
     assert stages.run("c", lambda: raises(CheckFailed("too far"))).outcome == FAIL
     assert stages.run("d", lambda: raises(ZeroDivisionError("bug"))).outcome == FAIL
-    assert stages.run("e", lambda: None, needs="c").outcome == LEFT_OUT
+    assert stages.run("e", lambda: None, needs="c").outcome == SKIP
     assert not stages.summary()
     printed = capsys.readouterr().out
-    assert (
-        "LEFT OUT b" in printed and "no GPU" in printed and "too far" in printed and "ZeroDivisionError: bug" in printed
-    )
+    assert "SKIP b" in printed and "no GPU" in printed and "too far" in printed and "ZeroDivisionError: bug" in printed
 
 
 def test_kernel_checks_pass_on_the_torch_path() -> None:
@@ -173,10 +171,10 @@ def run_blocked(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
 def test_smoke_and_bench_need_torch_and_numpy_alone(tmp_path: Path) -> None:
     done = run_blocked(tmp_path, "smoke", "--device", "cpu", "--seed", "4", "--out", str(tmp_path / "smoke"))
     assert done.returncode == 0, done.stdout + done.stderr
-    for words in ("LEFT OUT training", "not installed: transformers", "no GPU used", "nothing failed", "--seed 4"):
+    for words in ("SKIP training", "not installed: transformers", "no GPU used", "nothing failed", "--seed 4"):
         assert words in done.stdout, done.stdout
     stages = json.loads((tmp_path / "smoke" / "smoke_cpu.json").read_text())["stages"]
-    assert [s["outcome"] for s in stages] == [PASS] * 5 + [LEFT_OUT] * 4
+    assert [s["outcome"] for s in stages] == [PASS] * 5 + [SKIP] * 4
     assert list((tmp_path / "smoke").iterdir()) == [tmp_path / "smoke" / "smoke_cpu.json"]  # nothing left behind
     small = ["--heads", "1", "--dims", "8", "--capacities", "2", "--lengths", "64", "--budget", "0.01"]
     code = (

@@ -1,4 +1,4 @@
-"""Kernels against float64 on fresh random inputs: decisions, output, gradients, determinism, decoding."""
+"""Kernels against float64 on new random inputs: decisions, output, gradients, determinism, decoding."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ GATES = {
     torch.bfloat16: {"out": 0.005, "q": 0.008, "k": 0.008, "v": 0.008, "g": 0.02, "slot_weights": 0.02, "beta": 0.02},
     torch.float32: dict.fromkeys(("out", "q", "k", "v", "g", "slot_weights", "beta"), 1e-5),
 }
-SCORE_MARGIN = {torch.bfloat16: 2e-3, torch.float32: 1e-3}  # of an information score; closer to tau, a decision is free
+SCORE_MARGIN = {
+    torch.bfloat16: 2e-3,
+    torch.float32: 1e-3,
+}  # of a score; within it, both decisions are right
 COST_MARGIN = 1e-3  # of a merge cost
 NAMES = ("q", "k", "v", "g", "slot_weights", "beta")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of the checks on one kind of device; `prefix` tokens are held against the token recurrence."""
+    """Shapes of the checks on one type of device; `prefix` tokens are compared with the token recurrence."""
 
     tokens: int
     heads: int
@@ -46,7 +49,7 @@ SIZES = {
 
 @dataclass
 class Checker:
-    """One device, one backend; every check raises CheckFailed with the shape and the value."""
+    """Checks of one backend on one device; each raises CheckFailed with the shape and the value."""
 
     device: torch.device
     backend: str
@@ -69,7 +72,7 @@ class Checker:
         return partition(x.k, x.v, x.g, x.beta, **rule)
 
     def attend(self, x: Inputs, p: Problem, part: Partition | None = None, backend: str | None = None) -> list[Tensor]:
-        """Output and gradients [out, dq, dk, dv, dg, dslot_weights(, dbeta)]; the memory it gets is full of NaN."""
+        """Output and gradients [out, dq, dk, dv, dg, dslot_weights(, dbeta)], in memory that was filled with NaN."""
         poison(self.device)
         x.require_grad()
         rule: dict[str, Any] = {"tau": TAU, "capacity": p.capacity, "backend": backend or self.backend}
@@ -96,11 +99,11 @@ class Checker:
         self.stages.say(f"{cases} cases, largest score error {worst_score:.1e}, boundary rate {boundaries / cases:.3f}")
 
     def numerics(self) -> None:
-        """Output and every gradient against float64, with the decisions given; finite although memory held NaN."""
+        """Output and every gradient against float64 for given decisions; finite although memory was NaN."""
         oracle = "torch" if self.backend != "torch" else "naive"
         worst: dict[str, float] = {}
         for name, p, dtype, x in self.cases():
-            if oracle == "naive":  # the chunkwise path itself is what is checked: a token recurrence, on a prefix
+            if oracle == "naive":  # the torch path is checked: compare with the token recurrence, on a prefix
                 x, p = x.rows(0, self.sizes.prefix), Problem(p.backbone, self.sizes.prefix, p.dim, p.capacity, p.heads)
             found = self.decide(x, p)
             got = self.attend(x, p, found)
@@ -121,7 +124,7 @@ class Checker:
             self.stages.say(f"{kind}: " + ", ".join(f"{k} {v:.1e}" for k, v in kinds.items()))
 
     def determinism(self) -> None:
-        """Twice the same bits: decisions, output and gradients."""
+        """Two runs give equal bits: decisions, output and gradients."""
         count = 0
         for name, p, _, x in self.cases():
             runs = []
@@ -135,7 +138,7 @@ class Checker:
         self.stages.say(f"{count} tensors, bit-equal in two runs")
 
     def decoding(self) -> None:
-        """A prefill and then one token at a time give the full pass, with a cache of constant size."""
+        """Prefill plus one token at a time equals the full pass, with a cache of constant size."""
         worst: dict[str, float] = {}
         for name, p, dtype, x in self.cases():
             rule: dict[str, Any] = {"tau": TAU, "capacity": p.capacity}
@@ -157,13 +160,13 @@ class Checker:
             _want(abs(cache.nbytes - size), 0, f"{name}: bytes by which the cache grew")
             for field in ("start", "count", "live", "position"):
                 if not torch.equal(getattr(cache, field), getattr(last, field)):
-                    raise CheckFailed(f"{name}: decoding ends with other slots than the full pass ({field})")
+                    raise CheckFailed(f"{name}: after decoding the slots differ from the full pass ({field})")
         self.stages.facts["largest_relative_rms"] = worst
         self.stages.say("largest relative RMS: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
 
 
 def poison(device: torch.device) -> None:
-    """Fill memory that the allocator will hand out next with NaN: an output that nobody writes shows."""
+    """Fill memory that the allocator will return next with NaN, so that unwritten outputs show."""
     sizes = [1 << n for n in range(9, 20)] * 4 + [1 << n for n in range(20, 28 if device.type == "cuda" else 22)] * 2
     blocks = [torch.full((n // 4,), float("nan"), device=device) for n in sizes]
     del blocks
@@ -182,13 +185,13 @@ def _want(value: float, gate: float, what: str) -> None:
 
 
 def _prefix(part: Partition, tokens: int) -> Partition:
-    """The decisions about the first tokens, on the CPU (a death after them is none)."""
+    """The decisions on the first tokens, on the CPU (later deaths are removed)."""
     start, death, score = (x[:, :tokens].cpu() for x in (part.start, part.death, part.score))
     return Partition(start, death.clamp(max=tokens), score)
 
 
 def score_error(head: Inputs, found: Partition, capacity: int) -> float:
-    """Largest difference of a score to the float64 recurrence that follows the same decisions, over a prefix."""
+    """Largest difference between a score and the float64 recurrence with the same decisions, over a prefix."""
     part = _prefix(found, head.v.shape[1])
     replayed = partition_of(head.cpu(), part, capacity)
     return float((replayed - part.score).abs().max())
@@ -203,13 +206,14 @@ def partition_of(x: Inputs, part: Partition, capacity: int) -> Tensor:
 
 
 def undecided(found: Partition, margin: float) -> int:
-    """Tokens that opened a slot with a score clearly under tau, or did not with one clearly above it."""
+    """Number of tokens that open a slot with a score clearly below tau, or do not with one clearly above."""
     wrong = torch.where(found.start, found.score < TAU - margin, found.score >= TAU + margin)
     return int(wrong.sum())
 
 
 def wrong_merges(found: Partition, capacity: int) -> int:
-    """Replays the capacity rule in plain Python from start and score; ties within `COST_MARGIN` are free."""
+    """Number of merges that differ from the capacity rule, replayed from start and score; ties within `COST_MARGIN`
+    may go either way."""
     start, death, score = (x.transpose(1, 2).flatten(0, 1).tolist() for x in (found.start, found.death, found.score))
     wrong = 0
     for starts, deaths, scores in zip(start, death, score, strict=True):
@@ -227,7 +231,7 @@ def wrong_merges(found: Partition, capacity: int) -> int:
 
 
 def _merge(slots: list[list[float]], dying: list[int], full: bool) -> int:
-    """Do the merge that was decided; 1 if the rule says otherwise."""
+    """Apply the merge that was decided; returns 1 if it contradicts the rule, else 0."""
     if not full:
         return int(bool(dying))
     if len(dying) != 1 or dying[0] == 0:

@@ -1,4 +1,4 @@
-"""Model stages: train a little (with the real trainer where it imports), export, reload, generate."""
+"""Model stages: a short training (with the trainer where Megatron is installed), export, reload, generate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_dla.smoke.report import CheckFailed, LeftOut, Stages
+from megatron_dla.smoke.report import CheckFailed, Skipped, Stages
 from megatron_dla.smoke.text import document, write_corpus
 
 TRAINER_NEEDS = ("megatron.core", "deepspeed", "transformers", "webdataset", "sentencepiece", "yaml", "psutil")
@@ -27,7 +27,7 @@ PROMPT = "In the harbour, the ship "
 
 @dataclass(frozen=True)
 class Recipe:
-    """Model and training of one kind of device; `fall` is the share of the first loss that must go."""
+    """Model and training for one type of device; the loss must fall by the share `fall` of its start."""
 
     model: dict[str, Any]
     steps: int
@@ -59,21 +59,21 @@ RECIPES = {
 }  # fmt: skip
 
 
-def missing(names: tuple[str, ...]) -> list[str]:
-    """Those that do not import here."""
-    gone = []
+def not_installed(names: tuple[str, ...]) -> list[str]:
+    """Those of the packages that cannot be imported."""
+    absent = []
     for name in names:
         try:
             if importlib.util.find_spec(name) is None:
-                gone.append(name)
+                absent.append(name)
         except (ImportError, ValueError):
-            gone.append(name)
-    return gone
+            absent.append(name)
+    return absent
 
 
 @dataclass
 class ModelSmoke:
-    """State of the model stages: the exported directory, and how it came to be."""
+    """State of the model stages."""
 
     device: str
     recipe: Recipe
@@ -89,18 +89,18 @@ class ModelSmoke:
         return self.work / "hf"
 
     def train(self) -> None:
-        """A few dozen steps; the loss must fall and stay a number."""
-        if gone := missing(EXPORT_NEEDS):
-            raise LeftOut(f"not installed: {', '.join(gone)}")
-        os.environ.setdefault("HF_MODULES_CACHE", str(self.work / "modules"))  # exported code is copied there
-        gone = missing(TRAINER_NEEDS)
-        self.through_trainer = not gone
+        """A few dozen steps; the loss must fall and stay finite."""
+        if absent := not_installed(EXPORT_NEEDS):
+            raise Skipped(f"not installed: {', '.join(absent)}")
+        os.environ.setdefault("HF_MODULES_CACHE", str(self.work / "modules"))  # exported code is copied to it
+        absent = not_installed(TRAINER_NEEDS)
+        self.through_trainer = not absent
         if self.through_trainer:
-            self.stages.say("through the real trainer (Megatron-Core and DeepSpeed)")
+            self.stages.say("with `dla run` (Megatron-Core and DeepSpeed)")
             self._train_with_trainer()
         else:
-            self.stages.say(f"not the real trainer, not installed: {', '.join(gone)}")
-            self.stages.say("through the Hugging Face model and AdamW instead: the same kernels and the same sizes")
+            self.stages.say(f"not with `dla run`, not installed: {', '.join(absent)}")
+            self.stages.say("with the Hugging Face model and AdamW instead: same kernels, same sizes")
             self._train_plain()
         self._check_losses()
 
@@ -120,7 +120,7 @@ class ModelSmoke:
         self.stages.say(words)
 
     def _dla(self, *arguments: str) -> str:
-        """A `dla` command in its own process; its output. Raises CheckFailed with the end of it if it fails."""
+        """Output of a `dla` command in its own process. Raises CheckFailed with its last lines if it fails."""
         self.stages.say(f"$ dla {shlex.join(arguments)}")
         command = [sys.executable, "-m", "megatron_dla.cli", *arguments]
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -163,7 +163,7 @@ class ModelSmoke:
         return count_parameters(ModelSection(**self.recipe.model), -(-self.recipe.vocab_size // multiple) * multiple)
 
     def _bare_directory(self) -> Path:
-        """Code and config of a model without weights, as `dla convert to-hf` writes them."""
+        """A directory with a model's code and config, without weights, as `dla convert to-hf` writes them."""
         from megatron_dla.hf.code_files import code_files
 
         bare = self.work / "bare"
@@ -181,7 +181,7 @@ class ModelSmoke:
         return bare
 
     def _train_plain(self) -> None:
-        """AdamW on fp32 master weights; the text's bytes are the tokens."""
+        """AdamW on fp32 master weights; tokens are the bytes of the text."""
         import random
 
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -216,7 +216,7 @@ class ModelSmoke:
         self.model = model.eval()
 
     def export(self) -> None:
-        """To a Hugging Face directory and back, with the same logits."""
+        """Export to a Hugging Face directory and load it; the logits must be equal."""
         if self.through_trainer:
             checkpoints = sorted((self.work / "run" / "checkpoints").glob("step_*"))
             self._dla("convert", "to-hf", str(checkpoints[-1]), str(self.exported))
@@ -238,7 +238,7 @@ class ModelSmoke:
         return load_export(self.exported, device=self.device)
 
     def generate(self) -> None:
-        """Greedy tokens after a short and a long prompt; the cache has the same size."""
+        """Greedy generation after a short and a long prompt; the cache must have the same size."""
         model = self._load()
         if self.through_trainer:
             from megatron_dla.hf.load import load_export_tokenizer
@@ -275,7 +275,7 @@ def _from_bytes(ids: list[int]) -> str:
 
 @torch.no_grad()
 def _adamw_step(model: Any, masters: list[torch.Tensor], optimizer: Any, lr: float) -> None:
-    """Gradients to the fp32 masters, one clipped step, and back."""
+    """One step on the fp32 masters with clipped gradients, copied back to the model."""
     for master, p in zip(masters, model.parameters(), strict=True):
         master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float()
         p.grad = None

@@ -1,4 +1,4 @@
-"""Stages: each is run, timed and reported as PASS, FAIL or LEFT OUT with a reason; nothing stops the ones after it."""
+"""Stages: each is run, timed and reported as PASS, FAIL or SKIP with a reason; a failure does not stop later ones."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
-PASS, FAIL, LEFT_OUT = "PASS", "FAIL", "LEFT OUT"
+PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 
 
-class LeftOut(Exception):  # noqa: N818, an outcome and not an error
+class Skipped(Exception):  # noqa: N818, an outcome and not an error
     """This machine cannot run the stage; the message is the reason."""
 
 
 class CheckFailed(Exception):  # noqa: N818
-    """A measured value misses its gate; the message holds both."""
+    """A measured value exceeds its tolerance; the message has both."""
 
 
 @dataclass
@@ -44,20 +44,20 @@ class Stages:
         print(f"    {text}", file=self.out, flush=True)
 
     def run(self, name: str, stage: Callable[[], None], needs: str | None = None) -> Result:
-        """Run one stage; left out where the stage `needs` did not pass. The stage puts numbers into `self.facts`."""
+        """Run one stage, or skip it if the stage `needs` did not pass. The stage puts numbers into `self.facts`."""
         print(f"[{len(self.results) + 1}/{self.total}] {name}", file=self.out, flush=True)
         self.facts = {}
         begin, outcome, reason = time.monotonic(), PASS, ""
         try:
             before = next((r for r in self.results if r.stage == needs), None)
             if before is not None and before.outcome != PASS:
-                raise LeftOut(f"it needs '{needs}', which did not pass")
+                raise Skipped(f"it needs '{needs}', which did not pass")
             stage()
-        except LeftOut as error:
-            outcome, reason = LEFT_OUT, str(error)
+        except Skipped as error:
+            outcome, reason = SKIP, str(error)
         except CheckFailed as error:
             outcome, reason = FAIL, str(error)
-        except Exception as error:  # the next stage may still tell something
+        except Exception as error:  # the next stages are still worth running
             traceback.print_exc(file=self.out)
             outcome, reason = FAIL, f"{type(error).__name__}: {error}".splitlines()[0]
         result = Result(name, outcome, round(time.monotonic() - begin, 1), reason, self.facts)
@@ -69,7 +69,7 @@ class Stages:
         """Print all outcomes; True if nothing failed."""
         print("\nsummary", file=self.out)
         for r in self.results:
-            print(f"  {r.outcome:8} {r.stage} ({r.seconds:.1f} s){': ' + r.reason if r.reason else ''}", file=self.out)
+            print(f"  {r.outcome:4} {r.stage} ({r.seconds:.1f} s){': ' + r.reason if r.reason else ''}", file=self.out)
         failed = sum(r.outcome == FAIL for r in self.results)
         print(
             f"{failed} of {len(self.results)} stages failed" if failed else "nothing failed", file=self.out, flush=True

@@ -15,18 +15,18 @@ from megatron_dla.kernels.bench.methods import usable_backend
 from megatron_dla.kernels.bench.report import environment, write_json
 from megatron_dla.kernels.bench.run import resolve_device
 from megatron_dla.smoke.kernels import SIZES, Checker
-from megatron_dla.smoke.model import RECIPES, ModelSmoke, missing
-from megatron_dla.smoke.report import LeftOut, Stages
+from megatron_dla.smoke.model import RECIPES, ModelSmoke, not_installed
+from megatron_dla.smoke.report import Skipped, Stages
 
 TRAINING = "training, a few dozen steps"
-EXPORT = "to Hugging Face and back, equal logits"
+EXPORT = "export to Hugging Face and back, equal logits"
 
 
 def smoke(device: str | None, out: Path, *, seed: int | None = None, keep: bool = False) -> int:
-    """Run all stages; 0 if nothing failed, else 1. Writes `out`/smoke_<device>.json.
+    """Run all stages and write `out`/smoke_<device>.json. Returns 0 if nothing failed, else 1.
 
     Raises:
-        UserError: CUDA is asked for and absent, a bad seed, or `out` is a file.
+        UserError: CUDA is requested and absent, the seed is out of range, or `out` is a file.
     """
     where = resolve_device(device)
     if seed is not None and not 0 <= seed < 2**31:
@@ -44,7 +44,7 @@ def smoke(device: str | None, out: Path, *, seed: int | None = None, keep: bool 
     begin = time.monotonic()
     backend = _start(stages, facts, where, seed)
     checker = Checker(where, backend, SIZES[where.type], seed, stages)
-    stages.run("kernels: boundaries and merges against the rule", checker.decisions)
+    stages.run("kernels: boundaries and merges against the reference", checker.decisions)
     stages.run("kernels: output and gradients against float64", checker.numerics)
     stages.run("kernels: two runs give the same bits", checker.determinism)
     stages.run("kernels: decoding against the full pass", checker.decoding)
@@ -58,16 +58,16 @@ def smoke(device: str | None, out: Path, *, seed: int | None = None, keep: bool 
     seconds = round(time.monotonic() - begin, 1)
     record: dict[str, Any] = {**facts, "seed": seed, "backend": backend, "wall_s": seconds, "passed": passed}
     path = write_json(out / f"smoke_{where.type}.json", {**record, "stages": stages.as_dicts()})
-    print(f"{seconds:.0f} s in all; wrote {path}")
+    print(f"{seconds:.0f} s in total; wrote {path}")
     if passed and not keep:
         shutil.rmtree(work, ignore_errors=True)
     else:
-        print(f"the model and its data stand in {work}")
+        print(f"the model and its data are in {work}")
     return 0 if passed else 1
 
 
 def _start(stages: Stages, facts: dict[str, Any], device: torch.device, seed: int) -> str:
-    """Stage 1: what is installed and what is used; returns the kernels' backend."""
+    """Stage 1: installed packages and the device; returns the kernels' backend."""
     backend = "torch"
 
     def versions() -> None:
@@ -77,8 +77,8 @@ def _start(stages: Stages, facts: dict[str, Any], device: torch.device, seed: in
         )
         stages.say(f"{facts.get('gpu', 'no GPU used')}; {facts['machine']}, {facts['threads']} threads")
         optional = ("megatron.core", "deepspeed", "transformers", "webdataset", "sentencepiece", "matplotlib")
-        if gone := missing(optional):
-            stages.say(f"not installed: {', '.join(gone)}")
+        if absent := not_installed(optional):
+            stages.say(f"not installed: {', '.join(absent)}")
         backend, words = usable_backend(device)
         stages.facts |= {"backend": backend, "seed": seed}
         stages.say(f"kernels: {words}; --seed {seed} repeats the random inputs")
@@ -88,8 +88,8 @@ def _start(stages: Stages, facts: dict[str, Any], device: torch.device, seed: in
 
 
 def _triton(device: torch.device, backend: str) -> None:
-    """Not a check of its own: says when the kernels above were not the Triton ones."""
+    """Skipped with a reason where the stages before did not run the Triton kernels; no check of its own."""
     if device.type != "cuda":
-        raise LeftOut("no GPU used; the stages above checked the torch path (the interpreter's checks: tests/kernels)")
+        raise Skipped("no GPU used; the stages above checked the torch path (the interpreter's checks: tests/kernels)")
     if backend != "triton":
-        raise LeftOut("the Triton kernels cannot be used here; the stages above checked the torch path")
+        raise Skipped("the Triton kernels cannot be used here; the stages above checked the torch path")

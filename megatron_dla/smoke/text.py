@@ -1,4 +1,4 @@
-"""Text to train on that nobody has to download: sentences from a small grammar, about one topic at a time."""
+"""Training text without a download: sentences from a small grammar, about one topic at a time."""
 
 from __future__ import annotations
 

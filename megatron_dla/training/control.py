@@ -1,14 +1,14 @@
-"""The files in runs/NAME by which a run is steered and watched from outside.
+"""The files in runs/NAME that control and report a run.
 
-stop, halt       made by a user or launcher: save at the next step and exit with 75; after `halt` nothing starts again
-done             the last step is saved: {step, time, attempt}; a start that finds it has nothing to do
-attempt          who may write here (see `fence`)
+stop, halt       made by a user or launcher: save after the current step and exit with 75; `halt` also prevents restarts
+done             the last step is saved: {step, time, attempt}; a later start exits with 0
+attempt          the run that may write here (see `fence`)
 heartbeat.json   rank 0's last step: {step, time, attempt, host, pid}
 ranks/ATTEMPT/rankR.json   where each rank runs: {rank, host, pid, time}
-exits/ATTEMPT/rankR.json   why a rank ended early: {rank, host, exitcode, message, time}
+exits/ATTEMPT/rankR.json   why a rank exited with an error: {rank, host, exitcode, message, time}
 stacks/ATTEMPT/rankR.txt   all threads of a rank, appended each time it gets SIGUSR2
 
-Times are unix seconds. Standard library only: launchers import this too.
+Times are Unix seconds. Standard library only: launchers import this too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REASONS = {1: "the file `stop`", 2: "the file `halt`", 3: "a newer attempt"}  # 
 
 
 def exit_code(error: BaseException) -> int:
-    """What `dla` returns for an exception."""
+    """Exit code of `dla` for an exception."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
@@ -44,9 +44,10 @@ def exit_code(error: BaseException) -> int:
 
 
 class RunControl:
-    """One rank's view of the control files; all but the records is for rank 0 and does nothing on the others.
+    """The control files as one rank uses them. Only the records are written by every rank; the other methods do nothing
+    on ranks other than 0.
 
-    Entered after `claim`; when left, other runs may have the directory.
+    Use it as a context manager after `claim`; leaving it releases the directory.
 
     Args:
         run_dir: runs/NAME. rank: of the whole run.
@@ -58,30 +59,33 @@ class RunControl:
         self._lost, self._beaten = False, 0.0
 
     def already_done(self, steps: int) -> bool:
-        """Whether an earlier start finished all `steps`.
+        """Whether an earlier attempt finished all `steps`.
 
         Raises:
-            UserError: a `halt` file says that nothing may start here.
+            UserError: there is a `halt` file.
         """
         try:
             if json.loads((self.run_dir / DONE).read_text())["step"] >= steps:
                 return True
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # none, or a damaged one: the checkpoints say how far the run is
+            pass  # missing or damaged: the checkpoints tell the last saved step
         if (self.run_dir / HALT).exists():
-            raise UserError(f"{str(self.run_dir / HALT)!r} says that this run must not start: remove it to go on")
+            raise UserError(f"{str(self.run_dir / HALT)!r} says that this run must not start: remove it to resume")
         return False
 
     def claim(self) -> str:
-        """Take the run directory, or raise FenceError; what earlier attempts left half-made goes.
+        """Take the run directory and delete unfinished checkpoints of earlier attempts.
 
-        Returns the attempt's name; where no launcher gave one, all ranks must take rank 0's.
+        Returns the attempt's name; without a launcher that sets one, all ranks must use rank 0's.
+
+        Raises:
+            FenceError: another run writes in the directory.
         """
         if self.rank == 0:
             self.fence = Fence(self.run_dir, self.attempt)
             self.fence.claim()
             (self.run_dir / DONE).unlink(missing_ok=True)
-            if "DLA_ATTEMPT" not in os.environ:  # a launcher does this itself, before it may want to stop the run
+            if "DLA_ATTEMPT" not in os.environ:  # a launcher removes it before it starts the ranks
                 (self.run_dir / STOP).unlink(missing_ok=True)
             for path in (self.run_dir / "checkpoints").glob(LEFTOVERS):
                 shutil.rmtree(path, ignore_errors=True)
@@ -98,23 +102,23 @@ class RunControl:
         self.release()
 
     def publishing(self) -> contextlib.AbstractContextManager[None]:
-        """Rank 0 changes checkpoints only inside this: FenceError if the directory was taken over."""
+        """Context in which rank 0 may change checkpoints. Raises FenceError if the directory was taken over."""
         assert self.fence is not None, "claim the run directory first"
         return self.fence.publishing()
 
     def check(self) -> None:
-        """FenceError on rank 0 if the directory was taken over."""
+        """Raises FenceError on rank 0 if the directory was taken over."""
         if self.fence is not None:
             self.fence.check()
 
     def beat(self, step: int) -> None:
-        """Say that `step` is done, at most once a second."""
+        """Write the heartbeat for finished `step`, at most once a second."""
         now = time.time()
         if self.rank or now - self._beaten < 1:
             return
         try:
             self.check()
-        except FenceError:  # said, on all ranks, by the save that this makes them agree on
+        except FenceError:  # raised on all ranks by the save that `asked_to_stop` leads to
             self._lost = True
             return
         self._beaten = now
@@ -122,20 +126,20 @@ class RunControl:
         write_json(self.run_dir / HEARTBEAT, values, fsync=False)
 
     def asked_to_stop(self) -> int:
-        """A key of `REASONS`, 0 to go on."""
+        """A key of `REASONS`, or 0."""
         if self.rank:
             return 0
         return 3 if self._lost else 2 if (self.run_dir / HALT).exists() else int((self.run_dir / STOP).exists())
 
     def finish(self, step: int) -> None:
-        """Say that the last step is saved."""
+        """Write `done`: the last step is saved."""
         if self.rank == 0:
             with self.publishing():
                 write_json(self.run_dir / DONE, {"step": step, "time": time.time(), "attempt": self.attempt})
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """Every rank: say why it ends where an exception ends it, if there is a run directory; release it."""
+        """Context of every rank: record an exception in exits/ if the run directory exists; release the directory."""
         try:
             yield
         except BaseException as error:
@@ -146,13 +150,13 @@ class RunControl:
             self.release()
 
     def record_exit(self, code: int, message: str) -> None:
-        """exits/ATTEMPT/rankR.json; Slurm's and torchrun's exit codes do not tell who failed first, or of what."""
+        """Write exits/ATTEMPT/rankR.json: exit codes of Slurm and torchrun do not tell who failed first, or why."""
         if code and self.run_dir.is_dir():
             line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
             self._record(EXITS, {"exitcode": code, "message": line})
 
     def open_records(self) -> None:
-        """Every rank: say where it runs, and dump all stacks on SIGUSR2 from now on."""
+        """On every rank: write where it runs; from now on, SIGUSR2 dumps all stacks."""
         self._record(RANKS, {})
         path = self.run_dir / STACKS / self.attempt / f"rank{self.rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)

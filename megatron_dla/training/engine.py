@@ -16,9 +16,9 @@ from megatron_dla.training.schedule import lr_factor
 
 
 def parameter_groups(model: nn.Module, config: RunConfig | AdapterRunConfig) -> list[dict[str, Any]]:
-    """AdamW groups: decayed matrices; norms and per-head scalars without decay; a learned tau with its own rate.
+    """AdamW groups: matrices with weight decay; norms and per-head scalars without; a learned tau with its own rate.
 
-    Groups are split by dtype as well: under bf16 the scalars of the recurrence stay fp32, and ZeRO flattens a group.
+    Groups are also split by dtype: under bf16 the scalars of the recurrence stay fp32, and ZeRO flattens a group.
     """
     section = config.optimizer
     groups: dict[tuple[str, torch.dtype], dict[str, Any]] = {}
@@ -48,16 +48,16 @@ def deepspeed_config(config: RunConfig | AdapterRunConfig, dp_size: int, bf16: b
     }
     if training.offload_optimizer:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW: DeepSpeed's would need a compiler
+        settings["zero_force_ds_cpu_optimizer"] = False  # use torch's AdamW: DeepSpeed's needs a compiler
     if bf16:
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        settings["communication_data_type"] = "fp32"  # else sums over ranks are bf16, fp32 parameters' included
+        settings["communication_data_type"] = "fp32"  # else sums over ranks are bf16, also of fp32 parameters
     return settings
 
 
 def apply_optimizer_section(engine: Any, groups: list[dict[str, Any]], config: RunConfig | AdapterRunConfig) -> None:
-    """Make the config's learning rate, betas, eps and weight decay hold after a load, which brings back the old ones.
+    """Apply the config's learning rate, betas, eps and weight decay after a load, which restores the saved ones.
 
     Args:
         groups: `parameter_groups` of the model, in the order the optimizer was built with.
@@ -79,7 +79,7 @@ def build_engine(
     groups: Any,
     bf16: bool,
 ) -> Any:
-    """A DeepSpeed engine; its gradients equal one process's, whatever the layout.
+    """A DeepSpeed engine whose gradients equal those of one process, at every layout.
 
     Args:
         model: a tagged model from `build_model`. optimizer_groups: of `parameter_groups`.

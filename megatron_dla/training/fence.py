@@ -1,7 +1,7 @@
-"""One writer a run directory: the file `attempt` says who, and nothing is published by anyone else.
+"""One writer for each run directory, named in the file `attempt`; no other process may publish checkpoints there.
 
-A job whose node was lost is started again elsewhere while its old processes may still run. The newer attempt takes the
-directory over; the older one reads that before it publishes, and ends. Standard library only: launchers import this.
+A job whose node was lost is restarted elsewhere while its old processes may still run. The newer attempt takes over the
+directory; the older one checks before it publishes, and exits. Standard library only: launchers import this.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from megatron_dla.errors import ConfigError, FenceError
 from megatron_dla.files import write_json
 
 ATTEMPT = "attempt"
-BEAT_S = 5.0  # the holder touches its claim this often
-LEASE_S = 30.0  # a claim on another machine that is not touched for so long has no living holder
-LOCK_S = 60.0  # nobody holds the lock longer in good health
+BEAT_S = 5.0  # how often the holder touches its claim
+LEASE_S = 30.0  # a claim on another machine that was not touched for this long is dead
+LOCK_S = 60.0  # a healthy process holds the lock for less
 
 
 def node_name() -> str:
-    """What the scheduler calls this machine, or its host name."""
+    """Name of this machine in the scheduler, else its host name."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def attempt_id() -> str:
-    """`DLA_ATTEMPT` as the launcher set it ("JOB.RESTART" under Slurm), or one from this machine and process.
+    """`DLA_ATTEMPT` from the launcher ("JOB.RESTART" under Slurm), else an id from this machine and process.
 
     Raises:
-        ConfigError: it is no file name.
+        ConfigError: it is not a file name.
     """
     if given := os.environ.get("DLA_ATTEMPT"):
         if not re.fullmatch(r"[\w-][\w.-]*", given):
-            raise ConfigError(f"DLA_ATTEMPT = {given!r} is no file name: use letters, digits, '.', '-' and '_'")
+            raise ConfigError(f"DLA_ATTEMPT = {given!r} is not a file name: use letters, digits, '.', '-' and '_'")
         return given
-    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()  # torchrun's ranks share their agent
+    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()  # torchrun's ranks have one agent
     return f"{node_name()}.{pid}.{process_start(pid)}"
 
 
 def process_start(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since the boot; None if it has ended (proc(5))."""
+    """Start time of a process on this machine in clock ticks since boot; None if it has ended (proc(5))."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # after the name, which may hold ")"
     except OSError:
@@ -57,7 +57,7 @@ def process_start(pid: int) -> int | None:
 
 @dataclass(frozen=True)
 class Claim:
-    """Who writes in a run directory: the attempt and its rank 0 (`started`: of `process_start`)."""
+    """The writer of a run directory: the attempt and its rank 0 (`started`: of `process_start`)."""
 
     attempt: str
     host: str = ""
@@ -66,7 +66,7 @@ class Claim:
     released: bool = False
 
     def supersedes(self, other: Claim) -> bool | None:
-        """Whether this is a later start of the other's job (False: an earlier one); None for unrelated runs."""
+        """Whether this is a later attempt of the other's job (False: an earlier one); None for unrelated runs."""
         mine, theirs = (re.fullmatch(r"(\d+)\.(\d+)", claim.attempt) for claim in (self, other))
         if self.attempt == other.attempt:
             return True
@@ -79,7 +79,7 @@ class Claim:
 
 
 def read_claim(run_dir: Path) -> Claim | None:
-    """The claim in a run directory, whoever wrote it."""
+    """The claim in a run directory, if any."""
     try:
         text = (run_dir / ATTEMPT).read_text().strip()
     except FileNotFoundError:
@@ -87,11 +87,11 @@ def read_claim(run_dir: Path) -> Claim | None:
     try:
         return Claim(**json.loads(text))
     except (ValueError, TypeError):
-        return Claim(text) if text else None  # written by hand or by a script: only the id
+        return Claim(text) if text else None  # written by hand or by a script: the id alone
 
 
 class Fence:
-    """This process's hold on a run directory; for rank 0 only.
+    """This process's claim on a run directory; rank 0 only.
 
     Args:
         run_dir: exists. attempt: of `attempt_id`.
@@ -103,10 +103,10 @@ class Fence:
         self._ended = threading.Event()
 
     def claim(self) -> None:
-        """Become the directory's writer, in place of an earlier start of the same job or of a run that is dead.
+        """Become the directory's writer, replacing an earlier attempt of the same job or a dead run.
 
         Raises:
-            FenceError: a later start of the same job has been here, or another run is alive here.
+            FenceError: a later attempt of the same job has claimed it, or another run is alive.
         """
         holder = read_claim(self.run_dir)
         if holder is not None:
@@ -125,22 +125,22 @@ class Fence:
         threading.Thread(target=self._keep_touching, daemon=True, name="fence").start()
 
     def check(self) -> None:
-        """FenceError unless this process still is the directory's writer."""
+        """Raises FenceError unless this process is still the directory's writer."""
         if (holder := read_claim(self.run_dir)) != self.mine:
             raise FenceError(
-                f"{str(self.run_dir)!r} was taken over by {holder or 'someone who removed the claim'}: attempt "
+                f"{str(self.run_dir)!r} was taken over by {holder or 'a process that removed the claim'}: attempt "
                 f"{self.mine.attempt} ends here and publishes nothing"
             )
 
     @contextlib.contextmanager
     def publishing(self) -> Iterator[None]:
-        """Check, and hold off a newer attempt's claim until what is published inside is complete."""
+        """Check, and block a newer attempt's claim until the body has published."""
         with self._locked():
             self.check()
             yield
 
     def release(self) -> None:
-        """Tell later runs that nobody writes here any more; nothing where the directory is another's."""
+        """Mark the claim as released, if it is still this process's."""
         self._ended.set()
         with self._locked():
             if read_claim(self.run_dir) == self.mine:
@@ -154,7 +154,7 @@ class Fence:
                 os.utime(self.run_dir / ATTEMPT)
 
     def _alive(self, holder: Claim) -> bool:
-        """Asks the process table on this machine, elsewhere waits for a touch: clocks need not agree."""
+        """By the process table on this machine; for another machine, wait for a touch: clocks may differ."""
         if holder.released:
             return False
         if holder.host == self.mine.host:
@@ -162,8 +162,8 @@ class Fence:
         path = self.run_dir / ATTEMPT
         first, waited_from = path.stat().st_mtime, time.monotonic()
         if time.time() - first > 20 * LEASE_S:
-            return False  # no clocks are that far apart
-        print(f"waiting up to {LEASE_S:.0f} s for a sign of life from {holder}", flush=True)
+            return False  # more than clocks differ by
+        print(f"waiting up to {LEASE_S:.0f} s to see whether {holder} is alive", flush=True)
         while time.monotonic() - waited_from < LEASE_S:
             time.sleep(0.5)
             if path.stat().st_mtime != first:
@@ -179,9 +179,9 @@ class Fence:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if time.monotonic() > deadline:  # its holder hangs, on a lost node perhaps
+                    if time.monotonic() > deadline:  # its holder hangs, perhaps on a lost node
                         break
                     time.sleep(0.05)
-                except OSError:  # a file system without locks: the checks alone must do
+                except OSError:  # a file system without locks: only the checks protect
                     break
             yield

@@ -1,4 +1,4 @@
-"""What changes from step to step: the learning rate and the temperature of annealed soft gates."""
+"""Schedules over steps: the learning rate and the temperature of annealed soft gates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_dla.config import OptimizerSection, TauSection
 
 
 def lr_factor(step: int, section: OptimizerSection, total_steps: int) -> float:
-    """Share of the peak learning rate for the optimizer step after `step` finished ones: linear warm-up, then cosine
+    """Factor on the peak learning rate for the optimizer step after `step` finished ones: linear warm-up, then cosine
     decay."""
     if step < section.warmup_steps:
         return (step + 1) / section.warmup_steps
@@ -18,10 +18,9 @@ def lr_factor(step: int, section: OptimizerSection, total_steps: int) -> float:
 
 
 def gate_temperature(step: int, section: TauSection, total_steps: int) -> float | None:
-    """Temperature of the soft gates for the optimizer step after `step` finished ones; None: hard slots.
+    """Temperature of the soft gates for the optimizer step after `step` finished ones; None = hard slots.
 
-    Geometric from start to end over the first `anneal_share` of the steps, so that a step late in the phase is as
-    large a share of the temperature as an early one.
+    Falls geometrically from start to end over the first `anneal_share` of the steps.
     """
     soft_steps = round(section.anneal_share * total_steps)
     if section.gate != "annealed" or step >= soft_steps:

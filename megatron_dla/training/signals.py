@@ -1,4 +1,4 @@
-"""Stop requests, by signal or by file: noticed by one rank, acted on at a step boundary by all ranks together."""
+"""Stop requests by signal or file: seen by one rank, acted on by all ranks together after a step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 
 class StopRequest:
-    """Catches SIGTERM and SIGUSR1 for as long as it is entered.
+    """Context manager that catches SIGTERM and SIGUSR1.
 
     Args:
-        device: of the collective. asked: this rank's other reason to stop as a small number, 0 for none.
+        device: of the collective. asked: returns another reason to stop on this rank, a small number; 0 = none.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -35,10 +35,7 @@ class StopRequest:
         self._caught = number
 
     def agreed(self) -> int:
-        """The same on every rank: the largest reason or signal number of any, 0 to go on.
-
-        A collective: call it once a step on all ranks.
-        """
+        """Largest reason or signal number over all ranks; 0 = continue. A collective: call it once a step."""
         self._flag.fill_(float(max(self._caught, self._asked())))
         dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
         return int(self._flag.item())

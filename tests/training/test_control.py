@@ -84,7 +84,7 @@ def test_a_holder_on_another_machine_is_known_by_its_touches(tmp_path: Path, mon
         far._ended.set()  # its touches end as in a power cut
         time.sleep(0.5)
         claimed(tmp_path, "96.0").release()
-    assert "sign of life from attempt 95.0" in capsys.readouterr().out
+    assert "whether attempt 95.0 " in capsys.readouterr().out
 
 
 def test_of_many_claims_at_once_one_holds(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Episodes: what is told (write segment), what is asked later without it (read segment), and the answers to learn.
+"""Episodes: text to write into the memory (write segment), later questions without it (read segment), and answers.
 
 One episode is one part `[write | read]` of a packed row: attention stays inside each segment, positions restart, and
 the state flows from the write to the read segment, which only reads (arXiv 2605.12357, section 4). This equals two
@@ -31,7 +31,7 @@ Pair = dict[str, str]
 @dataclass(frozen=True)
 class Episode:
     """int64 rows: `write_ids` [W], `write_messages` [W] (number of the chat message, -1: never written), `read_ids`
-    [R]; `answer` bool [R], the tokens to predict. The first read token is none of them."""
+    [R]; `answer` bool [R], the tokens to predict, never the first one."""
 
     write_ids: np.ndarray
     write_messages: np.ndarray

@@ -22,7 +22,7 @@ CHANGED = {
 
 
 class EpisodeLoader:
-    """Rows of whole episodes, in an order drawn anew each epoch from the seed.
+    """Rows of whole episodes, shuffled by the seed in each epoch.
 
     Args:
         row_length: tokens a row; as many episodes as fit share it.

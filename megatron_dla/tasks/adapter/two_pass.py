@@ -1,4 +1,4 @@
-"""The loss of episodes in the published two-pass form, on a transformers model; packed training is held against it."""
+"""Loss of episodes in the published two-pass form, on a transformers model; tests compare packed training with it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_dla.tasks.adapter.episodes import Episode
 
 @torch.no_grad()
 def answer_loss(model: DeltaMemModel, episodes: Sequence[Episode]) -> float:
-    """Mean nats an answer token: each episode's write segment told to an empty memory, then its read segment, which
-    does not write and does not see the other's keys."""
+    """Mean loss (nats) of the answer tokens: each episode's write segment goes to an empty memory, then its read
+    segment, which does not write and does not attend to the write segment."""
     nats, count = 0.0, 0
     for episode in episodes:
         write, message, read, answer = (
