@@ -1,4 +1,4 @@
-"""One forward pass through a model with memories: what it says to all layers, and what each layer answers."""
+"""One forward pass through a model with memories: its inputs for all layers, and the result of each layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryStat
 
 @dataclass
 class LayerResult:
-    """What one layer's memory did, on whole rows: the same on every rank that shares them."""
+    """Result of one layer's memory on whole rows: the same on every rank that shares them."""
 
     state: MemoryState
     """After the last token. Attached to the graph, except under full recomputation."""
@@ -22,37 +22,37 @@ class LayerResult:
     keep: Tensor
     """Mean keep gate, likewise; 1 without any."""
     writes: Tensor
-    """How many were written, int64 scalar."""
+    """Number of tokens (messages) written, int64 scalar."""
     steering: Tensor | None = None
-    """|delta_o| / |o| over all tokens but padding, if the call measures it."""
+    """|delta_o| / |o| over all tokens except padding, if the call measures it."""
 
 
 @dataclass
 class MemoryCall:
-    """Goes with one forward pass (a recomputation in its backward pass is the same one); layers count from 0.
+    """Accompanies one forward pass (recomputation in its backward pass included); layers count from 0.
 
-    States are explicit: nothing stays on a module. Under full recomputation the states of `results` are detached and
+    States are explicit: modules hold none. Under full recomputation the states of `results` are detached and
     the initial ones may not carry a gradient: train in packed rows, [write | read] in one forward pass.
     """
 
     inputs: MemoryInputs = field(default_factory=MemoryInputs)
     """Flags [B, T] of whole rows, also under context parallelism."""
     states: Mapping[int, MemoryState] | None = None
-    """Start of each layer's memory; None, or a layer that is not there: empty. Their gradient, if a caller asks for
-    it, is partial on ranks that cut the sequence (sequence or context parallel): sum it over them."""
+    """Initial state of each layer; None, or a layer without an entry: empty. Their gradient, if a caller needs it, is
+    partial on ranks that split the sequence (sequence or context parallel): sum it over them."""
     control: MemoryControl = field(default_factory=MemoryControl)
     gate_target: float = 0.05
     gate_weight: float = 0.0
     """Strength of the gate regulariser, see `penalise`; its mean is over this call's tokens."""
     measure: bool = False
-    """Fill `LayerResult.steering` (costs a small all-reduce a layer where the sequence is cut)."""
+    """Fill `LayerResult.steering` (costs a small all-reduce per layer where the sequence is split)."""
     results: dict[int, LayerResult] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._cotangent: Tensor | None = None
 
     def replays(self, layer: int) -> bool:
-        """Whether this is a recomputation of `layer`, whose result stands.
+        """Whether this is a recomputation of `layer`, whose result is kept.
 
         Raises:
             ValueError: the call was used for a second forward pass.
@@ -60,7 +60,7 @@ class MemoryCall:
         if layer not in self.results:
             return False
         if torch._C._current_graph_task_id() < 0:  # not inside a backward pass
-            raise ValueError("a MemoryCall goes with one forward pass: make a new one, with states=call.states_out()")
+            raise ValueError("a MemoryCall is for one forward pass: create a new one with states=call.states_out()")
         return True
 
     def states_out(self) -> dict[int, MemoryState]:

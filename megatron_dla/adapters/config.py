@@ -75,7 +75,7 @@ class DeltaMemConfig:
     def _in_range(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"delta_mem.{name} = {value!r}: want a whole number from {low} to {high}")
+            raise ConfigError(f"delta_mem.{name} = {value!r}: want an integer from {low} to {high}")
 
     @property
     def width(self) -> int:

@@ -2,8 +2,8 @@
 its projection (arXiv 2605.12357, eq. 7-9).
 
 Every rank of a layer's tensor- and context-parallel groups holds the whole memory and runs the same scan on whole rows:
-the projections are gathered (4 R columns), not the hidden states. Only the rows of `delta_q_proj` are cut, by query
-heads. A scan's adjoint is linear, so where the sequence is cut each rank may send back its part of the reads' gradient
+the projections are gathered (4 R columns), not the hidden states. Only the rows of `delta_q_proj` are split, by query
+heads. A scan's adjoint is linear, so where the sequence is split each rank may return its part of the reads' gradient
 and the gather's backward sums them: parameters then have partial gradients, summed in the graph over tensor-parallel
 ranks and with data parallelism over context-parallel ones. With whole sequences on all ranks only the query's branch is
 partial, and is summed where the reads enter it.
@@ -39,8 +39,8 @@ from megatron_dla.parallel.tags import Tag, get_tag, set_tag, sum_gradient
 
 @dataclass
 class MemoryParams(PackedSeqParams):
-    """Megatron's packed sequences with a MemoryCall: the one argument that its block hands to every layer as it is,
-    also in recomputation."""
+    """Megatron's packed sequences with a MemoryCall: the one argument that its block passes to every layer
+    unchanged, also in recomputation."""
 
     memory: MemoryCall | None = None
 
@@ -50,13 +50,13 @@ def with_memory(call: MemoryCall, seq_len: int, cu_seqlens: Tensor | None = None
 
     Args:
         seq_len: tokens of a whole row. cu_seqlens: as in `packed_sequence`; attention stays inside its documents, but
-            memories are emptied only where `call.inputs.reset` says.
+            memories are reset only where `call.inputs.reset` is True.
     """
     return MemoryParams("sbhd", cu_seqlens, cu_seqlens, max_seqlen_q=seq_len, max_seqlen_kv=seq_len, memory=call)
 
 
 class _Steered:
-    """Adds the query's correction to the input of a norm. Set for one forward pass, taken by it."""
+    """Adds the query's correction to the input of a norm. Set before each forward pass, which clears it."""
 
     correction: Tensor | None = None
 
@@ -107,12 +107,12 @@ class DeltaMemSelfAttention(SelfAttention):
         replicated = Tag("replicated_sum" if config.sequence_parallel and tp.size() > 1 else "replicated")
         for name, parameter in self.delta_mem.named_parameters():
             parameter.keep_fp32 = parameter.dtype == torch.float32  # type: ignore[attr-defined]
-            # the real start needs the base weights: `initialise_memories`
+            # the initial values need the base weights: `initialise_memories`
             set_tag(parameter, Tag("sharded") if name == "delta_q_proj" else replicated, zeros)
 
     @property
     def layer(self) -> int:
-        """From 0."""
+        """Layer number, from 0."""
         return self.layer_number - 1
 
     def forward(  # type: ignore[override]
@@ -126,13 +126,13 @@ class DeltaMemSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[S, B, hidden] (this rank's part of the sequence) -> (same shape, None).
 
-        Without a MemoryCall every token writes, from an empty memory, and packed documents do not see each other.
+        Without a MemoryCall every token writes, the memory starts empty, and is reset between packed documents.
         """
         if inference_context is not None:
-            raise ValueError("δ-mem does not decode inside Megatron: export the model and generate there")
+            raise ValueError("δ-mem does not decode in Megatron: export the adapter and use `dla generate`")
         dtype, parallel, cp = hidden_states.dtype, self.config.sequence_parallel, self.pg_collection.cp
         memory, targets = self.delta_mem, self.delta_mem.config.target_modules
-        call, result = self._remember(hidden_states, packed_seq_params)
+        call, result = self._scan_rows(hidden_states, packed_seq_params)
         reads = context_slice(result.reads.transpose(0, 1), cp, 0)  # [S / cp, B, R]
         if "q_proj" in targets:
             whole = reads if parallel else copy_to_tensor_model_parallel_region(reads, group=self.tp_group)
@@ -153,7 +153,7 @@ class DeltaMemSelfAttention(SelfAttention):
             call.results[self.layer] = LayerResult(result.state, gate.detach(), 1 - lost, writes, steering)
         return output, bias
 
-    def _remember(self, hidden_states: Tensor, packed: PackedSeqParams | None) -> tuple[MemoryCall, ScanResult]:
+    def _scan_rows(self, hidden_states: Tensor, packed: PackedSeqParams | None) -> tuple[MemoryCall, ScanResult]:
         """The pass's call and the scan of whole rows."""
         raw = self.delta_mem.project(hidden_states)  # [S local, B, C]
         groups = ([self.tp_group] if self.config.sequence_parallel else []) + [self.pg_collection.cp]
@@ -191,7 +191,7 @@ class DeltaMemSelfAttention(SelfAttention):
 
     @torch.no_grad()
     def initialise_memory(self, seed: int) -> None:
-        """Draw the memory's parameters, alike at every layout, from a seed, their names and the layer's W_Q, W_O."""
+        """Draw the memory's parameters, equal at every layout, from a seed, their names and the layer's W_Q and W_O."""
         memory, tp = self.delta_mem, self.tp_group
         query, output = self._base_columns(memory.config.width)
         whole = DeltaMemory(memory.config, memory.hidden_size, self.query_projection_size)
@@ -222,8 +222,8 @@ def add_memories(block: TransformerBlockSubmodules, config: DeltaMemConfig) -> T
     softmax = [i for i, spec in specs.items() if spec.module is SelfAttention]
     if wrong := sorted(set(config.layers_to_transform or ()) - set(softmax)):
         raise ConfigError(
-            f"delta_mem.layers_to_transform: layer {wrong[0]} is no softmax attention layer of this model; those are "
-            f"{softmax}"
+            f"delta_mem.layers_to_transform: layer {wrong[0]} is not a softmax attention layer of this model; those "
+            f"are {softmax}"
         )
     if not (chosen := [i for i in softmax if config.carries(i)]):
         raise ConfigError(
@@ -249,10 +249,10 @@ def initialise_memories(model: nn.Module, seed: int) -> None:
 
 
 def freeze_backbone(model: nn.Module) -> list[str]:
-    """Train the memories alone: the names of their parameters. Call it before wrapping the model in an engine.
+    """Train only the memories; returns the names of their parameters. Call it before wrapping the model in an engine.
 
-    Megatron's checkpoints are reentrant: a recomputed layer whose input carries no gradient would give none. The
-    embedding's output is made to carry one, therefore.
+    Megatron's checkpoints are reentrant: a recomputed layer whose input carries no gradient would give none. So
+    the embedding's output is made to carry one.
     """
     trained = []
     for name, parameter in model.named_parameters():

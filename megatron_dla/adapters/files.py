@@ -3,8 +3,8 @@
     adapter_model.safetensors + adapter_config.json     peft_type "DELTA_MEM", our whole config, base model
     delta_mem_config.json + delta_mem_adapter.pt        the published form (`upstream`); names no base model
 
-PEFT itself cannot load the first: the correction depends on a state, so there is nothing to merge. Both may lie in one
-directory; then the first is read.
+PEFT itself cannot load the first: the correction depends on a state, so there is nothing to merge. A directory may hold
+both; then the first is read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Adapter:
     """What a directory holds.
 
     Attributes:
-        tensors: by layer number and published name. base: None where the files do not say.
+        tensors: by layer number and published name. base: None where the files do not name it.
     """
 
     config: DeltaMemConfig
@@ -72,7 +72,7 @@ def write_adapter(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a directory, each file whole or not at all; the configs last. Returns it.
+    """Write a directory, each file atomically, the configs last. Returns it.
 
     Args:
         dtype: of the stored tensors (fp32, bf16); None = as they are. Writing bf16 rounds.
@@ -91,12 +91,12 @@ def write_adapter(
     }
     directory.mkdir(parents=True, exist_ok=True)
     if "upstream" in formats:
-        with written_whole(directory / upstream.WEIGHTS) as path:
+        with atomic_file(directory / upstream.WEIGHTS) as path:
             upstream.save_weights(tensors, path)
         _write_json(directory / upstream.CONFIG, values)
     if "safetensors" in formats:
         flat = {upstream.tensor_key(layer, name): x for layer, named in tensors.items() for name, x in named.items()}
-        with written_whole(directory / WEIGHTS) as path:
+        with atomic_file(directory / WEIGHTS) as path:
             save_tensors(flat, path, {"format": "pt"})
         base = adapter.base
         _write_json(directory / CONFIG, {
@@ -115,13 +115,13 @@ def read_adapter(directory: str | Path) -> Adapter:
     """The adapter in a directory, of either form. No pickled code is run.
 
     Raises:
-        CheckpointError: no adapter there, a damaged file, or one that asks for what is not supported.
+        CheckpointError: no adapter there, a damaged file, or one with an unsupported setting.
     """
     directory = Path(directory)
     if (directory / CONFIG).is_file():
         return _read_safetensors(directory)
     if not (directory / upstream.CONFIG).is_file():
-        raise CheckpointError(f"{str(directory)!r} is no δ-mem adapter: want {CONFIG} or {upstream.CONFIG} in it")
+        raise CheckpointError(f"{str(directory)!r} is not a δ-mem adapter: want {CONFIG} or {upstream.CONFIG} in it")
     where = repr(str(directory / upstream.CONFIG))
     config = upstream.from_upstream(_read_json(directory / upstream.CONFIG), where)
     tensors = upstream.load_weights(directory / upstream.WEIGHTS)
@@ -157,12 +157,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with written_whole(path) as part:
+    with atomic_file(path) as part:
         part.write_text(json.dumps(values, indent=2) + "\n")
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """`atomic_path`. Raises CheckpointError where the file cannot be written."""
     try:
         with atomic_path(path) as part:

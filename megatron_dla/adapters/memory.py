@@ -26,7 +26,7 @@ L2_EPS = 1e-6
 
 @dataclass
 class MemoryInputs:
-    """What one call says about its tokens, the same for all layers. bool / int64 [B, T]; None: the plain case."""
+    """Flags of one call's tokens, the same for all layers. bool / int64 [B, T]; None: see each."""
 
     valid: Tensor | None = None
     """False: padding, which reads zero and writes nothing."""
@@ -139,8 +139,8 @@ class DeltaMemory(nn.Module):
         return self.shared(torch.cat(weights if self.config.couple_lambda else [*weights, self.lambda_proj]))
 
     def shared(self, weight: Tensor) -> Tensor:
-        """A parameter (or several in one) that is the same on all ranks, on its way into the mathematics; overridden
-        where each rank finds only a part of its gradient."""
+        """A parameter (or several concatenated) that is replicated over ranks, before it is used; overridden where
+        each rank computes only a part of its gradient."""
         return weight
 
     def project(self, x: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ class DeltaMemory(nn.Module):
         """reads [..., R] -> correction of the attention's output [..., d]."""
         return F.linear(reads.to(dtype), self.shared(self.delta_o_proj).to(dtype)) * (scale * self.config.scale)
 
-    # ---- start
+    # ---- initialisation
 
     @torch.no_grad()
     def initialise(self, seed: int, name: str, query_weight: Tensor, output_weight: Tensor) -> None:

@@ -44,7 +44,7 @@ class Runs:
     final: Tensor
     """Belongs to the row's last run."""
     continues: Tensor
-    """[B]: run 0 goes on with the pending message."""
+    """[B]: run 0 continues the pending message."""
     nonempty: Tensor
     """[B]: the row has a valid token."""
 

@@ -1,8 +1,8 @@
 """The published adapter files: delta_mem_config.json + delta_mem_adapter.pt.
 
-Names of keys and tensors are the published ones; the code is ours. What an adapter asks for and we would compute
-differently is refused by name. Not representable there, hence not written: `memory = "static"`, reads between the
-messages of one call, and the start values of an uncoupled keep gate (the trained ones are tensors).
+Names of keys and tensors are the published ones; the code is ours. A setting that would be computed differently here is
+an error that names it. Not representable there, hence not written: `memory = "static"`, reads between the messages of
+one call, and the initial values of an uncoupled keep gate (the trained ones are tensors).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def by_layer(tensors: Mapping[str, Tensor], path: Path) -> dict[int, dict[str, T
 
 
 def to_upstream(config: DeltaMemConfig) -> dict[str, Any]:
-    """Published keys of a config. Raises ConfigError where the format cannot say it."""
+    """Published keys of a config. Raises ConfigError where the format cannot express it."""
     if config.memory != "online":
         raise ConfigError("delta_mem.memory = 'static' has no published form: write the safetensors format")
     if config.write == "message" and config.message_read != "pre_call":
@@ -145,8 +145,8 @@ def load_weights(path: Path) -> dict[int, dict[str, Tensor]]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile raise their own
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{str(path)!r} is damaged, or no file of tensors alone ({reason})") from error
+        raise CheckpointError(f"{str(path)!r} is damaged, or holds more than tensors ({reason})") from error
     plain = isinstance(found, dict) and all(isinstance(x, Tensor) and isinstance(k, str) for k, x in found.items())
     if not plain or not found:
-        raise CheckpointError(f"{str(path)!r} is no δ-mem adapter: want a dictionary of tensors")
+        raise CheckpointError(f"{str(path)!r} is not a δ-mem adapter: want a dictionary of tensors")
     return by_layer(found, path)

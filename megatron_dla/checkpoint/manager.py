@@ -1,7 +1,7 @@
 """Save, find, load and prune the checkpoints of a run.
 
-A checkpoint is written as step_N.ATTEMPT.partial and renamed to step_N when everything is there: weights and
-optimizer state synced to the disk, the marker last.
+A checkpoint is written as step_N.ATTEMPT.partial and renamed to step_N when it is complete: weights and optimizer state
+fsynced, the marker file last.
 """
 
 from __future__ import annotations
@@ -85,8 +85,7 @@ class Checkpointer:
 
     Args:
         run_dir: the run's directory. engine: the DeepSpeed engine. groups: ProcessGroupCollection. keep: newest
-            checkpoints to keep, 0 = all. control: says whether this run still is the directory's writer (`attempt`,
-            `check`, `publishing` of `RunControl`).
+            checkpoints to keep, 0 = all. control: `RunControl`, to check that this run still owns the directory.
     """
 
     def __init__(self, run_dir: Path, engine: Any, groups: Any, keep: int, control: Any) -> None:
@@ -99,7 +98,7 @@ class Checkpointer:
         `data_state` is the loader's state of the whole batch, already merged over the data-parallel ranks.
 
         Raises:
-            FenceError: the run directory was taken over; nothing is published or deleted then.
+            FenceError: another run has taken over the directory; nothing is published or deleted.
             FloatingPointError: a weight is not finite; nothing is written.
         """
         on_main(self.control.check)  # before the work; again before the result is published
@@ -155,7 +154,7 @@ class Checkpointer:
             )
 
     def _weights(self) -> dict[str, Tensor]:
-        """This tensor-parallel rank's parameters (a collective under ZeRO-3: one is whole at a time)."""
+        """This tensor-parallel rank's parameters (a collective under ZeRO-3, which gathers one at a time)."""
         parameters: dict[str, Tensor] = {n: p for n, p in self.engine.module.named_parameters() if p.requires_grad}
         if self.engine.zero_optimization_stage() < 3:
             return parameters

@@ -1,9 +1,9 @@
-"""Optimizer state that means the same at every layout: each rank writes what it holds, with its place in the whole.
+"""Layout-independent optimizer state: each rank writes its pieces with their place in the whole parameter.
 
 step_N/optimizer/tp_00_dp_0000.safetensors ...   flat fp32 pieces, key "parameter|quantity|first element"
 
 Pieces are of the parameter as its tensor-parallel rank has it, flattened. Nothing is gathered to save. To load, the
-pieces are joined to whole sections (see `Tag.keys`), one parameter at a time, and cut for the layout of the new run:
+pieces are joined to whole sections (see `Tag.keys`), one parameter at a time, and split for the layout of the new run:
 another tensor-, context- or data-parallel size, another ZeRO stage.
 """
 
@@ -184,5 +184,5 @@ class SavedState:
 
 
 def local_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Each trained parameter's shape on a tensor-parallel rank, also where ZeRO-3 has cut it up."""
+    """Each trained parameter's shape on a tensor-parallel rank, before ZeRO-3 partitions it."""
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Weights on disk that mean the same at every tensor-parallel size, readable with torch and safetensors alone.
+"""Weights on disk, loadable at every tensor-parallel size and readable with torch and safetensors alone.
 
 step_N/layout.json            model section, vocabulary, tokenizer, and one tag a parameter
 step_N/weights/tp_00.safetensors ...   each tensor-parallel rank's part
@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 
 @dataclass
 class CheckpointLayout:
-    """What `layout.json` says of a checkpoint.
+    """The contents of a checkpoint's `layout.json`.
 
     Attributes:
         model: the model section of the run's config. vocab_size: padded rows of the embedding.

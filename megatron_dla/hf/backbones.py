@@ -1,7 +1,8 @@
 """A full-attention model of the Llama family, from its Hugging Face directory into our Megatron model.
 
 config.json is read by transformers' own classes (they know each family's defaults), weights tensor by tensor, so that a
-rank never holds more of the model than its part and one layer's matrix. What we would compute differently is refused.
+rank never holds more of the model than its part and one layer's matrix. A setting that would be computed differently
+here is an error.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _IGNORED = ".rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """What the model section does not say of a backbone.
+    """Properties of a backbone that are not in the model section.
 
     Attributes:
         architecture: transformers' class. vocab_size: rows of the embedding.
@@ -60,14 +61,14 @@ def read_backbone(hf_dir: str | Path) -> tuple[ModelSection, BackboneInfo]:
     `vocab_multiple` is the vocabulary itself, so that no padded row enters a softmax that the model never saw.
 
     Raises:
-        CheckpointError: no such file, another architecture, or something in it that would be computed differently.
+        CheckpointError: no such file, another architecture, or a setting that would be computed differently here.
     """
     fix = "give a directory that save_pretrained wrote"
     raw, path = read_config(hf_dir, fix), Path(hf_dir) / CONFIG
     try:
         kind = check_family(raw, repr(str(path)))
         config = _transformers_config(kind, raw, path)
-        _refuse(config, raw, path)
+        _check_supported(config, raw, path)
         section = _section(config)
         check_model(section)
         stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
@@ -85,12 +86,12 @@ def _transformers_config(kind: str, raw: dict[str, Any], path: Path) -> Any:
         return CONFIG_MAPPING[kind].from_dict(raw)
     except Exception as error:  # huggingface_hub's validation has errors of its own
         reason = " ".join(str(error).split())
-        message = f"{str(path)!r}: transformers refuses it ({reason}): correct that value, or fetch the file again"
+        message = f"{str(path)!r}: transformers rejects it ({reason}): correct that value, or fetch the file again"
         raise CheckpointError(message) from error
 
 
-def _refuse(config: Any, raw: dict[str, Any], path: Path) -> None:
-    """CheckpointError for each property that would be silently wrong here."""
+def _check_supported(config: Any, raw: dict[str, Any], path: Path) -> None:
+    """CheckpointError for each property that would be computed differently here."""
     rope, where = config.rope_parameters, repr(str(path))
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method")
@@ -218,7 +219,7 @@ def build_backbone(
     """The frozen Megatron model of a Hugging Face directory, this rank's part, in eval mode; its section.
 
     Megatron's groups must exist (`parallel.groups`). Called as `build_model`'s: logits [B, S, vocab / TP] without
-    labels. No parameter requires a gradient, but one flows through to whatever is put in between.
+    labels. No parameter requires a gradient, but gradients flow through the model to its inputs and adapters.
 
     Args:
         seq_len: tokens of a whole row. dtype: of the weights here, whatever is stored.

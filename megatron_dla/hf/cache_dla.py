@@ -1,4 +1,4 @@
-"""What a DLA language model remembers between calls (copied into every exported directory)."""
+"""The cache of a DLA language model between calls (copied into every exported directory)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class LayerMemory:
 class DLACache:
     """`past_key_values` of a DLA model. Calls change it in place; `clone()` forks a session.
 
-    Constant in size for a model without softmax layers, whatever the length of the context. It cannot be cropped (a
-    recurrent state does not know what came before), so assisted decoding is refused.
+    Constant in size for a model without softmax layers, whatever the length of the context. It cannot be cropped
+    (tokens cannot be removed from a recurrent state), so assisted decoding is not supported.
 
     Attributes:
         layers: one `LayerMemory` a layer. seen: tokens read, padding included.
@@ -90,7 +90,7 @@ class DLACache:
             self.padding = self.padding[indices.to(self.padding.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: sequence i goes on from sequence `beam_idx[i]`."""
+        """Beam search: sequence i continues sequence `beam_idx[i]`."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

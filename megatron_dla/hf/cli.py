@@ -10,7 +10,7 @@ from megatron_dla.errors import UserError
 
 def add_convert_parser(subparsers: Any) -> None:
     """Add `convert` and its actions to an argparse subparsers object; `func(args)` gives the exit code."""
-    parser = subparsers.add_parser("convert", help="checkpoint to Hugging Face format, back, and the proof")
+    parser = subparsers.add_parser("convert", help="convert checkpoints to and from Hugging Face format")
     actions = parser.add_subparsers(dest="action", required=True)
     to_hf = actions.add_parser("to-hf", help="write a directory that AutoModelForCausalLM loads")
     to_hf.add_argument("checkpoint", help="a step_N directory, or a run directory (its newest checkpoint)")
@@ -19,10 +19,12 @@ def add_convert_parser(subparsers: Any) -> None:
     to_hf.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: as stored)")
     to_hf.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     to_hf.add_argument(
-        "--plain", action="store_true", help="of softmax layers only: as Llama, Qwen3 or SmolLM3, without our code"
+        "--plain",
+        action="store_true",
+        help="of softmax layers only: as Llama, Qwen3 or SmolLM3, without custom code",
     )
     to_hf.set_defaults(func=_to_hf)
-    from_hf = actions.add_parser("from-hf", help="write a checkpoint to go on training from")
+    from_hf = actions.add_parser("from-hf", help="write a checkpoint to train from")
     from_hf.add_argument("model", help="a directory that `to-hf` wrote, or a Llama, Mistral, Qwen3 or SmolLM3 model")
     from_hf.add_argument("out", help="checkpoint directory to write (step_N)")
     from_hf.add_argument("--tensor-parallel", type=int, default=1, help="number of weight files (default: 1)")
@@ -52,7 +54,7 @@ def _to_hf(args: argparse.Namespace) -> int:
         from megatron_dla.hf.plain import to_plain
 
         if args.dtype:
-            raise UserError("--dtype goes without --plain: a plain export keeps the checkpoint's dtype")
+            raise UserError("--dtype cannot be used with --plain: a plain export keeps the checkpoint's dtype")
         print(f"wrote {to_plain(args.checkpoint, args.out, **options)}")
         return 0
     from megatron_dla.hf.convert import to_hf

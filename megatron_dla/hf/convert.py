@@ -38,7 +38,7 @@ _AUTO_MAP = {
 }
 _EXPORT_AGAIN = "export the model again"
 _RENAMED = {"tie_embeddings": "tie_word_embeddings"}
-# fields that the first exports did not have: their defaults describe those
+# fields that the first exports did not have; they mean the defaults
 _ADDED = (
     "attention_head_dim",
     "qk_norm",
@@ -52,20 +52,20 @@ _ADDED = (
 
 @contextmanager
 def fresh_directory(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
-    """A temporary directory that becomes `out` if the body succeeds; an old one goes only then."""
+    """A temporary directory that replaces `out` if the body succeeds."""
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not overwrite:
             raise UserError(f"{str(out)!r} exists: choose another directory (an earlier export: --overwrite)")
         if not (out / marker).is_file():
             raise UserError(
-                f"{str(out)!r} is no earlier export ({marker} is missing), not replaced: remove it yourself"
+                f"{str(out)!r} is not an earlier export ({marker} is missing) and is not replaced: remove it yourself"
             )
     out.parent.mkdir(parents=True, exist_ok=True)
     new, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     new.mkdir()
     try:
         yield new
-        mode = (new / marker).stat().st_mode  # as the umask says; safetensors makes files of mode 600
+        mode = (new / marker).stat().st_mode  # from the umask; safetensors creates files with mode 600
         for path in new.iterdir():
             path.chmod(mode)
         if out.exists():

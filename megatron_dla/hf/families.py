@@ -1,4 +1,4 @@
-"""The models of transformers that can carry a memory, and one form of message for all others."""
+"""The models of transformers that can carry a memory, and the error messages for all others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAMILIES = {
     "smollm3": "SmolLM3ForCausalLM",
 }
 """model_type -> transformers' class."""
-# their frequencies follow the longest row so far and lie in the model, which sessions of any length share
+# their frequencies depend on the longest row so far and are stored in the model, which all sessions share
 _CHANGING_ROPE = ("dynamic", "longrope")
 
 
@@ -27,7 +27,7 @@ def unsupported(where: str, key: str, value: Any, choices: str, fix: str = "") -
     """The error about one key of a configuration.
 
     Args:
-        choices: the values that would do. fix: another way out than to take another model.
+        choices: the values that would do. fix: an alternative to using another model.
     """
     value = str(value).lower() if isinstance(value, bool) else value
     return CheckpointError(
@@ -50,8 +50,8 @@ def check_family(config: Mapping[str, Any], where: str) -> str:
 def check_servable(config: Mapping[str, Any], where: str) -> None:
     """Whether transformers' own model can carry a memory and be shared by sessions.
 
-    Biases, sliding windows and the other RoPE types are transformers' work and do no harm here; `hf.backbones`, which
-    computes the model anew, is stricter.
+    Biases, sliding windows and the other RoPE types are computed by transformers and need no support here;
+    `hf.backbones`, which builds the model in Megatron, is stricter.
 
     Raises:
         CheckpointError: another architecture, quantised weights, or RoPE that changes with the length of a row.

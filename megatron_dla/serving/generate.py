@@ -1,4 +1,4 @@
-"""Text from an exported model, printed as it comes."""
+"""`dla generate`: text from an exported model, printed as it is generated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_dla.hf.load import load_export, load_export_tokenizer
 
 @dataclass
 class Generation:
-    """Text after the prompt, and what it cost (`seconds` with the prompt's reading; `cache_bytes` at the end)."""
+    """Text after the prompt, and what it cost (`seconds` include the prefill; `cache_bytes` at the end)."""
 
     text: str
     tokens: int
@@ -30,7 +30,7 @@ class Generation:
 
 
 class Streamer:
-    """Prints each token's text at once; holds a character back until its last byte token is there."""
+    """Prints the text of each token immediately, but of an incomplete character only when its last byte is there."""
 
     def __init__(self, tokenizer: Any, out: TextIO) -> None:
         self.tokenizer, self.out = tokenizer, out
@@ -85,8 +85,8 @@ def generate(
     """Continue `prompt`; streams the text to `out` (standard output) and a line of statistics to standard error.
 
     Args:
-        temperature: 0 = always the best token. top_p: share of the probability that is drawn from.
-        seed: of the draws. device: `cpu` or `cuda`.
+        temperature: 0 = greedy. top_p: nucleus sampling, the share of the probability that is sampled from.
+        seed: of the sampling. device: `cpu` or `cuda`.
 
     Raises:
         UserError: a bad value, no exported model, no such device.
@@ -97,12 +97,12 @@ def generate(
     out = sys.stdout if out is None else out
     out.write(prompt)
     streamer = Streamer(tokenizer, out)
-    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     begin = time.perf_counter()
     result = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
-        return_dict_in_generate=True, **drawn,
+        return_dict_in_generate=True, **sampling,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
     out.write("\n")

@@ -1,6 +1,6 @@
 """δ-mem on a Hugging Face causal language model: hooks around each self-attention, nothing of transformers edited.
 
-The hooks keep nothing: a call brings its states and takes the new ones home, so that any number of sessions, threads
+The hooks are stateless: a call passes its states in and returns the new ones, so that any number of sessions, threads
 and adapters share one model. Per layer, with x the input of the attention (after the layer norm):
 
     query  = q_proj(x) + Δq       before the query's norm and RoPE (NoPE layers: before nothing)
@@ -24,7 +24,7 @@ from megatron_dla.hf.families import FAMILIES, check_servable
 
 States = dict[int, MemoryState]
 """State of each layer that has a memory, by layer number."""
-_CALL = "delta_mem_call"  # the keyword that carries a call through transformers' layers to the hooks
+_CALL = "delta_mem_call"  # the keyword argument that takes a call through transformers' layers to the hooks
 
 
 @dataclass
@@ -57,7 +57,7 @@ class DeltaMemOutput:
 
 @dataclass
 class _Call:
-    """What one forward brings to the hooks, and what they leave."""
+    """Inputs of one forward pass for the hooks, and their results."""
 
     owner: DeltaMemModel
     states: States
@@ -141,7 +141,7 @@ class DeltaMemModel(nn.Module):
         return output + delta
 
     def detach(self) -> nn.Module:
-        """Take the hooks off; returns the model, as it was but frozen."""
+        """Remove the hooks; returns the base model, which stays frozen."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -171,7 +171,7 @@ class DeltaMemModel(nn.Module):
         return self.memories[str(layer)]  # type: ignore[return-value]
 
     def finish(self, states: States) -> States:
-        """With writes by message, the open message written now; else the states themselves."""
+        """With writes by message, the states after writing the open message; else the states themselves."""
         return {layer: self.memory(layer).finish(state) for layer, state in states.items()}
 
     def forward(
@@ -192,12 +192,12 @@ class DeltaMemModel(nn.Module):
         """One call of the model, a pure function of its arguments (but the cache, which grows in place).
 
         Args:
-            input_ids: int64 [B, T]. states: from before the first token; None = zeros. They are not changed.
-            inputs: what the tokens do to the memory. Without `inputs.valid`, `attention_mask` says what is padding.
+            input_ids: int64 [B, T]. states: before the first token; None = zeros. They are not changed in place.
+            inputs: which tokens write, reset or are padding. Without `inputs.valid`, `attention_mask` marks padding.
             attention_mask: [B, past + T], 1 = a token, 0 = padding on any side; without `position_ids` these count
                 the tokens. None = no padding.
             logits_to_keep: only the last n positions go through the head; 0 = all.
-            control: evaluation switches. stats: fill `DeltaMemOutput.stats` (waits for the device).
+            control: evaluation switches. stats: fill `DeltaMemOutput.stats` (synchronises with the device).
 
         Raises:
             ValueError: states of another batch size or adapter; writes by message without message ids.
@@ -282,11 +282,6 @@ def attach(
 def select_states(states: States, rows: Tensor | Sequence[int]) -> States:
     """Batch rows of the states, in that order: forking ([0, 0]), shuffling (a permutation)."""
     return {layer: state.select(torch.as_tensor(rows, device=state.S.device)) for layer, state in states.items()}
-
-
-def detach_states(states: States) -> States:
-    """The states without their graph."""
-    return {layer: state.detach() for layer, state in states.items()}
 
 
 def _attentions(base: Any) -> list[Any]:

@@ -1,8 +1,8 @@
-"""A conversation on a shared model: key/value cache and memory states, advanced together, token by token or in bulk.
+"""A conversation on a shared model: key/value cache and memory states, advanced together, by any number of tokens.
 
-The cache is the context and grows by every token; the states are the memory and keep their size. A session can drop
-the first and keep the second (`forget_context`), be forked, and be saved (`session_file`). The model holds nothing of
-it: any number of sessions may use one model, by turns or in threads.
+The cache is the context and grows with every token; the states are the memory and keep their size. A session can drop
+the cache and keep the states (`forget_context`), be forked, and be saved (`session_file`). The model holds no state of
+a session: any number of sessions may use one model, in turns or in threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs
 from megatron_dla.serving.chat import Message, render_chat
-from megatron_dla.serving.decode import draw, stop_tokens
+from megatron_dla.serving.decode import sample, stop_tokens
 from megatron_dla.serving.hf_model import DeltaMemModel, States
 
 
@@ -39,16 +39,16 @@ class Session:
         self.model, self.tokenizer, self.control = model, tokenizer, control
         self.reset()
 
-    # ---- life
+    # ---- reset and fork
 
     def reset(self) -> None:
-        """Everything empty."""
+        """Empty the context, the memory and the history."""
         self.forgotten = 0
         self.history: list[Message] = []
         self._start(self.model.initial_states(1))
 
     def _start(self, states: States) -> None:
-        """An empty context after `states`."""
+        """Begin an empty context whose initial memory is `states`."""
         self.origin = self.states = states
         self.ids: list[int] = []
         self.message_ids: list[int] = []
@@ -63,10 +63,10 @@ class Session:
         self._start(self.model.finish(self.states))
 
     def fork(self) -> Session:
-        """A copy that goes its own way."""
+        """An independent copy."""
         other = Session(self.model, self.tokenizer, control=self.control)
         other.forgotten, other.history = self.forgotten, [dict(message) for message in self.history]
-        other.origin, other.states = self.origin, self.states  # never changed in place
+        other.origin, other.states = self.origin, self.states  # not copied: calls do not change them in place
         other.ids, other.message_ids, other.logits = list(self.ids), list(self.message_ids), self.logits
         other.cache = make_cache(cache_tensors(self.cache))
         return other
@@ -87,7 +87,7 @@ class Session:
     def append(self, ids: Sequence[int], messages: int | Sequence[int] | None = None) -> Tensor:
         """Feed tokens; returns the logits [V] after the last (only those are computed).
 
-        An interrupted call leaves the session as it was.
+        A call that raises leaves the session unchanged.
 
         Args:
             messages: number of the message, one for all tokens or one for each; needed where the adapter writes by
@@ -150,14 +150,14 @@ class Session:
             stop: tokens that end it, neither fed nor yielded; None = the model's and the tokenizer's.
 
         Raises:
-            ValueError: nothing was appended since the session began, was loaded or forgot its context.
+            ValueError: nothing was appended since the session was created, loaded or `forget_context` was called.
         """
         if self.logits is None:
             raise ValueError("append something before generating")
         stop = stop_tokens(self.model, self.tokenizer) if stop is None else stop
         number = self.next_message
         for _ in range(max_new_tokens):
-            token = int(draw(self.logits[None], temperature, top_p, generator))
+            token = int(sample(self.logits[None], temperature, top_p, generator))
             if token in stop:
                 return
             self.append([token], number)
@@ -166,11 +166,11 @@ class Session:
     # ---- chat
 
     def feed(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> Tensor:
-        """Bring the session to a chat: only the tokens after what it has already seen are fed.
+        """Feed the tokens of a chat that come after those already in the context.
 
         Where the rendered chat differs from the tokens seen (an edited history, a template that rewrites old turns,
-        text that is tokenized otherwise than it was generated), context and states are built again from where the
-        context began. Generated tokens keep the message number they were fed with.
+        text that is tokenized differently from how it was generated), context and states are recomputed from the
+        start of the context. Generated tokens keep the message number they were fed with.
 
         Raises:
             UserError: see `render_chat`.
@@ -188,7 +188,7 @@ class Session:
         return self.logits
 
     def reply(self, text: str, max_new_tokens: int, **sampling: Any) -> Generator[int]:
-        """Say `text` as the user; yields the answer's tokens (`generate`), and keeps both in `history`."""
+        """Add `text` as the user's message; yields the answer's tokens (`generate`) and keeps both in `history`."""
         messages = [*self.history, {"role": "user", "content": text}]
         self.feed(messages)
         tokens: list[int] = []
@@ -196,21 +196,21 @@ class Session:
             for token in self.generate(max_new_tokens, **sampling):
                 tokens.append(token)
                 yield token
-        finally:  # also an answer that was cut short is part of the chat
+        finally:  # an interrupted answer is part of the chat, too
             answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
             self.history = [*messages, {"role": "assistant", "content": answer}]
 
 
 def make_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """A key/value cache with copies of (keys, values) [B, H_kv, T, d_h] by layer; all of it is kept, also where a
-    model's attention looks back less far."""
+    """A key/value cache with copies of (keys, values) [B, H_kv, T, d_h] by layer; nothing is dropped, also where a
+    model's sliding window is shorter."""
     from transformers import DynamicCache
 
     return DynamicCache(ddp_cache_data=pairs) if pairs else DynamicCache()
 
 
 def cache_tensors(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """(keys, values) of every layer that holds something."""
+    """(keys, values) of every layer that is not empty."""
     return [(layer.keys, layer.values) for layer in cache.layers if layer.get_seq_length()]
 
 

@@ -1,6 +1,6 @@
 """A session as one safetensors file: states (fp32), token ids, metadata, and the key/value cache if wanted.
 
-A checksum over all of it tells a damaged or edited file. It is no signature: who means to forge a session can.
+A checksum over all of it detects damaged and edited files. It is not a signature and does not prevent forgery.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dla.adapters.files import adapter_sha256, written_whole
+from megatron_dla.adapters.files import adapter_sha256, atomic_file
 from megatron_dla.adapters.memory import MemoryInputs, MemoryState
 from megatron_dla.adapters.messages import Pending
 from megatron_dla.errors import CheckpointError
@@ -25,11 +25,11 @@ from megatron_dla.serving.session import Session, cache_tensors, make_cache
 
 FORMAT = "megatron_dla δ-mem session 2"
 _CHECKSUM = "checksum"
-_FIX = "take an intact copy, or begin a new session with another file name"
+_FIX = "use an intact copy, or start a new session with another file name"
 
 
 def save_session(session: Session, path: str | Path, *, cache: bool = True) -> None:
-    """Write the file, whole or not at all.
+    """Write the file atomically, readable by its owner alone.
 
     Args:
         cache: False = without keys and values, whose size grows with the context; loading computes them again.
@@ -59,16 +59,16 @@ def save_session(session: Session, path: str | Path, *, cache: bool = True) -> N
                 f"cache.{layer}.values": values.cpu().contiguous(),
             }
     metadata[_CHECKSUM] = _checksum(tensors, metadata)
-    with written_whole(Path(path)) as part:
+    with atomic_file(Path(path)) as part:
         save_tensors(tensors, part, metadata, private=True)
 
 
 def load_session(path: str | Path, model: DeltaMemModel, tokenizer: Any = None) -> Session:
     """The session of a file, on `model`: states bit for bit. Keys and values that are not in the file, or in another
-    dtype than the model's, are computed again from the token ids.
+    dtype than the model's, are recomputed from the token ids.
 
     Raises:
-        CheckpointError: no session file, a damaged one, or one of another adapter or base model.
+        CheckpointError: the file is missing, damaged, not a session, or of another adapter or base model.
     """
     tensors, metadata = _read(Path(path))
     try:
@@ -96,14 +96,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors, metadata = load_tensors(path)
     except Exception as error:  # safetensors raises its own and OSError alike
-        raise CheckpointError(f"{str(path)!r} is missing, damaged or no session ({error}): {_FIX}") from error
+        raise CheckpointError(f"{str(path)!r} is missing, damaged or not a session ({error}): {_FIX}") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{str(path)!r} is not a δ-mem session of this version (format {metadata.get('format')!r}, want "
             f"{FORMAT!r}): {_FIX}"
         )
     if metadata.pop(_CHECKSUM, None) != _checksum(tensors, metadata):
-        raise _damaged(path, "its contents do not agree with its checksum")
+        raise _damaged(path, "its contents do not match its checksum")
     return tensors, metadata
 
 

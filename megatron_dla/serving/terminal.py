@@ -1,4 +1,4 @@
-"""`dla generate --adapter` and `dla chat`: a session in the terminal."""
+"""`dla generate --adapter` and `dla chat`: a session at the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = {
     "/forget": "forget the context, keep the memory",
     "/state": "sizes and norms of the memory",
     "/save [FILE]": "save the session",
-    "/quit": "end (also the end of the input)",
+    "/quit": "end the chat (as does the end of the input)",
 }
 
 
@@ -37,7 +37,7 @@ def open_session(
     device: str,
     chat: bool = False,
 ) -> Session:
-    """A new session, or the one of `session_file` if it is there. The weights, which are slow, are read last.
+    """A new session, or the one in `session_file` if it exists. The weights, which take longest, are read last.
 
     Args:
         chat: the tokenizer must have a chat template, and one that the adapter can use.
@@ -46,7 +46,7 @@ def open_session(
         UserError: anything that does not load or fit; also a session file that could not be written later.
     """
     if session_file is not None and not Path(session_file).resolve().parent.is_dir():
-        raise UserError(f"--session {str(session_file)!r}: its directory is not there: make it first")
+        raise UserError(f"--session {str(session_file)!r}: its directory does not exist: create it first")
     check_backbone(hf_dir)
     tokenizer = load_tokenizer(hf_dir)
     trained = empty_adapter() if adapter is None else read_adapter(adapter)
@@ -86,7 +86,7 @@ def generate_with_memory(
         raise UserError(f"--prompt {prompt!r} has no tokens: give other text")
     session.append(ids, message)
     out.write(prompt)
-    text, count = _stream(session, session.generate(max_new_tokens, **_drawing(temperature, top_p, seed)), out)
+    text, count = _stream(session, session.generate(max_new_tokens, **_sampling(temperature, top_p, seed)), out)
     out.write("\n")
     done = Generation(text, count, time.perf_counter() - begin, session.nbytes.cache)
     if session_file is not None:
@@ -112,14 +112,14 @@ def chat(
     """Answer line after line of `lines` (standard input) until it ends, then save the session. Ctrl-C ends an answer.
 
     Raises:
-        UserError: as `generate_with_memory`. A command that fails says so and the chat goes on.
+        UserError: as `generate_with_memory`. A command that fails is reported and the chat continues.
     """
     check_options("x", max_new_tokens, temperature, top_p, seed)
     session = open_session(hf_dir, adapter, session_file, any_base=any_base, device=device, chat=True)
     if lines is None and hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a bad byte is one bad line, not the end of the chat
+        sys.stdin.reconfigure(errors="surrogateescape")  # an invalid byte is one line's error, not the chat's end
     lines, out = lines or sys.stdin, out or sys.stdout
-    drawing = _drawing(temperature, top_p, seed)
+    sampling = _sampling(temperature, top_p, seed)
     terminal = lines.isatty()
     if terminal:
         out.write("".join(f"{name:14}{text}\n" for name, text in COMMANDS.items()))
@@ -137,7 +137,7 @@ def chat(
             if line.startswith("/"):
                 _command(session, line.split(), session_file, out)
             else:
-                _stream(session, session.reply(line.strip(), max_new_tokens, **drawing), out)
+                _stream(session, session.reply(line.strip(), max_new_tokens, **sampling), out)
                 out.write(f"\n[{_sizes(session)}]\n")
         except UserError as error:
             out.write(f"{error}\n")
@@ -154,7 +154,7 @@ def _command(session: Session, words: list[str], session_file: str | Path | None
         case ["/reset"]:
             session.reset()
         case ["/forget"]:
-            if session.history:  # the end of the last answer is part of what is remembered
+            if session.history:  # the tokens that end the last answer belong to the memory
                 session.feed(session.history, generation_prompt=False)
             session.forget_context()
         case ["/save", *files] if len(files) <= 1:
@@ -167,7 +167,7 @@ def _command(session: Session, words: list[str], session_file: str | Path | None
             for layer, state in session.states.items():
                 out.write(f"layer {layer}: norm {state.S.norm().item():.4g}\n")
         case _:
-            raise UserError(f"{' '.join(words)}: unknown; " + ", ".join(COMMANDS))
+            raise UserError(f"{' '.join(words)}: unknown command, use " + ", ".join(COMMANDS))
     out.write(f"[{_sizes(session)}]\n")
 
 
@@ -178,12 +178,12 @@ def _check_text(line: str) -> None:
         raise UserError("this line is not valid UTF-8 text: check the terminal's encoding") from error
 
 
-def _drawing(temperature: float, top_p: float, seed: int) -> dict[str, Any]:
+def _sampling(temperature: float, top_p: float, seed: int) -> dict[str, Any]:
     return {"temperature": temperature, "top_p": top_p, "generator": torch.Generator().manual_seed(seed)}
 
 
 def _stream(session: Session, tokens: Generator[int], out: TextIO) -> tuple[str, int]:
-    """Prints tokens as they come; returns the text and their number."""
+    """Print tokens as they are generated; returns the text and the number of tokens."""
     streamer, count = Streamer(session.tokenizer, out), 0
     streamer.prompt = False
     try:
@@ -191,7 +191,7 @@ def _stream(session: Session, tokens: Generator[int], out: TextIO) -> tuple[str,
             streamer.put(torch.tensor([token]))
             count += 1
     finally:
-        tokens.close()  # an interrupted answer enters the history now, not at some later time
+        tokens.close()  # adds an interrupted answer to the history now, not when it is collected
     streamer.end()
     return streamer.text, count
 

@@ -436,8 +436,8 @@ def test_misuse_is_refused(run: Callable, words: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "layers", "words"),
     [
-        ("DA", (0,), "layer 0 is no softmax"),
-        ("A", (1, 2), "layer 2 is no softmax"),
+        ("DA", (0,), "layer 0 is not a softmax"),
+        ("A", (1, 2), "layer 2 is not a softmax"),
         ("D", None, "no softmax"),
     ],
 )

@@ -10,13 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dla.adapters import upstream
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.adapters.files import CONFIG, WEIGHTS, Adapter, read_adapter, write_adapter
-from megatron_dla.adapters.memory import MemoryInputs
+from megatron_dla.adapters.files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from megatron_dla.errors import CheckpointError, ConfigError
 from megatron_dla.hf.directory import Fingerprint, fingerprint
-from megatron_dla.hf.load import load_backbone
-from megatron_dla.serving.load import attach_adapter, load_adapted
-from tests.support.tiny_hf import CONFIGS, build_adapted, build_base, save_base, tokens
+from megatron_dla.serving.load import attach_adapter
+from tests.support.tiny_hf import CONFIGS, adapter_of, build_adapted, build_base, logits
 
 PARTIAL = DeltaMemConfig(
     rank=16, target_modules=("o_proj",), layers_to_transform=(0, 2), couple_lambda=False, update="lambda_outside"
@@ -24,17 +22,6 @@ PARTIAL = DeltaMemConfig(
 STORED = {**CONFIGS, "partial": PARTIAL, "static": DeltaMemConfig(memory="static"),
           "pre_call": DeltaMemConfig(write="message", message_read="pre_call")}  # fmt: skip
 PUBLISHED = ["TSW", "MSW", "partial", "pre_call"]
-
-
-def adapter_of(model) -> Adapter:
-    return Adapter(model.config, model.tensors(), fingerprint(model.base, "tiny"))
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        numbers = torch.arange(13).expand(2, -1) // 3
-        first = model(tokens(), inputs=MemoryInputs(message=numbers))
-        return model(tokens(seed=1), states=first.states, inputs=MemoryInputs(message=numbers)).logits
 
 
 @pytest.fixture
@@ -225,49 +212,3 @@ def test_tensors_that_do_not_fit_change_nothing():
     with pytest.raises(CheckpointError, match=r"layers \[0, 1\]"):
         model.load_tensors({0: wrong[0], 1: wrong[1]})
     assert torch.equal(model.tensors()[0]["beta_bias"], before)
-
-
-# ---- base models
-
-
-def test_fingerprint_is_of_the_weights_whatever_the_dtype_and_place(tmp_path):
-    save_base(tmp_path / "base")
-    model = load_backbone(tmp_path / "base")
-    want = fingerprint(tmp_path / "base").sha256
-    assert want == fingerprint(model).sha256 == fingerprint(build_base().state_dict()).sha256
-    assert fingerprint(model.bfloat16()).sha256 == want and fingerprint(build_base(seed=1)).sha256 != want
-    changed = build_base()
-    with torch.no_grad():
-        changed.model.layers[0].self_attn.q_proj.weight[0, 0] += 0.1
-    assert fingerprint(changed).sha256 != want
-    with pytest.raises(CheckpointError, match="embed_tokens"):
-        fingerprint({"a": torch.ones(1)})
-
-
-def test_an_adapter_goes_on_its_own_base_unless_told_otherwise(tmp_path):
-    save_base(tmp_path / "base")
-    save_base(tmp_path / "other", seed=1)
-    model = build_adapted()
-    write_adapter(tmp_path / "adapter", adapter_of(model))
-    assert torch.equal(logits(load_adapted(tmp_path / "base", tmp_path / "adapter")), logits(model))
-    with pytest.raises(CheckpointError, match="belongs to the base model 'tiny'"):
-        load_adapted(tmp_path / "other", tmp_path / "adapter")
-    forced = load_adapted(tmp_path / "other", tmp_path / "adapter", any_base=True)
-    assert (logits(forced) - logits(model)).abs().max() > 1e-2
-    plain = load_adapted(tmp_path / "base", None)
-    with torch.no_grad():
-        assert torch.equal(logits(plain), model.base(tokens(seed=1)).logits)
-
-
-def test_base_directories_without_a_supported_model_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
-        load_backbone(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_backbone(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
-    with pytest.raises(CheckpointError, match=r"model_type = gpt_neox .*: use a model of one of Llama"):
-        load_backbone(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_backbone(tmp_path)

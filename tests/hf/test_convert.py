@@ -202,7 +202,7 @@ def test_existing_output(exported, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="no earlier export"):
+    with pytest.raises(UserError, match="is not an earlier export"):
         to_hf(case.checkpoint, mine, overwrite=True)
     with pytest.raises(UserError, match="exists"):
         from_hf(out, mine)

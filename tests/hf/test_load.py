@@ -114,7 +114,7 @@ SERVED = {
 
 @pytest.mark.parametrize("what", SERVED)
 def test_what_transformers_computes_is_served(base, what) -> None:
-    """Not trained here (`hf.backbones` refuses it), but an adapter made elsewhere works: cuts do not matter."""
+    """Not trained here (`hf.backbones` refuses it), but an adapter trained elsewhere works, wherever calls are cut."""
     family, changes = SERVED[what]
     directory = base(family)
     edit(directory, **changes)
@@ -176,3 +176,17 @@ def test_models_in_memory_are_checked_too() -> None:
         pass
 
     attach(Derived(config), DeltaMemConfig())
+
+
+def test_base_directories_without_a_supported_model_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        load_backbone(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_backbone(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
+    with pytest.raises(CheckpointError, match=r"model_type = gpt_neox .*: use a model of one of Llama"):
+        load_backbone(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_backbone(tmp_path)

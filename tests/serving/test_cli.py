@@ -135,7 +135,7 @@ def test_chat_works_without_an_adapter_and_by_message(dla):
 
 def test_a_command_that_fails_says_so_and_the_chat_goes_on(dla):
     code, out, _ = dla(*chat(), lines="/what\n/save\n/save no/such/place\nhello\n")
-    assert code == 0 and "/what: unknown; /reset, /forget" in out and "/save: give a file" in out
+    assert code == 0 and re.search(r"/what: .*/reset, /forget", out) and "/save: give a file" in out
     assert "'no/such/place' cannot be written" in out and len(SIZES.findall(out)) == 1
 
 
@@ -207,14 +207,14 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(dla, broken, command):
 
 @pytest.mark.parametrize("arguments, message", [
     (["generate", "nowhere", "--prompt", "x", "--adapter", "{adapter}"], r"'nowhere' is not a Hugging Face model"),
-    (["generate", "{base}", "--prompt", "x", "--adapter", "nowhere"], r"'nowhere' is no δ-mem adapter"),
+    (["generate", "{base}", "--prompt", "x", "--adapter", "nowhere"], r"'nowhere' is not a δ-mem adapter"),
     (["generate", "{other}", "--prompt", "x", "--adapter", "{adapter}"], r"the adapter belongs to the base model"),
     (["generate", "{base}", "--prompt", "x", "--session", "new"], r"are for --adapter DIR"),
     (["chat", "{gpt}", "--adapter", "{adapter}"], r"gpt/config.json': model_type = gpt2 .*: use a model of .* Qwen3"),
-    (["chat", "{base}", "--session", "no/place"], r"directory is not there"),
+    (["chat", "{base}", "--session", "no/place"], r"--session 'no/place'"),
     (["chat", "{base}", "--adapter", "{adapter}", "--temperature", "-1"], r"--temperature -1"),
     (generate("", "--session", "new"), r"--prompt is empty"),
-    (generate("x", "--session", "{damaged}"), r"damaged' is missing, damaged or no session"),
+    (generate("x", "--session", "{damaged}"), r"damaged' is missing, damaged or not a session"),
     (generate("x", "--session", "{session}", "--adapter", "{messages}"), r"session' belongs to another adapter"),
     (["convert", "adapter", "{messages}", "new", "--format", "upstream"], r"'streaming' has no published form"),
 ])  # fmt: skip

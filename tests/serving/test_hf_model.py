@@ -11,7 +11,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryState
 from megatron_dla.errors import CheckpointError, ConfigError
-from megatron_dla.serving.hf_model import DeltaMemModel, attach, detach_states, select_states
+from megatron_dla.serving.hf_model import DeltaMemModel, attach, select_states
 from tests.support.tiny_hf import CONFIGS, FAMILIES, LENGTH, build_adapted, build_base, tokens
 
 MESSAGE = torch.tensor([-1, -1, 0, 0, 0, 1, 1, 2, 2, 2, 2, 3, -1]).expand(2, LENGTH)
@@ -190,8 +190,9 @@ def test_gradients_reach_the_adapter_alone_and_pass_through_the_states():
 def test_read_pass_trains_the_write_pass():
     model, ids = build_adapted(), tokens()
     written = model(ids[:, :8]).states
+    detached = {layer: state.detach() for layer, state in written.items()}
     reading = MemoryInputs(write=torch.zeros(2, LENGTH - 8, dtype=torch.bool))
-    for states, reaches in ((written, True), (detach_states(written), False)):
+    for states, reaches in ((written, True), (detached, False)):
         model.zero_grad()
         out = model(ids[:, 8:], states=states, inputs=reading)
         assert difference(out.states, written) == 0

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.adapters.files import Adapter
+from megatron_dla.adapters.memory import MemoryInputs
+from megatron_dla.hf.directory import fingerprint
 from megatron_dla.serving.hf_model import DeltaMemModel, attach
 
 FAMILIES = ("llama", "qwen3", "smollm3")
@@ -89,3 +92,16 @@ def save_base(directory: Path, family: str = "llama", seed: int = 0) -> Path:
     build_base(family, seed).save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
     return directory
+
+
+def adapter_of(model: DeltaMemModel) -> Adapter:
+    """The adapter of a model, as it is written to files."""
+    return Adapter(model.config, model.tensors(), fingerprint(model.base, "tiny"))
+
+
+def logits(model: DeltaMemModel) -> Tensor:
+    """Of a second call that continues the states of a first one."""
+    with torch.no_grad():
+        numbers = torch.arange(13).expand(2, -1) // 3
+        first = model(tokens(), inputs=MemoryInputs(message=numbers))
+        return model(tokens(seed=1), states=first.states, inputs=MemoryInputs(message=numbers)).logits
