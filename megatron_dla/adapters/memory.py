@@ -9,7 +9,6 @@ With x_t the input of the attention (after the layer norm), s = alpha / r, and p
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.messages import Pending, find_runs, message_writes
 from megatron_dla.kernels.delta_mem import delta_mem_scan
+from megatron_dla.mixers.layout import named_generator
 
 L2_EPS = 1e-6
 
@@ -300,12 +300,8 @@ class DeltaMemory(nn.Module):
                 getattr(self, key).copy_(steering_start(self.config, base, seed, f"{name}.{key}"))
 
 
-def _generator(seed: int, key: str) -> torch.Generator:
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big"))
-
-
 def _uniform(shape: torch.Size, bound: float, seed: int, key: str) -> Tensor:
-    return (torch.rand(shape, generator=_generator(seed, key)) * 2 - 1) * bound
+    return (torch.rand(shape, generator=named_generator(seed, key)) * 2 - 1) * bound
 
 
 def steering_start(config: DeltaMemConfig, base: Tensor, seed: int, key: str) -> Tensor:

@@ -6,6 +6,7 @@ Self-contained (torch only): `dla convert to-hf` copies this file beside the mod
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ Init = Callable[[tuple[int, ...], torch.Generator | None], Tensor]
 
 # parameters that stay fp32 in a bf16 model: they sit in exponentials and thresholds
 FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau")
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """The random numbers of one parameter: the same at every layout and in any order of the parameters."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def zeros(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

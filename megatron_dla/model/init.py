@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from megatron_dla.mixers.layout import ParamSpec
+from megatron_dla.mixers.layout import ParamSpec, named_generator
 from megatron_dla.parallel.tags import Tag, get_tag, set_tag, untagged
 
 
@@ -26,10 +25,6 @@ def tag_megatron_parameters(model: nn.Module, table: Mapping[str, ParamSpec]) ->
         raise RuntimeError(f"parameters without a parallel tag: {', '.join(missing)}")
 
 
-def _seed(seed: int, key: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
-
-
 def draw(name: str, parameter: nn.Parameter, seed: int, tp_size: int) -> Tensor:
     """The whole model's initial value of a parameter, fp32 on the CPU."""
     tag, inits = get_tag(parameter), parameter.dla_inits  # type: ignore[attr-defined]
@@ -38,7 +33,7 @@ def draw(name: str, parameter: nn.Parameter, seed: int, tp_size: int) -> Tensor:
     pieces = []
     for key, size, init in zip(keys, sizes, inits * (len(keys) // len(inits)), strict=True):
         piece_shape = tuple(size if i == tag.dim else n for i, n in enumerate(shape))
-        pieces.append(init(piece_shape, torch.Generator().manual_seed(_seed(seed, key))))
+        pieces.append(init(piece_shape, named_generator(seed, key)))
     return torch.cat(pieces, tag.dim)
 
 

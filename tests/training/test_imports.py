@@ -36,6 +36,12 @@ def test_the_trainer_does_not_know_the_tasks() -> None:
     assert found == {REGISTRY, ("run.py", "megatron_dla.tasks.make_task")}
 
 
+def test_only_what_serves_or_evaluates_uses_the_serving_code() -> None:
+    for package in ("adapters", "hf", "mixers", "model", "parallel", "checkpoint", "data", "training", "config"):
+        for path in (PACKAGE / package).rglob("*.py"):
+            assert not uses(path, "megatron_dla.serving"), path
+
+
 def test_the_memory_and_the_serving_code_do_not_know_the_tasks() -> None:
     for package in ("adapters", "mixers", "model", "parallel", "checkpoint", "data", "hf", "serving"):
         for path in (PACKAGE / package).rglob("*.py"):
