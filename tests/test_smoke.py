@@ -178,7 +178,7 @@ def test_smoke_and_bench_need_torch_and_numpy_alone(tmp_path: Path) -> None:
     assert list((tmp_path / "smoke").iterdir()) == [tmp_path / "smoke" / "smoke_cpu.json"]  # nothing left behind
     small = ["--heads", "1", "--dims", "8", "--capacities", "2", "--lengths", "64", "--budget", "0.01"]
     code = (
-        "import sys; from megatron_dla.kernels.bench import gates; gates.recurrence_records.__defaults__ = (32,);"
+        "import sys; from megatron_dla.kernels.bench import targets; targets.recurrence_records.__defaults__ = (32,);"
         "from megatron_dla.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}

@@ -6,13 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-LENGTHS = {"cuda": [2048 << i for i in range(7)], "cpu": [2048, 4096, 8192, 16384]}
-CONTEXTS = {"cuda": [1 << n for n in (10, 12, 14, 16, 18, 20)], "cpu": [1 << n for n in (10, 12, 14)]}
-DEFAULTS = {
-    "cuda": {"capacities": [15, 30], "dims": [64, 128], "heads": 16, "budget": 0.5},
-    "cpu": {"capacities": [30], "dims": [64], "heads": 16, "budget": 1.5},
-}
-
 
 def add_bench_parser(subparsers: Any) -> None:
     """Add `bench kernels` to an argparse subparsers object; `func(args)` gives the exit code."""

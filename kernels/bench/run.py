@@ -12,12 +12,18 @@ import torch
 from megatron_dla.errors import UserError
 
 from ..common.tuned import gpu_slug
-from . import gates, report
+from . import report, targets
 from .account import measure_ceilings
-from .cli import CONTEXTS, DEFAULTS, LENGTHS
 from .methods import usable_backend
 from .sweep import Record, Sweep, run_decode, run_sweep
 from .timing import Stopwatch
+
+LENGTHS = {"cuda": [2048 << i for i in range(7)], "cpu": [2048, 4096, 8192, 16384]}
+CONTEXTS = {"cuda": [1 << n for n in (10, 12, 14, 16, 18, 20)], "cpu": [1 << n for n in (10, 12, 14)]}
+DEFAULTS = {
+    "cuda": {"capacities": [15, 30], "dims": [64, 128], "heads": 16, "budget": 0.5},
+    "cpu": {"capacities": [30], "dims": [64], "heads": 16, "budget": 1.5},
+}
 
 
 def resolve_device(asked: str | None, option: str = "--device") -> torch.device:
@@ -94,7 +100,7 @@ def bench_kernels(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, sweep: Sweep, facts: dict[str, Any], name: str) -> int:
     def show(record: Record, progress: str) -> None:
-        text = gates.recurrence_line(record) if record["kind"] == "recurrence" else report.table_line(record)
+        text = targets.recurrence_line(record) if record["kind"] == "recurrence" else report.table_line(record)
         print(f"{text}  {progress}", flush=True)
 
     begin, device = time.monotonic(), sweep.device
@@ -104,9 +110,9 @@ def _measure(args: argparse.Namespace, sweep: Sweep, facts: dict[str, Any], name
     run_decode(sweep, contexts, show)
     verdicts = []
     if device.type == "cpu":
-        gates.look_again(sweep)
-        sweep.records += gates.recurrence_records(sweep, show)
-        verdicts = gates.check_targets(sweep.records, sweep.lengths)
+        targets.look_again(sweep)
+        sweep.records += targets.recurrence_records(sweep, show)
+        verdicts = targets.check_targets(sweep.records, sweep.lengths)
     for passed, text in verdicts:
         print(f"{'PASS' if passed else 'FAIL'} {text}")
     stem = f"kernels_{gpu_slug(facts['gpu']) if device.type == 'cuda' else 'cpu'}"

@@ -1,1 +1,1 @@
-"""What the kernels share: ahead-of-time compilation and its resource report (`aot.py`)."""
+"""What the kernels of both operators share: launch utilities and tuned launch configurations."""

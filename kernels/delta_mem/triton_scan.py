@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dla.triton_launch import ceil_div, on_device, power_of_two
+from ..common.launch import ceil_div, on_device, power_of_two
 from .triton_backward import adjoint_kernel, gradient_kernel, reverse_scan_kernel
 from .triton_forward import maps_kernel, replay_kernel, scan_kernel
 
@@ -25,7 +25,7 @@ HISTORY_LIMIT = 256 * 2**20  # bytes of states that backward holds at once
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScanPlan:
     """How one problem is cut: `chunks` chunks of `chunk` tokens for each of `lanes` states."""
 
     batch: int
@@ -57,12 +57,12 @@ class Plan:
         return ceil_div(self.rank, rows), {"R": self.rank, "RP": self.padded, "RB": rows, "num_warps": warps}
 
 
-def make_plan(batch: int, length: int, states: int, rank: int, chunk_size: int | None) -> Plan:
+def make_plan(batch: int, length: int, states: int, rank: int, chunk_size: int | None) -> ScanPlan:
     """The plan of a problem; a function of its shape alone, so that two runs add in one order."""
     chunk = chunk_size or LAUNCH[power_of_two(rank, 8)][0]
     while chunk_size is None and 4 * batch * states * ceil_div(length, chunk) * rank**3 > MAPS_LIMIT and chunk < length:
         chunk *= 2
-    return Plan(batch, length, states, rank, chunk)
+    return ScanPlan(batch, length, states, rank, chunk)
 
 
 def triton_scan(
@@ -88,7 +88,7 @@ def triton_scan(
 class _Problem:
     """Inputs made contiguous, and what of them is there."""
 
-    def __init__(self, plan: Plan, inputs: tuple[Tensor | None, ...], flags: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, plan: ScanPlan, inputs: tuple[Tensor | None, ...], flags: tuple[Tensor | None, ...]) -> None:
         self.plan = plan
         self.device = next(x.device for x in inputs if x is not None)
         self.q, self.k, self.v, self.beta, *optional = (None if x is None else x.contiguous() for x in inputs)
@@ -116,7 +116,7 @@ class TritonScan(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, keep: Tensor | None, erase: Tensor | None,
-        state: Tensor, reset: Tensor | None, write_mask: Tensor | None, plan: Plan,
+        state: Tensor, reset: Tensor | None, write_mask: Tensor | None, plan: ScanPlan,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         problem = _Problem(plan, (q, k, v, beta, keep, erase), (reset, write_mask))
         r = plan.rank

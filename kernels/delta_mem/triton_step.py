@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dla.triton_launch import on_device, power_of_two
+from ..common.launch import on_device, power_of_two
 from .triton_forward import gates_of, load_rows, store_rows, vector
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache as once
 from types import ModuleType
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .cache import EMPTY, Partition, SlotCache
-from .chunk import ChunkDLA, begin_of_document
+from .chunk import ChunkDLA
 from .decode import decode_one, recurrent_partition
-from .naive import document_starts, naive_attention
+from .documents import begin_of_document, document_starts
 from .partition import compute_dtype, lanes, torch_partition, unlanes
 
 BACKENDS = ("auto", "naive", "torch", "triton")
@@ -21,10 +22,10 @@ TAU_TEMPERATURE = 0.1  # width of the surrogate sigmoid of a learned threshold
 
 
 @once
-def _kernels(name: str) -> ModuleType | str:
-    """A module of Triton kernels, or why it cannot be had.
+def _optional(name: str) -> ModuleType | str:
+    """A module of Triton kernels or the oracle's, or why it cannot be imported.
 
-    By name, not by an import statement: these files also travel inside exported models, the kernels do not.
+    By name, not by an import statement: this file is part of exported models, those modules are not.
     """
     try:
         return importlib.import_module(f"megatron_dla.kernels.dla.{name}")
@@ -33,16 +34,23 @@ def _kernels(name: str) -> ModuleType | str:
 
 
 def kernels_missing() -> str:
-    """Why this machine's Triton kernels cannot be had ('' if they can)."""
-    module = _kernels("triton_attention")
+    """Why the Triton kernels cannot be imported on this machine ('' if they can)."""
+    module = _optional("triton_attention")
     return module if isinstance(module, str) else ""
 
 
+def _naive_attention() -> Callable[..., tuple[Tensor, Partition, SlotCache]]:
+    module = _optional("naive")
+    if isinstance(module, str):
+        raise ValueError(f"backend='naive' cannot be used here: {module}; use backend='torch'")
+    return module.naive_attention
+
+
 def _choose(backend: str, k: Tensor, v: Tensor, capacity: int) -> str:
-    """`auto` resolved; ValueError where `triton` was asked for and cannot be had."""
+    """`auto` resolved; ValueError where `triton` was asked for and cannot be used."""
     if backend not in ("auto", "triton") or (backend == "auto" and not v.is_cuda):
         return "torch" if backend == "auto" else backend
-    module = _kernels("triton_attention")
+    module = _optional("triton_attention")
     reason = module if isinstance(module, str) else module.unsupported(k, v, capacity)
     if not reason:
         return "triton"
@@ -130,14 +138,14 @@ def partition(
         lam = v.new_zeros(*v.shape[:3], capacity)
         args = dict(tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache)
         with torch.no_grad():
-            return naive_attention(k, k, v, g, lam, beta, **args)[1]
+            return _naive_attention()(k, k, v, g, lam, beta, **args)[1]
     if merge == "ward":
         args = dict(tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache)
         return recurrent_partition(k, v, g, beta, **args)
     want_lo = isinstance(tau, Tensor) and tau.requires_grad
     decide = torch_partition
     if _choose(backend, k, v, capacity) == "triton":
-        decide = _kernels("triton_partition").triton_partition
+        decide = _optional("triton_partition").triton_partition
     return decide(k, v, g, beta, tau=tau, capacity=capacity, cu_seqlens=cu_seqlens, cache=cache, want_lo=want_lo)
 
 
@@ -232,7 +240,7 @@ def dla_attention(
     _check_partition(partition, v, cache)
     if backend == "naive":
         args = dict(tau=tau, capacity=capacity, merge=merge, partition=partition, cu_seqlens=cu_seqlens, cache=cache)
-        out, _, final = naive_attention(q, k, v, g, slot_weights, beta, **args)
+        out, _, final = _naive_attention()(q, k, v, g, slot_weights, beta, **args)
         final.states, final.info = final.states.to(compute_dtype(v)), final.info.to(compute_dtype(v))
         return out.to(v.dtype), final if return_cache else None
     backend = _choose(backend, k, v, capacity)
@@ -244,7 +252,7 @@ def dla_attention(
     resets = document_starts(cu_seqlens, B, T, v.device).repeat_interleave(H, dim=0)
     slots, slot_death, states = _incoming(cache, partition, k, v, capacity)
     if backend == "triton":
-        attend = _kernels("triton_attention").triton_attention
+        attend = _optional("triton_attention").triton_attention
         out, final = attend(
             q, k, v, g, slot_weights, beta, part=partition, cu_seqlens=cu_seqlens, tau=tau,
             temperature=tau_temperature, cache=cache, slot_death=slot_death, states=states, want_final=return_cache,
@@ -253,8 +261,8 @@ def dla_attention(
     flat = [_flat(x) for x in (partition.start, partition.death, partition.score, partition.lo)]
     tau_lanes = torch.as_tensor(tau, device=v.device, dtype=states.dtype).expand(H).repeat(B)
     inputs = [None if x is None else lanes(x, H, states.dtype) for x in (q, k, v, g, slot_weights, beta)]
-    plan = (*flat, resets, slots, slot_death)
-    out, final = ChunkDLA.apply(*inputs, states, tau_lanes, plan, chunk_size, tau_temperature)
+    decisions = (*flat, resets, slots, slot_death)
+    out, final = ChunkDLA.apply(*inputs, states, tau_lanes, decisions, chunk_size, tau_temperature)
     out = unlanes(out, B).to(v.dtype)
     return out, _final_cache(final, partition, resets, slots, slot_death, cache) if return_cache else None
 
@@ -354,5 +362,5 @@ def decode_step(
         raise ValueError(f"slot_weights must be {(*v.shape[:3], capacity)}, got {tuple(slot_weights.shape)}")
     _check_cache(cache, v.shape[0], k, v, capacity)
     if merge == "density" and _choose(backend, k, v, capacity) == "triton":
-        return _kernels("triton_decode").triton_decode(q, k, v, g, slot_weights, cache, beta, tau=tau), cache
+        return _optional("triton_decode").triton_decode(q, k, v, g, slot_weights, cache, beta, tau=tau), cache
     return decode_one(q, k, v, g, slot_weights, cache, beta, tau=tau, merge=merge), cache

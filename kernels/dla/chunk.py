@@ -19,17 +19,12 @@ import torch
 from torch import Tensor
 
 from .cache import EMPTY
+from .documents import begin_of_document
 from .partition import causal_decay, chunked, delta_rule_inverse, document_cumsum
 from .threshold import threshold_gradient
 
 WINDOW = 32  # chunks whose arrays are in memory at once: time and memory a token do not grow with T
 NEVER = 2**30  # death of a start that lives to the end
-
-
-def begin_of_document(resets: Tensor) -> Tensor:
-    """int64 [N, T]: position of the last document start at or before t; EMPTY + 1 while the row continues a cache."""
-    position = torch.arange(resets.shape[1], device=resets.device)
-    return torch.where(resets, position, EMPTY + 1).cummax(1).values
 
 
 @dataclass
@@ -263,11 +258,11 @@ class ChunkDLA(torch.autograd.Function):
         beta: Tensor | None,
         states: Tensor,
         tau: Tensor,
-        plan: tuple,
+        decisions: tuple,
         chunk_size: int,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        start, death, score, lo, resets, slots, slot_death = plan
+        start, death, score, lo, resets, slots, slot_death = decisions
         row = _Row.of(q, k, v, g, lam, beta, start, death, resets, chunk_size)
         slot_death = torch.where(slot_death >= start.shape[1], NEVER, slot_death).long()
         states = states.clone()
@@ -287,13 +282,13 @@ class ChunkDLA(torch.autograd.Function):
             states[:, : work.K] = S
             slots, slot_death = work.table.start, work.table.death
         ctx.save_for_backward(q, k, v, g, lam, beta, tau, *before)
-        ctx.plan, ctx.chunk_size, ctx.temperature = plan, chunk_size, temperature
+        ctx.decisions, ctx.chunk_size, ctx.temperature = decisions, chunk_size, temperature
         return torch.cat(outs, 1)[:, : start.shape[1]], states
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dfinal: Tensor):
         q, k, v, g, lam, beta, tau, *before = ctx.saved_tensors
-        start, death, score, lo, resets, *_ = ctx.plan
+        start, death, score, lo, resets, *_ = ctx.decisions
         row = _Row.of(q, k, v, g, lam, beta, start, death, resets, ctx.chunk_size)
         parts: list[tuple] = []
         dstates = dfinal

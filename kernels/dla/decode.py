@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cache import FIRST_SCORE, Partition, SlotCache
-from .naive import document_starts
+from .documents import document_starts
 from .partition import compute_dtype
 
 

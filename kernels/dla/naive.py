@@ -1,4 +1,4 @@
-"""The oracle: the token-by-token recurrence of DLA in float64, and its quadratic (materialised) form.
+"""The oracle: the token-by-token recurrence of DLA in float64.
 
 Written to be held against the paper (arXiv 2606.10650, eqs 13-18), not to be fast: explicit lists of slots, Python
 loops over batch, head and token, autograd for every gradient. Everything else in this folder is tested against it.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import EMPTY, FIRST_SCORE, Partition, SlotCache
+from .documents import document_starts
 
 
 @dataclass
@@ -54,20 +55,6 @@ def _load(cache: SlotCache, b: int, h: int) -> list[_Slot]:
         _Slot(cache.states[b, h, i].double(), -1 - i, int(cache.count[b, h, i]), float(cache.info[b, h, i]))
         for i in range(int(cache.live[b, h]))
     ]
-
-
-def document_starts(cu_seqlens: Tensor | None, batch: int, length: int, device=None) -> Tensor:
-    """bool [B, T]: True where a document begins, from cumulative lengths over the flattened B*T tokens.
-
-    With several rows, every row start begins a document, whether `cu_seqlens` names it or not.
-    """
-    starts = torch.zeros(batch * length + 1, dtype=torch.bool, device=device)
-    if cu_seqlens is not None:
-        starts[cu_seqlens.long()] = True
-    starts = starts[:-1].view(batch, length)
-    if cu_seqlens is not None and length:
-        starts[:, 0] = True
-    return starts
 
 
 def naive_attention(
@@ -163,43 +150,3 @@ def naive_attention(
     final.states = torch.stack(states).view(B, H, capacity, k.shape[-1], Dv)
     output = torch.stack(out).view(B, H, T, Dv).transpose(1, 2)
     return output, Partition(start, death, score, lo, cache_death, final.info), final
-
-
-def slot_of(partition: Partition, starts: Tensor) -> Tensor:
-    """Slot (recency) of every token j at every time t: int64 [B, H, T, T], meaningful where j <= t in one document."""
-    B, T, H = partition.start.shape
-    t = torch.arange(T)
-    document = starts.long().cumsum(1)
-    alive = partition.start.permute(0, 2, 1)[:, :, None, :] & (t[None, :] <= t[:, None])
-    alive = alive & (partition.death.permute(0, 2, 1)[:, :, None, :] > t[:, None])
-    alive = alive & (document[:, None, :, None] == document[:, None, None, :])
-    return alive.long().flip(-1).cumsum(-1).flip(-1) - alive.long()
-
-
-def materialised_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    slot_weights: Tensor,
-    beta: Tensor | None = None,
-    *,
-    partition: Partition,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """The quadratic form O = (A .* M) V: the backbone's own attention matrix times the slot-weight mask (float64)."""
-    B, T, H, _ = v.shape
-    q, k = (x.double().repeat_interleave(H // x.shape[2], dim=2).transpose(1, 2) for x in (q, k))
-    v, decay = v.double().transpose(1, 2), g.double().transpose(1, 2).cumsum(-1)
-    starts = document_starts(cu_seqlens, B, T)
-    document = starts.long().cumsum(1)[:, None]
-    visible = torch.ones(T, T, dtype=torch.bool).tril() & (document[..., :, None] == document[..., None, :])
-    D = (decay[..., :, None] - decay[..., None, :]).masked_fill(~visible, float("-inf")).exp()
-    A = q @ k.transpose(-1, -2) * D
-    if beta is not None:
-        beta = beta.double().transpose(1, 2)
-        L = (beta[..., None] * (k @ k.transpose(-1, -2)) * D).tril(-1)
-        A = A @ torch.linalg.solve_triangular(torch.eye(T).double() + L, torch.diag_embed(beta), upper=False)
-    slot = slot_of(partition, starts).clamp(max=slot_weights.shape[-1] - 1)
-    M = slot_weights.double().transpose(1, 2).gather(-1, slot)
-    return ((A * M) @ v).transpose(1, 2)

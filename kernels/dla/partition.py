@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import FIRST_SCORE, Partition, SlotCache
-from .naive import document_starts
+from .documents import document_starts
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import partition as decide
 from .cache import Partition
-from .naive import document_starts
+from .documents import document_starts
 from .partition import causal_decay, chunked, compute_dtype, delta_rule_inverse, document_cumsum, lanes, unlanes
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.launch import on_device
 from . import triton_launch
 from .cache import Partition, SlotCache, beyond_kernels
-from .naive import document_starts
+from .documents import document_starts
 from .triton_chunk import TritonDLA
-from .triton_launch import Plan, on_device
+from .triton_launch import LaunchPlan
 from .triton_layout import NEVER, make_layout, to_line
 from .triton_threshold import threshold_gradient
 
@@ -63,7 +64,7 @@ def triton_attention(
     B, T, H, Dv = v.shape
     G, Dk, K = k.shape[2], k.shape[3], slot_weights.shape[-1]
     tile = tile or (triton_launch.TILE if v.dtype == torch.bfloat16 else triton_launch.WIDE_TILE)
-    plan = Plan(v.dtype, Dk, Dv, H, G, K, beta is not None, tile=tile, tiles=tiles or triton_launch.TILES)
+    plan = LaunchPlan(v.dtype, Dk, Dv, H, G, K, beta is not None, tile=tile, tiles=tiles or triton_launch.TILES)
     layout = make_layout(B, T, cu_seqlens, plan.block, window_rows or triton_launch.WINDOW_ROWS, v.device)
     incoming = None
     if cache is not None:

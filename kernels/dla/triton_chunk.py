@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.launch import ceil_div
 from .triton_backward import (
     decay_gradient_kernel,
     key_gradient_kernel,
@@ -20,8 +21,8 @@ from .triton_backward import (
     value_gradient_kernel,
 )
 from .triton_forward import output_kernel
-from .triton_launch import PRECISION, Plan, ceil_div
-from .triton_layout import Layout, Window
+from .triton_launch import PRECISION, LaunchPlan
+from .triton_layout import BlockLayout, Window
 from .triton_local import (
     dphi_kernel,
     inverse_kernel,
@@ -61,7 +62,7 @@ class Tables:
     live: Tensor  # int32 [rows, H]
 
 
-def block_decay(g: Tensor, layout: Layout) -> Tensor:
+def block_decay(g: Tensor, layout: BlockLayout) -> Tensor:
     """Cumulative log-decay inside each block: fp32 [H, T] from [T, H]."""
     T, H = g.shape
     cg = torch.empty(H, T, dtype=torch.float32, device=g.device)
@@ -69,7 +70,9 @@ def block_decay(g: Tensor, layout: Layout) -> Tensor:
     return cg
 
 
-def make_tables(plan: Plan, layout: Layout, g: Tensor, life: Tensor, cache: tuple[Tensor, Tensor] | None) -> Tables:
+def make_tables(
+    plan: LaunchPlan, layout: BlockLayout, g: Tensor, life: Tensor, cache: tuple[Tensor, Tensor] | None
+) -> Tables:
     """`cache`: live slots [B, H] and their deaths [B, H, K] by recency, int32."""
     T, H, K = layout.tokens, plan.H, plan.K
     new = dict(dtype=torch.int32, device=g.device)
@@ -96,7 +99,7 @@ def make_tables(plan: Plan, layout: Layout, g: Tensor, life: Tensor, cache: tupl
 class WindowPass:
     """One window: its chunk-local arrays and state snapshots, and the kernels over them."""
 
-    def __init__(self, plan: Plan, layout: Layout, window: Window, x: Inputs, tables: Tables) -> None:
+    def __init__(self, plan: LaunchPlan, layout: BlockLayout, window: Window, x: Inputs, tables: Tables) -> None:
         self.plan, self.layout, self.window, self.x, self.tables = plan, layout, window, x, tables
         self.blocks = window.block_hi - window.block_lo
         self.token_lo = layout.firsts[window.block_lo]
@@ -164,20 +167,22 @@ class WindowPass:
         )  # fmt: skip
 
 
-def scan_launch(plan: Plan, device: torch.device) -> dict[str, int]:
+def scan_launch(plan: LaunchPlan, device: torch.device) -> dict[str, int]:
     """Launch of the two scans; `STAGED` where a program goes over tiles of key dims in memory."""
     launch = plan.launch("scan_gdn" if plan.gdn else "scan", device)
     return {**launch, "STAGED": plan.gdn and (plan.wide or launch["BK"] < plan.DK)}
 
 
-def local_launch(plan: Plan, device: torch.device, kernel: str = "local") -> dict:
+def local_launch(plan: LaunchPlan, device: torch.device, kernel: str = "local") -> dict:
     """Launch of the chunk-local kernels, which know no value dims: BV is the width of a slab of a C x C matrix."""
     found = plan.launch(kernel, device)
     slab = {"SLAB": min(found["BV"], plan.tile)} if kernel == "local" else {}
     return {**{k: x for k, x in found.items() if k not in ("DV", "BV")}, **slab, "C": plan.tile, "PREC": PRECISION}
 
 
-def chunk_inverse(plan: Plan, k: Tensor, beta: Tensor, cg: Tensor, layout: Layout, window: WindowPass | None = None):
+def chunk_inverse(
+    plan: LaunchPlan, k: Tensor, beta: Tensor, cg: Tensor, layout: BlockLayout, window: WindowPass | None = None
+):
     """(I + diag(beta) stril(K K^T .* D))^-1 of every block: fp32 [tokens, H, C], of all tokens or one window's."""
     lo, blocks, tokens = 0, len(layout.blocks), layout.tokens
     first = 0
@@ -218,8 +223,8 @@ class TritonDLA(torch.autograd.Function):
         beta: Tensor | None,
         states: Tensor | None,
         tau: Tensor | None,
-        plan: Plan,
-        layout: Layout,
+        plan: LaunchPlan,
+        layout: BlockLayout,
         life: Tensor,
         cache: tuple[Tensor, Tensor] | None,
         threshold: Any,
@@ -298,7 +303,7 @@ class Gradients:
     heads: int  # heads of one group whose dk one program adds up
 
     @classmethod
-    def empty(cls, plan: Plan, x: Inputs, windows: int, learned: bool) -> Gradients:
+    def empty(cls, plan: LaunchPlan, x: Inputs, windows: int, learned: bool) -> Gradients:
         T, dev = x.v.shape[0], x.v.device
         heads = 1 if plan.gdn else heads_per_program(plan, T // max(windows, 1))
         splits = plan.H // heads
@@ -315,7 +320,7 @@ class Gradients:
             heads=heads,
         )
 
-    def finish(self, plan: Plan, x: Inputs) -> tuple[Tensor, Tensor]:
+    def finish(self, plan: LaunchPlan, x: Inputs) -> tuple[Tensor, Tensor]:
         """dq, dk in the shapes and dtypes of their inputs."""
         T = x.v.shape[0]
         dq, dk = (y.view(T, plan.G, -1, plan.DK) for y in (self.dq, self.dk))
@@ -323,7 +328,7 @@ class Gradients:
         return dq.to(x.q.dtype), dk.to(x.k.dtype)
 
 
-def heads_per_program(plan: Plan, tokens: int) -> int:
+def heads_per_program(plan: LaunchPlan, tokens: int) -> int:
     """Heads whose dk one program adds up: all of a group if that leaves enough programs for a GPU."""
     heads = plan.group
     while heads > 1 and heads % 2 == 0 and ceil_div(tokens, plan.tile) * (plan.H // heads) < 264:

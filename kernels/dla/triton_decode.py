@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launch import ceil_div, on_device, power_of_two
 from .cache import SlotCache
-from .triton_launch import ceil_div, head_values, on_device, power_of_two
+from .triton_launch import head_values
 
 PLAN_FIELDS = 3  # slot that absorbs its younger neighbour (or -1), slot written, 1 where it is a new one
 

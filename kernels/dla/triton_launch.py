@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import compute_capability, power_of_two
 from ..common.tuned import launch_config, register
 
 TILE = 64  # tokens a tile
@@ -50,11 +48,6 @@ LAUNCH = {
 }
 
 
-def on_device(x: torch.Tensor) -> AbstractContextManager:
-    """Launch on the tensor's GPU, whichever is the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def head_values(x: float | torch.Tensor, heads: int, device: torch.device) -> torch.Tensor:
     """A number, or one a head, as contiguous fp32 [H]; a number costs no copy from the host."""
     if isinstance(x, torch.Tensor):
@@ -62,32 +55,8 @@ def head_values(x: float | torch.Tensor, heads: int, device: torch.device) -> to
     return torch.full((heads,), x, dtype=torch.float32, device=device)
 
 
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_two(n: int, least: int = 16) -> int:
-    """The smallest power of two >= max(n, least)."""
-    return max(least, 1 << (n - 1).bit_length())
-
-
-@functools.cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-def compute_capability(device: torch.device) -> int:
-    """90 for Hopper; of what is compiled for if the tensors are on the CPU, and 90 in the interpreter."""
-    if device.type == "cuda":
-        return _capability(torch.cuda.current_device() if device.index is None else device.index)
-    if triton.knobs.runtime.interpret:
-        return 90
-    return int(triton.runtime.driver.active.get_current_target().arch)
-
-
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """How one problem is cut and launched.
 
     bf16 inputs are multiplied in bf16 with fp32 accumulation. fp16 has too little range for sums over a document, and a

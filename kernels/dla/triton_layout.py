@@ -49,7 +49,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """Tables on the device (int32), and the windows.
 
     Attributes:
@@ -68,7 +68,9 @@ class Layout:
     windows: tuple[Window, ...]
 
 
-def make_layout(batch: int, length: int, cu_seqlens: Tensor | None, block: int, window_rows: int, device) -> Layout:
+def make_layout(
+    batch: int, length: int, cu_seqlens: Tensor | None, block: int, window_rows: int, device
+) -> BlockLayout:
     """The layout of [batch, length] tokens; `cu_seqlens` int [n + 1] over the flattened tokens, or None.
 
     Empty documents are dropped; every row start begins a segment. Reads `cu_seqlens` on the host (one synchronisation
@@ -79,7 +81,9 @@ def make_layout(batch: int, length: int, cu_seqlens: Tensor | None, block: int, 
 
 
 @lru_cache(maxsize=64)
-def _layout(batch: int, length: int, ends: tuple | None, block: int, window_rows: int, device: torch.device) -> Layout:
+def _layout(
+    batch: int, length: int, ends: tuple | None, block: int, window_rows: int, device: torch.device
+) -> BlockLayout:
     cuts = sorted({*range(0, batch * length + 1, length), *(ends or ())})
     segments = list(zip(cuts, cuts[1:], strict=False))
     blocks, rows, first_block = [], [], []
@@ -99,7 +103,7 @@ def _layout(batch: int, length: int, ends: tuple | None, block: int, window_rows
     last_segments = torch.tensor(last, device=device)
     spans = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))
     firsts = (*(x[0] for x in blocks), batch * length)
-    return Layout(
+    return BlockLayout(
         batch * length, block, firsts, table(blocks), table(rows), table(segments), spans, last_segments, windows
     )
 

@@ -7,13 +7,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..common.launch import ceil_div, on_device
 from . import triton_launch
 from .cache import Partition, SlotCache
 from .triton_capacity import capacity_kernel
 from .triton_chunk import block_decay, chunk_inverse
 from .triton_detect import detect_kernel, detect_pairs_kernel, repair_kernel
-from .triton_launch import PRECISION, Plan, ceil_div, head_values, on_device
-from .triton_layout import NEVER, Layout, make_layout
+from .triton_launch import PRECISION, LaunchPlan, head_values
+from .triton_layout import NEVER, BlockLayout, make_layout
 
 PROGRAMS = 132  # as many as a large GPU has processors: fewer segments x heads than this are cut into shards
 SHARD_BLOCKS = 32  # least blocks a shard: a shard is run again for about two slots' tokens
@@ -64,7 +65,7 @@ def triton_partition(
         B, T, H, Dv = v.shape
         G, Dk = k.shape[2:]
         device, tile = v.device, tile or triton_launch.DETECT_TILE
-        plan = Plan(
+        plan = LaunchPlan(
             torch.promote_types(k.dtype, v.dtype), Dk, Dv, H, G, capacity, True, tile=tile
         )  # blocks of one tile, for both backbones
         gdn = beta is not None
@@ -106,7 +107,14 @@ def triton_partition(
 
 
 def _capacity(
-    plan: Plan, layout: Layout, starts: Tensor, scores: Tensor, sums: Tensor, cache: SlotCache | None, B: int, want_lo
+    plan: LaunchPlan,
+    layout: BlockLayout,
+    starts: Tensor,
+    scores: Tensor,
+    sums: Tensor,
+    cache: SlotCache | None,
+    B: int,
+    want_lo,
 ) -> Partition:
     H, K, device = plan.H, plan.K, starts.device
     n, T = len(layout.segments), layout.tokens // B

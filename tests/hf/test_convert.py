@@ -158,6 +158,7 @@ print(tokenizer.batch_decode(model.generate(**ids, max_new_tokens=4)))
 
 def test_exported_code_is_complete():
     assert {"modeling_dla.py", "layers_dla.py", "attention.py", "functional.py", "cache.py"} <= set(code_files())
+    assert "naive.py" not in code_files()  # the float64 oracle is for tests
 
 
 def test_wrong_or_absent_tokenizer(exported, merged_of, tokenizer, tmp_path, write_checkpoint):

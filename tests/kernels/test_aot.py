@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_dla.config import AdapterRunConfig, load_config
-from megatron_dla.kernels.common import aot, aot_dla
+from megatron_dla.kernels.aot import compile as aot
+from megatron_dla.kernels.aot import dla as aot_dla
 from megatron_dla.kernels.dla import beyond_kernels
-from megatron_dla.kernels.dla.attention import BACKENDS
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,14 +68,13 @@ def test_merge_keeps_one_report_a_kernel() -> None:
 
 
 def test_a_process_that_interprets_is_refused() -> None:
-    done = run("-m", "megatron_dla.kernels.common.aot", TRITON_INTERPRET="1")
+    done = run("-m", "megatron_dla.kernels.aot", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="no triton backend yet")
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_dla_kernels_fit(arch: int, pytestconfig: pytest.Config, tmp_path: Path) -> None:
-    done = run("-m", "megatron_dla.kernels.common.aot", "--arch", str(arch), "--json", str(tmp_path / "reports"))
+    done = run("-m", "megatron_dla.kernels.aot", "--arch", str(arch), "--json", str(tmp_path / "reports"))
     if cache := getattr(pytestconfig, "cache", None):  # none with -p no:cacheprovider
         table = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("["))
         cache.mkdir("aot").joinpath(f"sm_{arch}.txt").write_text(table)  # shown at the session's end

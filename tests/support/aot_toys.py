@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_dla.kernels.common import aot
+from megatron_dla.kernels.aot import compile as aot
 
 
 @triton.jit

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dla.kernels.dla import partition
-from megatron_dla.kernels.dla.chunk import begin_of_document
-from megatron_dla.kernels.dla.naive import document_starts
+from megatron_dla.kernels.dla.documents import begin_of_document, document_starts
 from tests.support.dla_cases import Case
 
 

@@ -1,4 +1,4 @@
-"""Inputs of δ-mem's scan with what is easy to get wrong in them, runs with every gradient, and the gates."""
+"""Inputs of δ-mem's scan with what is easy to get wrong in them, runs with every gradient, and the debug."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dla.kernels.delta_mem import delta_mem_scan
-from tests.support import gates
+from megatron_dla.kernels.dla import debug
 
 FORMS = ("coupled", "uncoupled", "lambda_outside", "no_lambda")
 Scan = Callable[..., tuple[Tensor, Tensor]]
@@ -82,7 +82,7 @@ def assert_exact(x: dict[str, Any], cotangents: tuple[Tensor, Tensor], limit: fl
     for name, value in want.items():
         assert got[name].dtype == value.dtype and got[name].shape == value.shape, name
         assert bool(got[name].isfinite().all()), name
-        assert gates.relative_rms(got[name], value) < limit, name
+        assert debug.relative_rms(got[name], value) < limit, name
 
 
 def assert_gates(got: dict[str, Tensor], x: dict[str, Any], cotangents: tuple[Tensor, Tensor], oracle: Scan) -> None:
@@ -93,7 +93,7 @@ def assert_gates(got: dict[str, Tensor], x: dict[str, Any], cotangents: tuple[Te
     for name, value in got.items():
         # reads and states are fp32 whatever the inputs; gradients have their input's type
         limit = {"dkeep": "dg", "derase": "dg"}.get(name, name)
-        ok, line = gates.verdict(
+        ok, line = debug.verdict(
             limit, value, want[name], theirs[name], dtype=value.dtype, backward=name.startswith("d")
         )
         lines.append(("  " if ok else "! ") + name + " as " + line)

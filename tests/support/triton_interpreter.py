@@ -8,7 +8,7 @@ for a GPU leaves them undefined; an fp32 `tl.dot` whose `input_precision` is "tf
 bits that tensor cores drop; a dot with K < 16 is refused. `reversed_programs` runs the grid backwards: a result that
 changes depends on the order of programs, which a GPU does not promise.
 
-Not seen here, see `megatron_dla.kernels.common.aot`: registers, shared memory, types that a compiler rejects. Not seen
+Not seen here, see `megatron_dla.kernels.aot`: registers, shared memory, types that a compiler rejects. Not seen
 anywhere without a GPU: races between programs and reads out of bounds.
 """
 

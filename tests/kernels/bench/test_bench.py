@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_dla.cli import main
-from megatron_dla.kernels.bench import gates, report
+from megatron_dla.kernels.bench import report, targets
 from megatron_dla.kernels.bench.account import Ceilings, dla_work, softmax_work
 from megatron_dla.kernels.bench.inputs import BACKBONES, TAU, Problem, make_inputs, mean_live_slots
 from megatron_dla.kernels.bench.methods import methods
@@ -107,8 +107,8 @@ def _dla_row(tokens: int, us: float) -> dict:
 @pytest.mark.parametrize("us,passed", [([100, 120], True), ([100, 130], False), ([130, 100], False)])
 def test_flatness_is_judged_both_ways(us: list[float], passed: bool) -> None:
     rows = [_dla_row(2048, us[0]), _dla_row(4096, us[1])]
-    assert [p for p, _ in gates.check_targets(rows, [2048, 4096])] == [passed]
-    assert [p for p, _ in gates.check_targets(rows, [2048, 4096, 8192])] == [False]  # a length is missing
+    assert [p for p, _ in targets.check_targets(rows, [2048, 4096])] == [passed]
+    assert [p for p, _ in targets.check_targets(rows, [2048, 4096, 8192])] == [False]  # a length is missing
 
 
 def test_a_disturbed_length_is_timed_again() -> None:
@@ -116,20 +116,20 @@ def test_a_disturbed_length_is_timed_again() -> None:
     run_sweep(s, lambda record, progress: None)
     row = next(r for r in s.records if r["method"] == "dla" and r["tokens"] == 128)
     before, row["forward_spread_ms"] = row["forward_repeats"], [1e6, 1e6]
-    gates.look_again(s, rounds=1)
+    targets.look_again(s, rounds=1)
     assert row["forward_spread_ms"][0] < 1e6 and row["forward_repeats"] == before + 1
 
 
 @pytest.mark.parametrize("speedup,passed", [(20.0, True), (19.9, False)])
 def test_the_recurrence_target(speedup: float, passed: bool) -> None:
     row = {"kind": "recurrence", "method": "dla", "backbone": "gdn", "tokens": 4096, "heads": 2, "speedup": speedup}
-    assert [p for p, _ in gates.check_targets([row], [])] == [passed]
+    assert [p for p, _ in targets.check_targets([row], [])] == [passed]
 
 
 def test_command_writes_json_and_plot_and_exits_by_the_targets(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(gates, "SPEEDUP", 0.0)
-    monkeypatch.setattr(gates, "FLATNESS", 1e9)
-    monkeypatch.setattr(gates.recurrence_records, "__defaults__", (64,))
+    monkeypatch.setattr(targets, "SPEEDUP", 0.0)
+    monkeypatch.setattr(targets, "FLATNESS", 1e9)
+    monkeypatch.setattr(targets.recurrence_records, "__defaults__", (64,))
     command = ["bench", "kernels", "--device", "cpu", "--heads", "1", "--dims", "16", "--capacities", "3"]
     command += ["--lengths", "64", "128", "--budget", "0.01", "--out", str(tmp_path)]
     assert main(command) == 0
@@ -139,7 +139,7 @@ def test_command_writes_json_and_plot_and_exits_by_the_targets(tmp_path: Path, c
     assert found["torch"] == torch.__version__ and found["config"]["lengths"] == [64, 128]
     assert all(r["difference"] < 1e-5 for r in found["records"] if r["kind"] == "recurrence")
     assert (tmp_path / "kernels_cpu.png").stat().st_size > 10_000
-    monkeypatch.setattr(gates, "SPEEDUP", 1e9)
+    monkeypatch.setattr(targets, "SPEEDUP", 1e9)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(command) == 1
     printed = capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 
 from megatron_dla.kernels.delta_mem import apply_summary, chunk_summary, compose, delta_mem_scan, delta_mem_step
 from megatron_dla.kernels.delta_mem.chunk import chunk_plan
-from tests.support import gates
+from megatron_dla.kernels.dla import debug
 from tests.support.memory_cases import FORMS, MUTATIONS, Case, assert_exact, assert_gates, recurrence, run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -231,4 +231,4 @@ def test_neither_triton_nor_fla_is_imported_for_a_cpu() -> None:
 def test_relative_errors_mean_something() -> None:
     """Guards the comparisons above: nothing in the inputs makes results vanish or blow up."""
     got = run(BASE.make(), BASE.cotangents(), backend="naive")
-    assert all(0.01 < gates.relative_rms(value, torch.zeros_like(value)) < 100 for value in got.values())
+    assert all(0.01 < debug.relative_rms(value, torch.zeros_like(value)) < 100 for value in got.values())

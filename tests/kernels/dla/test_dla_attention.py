@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megatron_dla.kernels.dla import Partition, chunk, dla_attention, partition
-from megatron_dla.kernels.dla.naive import materialised_attention, naive_attention
+from megatron_dla.kernels.dla.naive import naive_attention
 from tests.support.dla_cases import CASES, Case, assert_same, gradients, random_case
+from tests.support.materialised import materialised_attention
 
 
 @pytest.mark.parametrize("case", [*CASES, *(random_case(100 + i) for i in range(12))], ids=lambda c: c.name)

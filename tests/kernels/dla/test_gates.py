@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from megatron_dla.kernels.dla import dla_attention, partition
+from megatron_dla.kernels.dla import debug, dla_attention, partition
 from megatron_dla.kernels.dla.naive import naive_attention
-from tests.support import gates
 from tests.support.dla_cases import Case
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -23,18 +22,18 @@ def problem(dtype: torch.dtype, delta: bool) -> tuple[dict, torch.Tensor, dict]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_torch_passes(dtype: torch.dtype, delta: bool) -> None:
     x, cotangent, rule = problem(dtype, delta)
-    gates.check_all(x, cotangent, dtype=dtype, backend="torch", **rule)
+    debug.check_all(x, cotangent, dtype=dtype, backend="torch", **rule)
 
 
 @pytest.mark.parametrize("delta", [False, True])
 def test_rounding_the_operands_is_a_bfloat16_error(delta: bool) -> None:
     x, cotangent, rule = problem(torch.bfloat16, delta)
-    want = gates.oracle(x, cotangent, **rule)
-    rounded = gates.same_dtype_torch(x, cotangent, dtype=torch.bfloat16, **rule)
-    inside = gates.run(x, cotangent, backend="torch", **rule)
+    want = debug.oracle(x, cotangent, **rule)
+    rounded = debug.same_dtype_torch(x, cotangent, dtype=torch.bfloat16, **rule)
+    inside = debug.run(x, cotangent, backend="torch", **rule)
     for name in want:
-        errors = gates.relative_rms(inside[name], want[name]), gates.relative_rms(rounded[name], want[name])
-        assert errors[0] < errors[1] < 2 * gates.LIMITS[name], (name, errors)
+        errors = debug.relative_rms(inside[name], want[name]), debug.relative_rms(rounded[name], want[name])
+        assert errors[0] < errors[1] < 2 * debug.LIMITS[name], (name, errors)
 
 
 def test_cache_states_and_learned_tau_have_gates_too() -> None:
@@ -46,29 +45,29 @@ def test_cache_states_and_learned_tau_have_gates_too() -> None:
     args = x["k"], x["v"], x["g"]
     continued = {**rule, "cache": cache, "states_cotangent": torch.randn(cache.states.shape)}
     continued["partition"] = partition(*args, **rule, cache=cache)
-    assert {"states", "dstates"} < set(gates.run(x, cotangent, backend="torch", **continued))
-    gates.check_all(x, cotangent, dtype=torch.float32, backend="torch", **continued)
+    assert {"states", "dstates"} < set(debug.run(x, cotangent, backend="torch", **continued))
+    debug.check_all(x, cotangent, dtype=torch.float32, backend="torch", **continued)
     learned = {**rule, "tau": torch.full((case.H,), case.tau, requires_grad=True)}
     learned["partition"] = partition(*args, **learned)
-    assert "dtau" in gates.run(x, cotangent, backend="torch", **learned)
-    gates.check_all(x, cotangent, dtype=torch.float32, backend="torch", **learned)
+    assert "dtau" in debug.run(x, cotangent, backend="torch", **learned)
+    debug.check_all(x, cotangent, dtype=torch.float32, backend="torch", **learned)
 
 
 def test_the_oracle_is_the_recurrence() -> None:
     x, cotangent, rule = problem(torch.bfloat16, True)
-    want = gates.oracle(x, cotangent, **rule)["o"]
+    want = debug.oracle(x, cotangent, **rule)["o"]
     plain = {name: rule[name] for name in ("tau", "capacity", "cu_seqlens", "partition")}
-    assert gates.relative_rms(want, naive_attention(**x, **plain)[0]) < 1e-10
+    assert debug.relative_rms(want, naive_attention(**x, **plain)[0]) < 1e-10
 
 
 def test_wrong_results_fail() -> None:
     x, cotangent, rule = problem(torch.bfloat16, False)
-    want = gates.oracle(x, cotangent, **rule)
-    torch_path = gates.same_dtype_torch(x, cotangent, dtype=torch.bfloat16, **rule)
+    want = debug.oracle(x, cotangent, **rule)
+    torch_path = debug.same_dtype_torch(x, cotangent, dtype=torch.bfloat16, **rule)
     good = want["o"].bfloat16()
 
     def check(got: torch.Tensor, name: str = "o", dtype: torch.dtype = torch.bfloat16) -> None:
-        gates.check(name, got, want[name], torch_path[name], dtype=dtype, backward=name != "o")
+        debug.check(name, got, want[name], torch_path[name], dtype=dtype, backward=name != "o")
 
     check(good)
     nan, noisy, missing = good.clone(), good.clone().float(), good.clone()
@@ -86,13 +85,13 @@ def test_wrong_results_fail() -> None:
     with pytest.raises(AssertionError, match="shape"):
         check(good[:, 1:])
     zero = torch.zeros(4, dtype=torch.float64)
-    gates.check("dg", zero.float() + 1e-9, zero, zero.float(), dtype=torch.float32, backward=True)
+    debug.check("dg", zero.float() + 1e-9, zero, zero.float(), dtype=torch.float32, backward=True)
     with pytest.raises(AssertionError):
-        gates.check("dg", zero.float() + 1e-4, zero, dtype=torch.float32, backward=True)
+        debug.check("dg", zero.float() + 1e-4, zero, dtype=torch.float32, backward=True)
 
 
 def test_errors_of_a_few_ulp_are_not_compared() -> None:
     want = torch.ones(4, dtype=torch.float64)
-    gates.check("dq", want.float() + 3e-7, want, want.float() + 1e-9, dtype=torch.float32, backward=True)
+    debug.check("dq", want.float() + 3e-7, want, want.float() + 1e-9, dtype=torch.float32, backward=True)
     with pytest.raises(AssertionError, match="allowed"):
-        gates.check("dq", want.float() + 3e-6, want, want.float() + 1e-9, dtype=torch.float32, backward=True)
+        debug.check("dq", want.float() + 3e-6, want, want.float() + 1e-9, dtype=torch.float32, backward=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_dla.kernels.dla import Partition, dla_attention, partition
+from megatron_dla.kernels.dla.debug import Violation, forced_replay, open_scores
 from tests.support.dla_cases import CASES, Case
-from tests.support.replay import Violation, forced_replay, open_scores
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

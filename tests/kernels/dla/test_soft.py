@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_dla.kernels.dla import dla_attention, partition
-from megatron_dla.kernels.dla.naive import document_starts, materialised_attention
+from megatron_dla.kernels.dla.documents import document_starts
 from megatron_dla.kernels.dla.soft import interpolated_weights, soft_attention
 from tests.support.dla_cases import CASES, Case, assert_same, gradients, random_case
+from tests.support.materialised import materialised_attention
 
 
 def by_definition(case: Case, x: dict, tau: torch.Tensor, temperature: float) -> torch.Tensor:

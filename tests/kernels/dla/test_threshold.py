@@ -5,10 +5,12 @@ import torch
 
 from megatron_dla.kernels.dla import dla_attention, partition
 from megatron_dla.kernels.dla import threshold as threshold_module
-from megatron_dla.kernels.dla.naive import document_starts, naive_attention, slot_of
+from megatron_dla.kernels.dla.documents import document_starts
+from megatron_dla.kernels.dla.naive import naive_attention
 from megatron_dla.kernels.dla.threshold import threshold_gradient
 from tests.support.dense_threshold import dense_threshold_gradient, random_problem
 from tests.support.dla_cases import CASES, Case, assert_same, random_case
+from tests.support.materialised import slot_of
 
 
 def by_definition(case: Case, x: dict, decided, cotangent: torch.Tensor, tau: torch.Tensor, temperature: float):

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron_dla.kernels.dla import Partition, SlotCache, dla_attention, partition
-from tests.support import gates, triton_interpreter
+from tests.support import triton_interpreter
 from tests.support.dla_cases import Case
 
 triton = pytest.importorskip("triton")
-from megatron_dla.kernels.dla import triton_attention, triton_chunk, triton_launch  # noqa: E402
+from megatron_dla.kernels.dla import debug, triton_attention, triton_chunk, triton_launch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE = Case("topics with merges", T=75, B=1, capacity=4, topic=6)
@@ -44,7 +44,7 @@ def compare(case: Case, dtype: torch.dtype, **more) -> None:
     rule = case.rule | more
     part = partition(**decide, **rule, backend="torch")
     rule = dict(partition=part) | rule
-    gates.check_all(x, cotangent(case, dtype), dtype=dtype, backend="triton", **rule)
+    debug.check_all(x, cotangent(case, dtype), dtype=dtype, backend="triton", **rule)
 
 
 def both(case: Case) -> list[Case]:
@@ -102,7 +102,7 @@ def test_a_decay_to_zero_is_a_decay_to_zero(small_tiles: None, delta: bool) -> N
     decide = {name: x[name] for name in ("k", "v", "g", "beta") if name in x}
     rule = dict(case.rule, partition=partition(**decide, **case.rule, backend="torch"), backend="triton")
     zero, less = ({**x, "g": torch.where(forgets[None, :, None], g, x["g"])} for g in (-104.0, -1e6))
-    want, got = (gates.run(y, cotangent(case, FP32), **rule) for y in (zero, less))
+    want, got = (debug.run(y, cotangent(case, FP32), **rule) for y in (zero, less))
     for name, value in want.items():
         assert torch.equal(got[name], value), name
 
@@ -122,7 +122,7 @@ def test_cache_in_and_out(small_tiles: None, delta: bool) -> None:
     torch.testing.assert_close(cache.states, mid.states, atol=1e-5, rtol=1e-4)
     part = partition(**{n: tail[n] for n in ("k", "v", "g", "beta") if n in tail}, **rule, cache=mid, backend="torch")
     weights = torch.randn(mid.states.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    gates.check_all(
+    debug.check_all(
         tail, cotangent(case, FP32)[:, 50:], dtype=FP32, backend="triton", **rule, partition=part, cache=mid,
         states_cotangent=weights,
     )  # fmt: skip
@@ -145,7 +145,7 @@ def test_slots_of_a_cache_that_merge_as_a_block_begins(small_tiles: None, delta:
     )  # fmt: skip
     assert cache is not None and cache.live.tolist() == [[4]]
     weights = torch.randn(cache.states.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    gates.check_all(
+    debug.check_all(
         tail, cotangent(case, FP32)[:, 4:], dtype=FP32, backend="triton", **rule, partition=part, cache=cache,
         states_cotangent=weights,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def test_learned_threshold(small_tiles: None, delta: bool) -> None:
     decide = {name: x[name] for name in ("k", "v", "g", "beta") if name in x}
     rule = dict(case.rule, tau=tau)
     part = partition(**decide, **rule, backend="triton")
-    gates.check_all(x, cotangent(case, FP32), dtype=FP32, backend="triton", **rule, partition=part)
+    debug.check_all(x, cotangent(case, FP32), dtype=FP32, backend="triton", **rule, partition=part)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
@@ -183,9 +183,9 @@ def test_fp32_keys_beside_bf16_values(small_tiles: None) -> None:
     case = replace(BASE, delta=True, T=40)
     x = inputs_of(case, BF16)
     part = partition(x["k"], x["v"], x["g"], x["beta"], **case.rule, backend="torch")
-    plain = gates.run(x, cotangent(case, BF16), backend="triton", partition=part, **case.rule)
+    plain = debug.run(x, cotangent(case, BF16), backend="triton", partition=part, **case.rule)
     mixed = x | {name: x[name].float() for name in ("q", "k")}
-    got = gates.run(mixed, cotangent(case, BF16), backend="triton", partition=part, **case.rule)
+    got = debug.run(mixed, cotangent(case, BF16), backend="triton", partition=part, **case.rule)
     assert got["dq"].dtype == FP32 and torch.equal(got["o"], plain["o"])
     torch.testing.assert_close(got["dk"].to(BF16), plain["dk"])
 
@@ -195,12 +195,12 @@ def test_same_bits_in_every_run_and_order(small_tiles: None, delta: bool) -> Non
     case = replace(BASE, T=50, delta=delta, documents=(20,))
     x = inputs_of(case, BF16)
     rule = dict(case.rule, partition=partition(**{n: x[n] for n in ("k", "v", "g", "beta") if n in x}, **case.rule))
-    first = gates.run(x, cotangent(case, BF16), backend="triton", **rule)
+    first = debug.run(x, cotangent(case, BF16), backend="triton", **rule)
     if DEVICE == "cpu":
         with triton_interpreter.reversed_programs():
-            second = gates.run(x, cotangent(case, BF16), backend="triton", **rule)
+            second = debug.run(x, cotangent(case, BF16), backend="triton", **rule)
     else:
-        second = gates.run(x, cotangent(case, BF16), backend="triton", **rule)
+        second = debug.run(x, cotangent(case, BF16), backend="triton", **rule)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -208,7 +208,7 @@ def test_same_bits_in_every_run_and_order(small_tiles: None, delta: bool) -> Non
 @pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 12, 24])
 def test_a_program_of_dk_adds_up_whole_shares_of_a_group(heads: int) -> None:
     """All of the group where tokens give enough programs, one or an odd share of it where they do not."""
-    plan = triton_launch.Plan(BF16, 64, 64, heads, 1, 30, False)
+    plan = triton_launch.LaunchPlan(BF16, 64, 64, heads, 1, 30, False)
     shares = [triton_chunk.heads_per_program(plan, tokens) for tokens in (1, 5000, 10000, 20000, 1 << 20)]
     assert all(heads % share == 0 for share in shares) and shares == sorted(shares)
     assert shares[0] % 2 == 1 and shares[-1] == heads

@@ -7,8 +7,8 @@ import torch
 
 from megatron_dla.kernels.bench.inputs import TAU, Problem, make_inputs
 from megatron_dla.kernels.dla import dla_attention, partition
+from megatron_dla.kernels.dla.debug import forced_replay
 from tests.support.dla_cases import CASES, Case
-from tests.support.replay import forced_replay
 
 pytest.importorskip("triton")
 from megatron_dla.kernels.dla import triton_capacity, triton_partition

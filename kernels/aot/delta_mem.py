@@ -1,4 +1,4 @@
-"""The configurations of δ-mem that `aot.py` compiles: scan forward and backward, and the one-token step."""
+"""The configurations of δ-mem to compile: scan forward and backward, and the one-token step."""
 
 from __future__ import annotations
 

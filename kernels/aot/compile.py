@@ -5,15 +5,13 @@
     print(table(reports))
 
 The Python wrappers run unmodified, so each kernel is compiled with the specialisation that a GPU would see. It works in
-a process without TRITON_INTERPRET only. `python -m megatron_dla.kernels.common.aot --arch 90`: every operator here.
+a process without TRITON_INTERPRET only. `python -m megatron_dla.kernels.aot --arch 90` compiles every operator.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
 import re
@@ -313,48 +311,3 @@ class _Worker:
         for one in reports:
             one.users = [name]
         return arch, name, reports, time.perf_counter() - begin
-
-
-def exercise(name: str) -> None:
-    """Every launch of one configuration, of whichever operator has it."""
-    from . import aot_delta_mem, aot_dla
-
-    operator = aot_delta_mem if name.startswith(aot_delta_mem.PREFIX) else aot_dla
-    operator.exercise(name)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Compile the kernels of DLA and δ-mem; 0: all fit, 1: some do not, 2: cannot tell."""
-    from . import aot_delta_mem, aot_dla  # the configurations; imported here so that `dry_run` alone needs no kernels
-
-    parser = argparse.ArgumentParser(prog="python -m megatron_dla.kernels.common.aot", description=main.__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
-    parser.add_argument("--config", help="only the configurations whose name contains this")
-    parser.add_argument("--json", type=Path, help="also write the reports here")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
-    args = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        print("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it", file=sys.stderr)
-        return 2
-    if problem := aot_dla.missing():
-        print(problem, file=sys.stderr)
-        return 2
-    every = {arch: aot_dla.names(arch) + aot_delta_mem.names(arch) for arch in args.arch}
-    names = [(arch, name) for arch in args.arch for name in every[arch] if (args.config or "") in name]
-    if not names:
-        print(f"no configuration contains {args.config!r}", file=sys.stderr)
-        return 2
-    reports = compile_all(names, exercise, args.jobs, say=lambda line: print(line, flush=True))
-    print(table(reports))
-    if args.json:
-        args.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1))
-    wrong = failures(reports)
-    print("\n".join([f"\n{len(wrong)} problems:", *wrong]) if wrong else f"\n{len(reports)} kernels fit")
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    # under its own name, not as __main__: the worker processes import this module again
-    from megatron_dla.kernels.common import aot
-
-    sys.exit(aot.main())

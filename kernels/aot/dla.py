@@ -1,4 +1,4 @@
-"""The configurations of the DLA operator that `aot.py` compiles: forward, backward, partition and decode.
+"""The configurations of the DLA operator to compile: forward, backward, partition and decode.
 
 First what `configs/*.yaml` launch, read from the files: their head dims and capacity, the dtypes that the mixer feeds,
 and a rank's share of the heads under tensor parallelism. A kernel is compiled anew for a number of heads that 16
@@ -7,7 +7,6 @@ divides, for one, and for any other, so one share of each kind a backbone is eno
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,7 +18,6 @@ import yaml
 from torch import Tensor
 
 from megatron_dla.kernels.dla import Partition, SlotCache, decode_step, dla_attention, partition
-from megatron_dla.kernels.dla.attention import BACKENDS
 
 ALL = (80, 90, 100)
 HOPPER = (90,)
@@ -102,11 +100,6 @@ def configs() -> tuple[Config, ...]:
     return tuple(sorted((*shipped(), *OTHERS), key=lambda c: (not c.delta, -c.key_dim * c.value_dim)))
 
 
-def missing() -> str:
-    """Why there is nothing to compile, or an empty string."""
-    return "" if "triton" in BACKENDS else "the DLA operator has no triton backend"
-
-
 def names(arch: int) -> list[str]:
     return [config.name for config in configs() if arch in config.archs]
 
@@ -165,8 +158,6 @@ def exercise(name: str, backend: str = "triton") -> None:
         partition(x["k"], x["v"], x["g"], x.get("beta"), **packed, backend=backend)
 
     def decode() -> None:
-        if "backend" not in inspect.signature(decode_step).parameters:
-            return
         one = {key: value.detach()[:, :1] for key, value in x.items()}
         fixed = dict(rule, tau=tau.detach() if config.learned else tau, backend=backend)
         decode_step(**one, **fixed, cache=SlotCache.empty(*shape))  # type: ignore[arg-type]
