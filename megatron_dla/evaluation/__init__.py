@@ -1,5 +1,5 @@
-"""Evaluation of δ-mem with its controls: recall with the context removed, perplexity cost, LoCoMo.
+"""Evaluation of δ-mem against its controls: recall with the context removed, perplexity on plain text, LoCoMo.
 
-`recall` generated stories · `scoring` conditions, states, answers · `tasks` recall and perplexity · `locomo` (with
-`stemming`) · `table` paired results · `stats` bootstrap · `report` JSON and picture · `cli` the command `dla eval`.
+`recall` generated stories · `scoring` conditions, states, answers · `tasks` recall and perplexity · `locomo` · `table`
+paired results · `stats` bootstrap · `report` JSON and figure · `cli` the command `dla eval`.
 """

@@ -1,8 +1,9 @@
-"""`dla eval`: arguments, and the order of what is done."""
+"""`dla eval`: command-line arguments and the sequence of tasks."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,31 @@ TASKS = ("recall", "ppl", "locomo")
 def add_eval_parser(subparsers: Any) -> None:
     """Add `eval` to an argparse subparsers object; `func(args)` gives the exit code."""
     text = (
-        "Measure a δ-mem adapter beside its controls, paired: the same questions with the full context, with the "
-        "context removed and the state kept, zeroed or exchanged for another's, and with the corrections off; the "
-        "cost on ordinary text; LoCoMo. Without --adapter the plain model alone."
+        "Evaluate a δ-mem adapter against its controls, paired: the same questions with the full context; with the "
+        "context removed and the state kept, zeroed or swapped for another story's; and with the corrections off. "
+        "Also perplexity on plain text, and LoCoMo. Without --adapter: the plain model."
     )
     parser = subparsers.add_parser("eval", help="evaluate a δ-mem adapter with its controls", description=text)
     parser.add_argument("model", metavar="HF_DIR", help="Hugging Face directory of the backbone")
     parser.add_argument(
-        "--adapter", nargs="+", default=[], metavar="DIR", help="several: training seeds, their table is joined"
+        "--adapter",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="adapter directories; several (training seeds) give one joint table",
     )
-    parser.add_argument("--static", metavar="DIR", help="an adapter trained with memory: static, the control")
-    parser.add_argument("--any-base", action="store_true", help="take adapters also on another base model")
+    parser.add_argument("--static", metavar="DIR", help="control: an adapter trained with delta_mem.memory=static")
+    parser.add_argument(
+        "--any-base", action="store_true", help="accept adapters that were trained on another base model"
+    )
     parser.add_argument("--tasks", default="recall", help=f"out of {','.join(TASKS)} (default: recall)")
-    parser.add_argument("--controls", action="store_true", help="also state zeroed, state shuffled, full context")
+    parser.add_argument("--controls", action="store_true", help="add the zeroed, shuffled and full_adapter conditions")
     recall = parser.add_argument_group("recall")
     recall.add_argument(
         "--recall-task", choices=("profile", "facts"),
-        help="words, for a model pretrained on them, or sentences (default: where there is a chat template)",
+        help="profile: single words; facts: sentences (default: facts if there is a chat template)",
     )  # fmt: skip
-    recall.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the task, such as people=2")
+    recall.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="task settings, such as people=2")
     recall.add_argument("--episodes", type=int, default=200, help="default: 200")
     ppl = parser.add_argument_group("ppl")
     ppl.add_argument("--text", nargs="+", default=[], metavar="FILE", help="plain text")
@@ -41,14 +48,16 @@ def add_eval_parser(subparsers: Any) -> None:
     ppl.add_argument("--windows", type=int, default=64, help="default: 64")
     locomo = parser.add_argument_group("locomo")
     locomo.add_argument("--locomo", metavar="FILE", help="locomo10.json (CC BY-NC 4.0, not shipped)")
-    locomo.add_argument("--context", type=int, default=1024, help="tokens of a conversation shown (default: 1024)")
+    locomo.add_argument(
+        "--context", type=int, default=1024, help="tokens of the conversation in the context (default: 1024)"
+    )
     locomo.add_argument(
         "--context-window", choices=("evidence", "last"), default="evidence",
-        help="turns around the named evidence, or the last ones (default: evidence)",
+        help="turns around the annotated evidence, or the last turns (default: evidence)",
     )  # fmt: skip
     locomo.add_argument("--questions", type=int, default=0, help="a random subset; 0 = all (default)")
-    parser.add_argument("--batch", type=int, default=16, help="rows at once (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of questions, windows and resampling (default: 0)")
+    parser.add_argument("--batch", type=int, default=16, help="batch size (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of questions, windows and bootstrap (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and eval.png")
     parser.set_defaults(func=_eval)
@@ -67,7 +76,9 @@ def _eval(args: argparse.Namespace) -> int:
     static = read_adapter(args.static) if args.static else None
     if static is not None and static.config.memory != "static":
         raise UserError(f"--static {args.static}: this adapter has delta_mem.memory = {static.config.memory!r}")
-    runs = {name: _prepare(name, args, load_tokenizer(args.model)) for name in tasks}  # bad files are named first
+    runs = {
+        name: _prepare(name, args, load_tokenizer(args.model)) for name in tasks
+    }  # reports bad files before the model is loaded
     base = load_backbone(args.model, device=args.device)
     control = attach_adapter(base, static, any_base=args.any_base) if static is not None else None
     tables = []
@@ -90,19 +101,21 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> list[str]:
-    """The tasks, in the order given; UserError for arguments that do not go together."""
+    """The task names in the order given. Raises UserError for invalid or conflicting arguments."""
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not tasks or (unknown := sorted(set(tasks) - set(TASKS))):
-        raise UserError(f"--tasks {args.tasks}: {unknown[0] if tasks else 'none'} is no task; use {', '.join(TASKS)}")
+        raise UserError(
+            f"--tasks {args.tasks}: {repr(unknown[0]) if tasks else 'nothing'} is not a task; use {', '.join(TASKS)}"
+        )
     for name, option, given in (("ppl", "--text FILE", args.text), ("locomo", "--locomo FILE", args.locomo)):
         if name in tasks and not given:
             raise UserError(f"--tasks {name} needs {option}")
     least = {"episodes": 2, "window": 2, "windows": 1, "context": 1, "questions": 0, "batch": 1, "seed": 0}
     for name, low in least.items():
         if getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)}: want at least {low}")
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {low}")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file, want a directory")
+        raise UserError(f"--out {args.out}: is a file; give a directory")
     return tasks
 
 
@@ -114,8 +127,7 @@ def _put(base: Any, adapter: Any, any_base: bool) -> Any:
 
 
 def _prepare(name: str, args: argparse.Namespace, tokenizer: Any) -> Callable[[Any, Any, int], Any]:
-    """Everything of a task that can be read and checked without the model; then a function of model, static control
-    and seed."""
+    """Read and check a task's inputs; returns a function (model, static control, seed) -> Table."""
     from megatron_dla.evaluation.tasks import perplexity_table, recall_table, text_windows
 
     if name == "recall":
@@ -133,6 +145,8 @@ def _prepare(name: str, args: argparse.Namespace, tokenizer: Any) -> Callable[[A
         return lambda model, static, seed: perplexity_table(
             model, windows, batch=args.batch, static=static, settings={"text": args.text}
         )
+    if importlib.util.find_spec("nltk") is None:
+        raise UserError("--tasks locomo needs nltk, which is not installed: pip install 'megatron-dla[eval]'")
     from megatron_dla.evaluation.locomo import locomo_table, read_locomo
 
     items = read_locomo(
@@ -150,7 +164,7 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"--set {pair}: want KEY=VALUE")
+            raise UserError(f"--set {pair}: write KEY=VALUE")
         try:
             out[key] = int(value)
         except ValueError:

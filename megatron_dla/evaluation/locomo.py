@@ -1,9 +1,9 @@
-"""LoCoMo (arXiv 2402.17753): questions about long conversations, from a file the user has. Categories 1-4, token F1.
+"""LoCoMo (arXiv 2402.17753): questions about long conversations, from a local file. Categories 1-4, token F1.
 
-A conversation has some 15,000 to 30,000 tokens, more than many backbones take, so every question gets a window of
-whole turns. `last`: the end of the conversation; most answers lie before it. `evidence`: turns around those that the
-data set names as evidence; this uses gold labels, so scores compare the conditions of this table with each other, not
-with published LoCoMo results. The share of questions whose evidence lies in the window is reported.
+Conversations have 15,000 to 30,000 tokens, more than many backbones take, so each question gets a window of whole
+turns. `last`: the end of the conversation, which most answers precede. `evidence`: turns around the annotated evidence;
+this uses gold labels, so scores are comparable between the conditions of one table, not with published LoCoMo results.
+The fraction of questions whose evidence is in the window is reported.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nltk.stem.porter import PorterStemmer
 
 from megatron_dla.adapters.memory import MemoryControl
 from megatron_dla.errors import DataError, UserError
-from megatron_dla.evaluation.scoring import PLAIN, READ_ONLY, LayerMeans, Told, derangement, tell
-from megatron_dla.evaluation.stemming import stem
+from megatron_dla.evaluation.scoring import PLAIN, READ_ONLY, LayerMeans, TokenRow, derangement, write_contexts
 from megatron_dla.evaluation.table import Table
 from megatron_dla.serving.chat import encode, render, render_prompt, render_told
 from megatron_dla.serving.decode import generate_batch, stop_tokens
@@ -33,11 +33,14 @@ CATEGORIES = {1: "multi_hop", 2: "temporal", 3: "open_domain", 4: "single_hop"}
 PROMPT = "Answer from our conversation, in a few words. {}"
 DATED = " Answer with an approximate date."
 NEW_TOKENS = 32
+# M. F. Porter, An algorithm for suffix stripping, Program 14(3), 1980, as published: the authors' script has NLTK's
+# extensions, which conflate a few words more (addition and additionally)
+_PORTER = PorterStemmer(mode=PorterStemmer.ORIGINAL_ALGORITHM)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its window of turns ("Anna: text", the date before the first turn of a session)."""
+    """A question with its window of turns ("Anna: text"; the first turn of a session starts with its date)."""
 
     conversation: str
     question: str
@@ -51,10 +54,10 @@ def read_locomo(path: Path, tokenizer: Any, *, tokens: int, window: str, questio
     """Questions of categories 1-4; a random subset if `questions` is not 0.
 
     Args:
-        path: locomo10.json, also .xz. tokens: most tokens of a window. window: last or evidence.
+        path: locomo10.json, or .json.xz. tokens: maximum of a window. window: last or evidence.
 
     Raises:
-        DataError: the file is not LoCoMo.
+        DataError: the file does not have LoCoMo's format.
     """
     try:
         raw = path.read_bytes()
@@ -102,14 +105,14 @@ def _turns(conversation: dict[str, Any], tokenizer: Any) -> list[_Turn]:
 
 
 def _window(turns: Sequence[_Turn], around: Sequence[int], tokens: int) -> tuple[int, int]:
-    """[begin, end) of whole turns within the budget: around the given ones, or the last."""
+    """[begin, end) of whole turns within the token budget: around the given turns, or the last ones."""
     if not around:
         begin, left = len(turns), tokens
         while begin and turns[begin - 1].tokens <= left:
             begin -= 1
             left -= turns[begin].tokens
         return begin, len(turns)
-    begin = end = around[-1]  # grows to both sides in turn, from the last turn of evidence
+    begin = end = around[-1]  # grows to both sides alternately, from the last evidence
     left = tokens
     while True:
         grown = False
@@ -136,6 +139,11 @@ def _dated(turns: Sequence[_Turn]) -> tuple[str, ...]:
 # ---- score
 
 
+def stem(word: str) -> str:
+    """Porter's stem of a lower-case word; one of 1 or 2 letters is its own (NLTK would cut "is" to "i")."""
+    return word if len(word) <= 2 else _PORTER.stem(word)
+
+
 def _tokens(text: str) -> list[str]:
     text = "".join(" " if c in string.punctuation and c != "'" else c for c in text.lower()).replace("'", "")
     return [stem(word) for word in text.split() if word not in ("a", "an", "the", "and")]
@@ -152,8 +160,8 @@ def token_f1(prediction: str, answer: str) -> float:
 
 
 def answer_f1(prediction: str, answer: str, category: int) -> float:
-    """As the data set's authors score: multi-hop answers are lists (mean over the parts of the best match), of
-    open-domain ones the part before ";" counts."""
+    """The authors' score: a multi-hop answer is a list (mean over its parts of the best match); of an open-domain
+    answer the part before ";" counts."""
     if category == 1:
         parts = [part for part in answer.split(",") if part.strip()]
         guesses = [part for part in prediction.split(",") if part.strip()] or [""]
@@ -178,16 +186,16 @@ def locomo_table(
     """Greedy answers under the conditions of `scoring`; a unit is a question, a group a conversation.
 
     Raises:
-        UserError: a single question, so that states cannot be shuffled.
+        UserError: fewer than 2 questions.
     """
     if len(items) < 2:
-        raise UserError("locomo: want at least 2 questions, so that states can be shuffled")
+        raise UserError(f"--questions {len(items)}: must be at least 2 (states are shuffled between them)")
     numbered = model.config.write == "message"
     told, prompts, full = _encode(tokenizer, items, numbered)
-    means, plain = LayerMeans(), [Told(prompt, [-1] * len(prompt)) for prompt in prompts]
+    means, plain = LayerMeans(), [TokenRow(prompt, [-1] * len(prompt)) for prompt in prompts]
 
     def answers(
-        rows: Sequence[Told], control: MemoryControl, states: States | None = None, by: DeltaMemModel = model
+        rows: Sequence[TokenRow], control: MemoryControl, states: States | None = None, by: DeltaMemModel = model
     ) -> dict[str, np.ndarray]:
         texts = _generate(by, tokenizer, rows, control, states, batch)
         return {"f1": np.asarray([answer_f1(t, i.answer, i.category) for t, i in zip(texts, items, strict=True)])}
@@ -197,7 +205,7 @@ def locomo_table(
     if model.layers:
         if controls:
             found["full_adapter"] = answers(full, MemoryControl())
-        states = tell(model, told, batch, means)
+        states = write_contexts(model, told, batch, means)
         found["kept"] = answers(plain, READ_ONLY, states)
         if controls:
             found["zeroed"] = answers(plain, READ_ONLY)
@@ -220,7 +228,7 @@ def locomo_table(
 
 
 def _from_others(items: Sequence[Item], seed: int) -> list[int]:
-    """For each question the number of another one, about another conversation if there is one."""
+    """For each question the index of another one, of another conversation if there is one."""
     order = derangement(len(items), seed)
     for i, item in enumerate(items):
         other = [j for j, x in enumerate(items) if x.conversation != item.conversation]
@@ -229,24 +237,26 @@ def _from_others(items: Sequence[Item], seed: int) -> list[int]:
     return order.tolist()
 
 
-def _encode(tokenizer: Any, items: Sequence[Item], numbered: bool) -> tuple[list[Told], list[list[int]], list[Told]]:
-    """What is told (one message, or one a turn where the adapter writes by message), prompts without and with it."""
+def _encode(
+    tokenizer: Any, items: Sequence[Item], numbered: bool
+) -> tuple[list[TokenRow], list[list[int]], list[TokenRow]]:
+    """Contexts (one message, or one a turn if the adapter writes by message), prompts without and with them."""
     told, prompts, full = [], [], []
     for item in items:
         texts = item.window if numbered else ["\n".join(item.window)]
         context = [{"role": "user", "content": text} for text in texts]
         asked = PROMPT.format(item.question) + (DATED if item.category == 2 else "")
         user = {"role": "user", "content": asked}
-        told.append(Told(*render_told(tokenizer, context, numbered=numbered)))
+        told.append(TokenRow(*render_told(tokenizer, context, numbered=numbered)))
         prompts.append(render_prompt(tokenizer, [user]))
-        full.append(Told(*render(tokenizer, [*context, user], generation_prompt=True, numbered=numbered)))
+        full.append(TokenRow(*render(tokenizer, [*context, user], generation_prompt=True, numbered=numbered)))
     return told, prompts, full
 
 
 def _generate(
     model: DeltaMemModel,
     tokenizer: Any,
-    rows: Sequence[Told],
+    rows: Sequence[TokenRow],
     control: MemoryControl,
     states: States | None,
     batch: int,

@@ -1,9 +1,8 @@
-"""Recall with the context removed: facts are told, the context is dropped, questions are asked. Generated, by seeds.
+"""Synthetic recall: the model reads facts, the context is removed, and it answers questions about them.
 
-`profile`: words for a small model that is pretrained on such texts: one word of each of four categories among filler
-words; "? colour" asks for the colour. `facts`: sentences, "Anna's favourite colour is red.", with several people if the
-memory shall tell them apart, asked for by their beginning or in a chat; the people of the test split are not those of
-training.
+`profile` is for a small model pretrained on such text: one word of each of four categories among filler words;
+"? colour" asks for the colour. `facts` has sentences ("Anna's favourite colour is red.") about one or several people,
+queried by completion or in a chat; training and test splits use different names. Everything is generated from seeds.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ SYSTEM = "Answer the question."
 
 @dataclass(frozen=True)
 class Question:
-    """One question; the word that answers it, the words it is chosen from (that one among them), and the beginning and
-    end of the answer around it."""
+    """A question, the word that answers it, the candidate words (including that one), and the text of the answer before
+    and after the word."""
 
     text: str
     word: str
@@ -69,11 +68,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Story:
-    """What is told, each text one message, and what is asked about it.
+    """A context, one message a text, and the questions about it.
 
     Attributes:
-        system: a message before what is told and what is asked, or none. plain: the texts are joined as they stand,
-            also for a tokenizer that has a chat template. opening: plain text before the first question.
+        system: system message of both context and question, or "". plain: concatenate the texts without a chat
+            template, even if the tokenizer has one. opening: plain text before the first question.
     """
 
     context: tuple[str, ...]
@@ -83,11 +82,11 @@ class Story:
     opening: str = ""
 
     def ask(self, question: Question, first: bool = True) -> str:
-        """Text of a question, as the first of its read segment or a later one."""
+        """Text of a question; the first one of a read segment starts with `opening`."""
         return self.opening + question.text.lstrip() if first and self.opening else question.text
 
     def record(self) -> dict[str, Any]:
-        """As a line that tasks.adapter.episodes reads."""
+        """A JSONL record for tasks.adapter.episodes."""
         pairs = [{"question": self.ask(q, i == 0), "answer": q.answer} for i, q in enumerate(self.questions)]
         out: dict[str, Any] = {"context": list(self.context), "questions": pairs}
         out |= {"system": self.system} if self.system else {}
@@ -96,15 +95,15 @@ class Story:
 
 @dataclass(frozen=True)
 class ProfileTask:
-    """A row of filler words with one word of each category at random places; one question a category."""
+    """A sequence of filler words with one word of each category at random positions; one question a category."""
 
     words: int = 32
-    """Told, facts included."""
+    """Length of the context, facts included."""
     kind = "profile"
 
     def __post_init__(self) -> None:
         if self.words < len(CATEGORIES):
-            raise UserError(f"words = {self.words}: want at least {len(CATEGORIES)}, one a category")
+            raise UserError(f"words = {self.words}: must be at least {len(CATEGORIES)}, one a category")
 
     def story(self, rng: np.random.Generator, split: str) -> Story:
         told = [str(word) for word in rng.choice(FILLERS, self.words)]
@@ -118,8 +117,8 @@ class ProfileTask:
         return Story((" ".join(told),), tuple(questions[i] for i in order), plain=True)
 
     def document(self, rng: np.random.Generator, bare: bool) -> str:
-        """Text to pretrain the small model on: a story with its questions answered in context; `bare`: only the
-        questions, as they stand in a read segment, so that without a context every word of a category is as likely."""
+        """Text to pretrain the small model on: a story with answered questions. `bare`: questions without the context,
+        which train the model to give every word of a category the same probability there."""
         story = self.story(rng, "train")
         asked = "".join(q.text + q.answer for q in story.questions)
         return asked if bare else story.context[0] + asked
@@ -127,24 +126,23 @@ class ProfileTask:
 
 @dataclass(frozen=True)
 class FactsTask:
-    """Sentences about people, in random order, in one message or each in its own; every fact is asked for."""
+    """Sentences about people in random order, in one message or one message each; one question a fact."""
 
     people: int = 2
     relations: int = 2
-    """Facts about each person: the first so many of colour, pet, city, job."""
+    """Facts a person: the first n of colour, pet, city, job."""
     messages: str = "one"
     """one: all facts in one user message. each: one message a fact (for writes by message)."""
     style: str = "chatml"
-    """chat: "What is Anna's pet?" is asked, in the chat template. text: "Anna's pet is a" is to be continued. chatml:
-    the same by the assistant of a ChatML model (SmolLM2, Qwen) that a user has told: few tokens, and small models can
-    do it with the context."""
+    """chat: "What is Anna's pet?" in the chat template. text: completion of "Anna's pet is a". chatml: facts in a user
+    turn and the completion in the assistant's turn of a ChatML model (SmolLM2, Qwen), which small models can solve."""
     kind = "facts"
 
     def __post_init__(self) -> None:
         most = min(len(names.split()) for names in PEOPLE.values())
         for name, value, limit in (("people", self.people, most), ("relations", self.relations, len(RELATIONS))):
             if not 1 <= value <= limit:
-                raise UserError(f"{name} = {value}: want 1 to {limit}")
+                raise UserError(f"{name} = {value}: must be 1 to {limit}")
         for name, known in (("messages", ("one", "each")), ("style", ("chat", "text", "chatml"))):
             chosen = getattr(self, name)
             if chosen not in known:
@@ -185,28 +183,28 @@ def make_task(name: str, **settings: Any) -> RecallTask:
         raise UserError(f"unknown recall task {name!r}: use one of {', '.join(TASKS)}")
     known = TASKS[name].__dataclass_fields__
     if unknown := sorted(set(settings) - set(known)):
-        raise UserError(f"recall task {name!r} has no {unknown[0]!r}: it has {', '.join(known)}")
+        raise UserError(f"recall task {name!r} has no setting {unknown[0]!r}: use one of {', '.join(known)}")
     for key, value in settings.items():
         if isinstance(known[key].default, int) and not isinstance(value, int):
-            raise UserError(f"{key} = {value!r}: want a whole number")
+            raise UserError(f"{key} = {value!r}: must be an integer")
     return TASKS[name](**settings)
 
 
 def stories(task: RecallTask, count: int, *, seed: int, split: str = "train") -> Iterator[Story]:
-    """Stories of a seed and a split: the same each time, none shared between seeds or splits but by chance."""
+    """Stories of a seed and a split, reproducible; different seeds and splits give independent stories."""
     for number in range(count):
         yield task.story(np.random.default_rng([seed, SPLITS.index(split), number]), split)
 
 
 def write_stories(path: Path, task: RecallTask, count: int, *, seed: int, split: str = "train") -> None:
-    """Episodes of an adapter's training: JSONL for `read_episodes`."""
+    """Write training episodes as JSONL for `read_episodes`."""
     with path.open("w") as file:
         for story in stories(task, count, seed=seed, split=split):
             file.write(json.dumps(story.record()) + "\n")
 
 
 def write_documents(path: Path, task: ProfileTask, count: int, *, seed: int, bare: float = 0.2) -> None:
-    """Text to pretrain the small model on: JSONL {"text"}, a share `bare` of it without context."""
+    """Text to pretrain the small model on: JSONL {"text"}, a fraction `bare` of it without context."""
     with path.open("w") as file:
         for number in range(count):
             rng = np.random.default_rng([seed, len(SPLITS), number])

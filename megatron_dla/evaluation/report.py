@@ -1,4 +1,4 @@
-"""The results of an evaluation as JSON and as a picture."""
+"""Write evaluation results as JSON and as a figure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_report(out: Path, tables: Sequence[Table], about: dict[str, Any], seed
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy as numbers of Python, and what JSON has no number for (nan, inf) as null."""
+    """NumPy scalars as Python numbers; nan and inf, which JSON lacks, as None."""
     if isinstance(value, dict):
         return {str(key): _plain(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -33,7 +33,8 @@ def _plain(value: Any) -> Any:
 
 
 def draw_report(path: Path, tables: Sequence[Table], seed: int = 0) -> Path:
-    """A panel a task (conditions with 95 % intervals; chance dashed), and one of the layers' gates and corrections."""
+    """Draw one panel a task (conditions with 95 % intervals, chance dashed) and one of gates and corrections by
+    layer."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,14 +1,14 @@
-"""Stories as tokens, states after telling them, and the answers a model then gives.
+"""Tokenise stories, compute their memory states and score answers.
 
-Conditions of a question (all paired: the same questions, the same prompts):
+Conditions (paired: the same questions and prompts in each):
 
     full          the whole context in the prompt, plain backbone
-    full_adapter  the same with the adapter, as it is served
-    kept          context removed, the state that it left kept; read-only, as in training
-    zeroed        context removed, state zero
-    shuffled      context removed, the state that another story left
-    scale_0       context removed, corrections off: the plain backbone
-    static        context removed, an adapter of the same size without memory
+    full_adapter  the same with the adapter reading and writing
+    kept          context removed, its state kept; read-only, as in training
+    zeroed        context removed, zero state
+    shuffled      context removed, state of another story
+    scale_0       context removed, corrections off (plain backbone)
+    static        context removed, adapter of the same size without memory
 """
 
 from __future__ import annotations
@@ -33,47 +33,49 @@ PLAIN, READ_ONLY = MemoryControl(scale=0.0, freeze=True), MemoryControl(freeze=T
 
 
 @dataclass(frozen=True)
-class Told:
-    """Tokens of what one story tells, with message numbers (all -1 where the adapter writes by token)."""
+class TokenRow:
+    """Token ids with their message numbers (all -1 if the adapter writes by token)."""
 
     ids: list[int]
     messages: list[int]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question of story number `story`: prompt without and with the context, up to the word that answers it; first
-    tokens of the words to choose from, and which is right."""
+class EncodedQuestion:
+    """A question of story number `story`: prompt without (`prompt`) and with (`full`) the context, both up to the
+    answer's word; first token of each candidate word; index of the right one."""
 
     story: int
     prompt: list[int]
-    full: Told
+    full: TokenRow
     choices: list[int]
     right: int
 
 
-def encode_stories(tokenizer: Any, stories: Sequence[Story], *, numbered: bool) -> tuple[list[Told], list[Asked]]:
-    """Raises UserError where two words to choose from begin with the same token."""
+def encode_stories(
+    tokenizer: Any, stories: Sequence[Story], *, numbered: bool
+) -> tuple[list[TokenRow], list[EncodedQuestion]]:
+    """Contexts and questions as tokens. Raises UserError if two candidate words begin with the same token."""
     told, asked = [], []
     given = tokenizer
     for number, story in enumerate(stories):
         tokenizer = PlainText(given) if story.plain else given
         system = system_message(story.system)
         context = [*system, *({"role": "user", "content": text} for text in story.context)]
-        told.append(Told(*render_told(tokenizer, context, numbered=numbered)))
+        told.append(TokenRow(*render_told(tokenizer, context, numbered=numbered)))
         for question in story.questions:
             text = story.ask(question)
             user = {"role": "user", "content": text}
             prompt = render_prompt(tokenizer, [*system, user])
             whole = render(tokenizer, [*context, user], generation_prompt=True, numbered=numbered)
             lead, choices = _answer_tokens(tokenizer, question, text)
-            full = Told(whole[0] + lead, whole[1] + [-1] * len(lead))
-            asked.append(Asked(number, prompt + lead, full, choices, question.choices.index(question.word)))
+            full = TokenRow(whole[0] + lead, whole[1] + [-1] * len(lead))
+            asked.append(EncodedQuestion(number, prompt + lead, full, choices, question.choices.index(question.word)))
     return told, asked
 
 
 def _answer_tokens(tokenizer: Any, question: Question, asked: str) -> tuple[list[int], list[int]]:
-    """Tokens of the answer before its word, and the first token of each word there."""
+    """Tokens of the answer before its word, and the first token of each candidate word."""
     answers = []
     for word in question.choices:
         text = f"{question.lead} {word}"
@@ -86,8 +88,8 @@ def _answer_tokens(tokenizer: Any, question: Question, asked: str) -> tuple[list
     firsts = [answer[same] for answer in answers if same < len(answer)]
     if len(set(firsts)) < len(answers):
         raise UserError(
-            f"recall: with this tokenizer some answers to {question.text!r} begin with the same token, so that they "
-            "cannot be told apart by it"
+            f"recall: with this tokenizer some answers to {question.text!r} begin with the same token and cannot be "
+            "scored: use another --recall-task or style"
         )
     return answers[0][:same], firsts
 
@@ -110,7 +112,7 @@ def join_states(parts: Sequence[States]) -> States:
 
 @dataclass
 class LayerMeans:
-    """Per layer, over all tokens told (gates) or asked with the kept state (output ratio); nan: not seen."""
+    """Means per layer: gates over all context tokens, output ratio over question tokens in `kept`; nan if absent."""
 
     beta: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
     keep: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
@@ -147,8 +149,10 @@ def _batches(count: int, size: int) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def tell(model: DeltaMemModel, told: Sequence[Told], batch: int, means: LayerMeans | None = None) -> States:
-    """States after each story, in order; an open message is written."""
+def write_contexts(
+    model: DeltaMemModel, told: Sequence[TokenRow], batch: int, means: LayerMeans | None = None
+) -> States:
+    """States after each context, in order; a message that is still open is written."""
     parts = []
     for part in _batches(len(told), batch):
         ids, mask, message = _padded(model, told[part])
@@ -161,7 +165,7 @@ def tell(model: DeltaMemModel, told: Sequence[Told], batch: int, means: LayerMea
     return join_states(parts)
 
 
-def _padded(model: DeltaMemModel, rows: Sequence[Told]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _padded(model: DeltaMemModel, rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor, Tensor | None]:
     ids, mask = pad_left([row.ids for row in rows], device=model.device)
     if model.config.write != "message":
         return ids, mask, None
@@ -169,7 +173,7 @@ def _padded(model: DeltaMemModel, rows: Sequence[Told]) -> tuple[Tensor, Tensor,
 
 
 def derangement(count: int, seed: int) -> np.ndarray:
-    """A permutation of at least 2 things that leaves none in its place: one step along a random cycle."""
+    """A permutation of `count` >= 2 items without fixed points: one step along a random cycle."""
     order = np.random.default_rng(seed).permutation(count)
     out = np.empty(count, np.int64)
     out[order] = np.roll(order, 1)
@@ -179,7 +183,7 @@ def derangement(count: int, seed: int) -> np.ndarray:
 @torch.no_grad()
 def score(
     model: DeltaMemModel,
-    asked: Sequence[Asked],
+    asked: Sequence[EncodedQuestion],
     batch: int,
     *,
     states: States | None,
@@ -187,17 +191,16 @@ def score(
     control: MemoryControl,
     means: LayerMeans | None = None,
 ) -> dict[str, np.ndarray]:
-    """What the model answers, each [number of questions]: `choice` 1 where the right word is the likeliest of the
-    choices, `exact` 1 where its first token is the likeliest of all tokens, `logprob` of the right word among the
-    choices, in nats.
+    """Scores, each [number of questions]: `choice`, 1 if the right word is the most likely candidate; `exact`, 1 if its
+    first token is the most likely of the vocabulary; `logprob` of the right word among the candidates, in nats.
 
     Args:
-        states: of the stories; None = zeros. full: ask with the context in the prompt.
+        states: of the stories; None = zeros. full: keep the context in the prompt.
     """
     choice, exact, logprob = [], [], []
     for part in _batches(len(asked), batch):
         rows = asked[part]
-        told = [row.full if full else Told(row.prompt, [-1] * len(row.prompt)) for row in rows]
+        told = [row.full if full else TokenRow(row.prompt, [-1] * len(row.prompt)) for row in rows]
         ids, mask, message = _padded(model, told)
         mine = None if states is None else select_states(states, [row.story for row in rows])
         out = model(

@@ -1,5 +1,5 @@
-"""Percentile bootstrap, in numpy alone: means, paired differences, samples within groups (questions of a conversation,
-episodes of a seed). B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 and 16.
+"""Percentile bootstrap of means and paired differences, also within groups (questions of a conversation, episodes of a
+training seed). B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 and 16.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 RESAMPLES = 10_000
-BLOCK = 1 << 22  # drawn indices held at once
+BLOCK = 1 << 22  # indices drawn at a time
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,6 @@ class Interval:
     count: int
     groups: int = 1
     level: float = 0.95
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -43,21 +39,20 @@ def bootstrap_mean(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Interval of a mean. For a paired comparison give the differences, one a pair.
+    """Bootstrap interval of a mean. For a paired comparison pass the differences.
 
     Args:
-        values: [n], one number a unit that was drawn independently (an episode, a window of text).
-        groups: [n], the group of each value where values of one group depend on each other (the seed a model was
-            trained with, the conversation a question is about). Groups are drawn first, then values within each, and
-            the mean is over all values drawn. With few groups the interval is wide and coarse: three seeds have ten
-            different draws.
+        values: [n], one number an independent unit (an episode, a window of text).
+        groups: [n], the group of each value, if values of a group depend on each other (training seed, conversation).
+            Groups are resampled first, then values within each; the mean is over all resampled values. With few
+            groups the interval is coarse: three seeds have ten different draws.
 
     Raises:
-        ValueError: no value, or one that is not finite.
+        ValueError: `values` is empty or has a number that is not finite.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"want a row of finite numbers, at least one, got shape {list(values.shape)}")
+        raise ValueError(f"values: must be finite numbers [n], n >= 1; got shape {list(values.shape)}")
     rng = np.random.default_rng(seed)
     if groups is None:
         members = [values]
@@ -65,7 +60,7 @@ def bootstrap_mean(
     else:
         groups = np.asarray(groups)
         if groups.shape != values.shape:
-            raise ValueError(f"groups {list(groups.shape)} must be one a value {list(values.shape)}")
+            raise ValueError(f"groups {list(groups.shape)}: must have the shape of values {list(values.shape)}")
         members = [values[groups == name] for name in np.unique(groups)]
         means = _two_stage(members, resamples, rng)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

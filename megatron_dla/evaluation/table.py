@@ -1,4 +1,4 @@
-"""Paired values of one task under its conditions, and what is concluded from them."""
+"""Paired results of a task under several conditions, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class Table:
     """Results of one task.
 
     Attributes:
-        values: condition -> metric -> one number a unit [n], the same units in the same order for all. metrics: the
-            first is the headline. groups: [n], see `bootstrap_mean`; None = the units are independent. pairs:
-            differences to report, first minus second. settings: what was asked for and how. layers: one row a layer.
+        unit: what one number is of, in the plural. values: condition -> metric -> one number a unit [n], the same
+            units in the same order everywhere. metrics: the first is the main one. groups: [n], see `bootstrap_mean`;
+            None = independent units. pairs: differences to report, first minus second. settings: parameters of the
+            task. layers: one row a layer.
     """
 
     task: str
@@ -37,7 +38,7 @@ class Table:
         return bootstrap_mean(self.values[first][metric] - self.values[second][metric], self.groups, seed=seed)
 
     def summary(self, seed: int = 0) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """The table with its intervals as JSON values."""
         return {
             "task": self.task,
             "unit": self.unit,
@@ -55,7 +56,7 @@ class Table:
         }
 
     def text(self, seed: int = 0, digits: int = 3) -> str:
-        """The table to print: conditions by metric, the paired differences below."""
+        """The printed table: conditions by metric, then the paired differences."""
         first = next(iter(self.values))
         shown = self.interval(first, self.metrics[0], seed)
         groups = f" in {shown.groups} groups" if self.groups is not None else ""
@@ -74,7 +75,7 @@ class Table:
 
 
 def join_tables(tables: list[Table]) -> Table:
-    """The same task with several adapters (training seeds) as one table, its groups the adapters."""
+    """Tables of the same task and several adapters (training seeds) as one, grouped by adapter."""
     first = tables[0]
     sizes = [len(next(iter(table.values.values()))[first.metrics[0]]) for table in tables]
     values = {

@@ -19,7 +19,7 @@ from megatron_dla.evaluation.scoring import (
     derangement,
     encode_stories,
     score,
-    tell,
+    write_contexts,
 )
 from megatron_dla.evaluation.table import Table
 from megatron_dla.serving.chat import encode
@@ -42,14 +42,14 @@ def recall_table(
     """Recall of the test split; a unit is an episode, its value the mean over its questions.
 
     Args:
-        model: with its adapter, or without one (then only `full` and `scale_0`).
-        controls: also zeroed, shuffled and full_adapter. static: the same backbone with an adapter without memory.
+        model: with or without an adapter (without: only `full` and `scale_0`). controls: add zeroed, shuffled and
+            full_adapter. static: the same backbone with a static adapter.
 
     Raises:
         UserError: too few episodes to shuffle states; see `encode_stories`.
     """
     if episodes < 2:
-        raise UserError(f"episodes = {episodes}: want at least 2, so that states can be shuffled")
+        raise UserError(f"episodes = {episodes}: must be at least 2 (states are shuffled between them)")
     numbered = model.config.write == "message"
     told, asked = encode_stories(tokenizer, list(stories(task, episodes, seed=seed, split="test")), numbered=numbered)
     found = {"full": score(model, asked, batch, states=None, full=True, control=PLAIN)}
@@ -58,7 +58,7 @@ def recall_table(
     if model.layers:
         if controls:
             found["full_adapter"] = score(model, asked, batch, states=None, full=True, control=MemoryControl())
-        states = tell(model, told, batch, means)
+        states = write_contexts(model, told, batch, means)
         found["kept"] = score(model, asked, batch, states=states, control=READ_ONLY, means=means)
         if controls:
             found["zeroed"] = score(model, asked, batch, states=None, control=READ_ONLY)
@@ -92,17 +92,17 @@ def perplexity_table(
     static: DeltaMemModel | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Table:
-    """Nats a token on ordinary text with the plain backbone and with the adapter, which writes as it reads; a unit is
-    a window, begun with an empty memory.
+    """Nats a token on plain text, for the backbone alone and with the adapter reading and writing; a unit is a window,
+    which starts with an empty memory.
 
     Args:
         windows: token ids, all of one length (at least 2).
 
     Raises:
-        UserError: the adapter writes by message, of which plain text has none.
+        UserError: the adapter writes by message (plain text has no messages).
     """
     if model.config.write == "message" and model.layers:
-        raise UserError("ppl: this adapter writes by message, and plain text has none: leave out --tasks ppl")
+        raise UserError("--tasks ppl: this adapter writes by message and plain text has no messages: leave ppl out")
     runs: dict[str, tuple[DeltaMemModel, MemoryControl]] = {"base": (model, PLAIN)}
     if model.layers:
         runs["adapter"] = (model, MemoryControl())
@@ -134,6 +134,6 @@ def text_windows(tokenizer: Any, texts: Sequence[str], tokens: int, count: int, 
         ids = encode(tokenizer, text)
         found += [ids[at : at + tokens] for at in range(0, len(ids) - tokens + 1, tokens)]
     if not found:
-        raise UserError(f"the text has no window of {tokens} tokens: give a longer one (--text) or a smaller --window")
+        raise UserError(f"--text has no window of {tokens} tokens: give a longer text or a smaller --window")
     order = np.random.default_rng(seed).permutation(len(found))[:count]
     return [found[i] for i in sorted(order)]

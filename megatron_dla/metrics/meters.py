@@ -1,4 +1,4 @@
-"""Rates, remaining time and memory of a run."""
+"""Throughput, remaining time and memory of a run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 class StepMeter:
-    """Tokens a second over the steps since the last reading, and the time left at that rate.
+    """Tokens per second since the last reading, and the estimated time left.
 
-    Validation and checkpoints are left out of the rate, but not of the time left.
+    Validation and checkpoints count in the time left, not in the throughput.
     """
 
     def __init__(self, step: int, total_steps: int) -> None:
@@ -36,7 +36,7 @@ class StepMeter:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in GB: of the GPU, or resident on a CPU."""
+    """Peak memory of this process in GB: allocated on the GPU, or resident set size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

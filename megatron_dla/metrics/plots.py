@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from metrics.jsonl alone."""
+"""Plot a run from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def plot_run(run_dir: Path) -> Path:
     """Draw loss, bits per byte, boundary rate, learning rate and speed to plots/training.png.
 
     Raises:
-        UserError: the directory holds no metrics.
+        UserError: the directory has no metrics.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
@@ -21,9 +21,9 @@ def plot_run(run_dir: Path) -> Path:
         metrics = read_metrics(path)
         steps = [m for m in metrics if m.keys() >= {"step", "loss", "lr", "tokens_per_s"}]
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{str(path)!r} is damaged ({error}): remove the broken line") from error
+        raise UserError(f"{str(path)!r} is damaged ({error}): remove the invalid line") from error
     if not steps:
-        raise UserError(f"{str(path)!r} holds no training step yet")
+        raise UserError(f"{str(path)!r} has no training step yet: wait for the first log step")
     import matplotlib
 
     matplotlib.use("Agg")

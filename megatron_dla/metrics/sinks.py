@@ -1,4 +1,4 @@
-"""Where metrics go: one console line and one JSON object a log step."""
+"""Metrics sinks: one console line and one JSON object per log step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def console_line(m: dict[str, Any], total_steps: int) -> str:
 
 
 class JsonlSink:
-    """Appends to metrics.jsonl; on resume, drops the lines of steps that are done again."""
+    """Appends to metrics.jsonl; on resume, drops the lines of steps that will be repeated."""
 
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         self.path = path
@@ -46,19 +46,19 @@ class JsonlSink:
 
 
 def _finite(value: Any) -> Any:
-    """None for a number that JSON does not have."""
+    """None for nan and inf, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(line: str, resumed_step: int) -> int:
     try:
         return json.loads(line)["step"]
-    except json.JSONDecodeError:  # a line cut by a crash belongs to a step that is done again
+    except json.JSONDecodeError:  # a truncated line belongs to a step that will be repeated
         return resumed_step + 1
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All objects of a metrics.jsonl; a last line that a crash cut off is left out."""
+    """All objects of a metrics.jsonl; a truncated last line is skipped."""
     lines = [line for line in path.read_text().splitlines() if line]
     if lines and not lines[-1].endswith("}"):
         lines.pop()

