@@ -18,7 +18,8 @@ class Letter:
         label: in messages.
         heads, groups: keys of the model section, its numbers of heads and of key groups; the tensor- and context-
             parallel sizes must divide them.
-        hf_module: attribute of a Hugging Face layer that holds it, and so a part of its weights' names.
+        hf_module: attribute of a Hugging Face layer that holds it, and so a part of its weights' names; `mixer` for a
+            recurrence, whose fp32 parameters are found by it.
         softmax: softmax attention, which keeps keys and values and can carry a δ-mem; else a recurrence.
         rotary: queries and keys are rotated by their positions.
         slots: the recurrence keeps up to `model.capacity` states a head, else one.

@@ -71,10 +71,10 @@ class Chain:
         outs = []
         for i in range(pieces):
             cut = inputs.map(lambda x, i=i: _piece(x, i, pieces))  # type: ignore[misc]
-            outs.append(self._piece(cut, rule, starts, partial(get, i * heads // pieces)))
+            outs.append(self._attend_piece(cut, rule, starts, partial(get, i * heads // pieces)))
         return torch.cat(outs, 2)
 
-    def _piece(self, inputs: Inputs, rule: SlotRule, starts: Tensor | None, get: GetPartition) -> Tensor:
+    def _attend_piece(self, inputs: Inputs, rule: SlotRule, starts: Tensor | None, get: GetPartition) -> Tensor:
         k, v = inputs.k, inputs.v
         B, T, H, Dv = v.shape
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
