@@ -25,7 +25,7 @@ from megatron_dla.adapters.memory import MemoryControl
 from megatron_dla.errors import DataError, UserError
 from megatron_dla.evaluation.scoring import PLAIN, READ_ONLY, LayerMeans, TokenRow, derangement, write_contexts
 from megatron_dla.evaluation.table import Table
-from megatron_dla.serving.chat import encode, render, render_prompt, render_told
+from megatron_dla.serving.chat import encode, render, render_context, render_prompt
 from megatron_dla.serving.decode import generate_batch, stop_tokens
 from megatron_dla.serving.hf_model import DeltaMemModel, States, select_states
 
@@ -247,7 +247,7 @@ def _encode(
         context = [{"role": "user", "content": text} for text in texts]
         asked = PROMPT.format(item.question) + (DATED if item.category == 2 else "")
         user = {"role": "user", "content": asked}
-        told.append(TokenRow(*render_told(tokenizer, context, numbered=numbered)))
+        told.append(TokenRow(*render_context(tokenizer, context, numbered=numbered)))
         prompts.append(render_prompt(tokenizer, [user]))
         full.append(TokenRow(*render(tokenizer, [*context, user], generation_prompt=True, numbered=numbered)))
     return told, prompts, full

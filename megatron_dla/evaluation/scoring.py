@@ -25,7 +25,7 @@ from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryStat
 from megatron_dla.adapters.messages import Pending
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.recall import Question, Story
-from megatron_dla.serving.chat import PlainText, render, render_prompt, render_told, system_message
+from megatron_dla.serving.chat import PlainText, render, render_context, render_prompt, system_message
 from megatron_dla.serving.decode import pad_left
 from megatron_dla.serving.hf_model import DeltaMemModel, LayerStats, States, select_states
 
@@ -62,7 +62,7 @@ def encode_stories(
         tokenizer = PlainText(given) if story.plain else given
         system = system_message(story.system)
         context = [*system, *({"role": "user", "content": text} for text in story.context)]
-        told.append(TokenRow(*render_told(tokenizer, context, numbered=numbered)))
+        told.append(TokenRow(*render_context(tokenizer, context, numbered=numbered)))
         for question in story.questions:
             text = story.ask(question)
             user = {"role": "user", "content": text}

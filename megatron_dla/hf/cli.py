@@ -85,12 +85,11 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _adapter(args: argparse.Namespace) -> int:
-    import torch
-
     from megatron_dla.adapters.checkpoint import read_any_adapter
     from megatron_dla.adapters.files import write_adapter
+    from megatron_dla.hf.convert import DTYPES
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[args.dtype]
+    dtype = DTYPES[args.dtype] if args.dtype else None
     adapter = read_any_adapter(args.adapter)
     print(f"wrote {write_adapter(args.out, adapter, formats=[args.format], dtype=dtype, overwrite=args.overwrite)}")
     return 0

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ENTRY_FILES = ("modeling_dla", "configuration_dla", "tokenization_dla")
-# where a module of the exported directory lies in this project, first match wins
+# packages that hold the modules of an exported directory, first match wins
 _SOURCES = ("megatron_dla.hf", "megatron_dla.kernels.dla", "megatron_dla.mixers", "megatron_dla.config")
 
 

@@ -89,7 +89,7 @@ def _spans(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple
 
 
 def _preamble(tokenizer: Any, first: Message) -> int:
-    """Characters that the template puts before the first message by itself, found by giving the message twice."""
+    """Number of characters that the template adds before the first message, found by rendering the message twice."""
     once = _render(tokenizer, [first], False)
     try:
         twice = _render(tokenizer, [first, first], False)
@@ -100,7 +100,7 @@ def _preamble(tokenizer: Any, first: Message) -> int:
 
 
 class PlainText:
-    """A tokenizer without its chat template; texts are joined as they stand, with the spaces they bring."""
+    """A tokenizer without its chat template; texts are joined without added spaces."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -115,8 +115,10 @@ class PlainText:
 def render(
     tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool, numbered: bool, follows: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Token ids of messages and each one's message number: by the chat template, or, of a tokenizer without one, the
-    bare texts with one space between them (`follows`: also before the first; `PlainText`: none).
+    """Token ids of messages, and the message number of each token.
+
+    They are rendered by the chat template, or, for a tokenizer without one, as texts with one space between them
+    (`follows`: also before the first; `PlainText`: none).
 
     Raises:
         UserError: see `render_chat`.
@@ -140,15 +142,18 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text)
 
 
-def render_told(tokenizer: Any, told: Sequence[Message], *, numbered: bool = False) -> tuple[list[int], list[int]]:
-    """Write segment, whole: ids and message numbers."""
-    return render(tokenizer, told, generation_prompt=False, numbered=numbered)
+def render_context(
+    tokenizer: Any, context: Sequence[Message], *, numbered: bool = False
+) -> tuple[list[int], list[int]]:
+    """Token ids and message numbers of what the memory reads before a question (an episode's write segment)."""
+    return render(tokenizer, context, generation_prompt=False, numbered=numbered)
 
 
-def render_prompt(tokenizer: Any, asked: Sequence[Message]) -> list[int]:
-    """Read segment up to where the answer to its last message begins."""
-    return render(tokenizer, asked, generation_prompt=True, numbered=False, follows=True)[0]
+def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a question (an episode's read segment) up to the start of the answer to its last message."""
+    return render(tokenizer, messages, generation_prompt=True, numbered=False, follows=True)[0]
 
 
 def system_message(text: str) -> list[Message]:
+    """The system message as the start of a chat; nothing for an empty text."""
     return [{"role": "system", "content": text}] if text else []

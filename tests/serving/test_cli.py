@@ -133,7 +133,7 @@ def test_chat_works_without_an_adapter_and_by_message(dla):
     assert code == 0 and len(SIZES.findall(out)) == 2
 
 
-def test_a_command_that_fails_says_so_and_the_chat_goes_on(dla):
+def test_a_command_that_fails_is_reported_and_the_chat_continues(dla):
     code, out, _ = dla(*chat(), lines="/what\n/save\n/save no/such/place\nhello\n")
     assert code == 0 and re.search(r"/what: .*/reset, /forget", out) and "/save: give a file" in out
     assert "'no/such/place' cannot be written" in out and len(SIZES.findall(out)) == 1
@@ -236,7 +236,7 @@ def test_no_cuda_device_is_said(dla):
     assert code == 2 and "no CUDA device" in error
 
 
-def test_another_base_is_taken_when_told_to(dla):
+def test_any_base_accepts_another_base_model(dla):
     code, out, _ = dla(
         "generate", "{other}", "--prompt", "Hello", "--adapter", "{adapter}", "--any-base", "--max-new-tokens", "3"
     )

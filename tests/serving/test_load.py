@@ -9,7 +9,7 @@ from megatron_dla.serving.load import load_adapted
 from tests.support.tiny_hf import adapter_of, build_adapted, logits, save_base, tokens
 
 
-def test_an_adapter_goes_on_its_own_base_unless_told_otherwise(tmp_path):
+def test_an_adapter_loads_on_its_own_base_only_unless_any_base_is_set(tmp_path):
     save_base(tmp_path / "base")
     save_base(tmp_path / "other", seed=1)
     model = build_adapted()

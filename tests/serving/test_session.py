@@ -176,7 +176,7 @@ def test_a_changed_history_is_built_again_from_where_the_context_began(model):
     assert torch.equal(session.feed(other), got)  # nothing new: nothing is fed
 
 
-def test_replies_go_on_from_what_was_generated(tsw):
+def test_replies_continue_the_generated_tokens(tsw):
     """Text that comes back as the tokens that were drawn is not fed again."""
     session = Session(tsw, build_tokenizer())
     letters = torch.full((260,), -torch.inf)

@@ -16,7 +16,7 @@ from tests.support.tiny_hf import CONFIGS, build_adapted, build_base, build_toke
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_a_saved_session_goes_on_bit_for_bit(model, tmp_path, cache):
+def test_a_saved_session_continues_bit_for_bit(model, tmp_path, cache):
     session = fed(model, ROW[:12], NUMBERS[:12], 5)
     session.forget_context()
     session.append(ROW, NUMBERS)

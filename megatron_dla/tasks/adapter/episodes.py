@@ -20,7 +20,7 @@ import torch
 
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import DataError, UserError
-from megatron_dla.serving.chat import Message, PlainText, render, render_prompt, render_told, system_message
+from megatron_dla.serving.chat import Message, PlainText, render, render_context, render_prompt, system_message
 
 OPENERS: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 ROLES = ("system", "user", "assistant")
@@ -94,7 +94,7 @@ def build_episode(
     Raises:
         UserError: answers that do not fit `read_length`, or a chat template that does not go with this.
     """
-    write, numbers = render_told(tokenizer, told, numbered=numbered)
+    write, numbers = render_context(tokenizer, told, numbered=numbered)
     read, flags = _render_answers(tokenizer, asked, pairs)
     if not flags.any():
         raise UserError("the answer has no tokens")
