@@ -16,12 +16,10 @@ def add_slurm_parsers(subparsers: Any) -> None:
     parser = subparsers.add_parser("submit", help="train on a Slurm cluster", description=text)
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the config")
-    parser.add_argument("--profile", required=True, metavar="FILE", help="the cluster: YAML file, see slurm/profiles/")
+    parser.add_argument("--profile", required=True, metavar="FILE", help="YAML file of the cluster (slurm/profiles/)")
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes to train on")
     parser.add_argument("--time", default="", metavar="T", help="time limit of one attempt, as for sbatch")
-    parser.add_argument(
-        "--chain", type=int, default=1, metavar="K", help="K jobs, one after the other, without requeue"
-    )
+    parser.add_argument("--chain", type=int, default=1, metavar="K", help="submit K jobs in sequence, none requeued")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan, submit nothing")
     parser.set_defaults(func=_submit)
     parser = subparsers.add_parser("jobs", help="list the submitted runs with job, state and step")

@@ -181,17 +181,24 @@ class Preflight:
 
 def add_preflight_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Limits()
+    for name, kind, default, text in (
+        ("--nodes", int, 1, "number of nodes that run this command"),
+        ("--gpus", int, 0, "GPUs required on each node; 0: CPU nodes"),
+        ("--timeout", float, 60, "s to wait for all reports, and again for the group check"),
+        ("--port", int, 0, "port of the group check; 0: MASTER_PORT"),
+        ("--min-disk-gb", float, defaults.free_gb, "required free space on each disk, in GB"),
+        ("--slow", float, defaults.slow, "a GPU is bad if its matmul takes more than this times the median"),
+        ("--clock-skew", float, defaults.skew_s, "largest difference of a node's clock from the median, in s"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=f"{text} (default {default})")
     parser.add_argument("--run-dir", type=Path, required=True, help="runs/NAME, on a file system shared by all nodes")
-    parser.add_argument("--nodes", type=int, default=1, help="number of nodes that run this command (default 1)")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs required on each node (default 0: CPU nodes)")
-    parser.add_argument("--hosts", default="", help="names of the nodes by commas (default: from scontrol)")
+    hosts = "comma-separated names of the nodes (default: from scontrol in a Slurm step)"
+    parser.add_argument("--hosts", default="", help=hosts)
     parser.add_argument("--node-only", action="store_true", help="skip the matmul and the all-reduce")
-    parser.add_argument("--timeout", type=float, default=60, help="s to wait for reports, again for the group")
-    parser.add_argument("--port", type=int, default=0, help="port of the all-reduce (default: MASTER_PORT)")
-    parser.add_argument("--tmp", type=Path, default=Path(tempfile.gettempdir()), help="local disk of the node")
-    parser.add_argument("--min-disk-gb", type=float, default=defaults.free_gb, help="GB free on each disk")
-    parser.add_argument("--slow", type=float, default=defaults.slow, help="bad: a matmul above so many medians")
-    parser.add_argument("--clock-skew", type=float, default=defaults.skew_s, help="s between a clock and the median")
+    temporary = Path(tempfile.gettempdir())
+    parser.add_argument(
+        "--tmp", type=Path, default=temporary, help="directory on a local disk (default: TMPDIR or /tmp)"
+    )
 
 
 def preflight(args: argparse.Namespace) -> int:
