@@ -1,4 +1,4 @@
-"""The `dla` command: parses, hands over, and turns a user's error into one line and exit code 2."""
+"""The `dla` command: parse arguments, dispatch, and report user errors as one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _train(args: argparse.Namespace) -> int:
     from megatron_dla.training.run import train
 
     if args.world_size and not args.dry_run:
-        raise UserError("--world-size is for --dry-run: a real run has as many processes as its launcher starts")
+        raise UserError("--world-size is only for --dry-run: the launcher sets the number of processes of a run")
     config = load_config(args.config, args.overrides)
     return train(config, dry_run=args.dry_run, world_size=args.world_size)
 
@@ -33,7 +33,7 @@ def _run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         return train(config, dry_run=True, world_size=args.nproc)
-    check_run(config, args.nproc)  # one message here instead of one a rank
+    check_run(config, args.nproc)  # one message instead of one per rank
     return run_local(args.nproc, [args.config, *args.overrides], run_directory(config), args.hang_timeout)
 
 
@@ -57,7 +57,9 @@ def _add_training(subparsers) -> None:
             parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
         if name == "run":
             parser.add_argument("--nproc", type=int, required=True, help="number of processes")
-            parser.add_argument("--hang-timeout", type=float, default=0, help="end it after so many s without a step")
+            parser.add_argument(
+                "--hang-timeout", type=float, default=0, help="stop the run after so many seconds without a step"
+            )
         parser.set_defaults(func=function)
     parser = subparsers.add_parser("plot", help="draw loss, boundary rate and speed of a run")
     parser.add_argument("run_dir", help="runs/NAME")
@@ -92,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _report(line: str) -> None:
-    """One line on stderr; a rank of `dla run` hands it to the launcher, which prints the first one only."""
+    """Print one line to stderr; a rank of `dla run` writes it to a file, and the launcher prints the first one."""
     line = "; ".join(part.strip() for part in line.splitlines() if part.strip()).replace(":;", ":")
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if os.environ.get("DLA_LAUNCHED") and path:
@@ -102,13 +104,13 @@ def _report(line: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input, 3 bad nodes, 4 hung, 75 stopped after a checkpoint, 1 anything else."""
-    # Megatron warns at import that Apex and Transformer Engine are absent (its local spec needs neither), torch that
-    # the collectives DeepSpeed calls have new names
+    """Run `dla`. Exit codes: 0 done, 2 bad input, 3 bad nodes, 4 hung, 75 stopped after a checkpoint, 1 other."""
+    # import-time warnings: Megatron's about Apex and Transformer Engine (the local spec needs neither), torch's about
+    # renamed collectives that DeepSpeed calls
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     parser = build_parser()
-    # overrides may stand after an option (dla run C --nproc 2 a.b=c), where argparse no longer expects positionals
+    # argparse does not accept positionals after an option (dla run C --nproc 2 a.b=c): take overrides from the rest
     args, rest = parser.parse_known_args(argv)
     if unknown := [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         _report(f"dla {args.command}: {error}")
         return 2
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:

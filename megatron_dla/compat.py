@@ -1,5 +1,6 @@
-"""Every shim for megatron-core and DeepSpeed, each with its reason; all of them act only where CUDA is absent.
+"""Every shim for megatron-core and DeepSpeed, with its reason.
 
+All act only without CUDA, but for `_keep_fp32_parameters`, which DeepSpeed's bf16 mode needs on CUDA as well.
 `install()` must run before a Megatron module is built or DeepSpeed is imported.
 """
 
@@ -37,7 +38,7 @@ class CpuRngTracker:
 
     def add(self, name: str, seed: int) -> None:
         if seed in self.seeds_ or name in self.states_:
-            raise ValueError(f"rng state {name!r} or seed {seed} is already there")
+            raise ValueError(f"rng state {name!r} or seed {seed} already exists")
         self._initialized = True
         self.seeds_.add(seed)
         self.states_[name] = torch.Generator().manual_seed(seed).get_state()
@@ -71,7 +72,7 @@ def _patch_megatron() -> None:
 
 
 def install() -> None:
-    """Make megatron-core 0.16.1 and DeepSpeed 0.19 run on CPU and gloo; does nothing where CUDA is there."""
+    """Make megatron-core 0.16.1 and DeepSpeed 0.19 run on CPU and gloo; does nothing if CUDA is available."""
     global _installed
     if _installed or torch.cuda.is_available():
         return
@@ -98,7 +99,7 @@ def _keep_fp32_parameters(engine_class: Any) -> None:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, kept from compiling its shared-memory collective on a CPU (gloo serves) and from chatting."""
+    """Import DeepSpeed without compiling its shared-memory collective on a CPU (gloo is used), with a quiet logger."""
     import logging
 
     install()

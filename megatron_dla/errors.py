@@ -1,14 +1,14 @@
-"""Errors that a user can cause: the command line prints them as one line and exits with code 2."""
+"""Errors that a user can cause; the command line prints them as one line and exits with code 2."""
 
 import errno
 
-# exit codes with a meaning: bad input; stopped by a signal after a checkpoint, start me again
+# exit codes: bad input; stopped by a signal after a checkpoint (requeue the job)
 BAD_INPUT, STOPPED = 2, 75
 WRONG_PATH = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR}
 
 
 def is_wrong_path(error: BaseException) -> bool:
-    """Whether a path is to blame that will be as wrong next time; a file system may recover from anything else."""
+    """Whether the error is a wrong path or permission, which a retry cannot fix (unlike I/O errors)."""
     return isinstance(error, OSError) and error.filename is not None and error.errno in WRONG_PATH
 
 
@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A configuration key is unknown, has a bad value or contradicts another one."""
+    """A config key is unknown, has a bad value or conflicts with another one."""
 
 
 class DataError(UserError):

@@ -19,10 +19,7 @@ MAX_RANK = 64  # of the Triton kernels
 
 @once
 def _kernels(name: str) -> ModuleType | str:
-    """A module of Triton kernels, or why it cannot be had.
-
-    By name, not by an import statement: these files also travel inside exported models, the kernels do not.
-    """
+    """A module of Triton kernels, or the reason why it cannot be imported (Triton is optional)."""
     try:
         return importlib.import_module(f"megatron_dla.kernels.delta_mem.{name}")
     except ImportError as error:
@@ -30,7 +27,7 @@ def _kernels(name: str) -> ModuleType | str:
 
 
 def _choose(backend: str, v: Tensor, module: str) -> str:
-    """`auto` resolved; ValueError where `triton` was asked for and cannot be had."""
+    """Resolve `auto`. Raises ValueError if `triton` is requested and not available."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend not in ("auto", "triton") or (backend == "auto" and not v.is_cuda):

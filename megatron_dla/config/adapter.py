@@ -27,7 +27,7 @@ class BackboneSection:
 
 @dataclass
 class EpisodeSection:
-    """What is written into the memory, and what is asked of it. Set `train` or `documents`."""
+    """Training data: set `train` (episodes) or `documents` (plain text)."""
 
     train: str = ""
     """JSONL of {"messages": [...]} or {"context", "question", "answer"}: one episode a line."""
@@ -37,11 +37,11 @@ class EpisodeSection:
     """Directory of tokenised shards (`dla data shards`, with the backbone's tokenizer): plain text, a loss on every
     token, the memory reset at each document."""
     num_streams: PositiveInt = 8
-    """Logical readers of `documents`, fixed for the life of a run."""
+    """Logical readers of `documents`, constant over a run."""
     write_length: Annotated[int, Field(ge=2)] = 8192
-    """Tokens written before the question, the last ones of the context."""
+    """Tokens of the write segment: the last ones of the context."""
     read_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens of question and answer."""
+    """Tokens of the read segment: question and answer."""
     recent_messages: PositiveInt = 1
     """Messages before the answer that belong to the read segment."""
     row_length: NonNegativeInt = 0

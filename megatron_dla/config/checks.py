@@ -1,4 +1,4 @@
-"""Checks of a config beyond the range of one key: every error names the key, the value and the values that would do."""
+"""Checks of a config beyond the range of single keys; every error names the key, its value and valid values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _divisors(n: int, at_most: int = 1024) -> str:
 
 
 def layer_letters(model: ModelSection) -> str:
-    """The pattern, repeated to one letter a layer."""
+    """The pattern repeated to `num_layers` letters."""
     return (model.pattern * math.ceil(model.num_layers / max(1, len(model.pattern))))[: model.num_layers]
 
 
@@ -51,7 +51,7 @@ def attention_head_dim(model: ModelSection) -> int:
 
 
 def check_model(model: ModelSection) -> None:
-    """Ranges, and sizes that do not fit together, whatever the layout."""
+    """Ranges, and divisibility that does not depend on the parallel layout."""
     check_ranges(model, "model")
     if not model.pattern or set(model.pattern) - LETTERS.keys():
         raise ConfigError(f"model.pattern = {model.pattern!r}: use the letters {describe_letters()}")
@@ -72,7 +72,7 @@ def check_model(model: ModelSection) -> None:
 
 
 def check_attention(model: ModelSection) -> None:
-    """Sizes and positions of the softmax layers."""
+    """Head sizes and RoPE of the softmax layers."""
     if model.attention_heads % model.attention_groups:
         raise ConfigError(
             f"model.attention_groups = {model.attention_groups} does not divide "
@@ -97,7 +97,7 @@ def check_attention(model: ModelSection) -> None:
 
 
 def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_len: int) -> None:
-    """What the tensor-parallel size must divide."""
+    """Divisibility by the tensor-parallel size."""
     if tensor < 1:
         raise ConfigError(f"{TP} = {tensor}: must be at least 1")
     sizes, groups = head_counts(model)
@@ -132,7 +132,7 @@ def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_
 
 
 def _shares(tensor: int, sizes: dict[str, int], groups: dict[str, int]) -> bool:
-    """Whether a tensor-parallel size cuts every size, and every number of groups or several ranks share one."""
+    """Whether a tensor-parallel size divides all sizes, and divides or is a multiple of all numbers of groups."""
     return all(n % tensor == 0 for n in sizes.values()) and all(
         n % tensor == 0 or tensor % n == 0 for n in groups.values()
     )
@@ -152,7 +152,7 @@ def check_tau(tau: TauSection, model: ModelSection) -> None:
 def check_context_parallel(
     model: ModelSection, parallel: ParallelSection, seq_len: int, world_size: int | None = None
 ) -> None:
-    """What the context-parallel size must divide; sizes that are named also divide `world_size` processes, if given."""
+    """Divisibility by the context-parallel size; suggested sizes also divide `world_size` processes, if given."""
     size, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     if size == 1:
         return

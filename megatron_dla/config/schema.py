@@ -13,7 +13,7 @@ RopeType = Literal["default", "linear", "llama3"]
 
 @dataclass
 class RunSection:
-    """Where the run lives and what makes it repeatable."""
+    """Output directory and seed."""
 
     name: str = "run"
     """Directory under `dir`; holds config.yaml, metrics.jsonl, checkpoints/, plots/, hf/."""
@@ -29,18 +29,18 @@ class DataSection:
     dir: str = ""
     """Directory that holds index.json, tokenizer.model, train/ and val/."""
     seq_len: PositiveInt = 2048
-    """Tokens a row; a row continues the last document of the one before with an empty memory."""
+    """Tokens a row. A document cut at a row's end continues in the next row with an empty memory."""
     num_streams: PositiveInt = 8
-    """Logical readers, fixed for the life of a run: a multiple of the data-parallel size, at most the train shards."""
+    """Logical readers, constant over a run: a multiple of the data-parallel size, at most the train shards."""
     verify: Literal["sha256", "size", "none"] = "sha256"
-    """What is checked before a shard is first read."""
+    """Check of each shard before its first read."""
     reset_at_documents: bool = True
-    """Empty convolution, slots and attention at every document start inside a row."""
+    """Reset convolution, slots and attention at every document start inside a row."""
 
 
 @dataclass
 class ModelSection:
-    """A decoder of (mixer + SwiGLU) layers. Sizes are of the whole model, whatever the parallel layout."""
+    """A decoder of (mixer + SwiGLU) layers. Sizes are of the whole model, independent of the parallel layout."""
 
     hidden_size: PositiveInt = 1536
     num_layers: PositiveInt = 21
@@ -59,11 +59,11 @@ class ModelSection:
     capacity: Annotated[int, Field(ge=2)] = 30
     """K, slots a head."""
     tau: Annotated[float, Field(ge=0, le=3)] = 0.6
-    """Boundary threshold on the information score in [0, 2], or its start when learned."""
+    """Boundary threshold on the information score in [0, 2], or its initial value when learned."""
     tau_mode: Literal["fixed", "learned"] = "fixed"
     merge: Literal["density", "ward"] = "density"
     slot_weight_init: Literal["backbone", "log_linear"] = "backbone"
-    """backbone: every slot weight starts at 1, so the layer starts as its plain backbone."""
+    """backbone: all slot weights are 1 at the start, which makes the layer equal to its plain backbone."""
     ffn_hidden_size: PositiveInt = 4096
     attention_heads: PositiveInt = 16
     """Softmax layers only."""
@@ -75,22 +75,22 @@ class ModelSection:
     """RMSNorm of each query and key head of the softmax layers, before RoPE."""
     rope_theta: PositiveFloat = 500_000.0
     rope_type: RopeType = "default"
-    """How RoPE is stretched: linear (all wavelengths by rope_factor) or llama3 (the long ones)."""
+    """RoPE scaling: linear (all wavelengths times rope_factor) or llama3 (only the long ones)."""
     rope_factor: PositiveFloat = 1.0
-    """linear and llama3: how much longer a wavelength becomes."""
+    """linear and llama3: scaling factor of a wavelength."""
     rope_low_freq_factor: PositiveFloat = 1.0
-    """llama3: wavelengths over rope_original_length / this are stretched whole."""
+    """llama3: wavelengths above rope_original_length / this are scaled fully."""
     rope_high_freq_factor: PositiveFloat = 4.0
-    """llama3: wavelengths under rope_original_length / this are left alone."""
+    """llama3: wavelengths below rope_original_length / this are unchanged."""
     rope_original_length: PositiveInt = 8192
-    """llama3: tokens a row before the stretch."""
+    """llama3: context length before scaling."""
     tie_embeddings: bool = False
     vocab_multiple: PositiveInt = 128
-    """The tokenizer's vocabulary is padded up to a multiple of this."""
+    """The vocabulary is padded to a multiple of this."""
     norm_eps: PositiveFloat = 1e-5
     init_std: PositiveFloat = 0.006
     dt_min: PositiveFloat = 0.001
-    """Range of the initial time step (log-uniform): its softplus bias starts there."""
+    """Range of the initial time step dt (log-uniform), which sets dt_bias."""
     dt_max: PositiveFloat = 0.1
     a_min: PositiveFloat = 1.0
     """Range of the initial decay rate A (uniform)."""
@@ -99,14 +99,14 @@ class ModelSection:
 
 @dataclass
 class ParallelSection:
-    """How one model is spread; the rest of the processes are data-parallel."""
+    """Model-parallel sizes; the remaining processes are data-parallel."""
 
     tensor_model_parallel_size: PositiveInt = 1
-    """Processes that share each layer, by heads and columns."""
+    """Ranks that shard each layer by heads and columns."""
     sequence_parallel: bool = False
     """Megatron sequence parallelism between the tensor-parallel regions (needs tensor_model_parallel_size > 1)."""
     context_parallel_size: PositiveInt = 1
-    """Processes that share each row: every one holds a contiguous part of its tokens."""
+    """Ranks that shard each row: each holds a contiguous part of its tokens."""
     cp_scheme: Literal["heads", "chain"] = "heads"
     """heads: all-to-all to heads around the recurrence. chain: each rank sends the slot memory to the next."""
 
@@ -149,7 +149,7 @@ class TrainingSection:
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO stage: 0, 1, 2 or 3; 1 or 2 in bf16, 0 to 2 under an adapter (a few MB)."""
     offload_optimizer: bool = False
-    """Keep optimizer state and update in host memory (needs zero_stage >= 1): saves 12 bytes a parameter, slower."""
+    """Optimizer state and step in host memory (needs zero_stage >= 1): saves 12 bytes a parameter of GPU memory."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing. selective: convolution, gates and recurrence of each mixer (and the softmax core);
     full: whole layers. Slot boundaries and merges are stored, not recomputed."""
@@ -181,10 +181,10 @@ class TauSection:
 
 @dataclass
 class DebugSection:
-    """Checks that cost time."""
+    """Checks that slow a run down."""
 
     check_replicas: NonNegativeInt = 0
-    """At the start and every so many steps, parameters that several ranks hold must be equal bit for bit; 0 = off."""
+    """Compare replicated parameters bit for bit between ranks at the start and every n steps; 0 = off."""
 
 
 @dataclass
