@@ -14,7 +14,7 @@ def add_slurm_parsers(subparsers: Any) -> None:
     """Add the four commands to an argparse subparsers object; `args.func(args)` returns the exit code."""
     text = "submit a training run to a Slurm cluster; its job resumes after time limits and failures"
     parser = subparsers.add_parser("submit", help="train on a Slurm cluster", description=text)
-    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("config", help="YAML file, or the name of a shipped one (configs/)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the config")
     parser.add_argument("--profile", required=True, metavar="FILE", help="YAML file of the cluster (slurm/profiles/)")
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes to train on")
@@ -48,6 +48,7 @@ def _submit(args: argparse.Namespace) -> int:
     from megatron_dla.errors import ConfigError
     from megatron_dla.launch import submit
     from megatron_dla.launch.slurm import known_bad_nodes
+    from megatron_dla.resources import find_yaml
     from megatron_dla.training.run import git_state, train, versions
 
     request = submit.make_request(args.config, args.overrides, args.profile, args.nodes, args.time, args.chain)
@@ -71,7 +72,7 @@ def _submit(args: argparse.Namespace) -> int:
     print(f"slurm        {submit.test_only(argv, env)}", flush=True)
     if args.dry_run:
         return 0
-    about = {"config": str(Path(args.config).absolute()), "overrides": args.overrides}
+    about = {"config": str(find_yaml(args.config, "configs", "config").absolute()), "overrides": args.overrides}
     jobs = submit.submit(request, about | {"git": git_state(), "versions": versions()})
     print(f"submitted    job {', then '.join(jobs)}; run directory {request.run_dir}")
     print(f"follow       dla logs -f {request.run_dir}    list all: dla jobs    end: dla cancel {request.run_dir}")

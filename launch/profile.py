@@ -10,6 +10,7 @@ import yaml
 
 from megatron_dla.config.load import fill
 from megatron_dla.errors import ConfigError
+from megatron_dla.resources import find_yaml
 
 
 @dataclass
@@ -107,7 +108,7 @@ def load_profile(path: str | Path) -> Profile:
     Raises:
         ConfigError: the file cannot be read, is not a YAML mapping, or has an unknown key or a bad value.
     """
-    path = Path(path)
+    path = find_yaml(path, "slurm/profiles", "profile")
     try:
         text = path.read_text()
         values = yaml.safe_load(text) or {}

@@ -23,8 +23,9 @@ from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_c
 from megatron_dla.errors import ConfigError
 from megatron_dla.launch.profile import Profile, check_time, load_profile
 from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, call, clean_environment, known_bad_nodes
+from megatron_dla.resources import resource
 
-SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "pretrain.sbatch"
+SCRIPT = resource("slurm/pretrain.sbatch")
 RECORDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX")  # may not include secrets
 
 

@@ -50,7 +50,7 @@ def _add_training(subparsers) -> None:
         ("run", _run, "train with several processes on this machine"),
     ):
         parser = subparsers.add_parser(name, help=text, description=text)
-        parser.add_argument("config", help="YAML file, see configs/")
+        parser.add_argument("config", help="YAML file, or the name of a shipped one (configs/)")
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the config")
         parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
         if name == "train":

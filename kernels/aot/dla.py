@@ -18,10 +18,11 @@ import yaml
 from torch import Tensor
 
 from megatron_dla.kernels.dla import Partition, SlotCache, decode_step, dla_attention, partition
+from megatron_dla.resources import resource
 
 ALL = (80, 90, 100)
 HOPPER = (90,)
-SHIPPED = Path(__file__).resolve().parents[2] / "configs"
+SHIPPED = resource("configs")
 RANKS = range(1, 9)  # that share a layer's heads: a node's
 
 
@@ -71,7 +72,7 @@ def _kind(heads: int) -> str:
 
 @cache
 def shipped() -> tuple[Config, ...]:
-    """What the shipped configs for GPUs launch on one rank; () where the files are not at hand (an installed wheel)."""
+    """What the shipped configs for GPUs launch on one rank."""
     found: list[Config] = []
     kinds = set()
     for path in sorted(SHIPPED.glob("*.yaml")):

@@ -18,6 +18,7 @@ from megatron_dla.config.adapter import AdapterRunConfig
 from megatron_dla.config.aliases import rename_keys, rename_overrides
 from megatron_dla.config.schema import RunConfig
 from megatron_dla.errors import ConfigError
+from megatron_dla.resources import find_yaml
 
 _RULES = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
 
@@ -134,7 +135,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig | 
 
 def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     """The mapping of sections in a YAML file, with overrides."""
-    path = Path(path)
+    path = find_yaml(path, "configs", "config")
     try:
         text = path.read_text()
     except OSError as error:
