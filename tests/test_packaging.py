@@ -1,14 +1,20 @@
 """The package list, the shipped configs and the README agree with the tree; transformers stays importable."""
 
 import dataclasses
+import importlib.metadata
+import json
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from megatron_dla.cli import build_parser
 from megatron_dla.config import AdapterRunConfig, RunConfig, check_model, check_tensor_parallel, load_config
@@ -24,17 +30,98 @@ def test_every_folder_with_code_is_in_the_package_list() -> None:
         for path in (ROOT / top).rglob("*.py"):
             parts = path.parent.relative_to(ROOT).parts
             found.add(".".join([FOLDERS.get(parts[0], parts[0]), *parts[1:]]))
-    assert found - {"megatron_dla.kernels"} == set(PYPROJECT["tool"]["setuptools"]["packages"]) - {
-        "megatron_dla.kernels"
-    }
+    data_only = {"megatron_dla.configs", "megatron_dla.slurm", "megatron_dla.slurm.profiles"}
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
+    assert found | data_only | {"megatron_dla.kernels"} == set(listed) and len(listed) == len(set(listed))
 
 
-def test_constraints_pin_what_pyproject_asks_for() -> None:
-    pins = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    extras = PYPROJECT["project"]["optional-dependencies"].values()
-    asked = [*PYPROJECT["project"]["dependencies"], *(text for extra in extras for text in extra)]
-    names = {re.split(r"[<>=\[]", text)[0].lower() for text in asked} - {"megatron-dla", "lm-eval"}
-    assert names <= pins, names - pins
+def read_pins(path: Path) -> dict[str, str]:
+    """{package: version} of a constraints file and those it includes."""
+    pins: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        if line.startswith("-c "):
+            pins |= read_pins(path.parent / line[3:].strip())
+        elif "==" in line:
+            name, version = line.split("==")
+            pins[canonicalize_name(name)] = version.strip()
+    return pins
+
+
+PINS = {device: read_pins(ROOT / f"constraints-{device}.txt") for device in ("cpu", "cuda")}
+
+
+def contradictions(pins: dict[str, str], package: str, requires: Iterable[str]) -> list[str]:
+    """Requirements of a package, on Linux, that a pin does not satisfy."""
+    found = []
+    for requirement in map(Requirement, requires):
+        pin = pins.get(canonicalize_name(requirement.name))
+        linux = {"platform_system": "Linux", "sys_platform": "linux", "extra": ""}
+        if pin is None or (requirement.marker and not requirement.marker.evaluate(linux)):
+            continue
+        if not requirement.specifier.contains(pin, prereleases=True):
+            found.append(f"{package} requires {requirement}, pinned is {requirement.name}=={pin}")
+    return found
+
+
+@pytest.mark.parametrize("device", PINS)
+def test_constraints_pin_what_pyproject_asks_for(device: str) -> None:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    unpinned = {"megatron-dla", "lm-eval"}
+    for name, asked in {"": PYPROJECT["project"]["dependencies"], **extras}.items():
+        names = {canonicalize_name(Requirement(text).name) for text in asked} - unpinned
+        assert names <= PINS[device].keys(), names - PINS[device].keys()
+        assert contradictions(PINS[device], f"megatron-dla[{name}]", asked) == []
+
+
+def test_pins_of_a_gpu_machine_agree_with_the_recorded_wheels() -> None:
+    """Metadata of the CUDA wheels on PyPI, written down by tests/fixtures/record_wheel_metadata.py."""
+    recorded = json.loads((ROOT / "tests/fixtures/wheel_metadata.json").read_text())["packages"]
+    pins = PINS["cuda"]
+    asked = PYPROJECT["project"]["dependencies"] + PYPROJECT["project"]["optional-dependencies"]["gpu"]
+    assert {canonicalize_name(Requirement(text).name) for text in asked} - {"megatron-dla"} <= recorded.keys()
+    for package, wheel in recorded.items():
+        assert pins.get(package, wheel["version"]) == wheel["version"], f"{package}: record the metadata again"
+        assert contradictions(pins, package, wheel["requires"]) == []
+    (triton,) = (Requirement(line) for line in recorded["torch"]["requires"] if line.startswith("triton"))
+    assert str(triton.specifier) == f"=={pins['triton']}"  # the CUDA wheel's, not one that asks for no triton
+
+
+def test_pins_agree_with_the_installed_packages() -> None:
+    device = "cpu" if torch.version.cuda is None else "cuda"
+    pins, checked = PINS[device], set()
+    for distribution in importlib.metadata.distributions():
+        package = canonicalize_name(distribution.metadata["Name"])
+        if distribution.version.split("+")[0] == pins.get(package):
+            checked.add(package)
+            assert contradictions(pins, package, distribution.requires or []) == []
+    if "torch" not in checked:
+        pytest.skip(f"torch {torch.__version__} is installed, not the pinned {pins['torch']}")
+    assert {"megatron-core", "deepspeed", "transformers", "numpy"} <= checked
+
+
+def test_dockerfile_names_only_what_exists() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    copied = [word for line in re.findall(r"^COPY (.*)", text, re.M) for word in line.split()[:-1]]
+    for name in copied:
+        assert (ROOT / name).exists(), name
+    packaged = {path.split("/")[0] for path in PYPROJECT["tool"]["setuptools"]["package-dir"].values()}
+    assert packaged | {"pyproject.toml", "constraints.txt", "constraints-cuda.txt", "README.md", "LICENSE"} <= set(
+        copied
+    )
+    for extra in re.findall(r"'\.\[(\w+)\]'", text):
+        assert extra in PYPROJECT["project"]["optional-dependencies"]
+
+
+def test_make_setup_takes_the_device() -> None:
+    def printed(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["make", "-n", "setup", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    for device, extras in (("cpu", "cpu,dev"), ("cuda", "gpu,dev")):
+        text = printed(f"DEVICE={device}", "VENV=absent").stdout
+        assert f"constraints-{device}.txt" in text and f"'.[{extras}]'" in text
+        assert f"torch=={PINS[device]['torch']}" in text
+    wrong = printed("DEVICE=tpu")
+    assert wrong.returncode == 2 and "DEVICE = tpu: use cpu, cuda or auto" in wrong.stderr
 
 
 def test_transformers_imports_beside_our_kernels_folder() -> None:
