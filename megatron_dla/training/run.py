@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -101,8 +102,11 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> str | None:
-    here = Path(__file__).resolve().parent
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    """`git describe` of the checkout; None where the package is installed from a wheel or there is no git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     return result.stdout.strip() or None if result.returncode == 0 else None
 
 
