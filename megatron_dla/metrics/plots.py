@@ -47,7 +47,8 @@ def plot_run(run_dir: Path) -> Path:
             rates.fill_between(x, [min(h) for h in heads], [max(h) for h in heads], color=color, alpha=0.15)
         rates.legend(fontsize=8)
     rates.set(title="Boundary rate (mean and range of the heads)", xlabel="step", ylabel="share of tokens", ylim=(0, 1))
-    bpb.plot([m["step"] for m in held_out], [m["val_bpb"] for m in held_out], "o-", color="tab:red")
+    measured = [m for m in held_out if "val_bpb" in m]  # not where an adapter is trained
+    bpb.plot([m["step"] for m in measured], [m["val_bpb"] for m in measured], "o-", color="tab:red")
     bpb.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
     speed.plot(x, [m["tokens_per_s"] for m in steps], color="tab:green", linewidth=1)
     speed.set(title="Speed", xlabel="step", ylabel="tokens per second", ylim=(0, None))

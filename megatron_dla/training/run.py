@@ -60,7 +60,7 @@ def describe(task: Task, world_size: int, device: Device) -> str:
     config = task.config
     training, parallel = config.training, config.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    data = world_size // (tensor * context)
+    data = world_size // parallel.model_parallel_size
     accumulation = training.global_batch_size // (training.micro_batch_size * data)
     layout = f"tensor {tensor}{f' x context {context}' if context > 1 else ''} x data {data}"
     lines = {

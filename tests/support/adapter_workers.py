@@ -22,12 +22,13 @@ from megatron_dla.config.load import fill  # noqa: E402
 from megatron_dla.errors import STOPPED  # noqa: E402
 from megatron_dla.evaluation.recall import CATEGORIES, FILLERS  # noqa: E402
 from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
+from megatron_dla.tasks.adapter.loader import EpisodeLoader  # noqa: E402
 from megatron_dla.training.run import check_run, run_directory  # noqa: E402
 from megatron_dla.training.trainer import Trainer  # noqa: E402
 
 
-def backbone(directory: Path) -> None:
-    """A random Llama of two layers with a word-level tokenizer."""
+def backbone(directory: Path, rows: int = 0) -> None:
+    """A random Llama of two layers with a word-level tokenizer; `rows`: of its embedding, at least."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -38,7 +39,7 @@ def backbone(directory: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>").save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=-(-len(vocab) // 8) * 8, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=-(-max(rows, len(vocab)) // 8) * 8, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
@@ -80,10 +81,11 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     """Runs to the end (or to `stop_after`); metrics, the adapter, the episodes of the first step, and logits."""
     stop_after = values["training"].pop("stop_after", None)
     trainer = make_trainer(values)
-    config, run_dir, loader = trainer.config, trainer.run_dir, trainer.task.loader
-    places = {id(episode): i for i, episode in enumerate(loader.episodes)}
-    stream = loader._stream()
-    first = [places[id(episode)] for _ in range(config.training.global_batch_size) for episode in next(stream)]
+    config, run_dir, loader, first = trainer.config, trainer.run_dir, trainer.task.loader, []
+    if isinstance(loader, EpisodeLoader):
+        places = {id(episode): i for i, episode in enumerate(loader.episodes)}
+        stream = loader._stream()
+        first = [places[id(episode)] for _ in range(config.training.global_batch_size) for episode in next(stream)]
     if stop_after is not None:
         step = trainer._train_step
 

@@ -17,7 +17,7 @@ from megatron_dla.serving.hf_model import attach
 from megatron_dla.serving.load import load_adapted
 from megatron_dla.tasks.adapter.episodes import collate, read_episodes
 from megatron_dla.tasks.adapter.two_pass import answer_loss
-from tests.support import adapter_workers
+from tests.support import adapter_workers, tiny
 from tests.support.adapter_workers import backbone, config_dict
 from tests.support.distributed import Ranks
 
@@ -91,6 +91,29 @@ def test_the_first_validation_is_before_step_1(data, reference, ranks, tmp_path)
     ranks(1).run(adapter_workers.train, config_dict(data, tmp_path, training={"save_every": 2, "stop_after": 2}))
     (got,) = ranks(1).run(adapter_workers.train, config_dict(data, tmp_path))
     assert [m["step"] for m in got["metrics"]] == [0, 1, 2, 3, 4]
+
+
+def test_documents_train_an_adapter_that_is_validated_on_episodes(data, ranks, tmp_path) -> None:
+    """At two data-parallel sizes, resumed, and drawn."""
+    shards = tiny.build_data(tmp_path / "corpus")
+    backbone(tmp_path / "llama", rows=304)
+    shutil.copy(shards / "tokenizer.model", tmp_path / "llama")
+    runs = {}
+    for name, world, stops in (("one", 1, [None]), ("two", 2, [2, None])):
+        for stop in stops:
+            sections = {
+                "run": {"name": name}, "backbone": {"dir": str(tmp_path / "llama")},
+                "episodes": {"train": "", "documents": str(shards), "num_streams": 4},
+                "training": {"stop_after": stop},
+            }  # fmt: skip
+            got, *_ = ranks(world).run(adapter_workers.train, config_dict(data, tmp_path, **sections))
+        runs[name] = got["metrics"]
+    assert [m["step"] for m in runs["two"]] == [0, 1, 2, 3, 4]
+    for mine, theirs in zip(runs["two"], runs["one"], strict=True):
+        assert mine.keys() == theirs.keys() and mine["tokens"] == theirs["tokens"] == mine["step"] * 4 * 56
+        for key in {"loss", "gate", "val_loss"} & mine.keys():
+            assert mine[key] == pytest.approx(theirs[key], rel=2e-5), key
+    assert main(["plot", str(tmp_path / "one")]) == 0 and (tmp_path / "one" / "plots" / "training.png").is_file()
 
 
 @pytest.mark.parametrize("parallel", [{"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}, {}], ids=str)

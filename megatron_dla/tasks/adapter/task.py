@@ -104,8 +104,7 @@ class AdapterTask(Task):
             self._check_documents()
         else:
             check_lengths(self.episodes, "train", self.seq_len)
-        parallel = self.config.parallel
-        self._make_loader(0, world_size // (parallel.tensor_model_parallel_size * parallel.context_parallel_size))
+        self._make_loader(0, world_size // self.config.parallel.model_parallel_size)
 
     def _check_documents(self) -> None:
         """The shards must hold this backbone's tokens."""
