@@ -12,7 +12,8 @@ def resource(path: str) -> Path:
     Args:
         path: as in the repository: `slurm/pretrain.sbatch`, `slurm/profiles`, `configs`.
     """
-    return next((found for root in megatron_dla.__path__ if (found := Path(root) / path).exists()), Path(path))
+    found = next((file for root in megatron_dla.__path__ if (file := Path(root) / path).exists()), Path(path))
+    return found.resolve()  # a checkout reaches these folders through links
 
 
 def find_yaml(given: str | Path, folder: str, what: str) -> Path:

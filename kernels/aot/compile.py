@@ -255,7 +255,9 @@ def dry_run(arch: int) -> Iterator[list[Report]]:
 
 def table(reports: list[Report]) -> str:
     """One line a kernel; "!" marks what `problems` lists."""
-    rows = [("", "kernel", "arch", "warps", "stages", "regs", "spill", "shared", "tmem", "mma", "lint", "s", "used by")]
+    rows: list[tuple[str, ...]] = [
+        ("", "kernel", "arch", "warps", "stages", "regs", "spill", "shared", "tmem", "mma", "lint", "s", "used by")
+    ]
     for r in sorted(reports, key=lambda r: (r.arch, r.name, r.key)):
         users = r.users[0] + (f" +{len(r.users) - 1}" if len(r.users) > 1 else "") if r.users else ""
         numbers = (r.warps, r.stages, r.registers, f"{r.spill_stores}/{r.spill_loads}", r.shared, r.tensor_memory)

@@ -1,12 +1,13 @@
-"""The configurations of δ-mem to compile: scan forward and backward, and the one-token step."""
+"""The configurations of δ-mem to compile: scan forward and backward."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from megatron_dla.kernels.delta_mem import delta_mem_scan, delta_mem_step
+from megatron_dla.kernels.delta_mem import delta_mem_scan
 
 ALL = (80, 90, 100)
 PREFIX = "delta_mem-"  # of every name here
@@ -47,11 +48,9 @@ def exercise(name: str) -> None:
     config = next(c for c in CONFIGS if c.name == name)
     B, T, N, r = 2, 520, config.states, config.rank
     inputs = ["q", "k", "v", "beta", *(("keep", "erase") if config.general else ())]
-    x = {key: torch.rand(B, T, N, r, dtype=config.dtype).requires_grad_() for key in inputs}
+    x: dict[str, Any] = {key: torch.rand(B, T, N, r, dtype=config.dtype).requires_grad_() for key in inputs}
     state = torch.zeros(B, N, r, r, requires_grad=True)
-    flags = {key: torch.ones(B, T, dtype=torch.bool) for key in ("reset", "write_mask")} if config.masked else {}
-    reads, final = delta_mem_scan(**x, **flags, initial_state=state, backend="triton")  # type: ignore[arg-type]
+    if config.masked:
+        x |= {key: torch.ones(B, T, dtype=torch.bool) for key in ("reset", "write_mask")}
+    reads, final = delta_mem_scan(**x, initial_state=state, backend="triton")
     torch.autograd.backward([reads, final], [torch.ones_like(reads), torch.ones_like(final)])
-    one = {key: value.detach()[:, 0] for key, value in x.items()}
-    write = torch.ones(B, dtype=torch.bool) if config.masked else True
-    delta_mem_step(**one, state=state.detach(), write=write, backend="triton")

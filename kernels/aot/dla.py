@@ -105,7 +105,7 @@ def names(arch: int) -> list[str]:
     return [config.name for config in configs() if arch in config.archs]
 
 
-def _inputs(config: Config) -> dict[str, Tensor]:
+def _inputs(config: Config) -> dict[str, Any]:
     """Zeros in the dtypes of the mixer's: nothing is executed."""
     low, heads, T = config.dtype, config.heads, config.tokens
     qk = FP32 if config.mixed else low
@@ -151,7 +151,7 @@ def exercise(name: str, backend: str = "triton") -> None:
 
     def train() -> None:
         kwargs = dict(packed, partition=_decided(config), return_cache=config.cached)
-        out, final = dla_attention(**x, **kwargs, backend=backend)  # type: ignore[arg-type, misc]
+        out, final = dla_attention(**x, **kwargs, backend=backend)
         outs = [out] if final is None else [out, final.states]
         torch.autograd.backward(outs, [torch.ones_like(y) for y in outs])
 
@@ -159,9 +159,9 @@ def exercise(name: str, backend: str = "triton") -> None:
         partition(x["k"], x["v"], x["g"], x.get("beta"), **packed, backend=backend)
 
     def decode() -> None:
-        one = {key: value.detach()[:, :1] for key, value in x.items()}
+        one: dict[str, Any] = {key: value.detach()[:, :1] for key, value in x.items()}
         fixed = dict(rule, tau=tau.detach() if config.learned else tau, backend=backend)
-        decode_step(**one, **fixed, cache=SlotCache.empty(*shape))  # type: ignore[arg-type]
+        decode_step(**one, **fixed, cache=SlotCache.empty(*shape))
 
     failed = []
     for part in (train, decide, decode):

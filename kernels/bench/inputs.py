@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..dla import Partition
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, g, slot_weights, beta
 
 BACKBONES = ("mamba2", "gdn")
 TAU = 1.0  # between the scores inside a topic (about 0.6) and at a change (about 1.4)
@@ -61,7 +64,7 @@ class Inputs:
             x.grad = None
         return self
 
-    def arguments(self) -> tuple[Tensor | None, ...]:
+    def arguments(self) -> Arguments:
         """Positional arguments of `dla_attention`."""
         return self.q, self.k, self.v, self.g, self.slot_weights, self.beta
 
@@ -74,13 +77,15 @@ class Inputs:
 
     def cpu(self) -> Inputs:
         """A copy on the CPU, detached: for the token recurrence."""
-        parts = (*self.arguments(), self.dout)
-        return Inputs(*(None if x is None else x.detach().cpu() for x in parts))  # type: ignore
+        return self._map(Tensor.cpu)
 
     def rows(self, start: int, stop: int) -> Inputs:
         """The tokens [start, stop), detached."""
-        parts = (*self.arguments(), self.dout)
-        return Inputs(*(None if x is None else x.detach()[:, start:stop].contiguous() for x in parts))  # type: ignore
+        return self._map(lambda x: x[:, start:stop].contiguous())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        changed = {f.name: change(x.detach()) for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        return replace(self, **changed)
 
 
 def _topics(problem: Problem, changes: Tensor, heads: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

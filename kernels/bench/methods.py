@@ -41,8 +41,7 @@ class Method:
 def _dla(backend: str) -> Callable[[Inputs, Problem], Prepared]:
     def prepare(x: Inputs, p: Problem) -> Prepared:
         def call() -> Tensor:
-            rule = {"tau": TAU, "capacity": p.capacity, "backend": backend}
-            return dla_attention(*x.arguments(), **rule)[0]  # type: ignore[arg-type]
+            return dla_attention(*x.arguments(), tau=TAU, capacity=p.capacity, backend=backend)[0]
 
         return call, x.leaves()
 
@@ -112,11 +111,10 @@ def usable_backend(device: torch.device) -> tuple[str, str]:
     """The backend for `dla_attention` on this device, and what to say about it."""
     if device.type != "cuda":
         return "torch", "torch (chunkwise)"
-    x = Inputs(*(torch.zeros(1, 64, 1, n, device=device, dtype=torch.bfloat16) for n in (32, 32, 32)),
-               torch.zeros(1, 64, 1, device=device), torch.ones(1, 64, 1, 4, device=device), None,
-               torch.zeros(1, 64, 1, 32, device=device))  # fmt: skip
+    x = torch.zeros(1, 64, 1, 32, device=device, dtype=torch.bfloat16)
+    g, slot_weights = torch.zeros(1, 64, 1, device=device), torch.ones(1, 64, 1, 4, device=device)
     try:
-        dla_attention(*x.arguments(), tau=TAU, capacity=4, backend="triton")  # type: ignore[arg-type]
+        dla_attention(x, x, x, g, slot_weights, tau=TAU, capacity=4, backend="triton")
     except (ValueError, ImportError) as error:
         return "torch", f"torch (chunkwise): the Triton kernels cannot be used: {first_line(error)}"
     return "triton", "triton"

@@ -224,7 +224,7 @@ def _read_context(
         p = Problem(base.backbone, tokens, base.dim, base.capacity, base.heads)
         x = make_inputs(p, sweep.seed + read, dtype=sweep.dtype, device=sweep.device)
         rule: dict[str, Any] = {"tau": TAU, "capacity": base.capacity, "backend": sweep.backend}
-        _, cache = dla_attention(*x.arguments(), cache=cache, return_cache=True, **rule)  # type: ignore[arg-type]
+        _, cache = dla_attention(*x.arguments(), cache=cache, return_cache=True, **rule)
         read += tokens
     assert cache is not None
     return cache, read
@@ -240,10 +240,11 @@ def _decode_times(sweep: Sweep, base: Problem, before: SlotCache) -> Record:
     def steps() -> None:
         for y in tokens:
             q, k, v, g, lam, beta = y.arguments()
-            decode_step(q, k, v, g, lam, cache, beta, tau=TAU, capacity=base.capacity)  # type: ignore[arg-type]
+            decode_step(q, k, v, g, lam, cache, beta, tau=TAU, capacity=base.capacity)
 
     timing = sweep.watch.measure(steps)
-    one = Timing(*(x / base.tokens for x in (timing.ms, timing.low, timing.high)), timing.repeats)
+    n = base.tokens
+    one = Timing(timing.ms / n, timing.low / n, timing.high / n, timing.repeats)
     record: Record = {"cache_bytes": cache.nbytes, "live_slots": float(before.live.double().mean())}
     _timing(record, "token", one)
     moved = 2 * cache.states.nbytes  # every state is read and written once a token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,12 +35,12 @@ def recurrence_records(
 
         def run(backend: str, y: Inputs, p: Problem = p, outs: dict[str, Tensor] = outs) -> None:
             rule: dict[str, Any] = {"tau": TAU, "capacity": p.capacity, "backend": backend}
-            outs[backend] = dla_attention(*y.arguments(), **rule)[0]  # type: ignore[arg-type]
+            outs[backend] = dla_attention(*y.arguments(), **rule)[0]
 
         with torch.no_grad():
-            double = sweep.watch.once(lambda run=run, x=x: run("torch", x.to(torch.float64)))
-            fast = sweep.watch.measure(lambda run=run, x=x: run("torch", x))
-            slow = sweep.watch.once(lambda run=run, x=x: run("naive", x))
+            double = sweep.watch.once(partial(run, "torch", x.to(torch.float64)))
+            fast = sweep.watch.measure(partial(run, "torch", x))
+            slow = sweep.watch.once(partial(run, "naive", x))
         record: Record = {
             "kind": "recurrence", "method": "dla", **asdict(p), "chunkwise_ms": fast.low,
             "chunkwise_float64_ms": double, "recurrence_ms": slow, "speedup": slow / fast.low,
@@ -76,7 +77,7 @@ def look_again(sweep: Sweep, rounds: int = 2) -> None:
                 x = make_inputs(p, sweep.seed, dtype=sweep.dtype, device=sweep.device)
                 rule: dict[str, Any] = {"tau": TAU, "capacity": p.capacity, "backend": sweep.backend}
                 with torch.no_grad():
-                    ms = sweep.watch.once(lambda x=x, rule=rule: dla_attention(*x.arguments(), **rule))
+                    ms = sweep.watch.once(partial(dla_attention, *x.arguments(), **rule))
                 low, high = r["forward_spread_ms"]
                 r["forward_spread_ms"] = [min(low, ms), max(high, ms)]
                 r["forward_repeats"] += 1

@@ -26,16 +26,17 @@ def operations(sweep: Sweep, p: Problem, x: Inputs) -> dict[str, Callable[[], li
     rule: dict[str, Any] = {"tau": TAU, "capacity": p.capacity}
     with torch.no_grad():
         part = partition(x.k, x.v, x.g, x.beta, backend=sweep.backend, **rule)
-        _, cache = dla_attention(*x.arguments(), backend=sweep.backend, return_cache=True, **rule)  # type: ignore[arg-type]
+        _, cache = dla_attention(*x.arguments(), backend=sweep.backend, return_cache=True, **rule)
+        assert cache is not None
     one = x.rows(0, 1)
 
     def forward() -> list[Tensor]:
         with torch.no_grad():
-            return [dla_attention(*x.arguments(), partition=part, backend=sweep.backend, **rule)[0]]  # type: ignore[arg-type]
+            return [dla_attention(*x.arguments(), partition=part, backend=sweep.backend, **rule)[0]]
 
     def backward() -> list[Tensor]:
         x.require_grad()
-        out, _ = dla_attention(*x.arguments(), partition=part, backend=sweep.backend, **rule)  # type: ignore[arg-type]
+        out, _ = dla_attention(*x.arguments(), partition=part, backend=sweep.backend, **rule)
         grads = torch.autograd.grad(out, x.leaves(), x.dout)
         x.require_grad(False)
         return [out.detach(), *grads]
@@ -44,9 +45,9 @@ def operations(sweep: Sweep, p: Problem, x: Inputs) -> dict[str, Callable[[], li
         return [partition(x.k, x.v, x.g, x.beta, backend=sweep.backend, **rule).start.float()]
 
     def decode() -> list[Tensor]:
-        work = cache.clone()  # type: ignore[union-attr]
+        work = cache.clone()
         q, k, v, g, lam, beta = one.arguments()
-        return [decode_step(q, k, v, g, lam, work, beta, **rule)[0]]  # type: ignore[arg-type]
+        return [decode_step(q, k, v, g, lam, work, beta, **rule)[0]]
 
     return {"partition": decide, "forward": forward, "backward": backward, "decode": decode}
 

@@ -1,6 +1,5 @@
 """δ-mem's online memory: an r x r state that tokens read, then write (see README.md for the mathematics)."""
 
-from .scan import BACKENDS, delta_mem_scan, delta_mem_step
-from .summary import apply_summary, chunk_summary, compose
+from .scan import delta_mem_scan
 
-__all__ = ["BACKENDS", "apply_summary", "chunk_summary", "compose", "delta_mem_scan", "delta_mem_step"]
+__all__ = ["delta_mem_scan"]

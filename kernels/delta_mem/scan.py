@@ -1,32 +1,30 @@
-"""The public entry points: `delta_mem_scan` over a sequence, `delta_mem_step` for one token."""
+"""The public entry point, `delta_mem_scan`: argument checks and the choice of a backend."""
 
 from __future__ import annotations
 
-import importlib
 from functools import cache as once
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .chunk import chunk_scan
-from .fla_mapping import fla_scan
 from .naive import naive_scan
 
-BACKENDS = ("auto", "naive", "torch", "triton", "fla")
+BACKENDS = ("auto", "naive", "torch", "triton")
 MAX_RANK = 64  # of the Triton kernels
 
 
 @once
-def _kernels(name: str) -> ModuleType | str:
-    """A module of Triton kernels, or the reason why it cannot be imported (Triton is optional)."""
+def _triton_missing() -> str:
+    """Why the Triton kernels cannot be imported ('' if they can)."""
     try:
-        return importlib.import_module(f"megatron_dla.kernels.delta_mem.{name}")
+        from . import triton_scan  # noqa: F401
     except ImportError as error:
         return str(error)
+    return ""
 
 
-def _choose(backend: str, v: Tensor, module: str) -> str:
+def _choose(backend: str, v: Tensor) -> str:
     """Resolve `auto`. Raises ValueError if `triton` is requested and not available."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -37,8 +35,7 @@ def _choose(backend: str, v: Tensor, module: str) -> str:
     elif v.shape[-1] > MAX_RANK:
         reason = f"rank {v.shape[-1]} (at most {MAX_RANK})"
     else:
-        found = _kernels(module)
-        reason = found if isinstance(found, str) else ""
+        reason = _triton_missing()
     if reason and backend == "triton":
         raise ValueError(f"backend='triton' cannot be used here: {reason}; use backend='torch'")
     return "torch" if reason else "triton"
@@ -92,8 +89,7 @@ def delta_mem_scan(
         write_mask: bool [B, T], False where a token reads but leaves the state as it is. A padding token needs
             nothing else, but its read is not zeroed: the caller does that.
         backend: `naive` (the recurrence), `torch` (chunkwise), `triton` (GPU kernels; on a CPU only under Triton's
-            interpreter), `fla` (flash-linear-attention's gated delta rule), `auto` (`triton` on a GPU where it takes
-            the inputs, else `torch`).
+            interpreter), `auto` (`triton` on a GPU where it takes the inputs, else `torch`).
         chunk_size: tokens a chunk of `torch` and `triton`: speed, memory and rounding, not the result. None chooses.
 
     Returns:
@@ -115,71 +111,16 @@ def delta_mem_scan(
     _check_flags(write_mask, "write_mask", "[B, T]", (B, T))
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    backend = _choose(backend, v, "triton_scan")
+    backend = _choose(backend, v)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     state = v.new_zeros(B, N, r, r, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if backend == "triton":  # reads any dtype as it is
-        scan = _kernels("triton_scan").triton_scan  # type: ignore[union-attr]
-        return scan(q, k, v, beta, keep, erase, state, reset, write_mask, chunk_size)
-    if backend == "fla" and dtype == torch.float64:
-        raise ValueError("backend='fla' computes in fp32 and v is float64: use 'naive' or 'torch'")
+        from .triton_scan import triton_scan
+
+        return triton_scan(q, k, v, beta, keep, erase, state, reset, write_mask, chunk_size)
     with torch.autocast(v.device.type, enabled=False):  # the memory is never computed in less than fp32
-        inputs = [None if x is None else x.to(dtype) for x in (q, k, v, beta, keep, erase)]
-        every = (*inputs, state, reset, write_mask)
+        q, k, v, beta = (x.to(dtype) for x in (q, k, v, beta))
+        keep, erase = (None if x is None else x.to(dtype) for x in (keep, erase))
         if backend == "naive":
-            return naive_scan(*every)  # type: ignore[arg-type]
-        if backend == "torch":
-            return chunk_scan(*every, chunk_size=chunk_size)  # type: ignore[arg-type, misc]
-        return fla_scan(*every)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def delta_mem_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    *,
-    keep: Tensor | None = None,
-    erase: Tensor | None = None,
-    write: bool | Tensor = True,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """One token of `delta_mem_scan`, without gradients, `state` changed in place.
-
-    Args:
-        q, k, v, beta, keep, erase: [B, N, r], as there. state: [B, N, r, r] fp32 (float64: `torch` only), contiguous.
-        write: whether the token writes, for all sequences or bool [B] for each.
-        backend: `torch`, `triton` (one kernel), `naive` (as `torch`), or `auto`.
-
-    Returns:
-        read [B, N, r] in the state's dtype, and `state` itself.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
-    """
-    if v.ndim != 3:
-        raise ValueError(f"v must be [B, N, r], got {list(v.shape)}")
-    B, N, r = v.shape
-    _check_rows((B, N, r), "[B, N, r]", q=q, k=k, v=v, beta=beta, keep=keep, erase=erase)
-    _check_state(state, "state", B, N, r)
-    if state.dtype not in (torch.float32, torch.float64) or not state.is_contiguous():
-        raise ValueError(f"state must be contiguous fp32 to be changed in place, got {state.dtype}")
-    if isinstance(write, Tensor):
-        _check_flags(write, "write", "[B]", (B,))
-    if backend == "fla":
-        raise ValueError("backend='fla' has no step: use 'auto', 'torch' or 'triton'")
-    if _choose(backend, state, "triton_step") == "triton":
-        step = _kernels("triton_step").triton_step  # type: ignore[union-attr]
-        return step(q, k, v, beta, keep, erase, state, write), state
-    q, k, v, beta = (x.to(state.dtype) for x in (q, k, v, beta))
-    keep = 1 - beta if keep is None else keep.to(state.dtype)
-    erase = beta if erase is None else erase.to(state.dtype)
-    with torch.autocast(state.device.type, enabled=False):
-        read, prediction = (state @ torch.stack((q, k), -1)).unbind(-1)
-    if write is False:
-        return read, state
-    written = keep[..., None] * state + (beta * v - erase * prediction)[..., None] * k[..., None, :]
-    state.copy_(written if write is True else torch.where(write[:, None, None, None], written, state))  # type: ignore[index]
-    return read, state
+            return naive_scan(q, k, v, beta, keep, erase, state, reset, write_mask)
+        return chunk_scan(q, k, v, beta, keep, erase, state, reset, write_mask, chunk_size)

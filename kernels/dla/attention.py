@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from functools import cache as once
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +40,16 @@ def kernels_missing() -> str:
     return module if isinstance(module, str) else ""
 
 
-def _naive_attention() -> Callable[..., tuple[Tensor, Partition, SlotCache]]:
-    module = _optional("naive")
+def _kernel(name: str, function: str) -> Callable[..., Any]:
+    """A function of such a module.
+
+    Raises:
+        ValueError: the module cannot be imported.
+    """
+    module = _optional(name)
     if isinstance(module, str):
-        raise ValueError(f"backend='naive' cannot be used here: {module}; use backend='torch'")
-    return module.naive_attention
+        raise ValueError(f"{function} cannot be imported here ({module}): use backend='torch'")
+    return getattr(module, function)
 
 
 def _choose(backend: str, k: Tensor, v: Tensor, capacity: int) -> str:
@@ -136,26 +142,33 @@ def partition(
     _check_cache(cache, v.shape[0], k, v, capacity)
     if backend == "naive":
         lam = v.new_zeros(*v.shape[:3], capacity)
-        args = dict(tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache)
+        naive = _kernel("naive", "naive_attention")
         with torch.no_grad():
-            return _naive_attention()(k, k, v, g, lam, beta, **args)[1]
+            return naive(
+                k, k, v, g, lam, beta, tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache
+            )[1]
     if merge == "ward":
-        args = dict(tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache)
-        return recurrent_partition(k, v, g, beta, **args)
+        return recurrent_partition(
+            k, v, g, beta, tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache
+        )
     want_lo = isinstance(tau, Tensor) and tau.requires_grad
-    decide = torch_partition
-    if _choose(backend, k, v, capacity) == "triton":
-        decide = _optional("triton_partition").triton_partition
+    triton = _choose(backend, k, v, capacity) == "triton"
+    decide = _kernel("triton_partition", "triton_partition") if triton else torch_partition
     return decide(k, v, g, beta, tau=tau, capacity=capacity, cu_seqlens=cu_seqlens, cache=cache, want_lo=want_lo)
 
 
 _decide = partition  # `dla_attention` has an argument of that name
 
 
-def _by_document(tensors: list[Tensor | None], cu_seqlens: Tensor, cache: SlotCache | None, kwargs: dict):
-    """Run the documents of a packed row one by one, each with its own cache: exact, and rarely worth being fast."""
-    B, T = tensors[2].shape[:2]
-    flat = [None if x is None else x.reshape(1, B * T, *x.shape[2:]) for x in tensors]
+def _by_document(
+    inputs: list[Tensor], beta: Tensor | None, cu_seqlens: Tensor, cache: SlotCache | None, rule: dict[str, Any]
+) -> tuple[Tensor, SlotCache]:
+    """Run the documents of a packed row one by one, each with its own cache: exact, and rarely worth being fast.
+
+    `inputs`: q, k, v, g, slot_weights.
+    """
+    B, T = inputs[2].shape[:2]
+    flat = [x.reshape(1, B * T, *x.shape[2:]) for x in (*inputs, *([] if beta is None else [beta]))]
     outs, caches = [], []
     ends = cu_seqlens.tolist()
     if missing := set(range(0, B * T, T)) - set(ends):
@@ -164,8 +177,8 @@ def _by_document(tensors: list[Tensor | None], cu_seqlens: Tensor, cache: SlotCa
         if a == b:
             raise ValueError(f"cu_seqlens: document {i} is empty; drop it, or call without a cache")
         one = None if cache is None else cache.select(torch.tensor([i], device=cache.live.device))
-        q, k, v, g, lam, beta = [None if x is None else x[:, a:b] for x in flat]
-        out, last = dla_attention(q, k, v, g, lam, beta, cache=one, return_cache=True, **kwargs)
+        out, last = dla_attention(*(x[:, a:b] for x in flat), cache=one, return_cache=True, **rule)
+        assert last is not None
         outs.append(out)
         caches.append(last)
     return torch.cat(outs, 1).view(B, T, *outs[0].shape[2:]), SlotCache.concatenate(caches)
@@ -230,48 +243,55 @@ def dla_attention(
     if cu_seqlens is not None and (cache is not None or return_cache):
         if partition is not None:
             raise ValueError("with cu_seqlens and a cache the partition cannot be given")
-        kwargs = dict(
+        rule: dict[str, Any] = dict(
             tau=tau, capacity=capacity, merge=merge, backend=backend, chunk_size=chunk_size,
             tau_temperature=tau_temperature,
         )  # fmt: skip
-        out, last = _by_document([q, k, v, g, slot_weights, beta], cu_seqlens, cache, kwargs)
+        out, last = _by_document([q, k, v, g, slot_weights], beta, cu_seqlens, cache, rule)
         return out, last if return_cache else None
     _check_cache(cache, B, k, v, capacity)
     _check_partition(partition, v, cache)
     if backend == "naive":
-        args = dict(tau=tau, capacity=capacity, merge=merge, partition=partition, cu_seqlens=cu_seqlens, cache=cache)
-        out, _, final = _naive_attention()(q, k, v, g, slot_weights, beta, **args)
+        out, _, final = _kernel("naive", "naive_attention")(
+            q, k, v, g, slot_weights, beta, tau=tau, capacity=capacity, merge=merge, partition=partition,
+            cu_seqlens=cu_seqlens, cache=cache,
+        )  # fmt: skip
         final.states, final.info = final.states.to(compute_dtype(v)), final.info.to(compute_dtype(v))
         return out.to(v.dtype), final if return_cache else None
     backend = _choose(backend, k, v, capacity)
     if partition is None:
-        rule = dict(tau=tau, capacity=capacity, merge=merge, backend=backend)
-        partition = _decide(k, v, g, beta, cu_seqlens=cu_seqlens, cache=cache, **rule)
+        partition = _decide(
+            k, v, g, beta, tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache, backend=backend
+        )
     if learned and partition.lo is None:
         raise ValueError("partition.lo is missing: compute the partition with the tau that requires a gradient")
     resets = document_starts(cu_seqlens, B, T, v.device).repeat_interleave(H, dim=0)
     slots, slot_death, states = _incoming(cache, partition, k, v, capacity)
     if backend == "triton":
-        attend = _optional("triton_attention").triton_attention
+        attend = _kernel("triton_attention", "triton_attention")
         out, final = attend(
             q, k, v, g, slot_weights, beta, part=partition, cu_seqlens=cu_seqlens, tau=tau,
             temperature=tau_temperature, cache=cache, slot_death=slot_death, states=states, want_final=return_cache,
         )  # fmt: skip
         return out, _final_cache(final, partition, resets, slots, slot_death, cache) if return_cache else None
-    flat = [_flat(x) for x in (partition.start, partition.death, partition.score, partition.lo)]
+    start, death, score = (_flat(x) for x in (partition.start, partition.death, partition.score))
+    lo = None if partition.lo is None else _flat(partition.lo)
     tau_lanes = torch.as_tensor(tau, device=v.device, dtype=states.dtype).expand(H).repeat(B)
     inputs = [None if x is None else lanes(x, H, states.dtype) for x in (q, k, v, g, slot_weights, beta)]
-    decisions = (*flat, resets, slots, slot_death)
+    decisions = (start, death, score, lo, resets, slots, slot_death)
     out, final = ChunkDLA.apply(*inputs, states, tau_lanes, decisions, chunk_size, tau_temperature)
     out = unlanes(out, B).to(v.dtype)
     return out, _final_cache(final, partition, resets, slots, slot_death, cache) if return_cache else None
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.transpose(1, 2).flatten(0, 1)
+def _flat(x: Tensor) -> Tensor:
+    """[B, T, H] -> [N, T], N = B * H."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
-def _incoming(cache: SlotCache | None, part: Partition, k: Tensor, v: Tensor, capacity: int):
+def _incoming(
+    cache: SlotCache | None, part: Partition, k: Tensor, v: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The cache in lanes and recency order: positions (-1 = open, EMPTY = none) [N, K], deaths [N, K], states."""
     N, T, device = v.shape[0] * v.shape[2], v.shape[1], v.device
     dtype = compute_dtype(v)
@@ -279,6 +299,7 @@ def _incoming(cache: SlotCache | None, part: Partition, k: Tensor, v: Tensor, ca
         slots = torch.full((N, capacity), EMPTY, dtype=torch.int64, device=device)
         states = torch.zeros((), dtype=dtype, device=device).expand(N, capacity, k.shape[-1], v.shape[-1])
         return slots, torch.full_like(slots, T), states
+    assert part.cache_death is not None
     recency = torch.arange(capacity, device=device).expand(N, -1)
     source = cache.live.view(N, 1) - 1 - recency
     there, source = source >= 0, source.clamp(min=0)
@@ -362,5 +383,6 @@ def decode_step(
         raise ValueError(f"slot_weights must be {(*v.shape[:3], capacity)}, got {tuple(slot_weights.shape)}")
     _check_cache(cache, v.shape[0], k, v, capacity)
     if merge == "density" and _choose(backend, k, v, capacity) == "triton":
-        return _optional("triton_decode").triton_decode(q, k, v, g, slot_weights, cache, beta, tau=tau), cache
+        step = _kernel("triton_decode", "triton_decode")
+        return step(q, k, v, g, slot_weights, cache, beta, tau=tau), cache
     return decode_one(q, k, v, g, slot_weights, cache, beta, tau=tau, merge=merge), cache

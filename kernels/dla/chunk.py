@@ -301,6 +301,7 @@ class ChunkDLA(torch.autograd.Function):
         dtau = None
         if ctx.needs_input_grad[7]:
             begin = begin_of_document(resets)
+            assert joined[4] is not None
             dtau = threshold_gradient(joined[4], lam, start, death, lo, score, begin, tau, ctx.temperature)
         return *joined, dstates, dtau, None, None, None
 

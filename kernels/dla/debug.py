@@ -271,15 +271,17 @@ def run(
         cotangent: [B, T, H, Dv]. states_cotangent: [B, H, K, Dk, Dv]; gives "states", the final memory, too.
         tau: a tensor that requires a gradient gives "dtau"; a cache gives "dstates".
     """
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    leaves: dict[str, Any] = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     wanted = dict(leaves)
     if isinstance(tau, Tensor) and tau.requires_grad:
         tau = wanted["tau"] = tau.detach().clone().requires_grad_()
     if cache is not None:
         cache = cache.clone()
         cache.states = wanted["states"] = cache.states.detach().requires_grad_()
-    rule = dict(partition=partition, backend=backend, tau=tau, cache=cache, **kwargs)
-    out, final = dla_attention(**leaves, **rule, return_cache=states_cotangent is not None)
+    out, final = dla_attention(
+        **leaves, partition=partition, backend=backend, tau=tau, cache=cache,
+        return_cache=states_cotangent is not None, **kwargs,
+    )  # fmt: skip
     results, outs, cotangents = {"o": out.detach()}, [out], [cotangent.to(out.dtype)]
     if states_cotangent is not None and final is not None:
         results["states"] = final.states.detach()
@@ -378,8 +380,10 @@ def check_all(inputs: dict[str, Tensor], cotangent: Tensor, *, dtype: torch.dtyp
     inside = run(inputs, cotangent, backend="torch", **rule)
     failed, lines = [], []
     for name, value in got.items():
-        gates = dict(dtype=dtype, backward=name.startswith("d"), fp32_inside=inside[name])
-        ok, line = verdict(name, value, want[name], torch_path[name], **gates)  # type: ignore[arg-type]
+        ok, line = verdict(
+            name, value, want[name], torch_path[name], dtype=dtype, backward=name.startswith("d"),
+            fp32_inside=inside[name],
+        )  # fmt: skip
         lines.append(("  " if ok else "! ") + line)
         failed += [] if ok else [name]
     assert not failed, f"{', '.join(failed)} failed\n" + "\n".join(lines)

@@ -149,8 +149,9 @@ def recurrent_partition(
     for t in range(T):
         work.live *= (~resets[:, t, None]).long()
         work.states *= (~resets[:, t, None, None, None, None]).to(dtype)
-        one = [_heads(x[:, t : t + 1], H, dtype) for x in (k, v, g)]
-        token = _advance(work, *one, None if beta is None else _heads(beta[:, t : t + 1], H, dtype), tau, merge)
+        k_t, v_t, g_t = (_heads(x[:, t : t + 1], H, dtype) for x in (k, v, g))
+        beta_t = None if beta is None else _heads(beta[:, t : t + 1], H, dtype)
+        token = _advance(work, k_t, v_t, g_t, beta_t, tau, merge)
         fired.append(token.fired)
         score.append(token.score)
         in_row, in_cache = token.dying >= 0, token.dying <= -2

@@ -7,6 +7,7 @@ loops over batch, head and token, autograd for every gradient. Everything else i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -88,6 +89,7 @@ def naive_attention(
     score = torch.zeros(B, T, H, dtype=torch.float32)
     lo = torch.zeros(B, T, H, dtype=torch.int32)
     cache_death = torch.full((B, H, capacity), T, dtype=torch.int32)
+    inherited_death = cache_death if partition is None or partition.cache_death is None else partition.cache_death
     final = SlotCache.empty(B, H, capacity, k.shape[-1], Dv, dtype=torch.float64)
     final.position += T if cache is None else T + cache.position
     final_states: dict[tuple[int, int], list[_Slot]] = {}
@@ -121,7 +123,7 @@ def naive_attention(
                     fires = not slots or bool(partition.start[b, t, h])
                     for i in range(len(slots) - 1, 0, -1):
                         where = slots[i].start
-                        dies = partition.death[b, where, h] if where >= 0 else partition.cache_death[b, h, -1 - where]
+                        dies = partition.death[b, where, h] if where >= 0 else inherited_death[b, h, -1 - where]
                         if int(dies) == t:
                             kill(_merge(slots, i - 1), t)
                 for slot in slots:  # one shared transition for all slots: merging by summation commutes with it
@@ -134,15 +136,18 @@ def naive_attention(
                     slots[-1] = _Slot(last.state + s, last.start, last.count + 1, last.info + score_t)
                 start[b, t, h], score[b, t, h] = fires, score_t
                 reads = [lam[b, t, h, r] * (q[b, t, h] @ slot.state) for r, slot in enumerate(reversed(slots))]
-                out.append(sum(reads))
+                out.append(reduce(torch.add, reads))
             final_states[b, h] = slots
     offset = torch.zeros(B, dtype=torch.int64) if cache is None else cache.position
     states = []
     for (b, h), slots in final_states.items():
         final.live[b, h] = len(slots)
         for i, slot in enumerate(slots):
-            inherited = slot.start < 0
-            final.start[b, h, i] = cache.start[b, h, -1 - slot.start] if inherited else slot.start + offset[b]
+            if slot.start < 0:
+                assert cache is not None
+                final.start[b, h, i] = cache.start[b, h, -1 - slot.start]
+            else:
+                final.start[b, h, i] = slot.start + offset[b]
             final.count[b, h, i], final.info[b, h, i] = slot.count, slot.info
         empty = [torch.zeros(k.shape[-1], Dv, dtype=torch.float64)] * (capacity - len(slots))
         final.start[b, h, len(slots) :] = EMPTY

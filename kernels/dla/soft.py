@@ -118,8 +118,8 @@ def soft_attention(
     score = partition.score.transpose(1, 2).flatten(0, 1).to(dtype)
     r = chunked(gates_since_begin(soft_gate(score, lane_tau, temperature), document), chunk_size)
     document = F.pad(document, (0, -T % chunk_size), value=-2).view(r.shape)  # padding is a document of its own
-    parts = [None if x is None else chunked(lanes(x, H, dtype), chunk_size) for x in (q, k, v, g, slot_weights, beta)]
-    query, key, value, decay, lam, strength = parts
+    query, key, value, decay, lam = (chunked(lanes(x, H, dtype), chunk_size) for x in (q, k, v, g, slot_weights))
+    strength = None if beta is None else chunked(lanes(beta, H, dtype), chunk_size)
     At, Q, Kh, Phi = _chunk_arrays(query, key, decay, strength, document)
     out = _read(At, value, lam, r, r)
     n = r.shape[1]

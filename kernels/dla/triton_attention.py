@@ -68,6 +68,7 @@ def triton_attention(
     layout = make_layout(B, T, cu_seqlens, plan.block, window_rows or triton_launch.WINDOW_ROWS, v.device)
     incoming = None
     if cache is not None:
+        assert slot_death is not None and states is not None
         offset = torch.arange(B, device=v.device).view(B, 1, 1) * T
         death = slot_death.view(B, H, K)
         death = torch.where(death >= T, NEVER, death + offset)
@@ -82,9 +83,11 @@ def triton_attention(
         def lanes(x: Tensor) -> Tensor:
             return x.transpose(1, 2).flatten(0, 1)
 
-        weights = [x.float().view(B, T, H, K) for x in (dlam, lam)]
-        flat = [lanes(x) for x in (*weights, part.start, part.death, part.lo, part.score)]
-        per_lane = threshold_gradient(*flat, begin, tau.float().expand(H).repeat(B), temperature)
+        assert part.lo is not None
+        dlam, lam = (lanes(x.float().view(B, T, H, K)) for x in (dlam, lam))
+        start, death, lo, score = (lanes(x) for x in (part.start, part.death, part.lo, part.score))
+        lane_tau = tau.float().expand(H).repeat(B)
+        per_lane = threshold_gradient(dlam, lam, start, death, lo, score, begin, lane_tau, temperature)
         per_head = per_lane.view(B, H).sum(0)
         return (per_head if tau.ndim else per_head.sum()).to(tau.dtype)
 

@@ -142,7 +142,7 @@ def query_gradient_kernel(
                     other=0.0,
                 )
                 state = tl.load(
-                    states + n.to(tl.int64) * DK * DV + a[None, :] * DV + b[:, None],
+                    states + tl.cast(n, tl.int64) * DK * DV + a[None, :] * DV + b[:, None],
                     mask=(a < DK)[None, :] & (b < DV)[:, None],
                     other=0.0,
                 )
@@ -186,7 +186,7 @@ def newer_starts(counts, t, end, T, lo, hi):
     """Live starts at t in the tiles lo .. hi - 1 of the block: int32 [C]."""
     base = tl.zeros_like(t)
     for tile in range(lo, hi):
-        base += tl.load(counts + tile.to(tl.int64) * T + t, mask=t < end, other=0)
+        base += tl.load(counts + tl.cast(tile, tl.int64) * T + t, mask=t < end, other=0)
     return base
 
 
@@ -326,7 +326,7 @@ def value_gradient_kernel(
                     other=0.0,
                 )
                 state = tl.load(
-                    grads + n.to(tl.int64) * DK * DV + a[:, None] * DV + b[None, :],
+                    grads + tl.cast(n, tl.int64) * DK * DV + a[:, None] * DV + b[None, :],
                     mask=(a < DK)[:, None] & (b < DV)[None, :],
                     other=0.0,
                 )
@@ -439,7 +439,7 @@ def key_gradient_kernel(
                         other=0.0,
                     )
                     state = tl.load(
-                        grads + n.to(tl.int64) * DK * DV + a[None, :] * DV + b[:, None],
+                        grads + tl.cast(n, tl.int64) * DK * DV + a[None, :] * DV + b[:, None],
                         mask=(a < DK)[None, :] & (b < DV)[:, None],
                         other=0.0,
                     )

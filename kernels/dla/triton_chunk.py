@@ -75,15 +75,15 @@ def make_tables(
 ) -> Tables:
     """`cache`: live slots [B, H] and their deaths [B, H, K] by recency, int32."""
     T, H, K = layout.tokens, plan.H, plan.K
-    new = dict(dtype=torch.int32, device=g.device)
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.int32, device=g.device)
+
+    rows = len(layout.rows)
     tables = Tables(
-        life=life,
-        cg=block_decay(g, layout),
-        counts=torch.empty(H, plan.block // plan.tile, T, **new),
-        pos=torch.empty(len(layout.rows), H, K, **new),
-        death=torch.empty(len(layout.rows), H, K, **new),
-        live=torch.empty(len(layout.rows), H, **new),
-    )
+        life=life, cg=block_decay(g, layout), counts=new(H, plan.block // plan.tile, T),
+        pos=new(rows, H, K), death=new(rows, H, K), live=new(rows, H),
+    )  # fmt: skip
     cache_live, cache_death = cache if cache is not None else (life, life)
     live_table_kernel[(len(layout.rows), H)](
         life, layout.rows, cache_live, cache_death, tables.pos, tables.death, tables.live, T, H, K,
@@ -127,6 +127,7 @@ class WindowPass:
 
     def _local(self) -> None:
         plan, x, cg = self.plan, self.x, self.tables.cg
+        assert x.beta is not None
         shape = (self.tokens, plan.H)
         self.at = self.new(*shape, plan.tile)
         self.qt, self.kh = self.new(*shape, plan.DK), self.new(*shape, plan.DK)
@@ -262,7 +263,7 @@ class TritonDLA(torch.autograd.Function):
         grads = Gradients.empty(plan, x, len(layout.windows), learned)
         do = do.contiguous()
         carried = list(carries)
-        resumed_grad = None
+        resumed_grad: Tensor | None = None
         dstates = None if states is None else torch.zeros_like(states)
         for window in reversed(layout.windows):
             work = WindowPass(plan, layout, window, x, tables)
@@ -274,6 +275,7 @@ class TritonDLA(torch.autograd.Function):
             else:
                 carry[:, 0] = 0
             if window.continues:
+                assert resumed_grad is not None
                 carry[-1, 0] = resumed_grad
             initial = backward_window(work, snap, carry, do, grads)
             resumed_grad = initial[0] if window.resumes else None

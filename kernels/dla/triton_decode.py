@@ -174,7 +174,9 @@ def decode_states_kernel(
             s = tl.load(states + at + source.to(tl.int64) * DK * DV, mask=there & (fresh == 0), other=0.0)
             s += tl.load(states + at + (source + 1).to(tl.int64) * DK * DV, mask=there & (slot == pair), other=0.0)
             key = tl.load(k + query_at + a, mask=a < DK, other=0.0).to(tl.float32)
-            tl.store(states + at + slot.to(tl.int64) * DK * DV, decay * s + key[:, None] * change[None, :], mask=there)
+            tl.store(
+                states + at + tl.cast(slot, tl.int64) * DK * DV, decay * s + key[:, None] * change[None, :], mask=there
+            )
         acc += weight * (decay * total + mixed * change)
         tl.debug_barrier()
     tl.store(out + lane * DV + c, acc.to(out.dtype.element_ty), mask=c < DV)

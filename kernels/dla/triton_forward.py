@@ -169,7 +169,7 @@ def output_kernel(
                     other=0.0,
                 )
                 state = tl.load(
-                    states + i.to(tl.int64) * DK * DV + a[:, None] * DV + b[None, :],
+                    states + tl.cast(i, tl.int64) * DK * DV + a[:, None] * DV + b[None, :],
                     mask=(a < DK)[:, None] & (b < DV)[None, :],
                     other=0.0,
                 )

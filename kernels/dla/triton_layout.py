@@ -8,6 +8,7 @@ blocks whose slot states are in memory at the same time, so that the workspace d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -86,7 +87,9 @@ def _layout(
 ) -> BlockLayout:
     cuts = sorted({*range(0, batch * length + 1, length), *(ends or ())})
     segments = list(zip(cuts, cuts[1:], strict=False))
-    blocks, rows, first_block = [], [], []
+    blocks: list[tuple[int, int, int, int]] = []  # first token, end, row before it, segment
+    rows: list[tuple[int, int, int]] = []  # token, first token of the segment, segment
+    first_block: list[int] = []
     for s, (begin, end) in enumerate(segments):
         first_block.append(len(blocks))
         for first in range(begin, end, block):
@@ -108,8 +111,11 @@ def _layout(
     )
 
 
-def _windows(blocks: list, first_block: list[int], window_rows: int, device: torch.device):
-    cuts, table = [], []
+def _windows(
+    blocks: list[tuple[int, int, int, int]], first_block: list[int], window_rows: int, device: torch.device
+) -> Iterator[Window]:
+    cuts: list[tuple[int, int, int, int]] = []
+    table: list[tuple[int, int, int, int]] = []
     lo = 0
     while lo < len(blocks):
         hi = lo + 1

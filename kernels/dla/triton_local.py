@@ -283,7 +283,7 @@ def dphi_kernel(
                 other=0.0,
             )
             s = tl.load(
-                states + i.to(tl.int64) * DK * DV + b[None, :] * DV + v[:, None],
+                states + tl.cast(i, tl.int64) * DK * DV + b[None, :] * DV + v[:, None],
                 mask=(b < DK)[None, :] & (v < DV)[:, None],
                 other=0.0,
             )

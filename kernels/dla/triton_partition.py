@@ -31,7 +31,8 @@ def _shards(
     if shard_blocks is None:
         wanted = ceil_div(PROGRAMS, heads * len(spans))
         shard_blocks = max(SHARD_BLOCKS, ceil_div(max(n for _, n in spans), wanted))
-    shards, of_segment = [], []
+    shards: list[tuple[int, int]] = []
+    of_segment: list[tuple[int, int]] = []
     for first, n in spans:
         cuts = range(first, first + n, shard_blocks)
         of_segment.append((len(shards), len(cuts)))
@@ -68,11 +69,12 @@ def triton_partition(
         plan = LaunchPlan(
             torch.promote_types(k.dtype, v.dtype), Dk, Dv, H, G, capacity, True, tile=tile
         )  # blocks of one tile, for both backbones
-        gdn = beta is not None
         layout = make_layout(B, T, cu_seqlens, tile, 2**30, device)
-        k, v, g, beta = (None if x is None else x.contiguous().flatten(0, 1) for x in (k, v, g, beta))
+        k, v, g = (x.contiguous().flatten(0, 1) for x in (k, v, g))
+        beta = None if beta is None else beta.contiguous().flatten(0, 1)
+        gdn = beta is not None
         cg = block_decay(g, layout)
-        inv = chunk_inverse(plan, k, beta, cg, layout) if gdn else cg
+        inv = cg if beta is None else chunk_inverse(plan, k, beta, cg, layout)
         shards, of_segment = _shards(layout.blocks_of_segment, H, shard_blocks, device)
         starts = torch.zeros(H, B * T, dtype=torch.int8, device=device)
         scores, sums = (torch.empty(H, B * T, device=device) for _ in range(2))

@@ -154,8 +154,8 @@ def state_scan_kernel(
             to = fresh
             acc = tl.zeros([BK, BV], tl.float32)
             for i in range(m):
-                state = tl.load(source + i.to(tl.int64) * DK * DV + tile, mask=there, other=0.0)
-                tl.store(out + i.to(tl.int64) * DK * DV + tile, state.to(DOT), mask=there)
+                state = tl.load(source + tl.cast(i, tl.int64) * DK * DV + tile, mask=there, other=0.0)
+                tl.store(out + tl.cast(i, tl.int64) * DK * DV + tile, state.to(DOT), mask=there)
                 acc += state
                 if (tl.load(live_death + here + i) >= end) | (i == m - 1):  # the next older slot stays apart
                     if not STAGED:
@@ -195,7 +195,7 @@ def state_scan_kernel(
             for to in range(fresh, m_next):
                 for x in range(k_at, k_end, BK):
                     a = x + tl.arange(0, BK)
-                    at = to.to(tl.int64) * DK * DV
+                    at = tl.cast(to, tl.int64) * DK * DV
                     acc = through(dest + at, rm, a, b, keep, DK, DV, BK, BV, False, DOT, PREC)
                     if to == fresh:
                         acc = add_tokens(
@@ -256,7 +256,7 @@ def state_scan_kernel(
                     PREC,
                 )
                 tl.store(
-                    source + j.to(tl.int64) * DK * DV + a[:, None] * DV + b[None, :],
+                    source + tl.cast(j, tl.int64) * DK * DV + a[:, None] * DV + b[None, :],
                     acc,
                     mask=(a < DK)[:, None] & (b < DV)[None, :],
                 )
@@ -272,7 +272,7 @@ def copy_slots(source, out, m, k_at, k_end, b, DK: tl.constexpr, DV: tl.constexp
     for i in range(m):
         for x in range(k_at, k_end, BK):
             a = x + tl.arange(0, BK)
-            cell = i.to(tl.int64) * DK * DV + a[:, None] * DV + b[None, :]
+            cell = tl.cast(i, tl.int64) * DK * DV + a[:, None] * DV + b[None, :]
             there = (a < DK)[:, None] & (b < DV)[None, :]
             tl.store(out + cell, tl.load(source + cell, mask=there, other=0.0).to(out.dtype.element_ty), mask=there)
 
@@ -337,7 +337,7 @@ def reverse_scan_kernel(
                 a = x + tl.arange(0, BK)
                 tile = a[:, None] * DV + b[None, :]
                 there = (a < DK)[:, None] & (b < DV)[None, :]
-                cell = i.to(tl.int64) * DK * DV + tile
+                cell = tl.cast(i, tl.int64) * DK * DV + tile
                 grad = tl.load(out + cell, mask=there, other=0.0).to(tl.float32)
                 if STAGED:
                     grad += through(moved, rm, a, b, keep, DK, DV, BK, BV, True, DOT, PREC)

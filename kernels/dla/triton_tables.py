@@ -96,4 +96,4 @@ def tile_counts_kernel(
         p = first + tile * C + tl.arange(0, C)
         death = tl.load(life + lane + p, mask=p < end, other=0)
         alive = (death[None, :] > t[:, None]) & (p[None, :] <= t[:, None])
-        tl.store(counts + (lane * TILES + tile.to(tl.int64) * T) + t, tl.sum(alive.to(tl.int32), 1), mask=t < end)
+        tl.store(counts + (lane * TILES + tl.cast(tile, tl.int64) * T) + t, tl.sum(alive.to(tl.int32), 1), mask=t < end)

@@ -105,6 +105,7 @@ class Chain:
             one = inputs.map(lambda x, row=row: x[row : row + 1])  # type: ignore[misc]
             carried = None if cache is None else rows_from(cache, row)
             out, after = _attend_row(one, rule, ends.nonzero().flatten().tolist(), carried, get)
+            assert after is not None
             outs.append(out)
             caches.append(after)
         return torch.cat(outs), SlotCache.concatenate(caches)

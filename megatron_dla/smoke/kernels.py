@@ -76,7 +76,7 @@ class Checker:
         poison(self.device)
         x.require_grad()
         rule: dict[str, Any] = {"tau": TAU, "capacity": p.capacity, "backend": backend or self.backend}
-        out, _ = dla_attention(*x.arguments(), partition=part, **rule)  # type: ignore[arg-type]
+        out, _ = dla_attention(*x.arguments(), partition=part, **rule)
         grads = torch.autograd.grad(out, x.leaves(), x.dout)
         x.require_grad(False)
         return [out.detach(), *grads]
@@ -145,14 +145,14 @@ class Checker:
             T = self.sizes.tokens
             first = T - self.sizes.decoded
             with torch.no_grad():
-                full, last = dla_attention(*x.arguments(), return_cache=True, backend=self.backend, **rule)  # type: ignore[arg-type]
+                full, last = dla_attention(*x.arguments(), return_cache=True, backend=self.backend, **rule)
                 prompt = x.rows(0, first).arguments()
-                _, cache = dla_attention(*prompt, return_cache=True, backend=self.backend, **rule)  # type: ignore[arg-type]
+                _, cache = dla_attention(*prompt, return_cache=True, backend=self.backend, **rule)
                 assert cache is not None and last is not None
                 size, outs = cache.nbytes, []
                 for t in range(first, T):
                     q, k, v, g, lam, beta = x.rows(t, t + 1).arguments()
-                    outs.append(decode_step(q, k, v, g, lam, cache, beta, **rule)[0])  # type: ignore[arg-type]
+                    outs.append(decode_step(q, k, v, g, lam, cache, beta, **rule)[0])
             off = relative_rms(torch.cat(outs, 1), full[:, first:])
             kind = str(dtype).removeprefix("torch.")
             worst[kind] = max(worst.get(kind, 0.0), off)
@@ -202,7 +202,7 @@ def partition_of(x: Inputs, part: Partition, capacity: int) -> Tensor:
     from megatron_dla.kernels.dla.naive import naive_attention
 
     with torch.no_grad():
-        return naive_attention(*x.arguments(), tau=TAU, capacity=capacity, partition=part)[1].score  # type: ignore[arg-type]
+        return naive_attention(*x.arguments(), tau=TAU, capacity=capacity, partition=part)[1].score
 
 
 def undecided(found: Partition, margin: float) -> int:

@@ -174,7 +174,8 @@ class AdapterTask(Task):
         if isinstance(batch, EpisodeBatch):
             flags = {k: None if x is None else x.to(device) for k, x in vars(batch.inputs).items()}
             return MemoryCall(MemoryInputs(**flags))
-        starts = document_starts(batch.cu_seqlens.to(device), *batch.tokens.shape, device)
+        B, T = batch.tokens.shape
+        starts = document_starts(batch.cu_seqlens.to(device), B, T, device)
         return MemoryCall(MemoryInputs(reset=starts))
 
     def _pack(self, batch: Batch | EpisodeBatch) -> Any:

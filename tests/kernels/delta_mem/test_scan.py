@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dla.kernels.delta_mem import apply_summary, chunk_summary, compose, delta_mem_scan, delta_mem_step
+from megatron_dla.kernels.delta_mem import delta_mem_scan
 from megatron_dla.kernels.delta_mem.chunk import chunk_plan
 from megatron_dla.kernels.dla import debug
 from tests.support.memory_cases import FORMS, MUTATIONS, Case, assert_exact, assert_gates, recurrence, run
@@ -88,12 +88,11 @@ def test_lower_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", ["naive", "torch"])
 def test_autocast_leaves_the_memory_alone(backend: str) -> None:
     case = replace(BASE, flagged=False)
-    x, state = case.make(torch.float32), torch.zeros(case.B, case.N, case.r, case.r)
-    one = {n: y[:, 0] for n, y in x.items() if n in TOKENS}
-    want, (read, _) = run(x, case.cotangents(), backend=backend), delta_mem_step(**one, state=state + 1)
+    x = case.make(torch.float32)
+    want = run(x, case.cotangents(), backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        got, (again, _) = run(x, case.cotangents(), backend=backend), delta_mem_step(**one, state=state + 1)
-    assert torch.equal(read, again) and again.dtype == torch.float32
+        got = run(x, case.cotangents(), backend=backend)
+    assert got["reads"].dtype == torch.float32
     if backend == "torch":  # autograd's own backward of the recurrence follows the user's autocast
         assert all(torch.equal(value, got[name]) for name, value in want.items())
     assert torch.equal(want["reads"], got["reads"]) and torch.equal(want["state"], got["state"])
@@ -122,20 +121,14 @@ def test_split_calls_equal_one(backend: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_steps_equal_the_scan(form: str) -> None:
+def test_one_token_a_call_equals_the_scan(form: str) -> None:
     x = replace(BASE, form=form).make()
-    reset, write = x.pop("reset"), x.pop("write_mask")
     state = x.pop("initial_state")
-    want, last = delta_mem_scan(**x, initial_state=state, reset=reset, write_mask=write)
+    want, last = delta_mem_scan(**x, initial_state=state)
     for t in range(BASE.T):
-        state[reset[:, t]] = 0
-        read, same = delta_mem_step(**{n: y[:, t] for n, y in x.items()}, state=state, write=write[:, t])
-        assert same is state
-        torch.testing.assert_close(read, want[:, t], atol=1e-13, rtol=1e-12)
+        read, state = delta_mem_scan(**{n: y[:, t : t + 1] for n, y in x.items()}, initial_state=state)
+        torch.testing.assert_close(read[:, 0], want[:, t], atol=1e-13, rtol=1e-12)
     torch.testing.assert_close(state, last, atol=1e-13, rtol=1e-12)
-    before = state.clone()
-    delta_mem_step(**{n: y[:, 0] for n, y in x.items()}, state=state, write=False)
-    assert torch.equal(state, before)
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch"])
@@ -167,25 +160,6 @@ def test_documents_do_not_see_each_other() -> None:
     assert not torch.equal(first[0][:, :17], second[0][:, :17])
 
 
-@pytest.mark.parametrize("flagged", [False, True])
-def test_summaries_compose(flagged: bool) -> None:
-    """Two halves' summaries, from unknown states, give the final state and all gradients of one scan."""
-    case = replace(BASE, flagged=flagged, T=21, form="uncoupled")
-    x, (_, cotangent) = case.make(), case.cotangents()
-    leaves = {n: y.requires_grad_() for n, y in x.items() if n in TOKENS[1:]}
-    flags = {n: y for n, y in x.items() if y.dtype == torch.bool}
-    state = x["initial_state"].requires_grad_()
-    halves = [
-        chunk_summary(**{n: y[:, span] for n, y in (leaves | flags).items()}) for span in (slice(0, 9), slice(9, None))
-    ]
-    got = apply_summary(state, compose(*halves))
-    _, want = delta_mem_scan(x["q"], **leaves, **flags, initial_state=state, backend="naive")
-    torch.testing.assert_close(got, want, atol=1e-13, rtol=1e-12)
-    wrt = [*leaves.values(), state]
-    for a, b in zip(*(torch.autograd.grad(y, wrt, cotangent) for y in (got, want)), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
-
-
 def test_the_initial_state_is_left_alone() -> None:
     x = BASE.make()
     before = x["initial_state"].clone()
@@ -201,7 +175,7 @@ def test_the_initial_state_is_left_alone() -> None:
         (dict(initial_state=torch.zeros(2, 8, 8)), r"initial_state must be \[B, N, r, r\] = \[2, 2, 8, 8\]"),
         (dict(reset=torch.zeros(2, 37)), r"reset must be bool \[B, T\]"),
         (dict(write_mask=torch.zeros(37, dtype=torch.bool)), r"write_mask must be bool \[B, T\]"),
-        (dict(backend="cuda"), "backend must be one of auto, naive, torch, triton, fla"),
+        (dict(backend="cuda"), "backend must be one of auto, naive, torch, triton, got"),
         (dict(chunk_size=0), "chunk_size must be at least 1"),
         (dict(backend="triton"), "backend='triton' cannot be used here: dtype torch.float64"),
     ],
@@ -211,19 +185,11 @@ def test_what_does_not_fit_is_named(change: dict, message: str) -> None:
         delta_mem_scan(**(BASE.make() | change))
 
 
-def test_a_step_refuses_a_state_it_cannot_change() -> None:
-    x = {n: y[:, 0] for n, y in BASE.make(torch.float32).items() if n in TOKENS}
-    state = torch.zeros(2, 2, 8, 8)
-    for wrong in (state.bfloat16(), state.transpose(2, 3), state[:1]):
-        with pytest.raises(ValueError, match="state must be"):
-            delta_mem_step(**x, state=wrong)
-
-
-def test_neither_triton_nor_fla_is_imported_for_a_cpu() -> None:
+def test_triton_is_not_imported_for_a_cpu() -> None:
     code = (
         "import sys, torch; from megatron_dla.kernels.delta_mem import delta_mem_scan as scan\n"
         "x = torch.rand(1, 20, 1, 8, requires_grad=True); scan(x, x, x, x)[0].sum().backward()\n"
-        "assert x.grad is not None and not {'triton', 'fla'} & set(sys.modules)"
+        "assert x.grad is not None and 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_dla.kernels.delta_mem import delta_mem_scan, delta_mem_step
+from megatron_dla.kernels.delta_mem import delta_mem_scan
 from tests.support import triton_interpreter
 from tests.support.memory_cases import MUTATIONS, Case, assert_gates, recurrence, run
 
@@ -130,23 +130,18 @@ def test_a_broken_scan_over_chunks_is_found(monkeypatch: pytest.MonkeyPatch, mut
 
 @pytest.mark.parametrize("case", [Case(B=3, T=5, N=2, form="lambda_outside"), Case(B=2, T=3, r=24)], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_steps_follow_the_scan(case: Case, dtype: torch.dtype) -> None:
+def test_one_token_a_call_follows_the_scan(case: Case, dtype: torch.dtype) -> None:
     x = on_device(case.make(dtype))
-    reset, write = x.pop("reset"), x.pop("write_mask")
     state = x.pop("initial_state").float()
-    want, last = delta_mem_scan(**x, initial_state=state, reset=reset, write_mask=write, backend="torch")
+    want, last = delta_mem_scan(**x, initial_state=state, backend="torch")
     for t in range(case.T):
-        state[reset[:, t]] = 0
-        one = {name: y[:, t] for name, y in x.items()}
-        before = state.clone()
-        read, _ = delta_mem_step(**one, state=state, write=False, backend="triton")
-        assert torch.equal(before, state)
-        read, same = delta_mem_step(**one, state=state, write=write[:, t], backend="triton")
-        assert same is state and read.dtype == FP32
-        torch.testing.assert_close(read, want[:, t], atol=1e-6, rtol=1e-5)
-    delta_mem_step(**one, state=before, backend="triton")
+        one = {name: y[:, t : t + 1] for name, y in x.items()}
+        before = state
+        read, state = delta_mem_scan(**one, initial_state=before, backend="triton")
+        kept = ~(one["write_mask"] | one["reset"])[:, 0]
+        assert read.dtype == FP32 and torch.equal(before[kept], state[kept])
+        torch.testing.assert_close(read[:, 0], want[:, t], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(state, last, atol=1e-6, rtol=1e-5)
-    assert torch.equal(before[write[:, -1]], state[write[:, -1]])  # without a mask every sequence writes
 
 
 @pytest.mark.parametrize(("rank", "dtype", "message"), [(65, FP32, "at most 64"), (8, torch.float64, "float64")])
