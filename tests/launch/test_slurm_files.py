@@ -16,9 +16,10 @@ from megatron_dla.launch.submit import job_environment, make_request
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 DOC = (ROOT / "docs" / "slurm.md").read_text()
-SLURMS_OWN = {
+FOREIGN = {
     "--partition", "--gpus-per-node", "--cpus-per-task", "--nodes", "--mem", "--test-only", "--exclude", "--gres",
-    "--kill-on-bad-exit", "--container-image", "--nv", "--jobid", "--overlap", "--ntasks", "--nodelist",
+    "--kill-on-bad-exit", "--container-image", "--container-mounts", "--bind", "--nv", "--jobid", "--overlap",
+    "--ntasks", "--nodelist",
 }  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def test_the_options_are_those_in_the_docs() -> None:
     }
     assert ours["preflight"] == {name for name in first_cells(preflight) if name.startswith("--")}
     watchdog = set(re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / "launch" / "watchdog.py").read_text()))
-    known = set().union(*ours.values()) | watchdog | options("run") | SLURMS_OWN
+    known = set().union(*ours.values()) | watchdog | options("run") | FOREIGN
     assert (mentioned := set(re.findall(r"(?<![\w-])(--[a-z][\w-]*)", DOC))) <= known, mentioned - known
 
 
