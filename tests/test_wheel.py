@@ -55,7 +55,7 @@ def dla(wheel: Path, tmp_path_factory: pytest.TempPathFactory):
     empty.mkdir()
     found = call([str(python), "-c", "import megatron_dla; print(*megatron_dla.__path__)"], empty)
     assert found.stdout.split() == [str(site / "megatron_dla")], found
-    return lambda *arguments, **env: call([str(python.parent / "dla"), *arguments], empty, timeout=900, **env)
+    return lambda *arguments, **env: call([str(python.parent / "dla"), *arguments], empty, timeout=1800, **env)
 
 
 def test_every_shipped_file_is_in_the_wheel(wheel: Path) -> None:
