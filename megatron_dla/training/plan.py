@@ -40,7 +40,7 @@ class ResourcePlan:
 def make_plan(config: RunConfig, world_size: int, vocab_size: int, bf16: bool) -> ResourcePlan:
     """The plan of a config that `check_config` has accepted; `vocab_size` is the padded one."""
     tensor, context = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
-    data = world_size // (tensor * context)
+    data = world_size // config.parallel.model_parallel_size
     parameters = parameters_per_rank(config.model, vocab_size, tensor)
     memory, host = _states(config, parameters, data * context, bf16)
     memory |= _activations(config, vocab_size, 2 if bf16 else 4)
