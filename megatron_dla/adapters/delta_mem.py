@@ -30,7 +30,7 @@ from megatron_dla.adapters.calls import LayerResult, MemoryCall
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.memory import DeltaMemory, MemoryInputs, ScanResult
 from megatron_dla.errors import ConfigError
-from megatron_dla.kernels.dla.naive import document_starts
+from megatron_dla.kernels.dla.documents import document_starts
 from megatron_dla.mixers.layout import zeros
 from megatron_dla.mixers.norms import HeadNorm
 from megatron_dla.parallel.context import context_slice

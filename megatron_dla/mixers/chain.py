@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_dla.kernels.dla import Partition, SlotCache
-from megatron_dla.kernels.dla.naive import document_starts
+from megatron_dla.kernels.dla.documents import document_starts
 from megatron_dla.mixers.functional import SlotRule, short_convolution
 from megatron_dla.mixers.recurrence import Inputs, attend, decide
 from megatron_dla.parallel.neighbours import Neighbours, halo, receive_states, send_states

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megatron_dla.config import ModelSection
 from megatron_dla.kernels.dla import Partition
-from megatron_dla.kernels.dla.naive import document_starts
+from megatron_dla.kernels.dla.documents import document_starts
 from megatron_dla.kernels.dla.soft import soft_attention
 from megatron_dla.mixers import functional
 from megatron_dla.mixers.chain import Chain

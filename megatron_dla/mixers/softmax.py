@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megatron_dla.kernels.dla.naive import document_starts
+from megatron_dla.kernels.dla.documents import document_starts
 from megatron_dla.parallel.context import HeadExchange
 
 

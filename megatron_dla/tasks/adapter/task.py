@@ -31,7 +31,7 @@ from megatron_dla.files import file_sha256
 from megatron_dla.hf.backbones import BackboneInfo, BackboneWeights, build_backbone, read_backbone
 from megatron_dla.hf.directory import Fingerprint, fingerprint
 from megatron_dla.hf.load import load_tokenizer
-from megatron_dla.kernels.dla.naive import document_starts
+from megatron_dla.kernels.dla.documents import document_starts
 from megatron_dla.tasks.adapter.episodes import Episode, EpisodeBatch, read_episodes
 from megatron_dla.tasks.adapter.loader import EpisodeLoader, check_lengths, held_out_batches
 from megatron_dla.training.device import Device
