@@ -99,33 +99,40 @@ def bench_kernels(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, sweep: Sweep, facts: dict[str, Any], name: str) -> int:
+    begin, device = time.monotonic(), sweep.device
+    stem = f"kernels_{gpu_slug(facts['gpu']) if device.type == 'cuda' else 'cpu'}"
+    partial = args.out / f"{stem}.partial.json"  # what is left of a run that was stopped
+    verdicts: list[tuple[bool, str]] = []
+
+    def results() -> dict[str, Any]:
+        return facts | {
+            "wall_s": round(time.monotonic() - begin, 1),
+            "config": {
+                "backend": sweep.backend, "seed": sweep.seed, "lengths": sweep.lengths, "capacities": sweep.capacities,
+                "dims": sweep.dims, "heads": sweep.heads, "backbones": sweep.backbones, "dtype": str(sweep.dtype),
+            },
+            "ceilings": sweep.ceilings.as_dict(), "targets": [{"passed": p, "text": t} for p, t in verdicts],
+            "records": sweep.records,
+        }  # fmt: skip
+
     def show(record: Record, progress: str) -> None:
         text = targets.recurrence_line(record) if record["kind"] == "recurrence" else report.table_line(record)
         print(f"{text}  {progress}", flush=True)
+        report.write_json(partial, results())
 
-    begin, device = time.monotonic(), sweep.device
     print(report.header())
     run_sweep(sweep, show)
     contexts = [c for c in CONTEXTS[device.type] if c <= 8 * max(sweep.lengths)]
     run_decode(sweep, contexts, show)
-    verdicts = []
     if device.type == "cpu":
         targets.look_again(sweep)
         sweep.records += targets.recurrence_records(sweep, show)
         verdicts = targets.check_targets(sweep.records, sweep.lengths)
     for passed, text in verdicts:
         print(f"{'PASS' if passed else 'FAIL'} {text}")
-    stem = f"kernels_{gpu_slug(facts['gpu']) if device.type == 'cuda' else 'cpu'}"
-    facts |= {
-        "wall_s": round(time.monotonic() - begin, 1),
-        "config": {
-            "backend": sweep.backend, "seed": sweep.seed, "lengths": sweep.lengths, "capacities": sweep.capacities,
-            "dims": sweep.dims, "heads": sweep.heads, "backbones": sweep.backbones, "dtype": str(sweep.dtype),
-        },
-        "ceilings": sweep.ceilings.as_dict(), "targets": [{"passed": p, "text": t} for p, t in verdicts],
-        "records": sweep.records,
-    }  # fmt: skip
-    print(f"wrote {report.write_json(args.out / f'{stem}.json', facts)} ({facts['wall_s']:.0f} s)")
+    path = report.write_json(args.out / f"{stem}.json", results())
+    partial.unlink(missing_ok=True)
+    print(f"wrote {path} ({time.monotonic() - begin:.0f} s)")
     title = f"{name}, torch {facts['torch']}, {facts['date'][:10]}, H = {sweep.heads}, B = 1"
     plot = report.draw(args.out / f"{stem}.png", sweep.records, title)
     print(f"wrote {plot}" if plot else "plot left out: matplotlib is not installed")

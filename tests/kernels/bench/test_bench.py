@@ -144,6 +144,15 @@ def test_command_writes_json_and_plot_and_exits_by_the_targets(tmp_path: Path, c
     assert main(command) == 1
     printed = capsys.readouterr().out
     assert "FAIL gdn: chunkwise" in printed and "plot left out" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels_cpu.json", "kernels_cpu.png"]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_dla.kernels.bench.run.run_decode", stop)
+    assert main(command) == 130
+    partial = json.loads((tmp_path / "kernels_cpu.partial.json").read_text())
+    assert {r["tokens"] for r in partial["records"]} == {64, 128}  # nothing measured is lost
 
 
 @pytest.mark.parametrize(
