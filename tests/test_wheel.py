@@ -105,4 +105,4 @@ def test_convert(dla, tmp_path: Path) -> None:
 def test_smoke(dla) -> None:
     done = dla("smoke", "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "through the real trainer" in done.stdout
+    assert "$ dla run " in done.stdout  # Megatron and DeepSpeed, not the plain loop of a machine without them
