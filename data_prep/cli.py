@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_dla.data_prep.index import MIN_TRAIN_SHARDS
+from megatron_dla.shard_index import MIN_TRAIN_SHARDS
 
 
 def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from megatron_dla.data_prep.console import progress_bar
-from megatron_dla.data_prep.index import INDEX_NAME, MIN_TRAIN_SHARDS, TOKENIZER_NAME, ShardIndex, ShardInfo
 from megatron_dla.data_prep.sources import DocumentSource
 from megatron_dla.data_prep.tokenise import Spool, token_dtype, tokenise
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 from megatron_dla.files import file_sha256, write_bytes
+from megatron_dla.shard_index import INDEX_NAME, MIN_TRAIN_SHARDS, TOKENIZER_NAME, ShardIndex, ShardInfo
 
 _BUILDING = ".building"
 SPLITS = ("train", "val")

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from megatron_dla.data_prep.console import progress_bar
-from megatron_dla.data_prep.index import TOKENIZER_NAME
 from megatron_dla.data_prep.sources import DocumentSource
 from megatron_dla.errors import DataError
 from megatron_dla.files import write_bytes
+from megatron_dla.shard_index import TOKENIZER_NAME
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 _SPACE = "\u2581"  # sentencepiece stores every space as this character

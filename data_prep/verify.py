@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dla.data_prep.console import progress_bar
-from megatron_dla.data_prep.index import REBUILD, TOKENIZER_NAME, ShardIndex, ShardInfo, difference
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
+from megatron_dla.shard_index import REBUILD, TOKENIZER_NAME, ShardIndex, ShardInfo, difference
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def _submit(args: argparse.Namespace) -> int:
     from megatron_dla.launch import submit
     from megatron_dla.launch.slurm import known_bad_nodes
     from megatron_dla.resources import find_yaml
-    from megatron_dla.training.run import git_state, train, versions
+    from megatron_dla.tasks.run import git_state, train, versions
 
     request = submit.make_request(args.config, args.overrides, args.profile, args.nodes, args.time, args.chain)
     planned, gpus = copy.deepcopy(request.config), request.profile.gpus_per_node

@@ -17,7 +17,7 @@ from megatron_dla.errors import UserError, is_wrong_path
 
 def _train(args: argparse.Namespace) -> int:
     from megatron_dla.config import load_config
-    from megatron_dla.training.run import train
+    from megatron_dla.tasks.run import train
 
     if args.world_size and not args.dry_run:
         raise UserError("--world-size is only for --dry-run: the launcher sets the number of processes of a run")
@@ -28,7 +28,7 @@ def _train(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from megatron_dla.config import load_config
     from megatron_dla.launch.local import run_local
-    from megatron_dla.training.run import check_run, run_directory, train
+    from megatron_dla.tasks.run import check_run, run_directory, train
 
     config = load_config(args.config, args.overrides)
     if args.dry_run:

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dla import compat
-from megatron_dla.adapters.checkpoint import read_any_adapter
 from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.cli import main
 from megatron_dla.config import load_config
+from megatron_dla.hf.adapter import read_any_adapter
 from megatron_dla.hf.convert import read_section, to_hf
 from megatron_dla.hf.load import load_export, load_tokenizer
 from megatron_dla.serving.load import load_adapted

@@ -126,14 +126,14 @@ def test_make_setup_takes_the_device() -> None:
 
 def test_git_state_is_of_the_checkout_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An installed package may lie in another project's repository, or on a machine without git."""
-    from megatron_dla.training import run
+    from megatron_dla.tasks import run
 
     (tmp_path / "site-packages/megatron_dla/training").mkdir(parents=True)
     commit = ["git", "-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"]
     for command in (["git", "init", "-q"], commit):
         subprocess.run(command, cwd=tmp_path, check=True)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "__file__", str(tmp_path / "site-packages/megatron_dla/training/run.py"))
+        patch.setattr(run, "__file__", str(tmp_path / "site-packages/megatron_dla/tasks/run.py"))
         assert run.git_state() is None
     if (ROOT / ".git").exists():
         assert run.git_state()

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from megatron_dla.adapters import upstream
 from megatron_dla.adapters.config import DeltaMemConfig
+from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.errors import CheckpointError, ConfigError
 from megatron_dla.files import atomic_path, load_tensors, save_tensors
-from megatron_dla.hf.directory import Fingerprint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "DELTA_MEM"

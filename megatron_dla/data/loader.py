@@ -10,8 +10,8 @@ from typing import Any
 from megatron_dla.data.packing import Batch, make_batch
 from megatron_dla.data.shards import ShardReader, Verify
 from megatron_dla.data.stream import TokenStream
-from megatron_dla.data_prep.index import ShardIndex
 from megatron_dla.errors import DataError
+from megatron_dla.shard_index import ShardIndex
 
 STATE_VERSION = 1
 _IDENTITY = ("version", "split", "seed", "seq_len", "num_streams", "index")  # must agree to resume

@@ -14,8 +14,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from megatron_dla.data_prep.index import REBUILD, ShardIndex, ShardInfo, difference
 from megatron_dla.errors import DataError
+from megatron_dla.shard_index import REBUILD, ShardIndex, ShardInfo, difference
 
 Verify = Literal["sha256", "size", "none"]
 _checked: set[tuple[str, int, int, str]] = set()  # (path, size, mtime, sha256) that this process has verified

@@ -10,8 +10,8 @@ import numpy as np
 
 from megatron_dla.data.packing import Batch, Row, make_batch, pad_row
 from megatron_dla.data.shards import ShardReader, Verify
-from megatron_dla.data_prep.index import ShardIndex
 from megatron_dla.errors import DataError
+from megatron_dla.shard_index import ShardIndex
 
 
 def validation_batches(

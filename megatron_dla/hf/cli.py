@@ -85,8 +85,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _adapter(args: argparse.Namespace) -> int:
-    from megatron_dla.adapters.checkpoint import read_any_adapter
     from megatron_dla.adapters.files import write_adapter
+    from megatron_dla.hf.adapter import read_any_adapter
     from megatron_dla.hf.convert import DTYPES
 
     dtype = DTYPES[args.dtype] if args.dtype else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.errors import CheckpointError
 from megatron_dla.files import file_sha256
 
@@ -84,22 +84,6 @@ def _weight_files(hf_dir: Path) -> list[Path]:
         return [hf_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(index)!r} is damaged ({error}): fetch it again") from error
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """A base model: `name` for messages, `sha256` of parts of its weights for comparing."""
-
-    name: str
-    sha256: str
-
-    def check(self, other: Fingerprint, what: str) -> None:
-        """Raises CheckpointError unless both are the same weights."""
-        if self.sha256 != other.sha256:
-            raise CheckpointError(
-                f"{what} belongs to the base model {self.name!r} (weights {self.sha256[:12]}), this one is "
-                f"{other.name!r} ({other.sha256[:12]}): use that model"
-            )
 
 
 def fingerprint(source: nn.Module | Mapping[str, Tensor] | str | Path, name: str | None = None) -> Fingerprint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -22,7 +22,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
-from megatron_dla.config import ModelSection
 from megatron_dla.kernels.dla import Partition
 from megatron_dla.kernels.dla.documents import document_starts
 from megatron_dla.kernels.dla.soft import soft_attention
@@ -34,6 +33,9 @@ from megatron_dla.mixers.layout import FP32_PARAMETERS, ParamSpec, dla_parameter
 from megatron_dla.mixers.recurrence import Inputs, attend, decide
 from megatron_dla.parallel.context import HeadExchange
 from megatron_dla.parallel.tags import Tag, set_tag, sum_gradient
+
+if TYPE_CHECKING:
+    from megatron_dla.config import ModelSection
 
 
 @dataclass

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from megatron_dla.adapters.files import adapter_sha256, atomic_file
+from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.adapters.memory import MemoryInputs, MemoryState
 from megatron_dla.adapters.messages import Pending
 from megatron_dla.errors import CheckpointError
 from megatron_dla.files import load_tensors, save_tensors
-from megatron_dla.hf.directory import Fingerprint, fingerprint
+from megatron_dla.hf.directory import fingerprint
 from megatron_dla.serving.hf_model import DeltaMemModel, States
 from megatron_dla.serving.session import Session, cache_tensors, make_cache
 

@@ -15,12 +15,12 @@ from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import LETTERS, RunConfig, check_config, check_precision, layer_letters
 from megatron_dla.data import TokenLoader, validation_batches
 from megatron_dla.data.packing import Batch
-from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import ConfigError, DataError, UserError
 from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
 from megatron_dla.model.counts import count_parameters, flops_per_token
 from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence, padded_vocab
+from megatron_dla.shard_index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.training.device import Device
 from megatron_dla.training.plan import make_plan, render
 from megatron_dla.training.schedule import gate_temperature

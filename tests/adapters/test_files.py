@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from megatron_dla.adapters import upstream
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.files import CONFIG, WEIGHTS, read_adapter, write_adapter
+from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.errors import CheckpointError, ConfigError
-from megatron_dla.hf.directory import Fingerprint, fingerprint
+from megatron_dla.hf.directory import fingerprint
 from megatron_dla.serving.load import attach_adapter
 from tests.support.tiny_hf import CONFIGS, adapter_of, build_adapted, build_base, logits
 

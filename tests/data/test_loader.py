@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dla import shard_index as index_module
 from megatron_dla.data import ShardReader, TokenLoader, TokenStream, validation_batches
 from megatron_dla.data import shards as shards_module
-from megatron_dla.data_prep import index as index_module
-from megatron_dla.data_prep.index import ShardIndex
 from megatron_dla.data_prep.shards import build_shards
 from megatron_dla.data_prep.tokenizer import train_tokenizer
 from megatron_dla.errors import DataError
+from megatron_dla.shard_index import ShardIndex
 
 T, ROWS, STREAMS, EOS = 16, 8, 4, 2
 

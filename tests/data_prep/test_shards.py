@@ -15,11 +15,11 @@ import yaml
 from megatron_dla.data_prep import console
 from megatron_dla.data_prep import shards as shards_module
 from megatron_dla.data_prep.cli import add_data_parser
-from megatron_dla.data_prep.index import MIN_TRAIN_SHARDS, ShardIndex
 from megatron_dla.data_prep.shards import build_shards
 from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
 from megatron_dla.data_prep.verify import verify_shards
 from megatron_dla.errors import DataError
+from megatron_dla.shard_index import MIN_TRAIN_SHARDS, ShardIndex
 
 
 def texts(n, seed=0):

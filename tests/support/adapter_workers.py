@@ -23,7 +23,7 @@ from megatron_dla.errors import STOPPED  # noqa: E402
 from megatron_dla.evaluation.recall import CATEGORIES, FILLERS  # noqa: E402
 from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
 from megatron_dla.tasks.adapter.loader import EpisodeLoader  # noqa: E402
-from megatron_dla.training.run import check_run, run_directory  # noqa: E402
+from megatron_dla.tasks.run import check_run, run_directory  # noqa: E402
 from megatron_dla.training.trainer import Trainer  # noqa: E402
 
 

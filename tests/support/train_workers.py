@@ -18,8 +18,8 @@ from megatron_dla.data import TokenLoader  # noqa: E402
 from megatron_dla.errors import FenceError  # noqa: E402
 from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
 from megatron_dla.model.gpt import build_model, packed_sequence  # noqa: E402
+from megatron_dla.tasks.run import check_run, run_directory  # noqa: E402
 from megatron_dla.training.engine import parameter_groups  # noqa: E402
-from megatron_dla.training.run import check_run, run_directory  # noqa: E402
 from megatron_dla.training.schedule import lr_factor  # noqa: E402
 from megatron_dla.training.trainer import Trainer  # noqa: E402
 
@@ -56,7 +56,7 @@ def plain_training(values: dict[str, Any]) -> tuple[list[float], list[float], di
         global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.global_batch_size,
         seed=config.run.seed,
     )  # fmt: skip
-    from megatron_dla.data_prep.index import ShardIndex
+    from megatron_dla.shard_index import ShardIndex
 
     model = build_model(
         config.model, config.parallel.__class__(), vocab_size=ShardIndex.load(config.data.dir).vocab_size,

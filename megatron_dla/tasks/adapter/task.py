@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dla.adapters.calls import MemoryCall
+from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.adapters.memory import MemoryInputs, half_life
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import (
@@ -25,13 +26,13 @@ from megatron_dla.config import (
 )
 from megatron_dla.data import TokenLoader
 from megatron_dla.data.packing import Batch
-from megatron_dla.data_prep.index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.errors import ConfigError, DataError
 from megatron_dla.files import file_sha256
 from megatron_dla.hf.backbones import BackboneInfo, BackboneWeights, build_backbone, read_backbone
-from megatron_dla.hf.directory import Fingerprint, fingerprint
+from megatron_dla.hf.directory import fingerprint
 from megatron_dla.hf.load import load_tokenizer
 from megatron_dla.kernels.dla.documents import document_starts
+from megatron_dla.shard_index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.tasks.adapter.episodes import Episode, EpisodeBatch, read_episodes
 from megatron_dla.tasks.adapter.loader import EpisodeLoader, check_lengths, held_out_batches
 from megatron_dla.training.device import Device

@@ -17,7 +17,7 @@ from megatron_dla.checkpoint.find import complete_checkpoints
 from megatron_dla.checkpoint.manager import check_same_model
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config
 from megatron_dla.errors import CheckpointError
-from megatron_dla.tasks import make_task  # the only place where training/ knows of tasks
+from megatron_dla.tasks import make_task
 from megatron_dla.training.control import RunControl
 from megatron_dla.training.device import Device, resolve_device
 from megatron_dla.training.task import Task

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.files import Adapter, read_adapter
+from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.checkpoint.find import LAYOUT, checkpoint_dir, resolve_checkpoint
 from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.errors import CheckpointError
-from megatron_dla.hf.directory import Fingerprint
 
 _KEY = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.delta_mem\.(\w+)")
 
