@@ -79,8 +79,9 @@ def _check(k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, tau, capacit
             raise ValueError(f"{name} must be [B, T, H] = {(B, T, H)}, got {tuple(x.shape)}")
     if isinstance(tau, Tensor) and tau.ndim and tau.shape != (H,):
         raise ValueError(f"tau must be a number or a tensor [H] = [{H}], got {tuple(tau.shape)}")
-    if capacity < 2:
-        raise ValueError(f"capacity must be at least 2 (a merge needs two slots), got {capacity}")
+    never = not isinstance(tau, Tensor) and tau > 2  # no score reaches it
+    if capacity < (1 if never else 2):
+        raise ValueError(f"capacity must be at least 2 (a merge needs two slots; 1 with a tau above 2), got {capacity}")
     if merge not in MERGES:
         raise ValueError(f"merge must be one of {MERGES}, got {merge!r}")
     if backend not in BACKENDS:
@@ -129,7 +130,7 @@ def partition(
         k, v, g, beta, cu_seqlens: as `dla_attention`.
         tau: boundary threshold on the information score in [0, 2], a float or [H]. At most 0: every token opens a
             slot; above 2: only a document's first.
-        capacity: K, at least 2. merge: `density` (eq 16) or `ward` (rise in squared error).
+        capacity: K, at least 2 (1 with a tau above 2). merge: `density` (eq 16) or `ward` (rise in squared error).
         cache: memory before the first token; only without `cu_seqlens`.
 
     Raises:

@@ -113,7 +113,7 @@ def naive_attention(
                 s = weight * torch.outer(kt, vt)
                 # the paper scores against the most recent state before the token acts on it
                 score_t = information_score(s.detach(), slots[-1].state.detach()) if slots else FIRST_SCORE
-                full = len(slots) == capacity
+                full = 1 < len(slots) == capacity  # one slot never merges: nothing opens a second
                 lo[b, t, h] = max(slots[_cheapest_pair(slots, merge) + 1].start, 0) if full else document
                 if partition is None:
                     fires = not slots or score_t >= tau[h].item()

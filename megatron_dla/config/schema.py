@@ -48,7 +48,7 @@ class ModelSection:
     """One letter a layer, repeated to num_layers: D = DLA mixer, A = softmax attention with RoPE, N = without."""
     backbone: Backbone = "mamba2"
     num_heads: PositiveInt = 48
-    """DLA heads H."""
+    """Heads H of the recurrent mixers (D)."""
     num_groups: PositiveInt = 1
     """Query/key groups of the DLA mixer; divides num_heads (Mamba-2: 1; GDN: num_heads)."""
     key_dim: PositiveInt = 128

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_dla.checkpoint.weights import CheckpointLayout
-from megatron_dla.config import layer_letters
+from megatron_dla.config import LETTERS, ModelSection, layer_letters
 
 CARD = """---
 library_name: transformers
@@ -12,9 +12,8 @@ pipeline_tag: text-generation
 # {name}
 
 A language model with Dynamic Linear Attention (arXiv 2606.10650), pretrained with megatron-dla for {step} steps on rows
-of {seq_len} tokens. {layers} layers ({letters}), hidden size {hidden}, backbone `{backbone}`, {heads} DLA heads with
-{capacity} slots of {key_dim} x {value_dim}; {parameters:,} parameters. Its DLA layers keep a memory of constant size,
-whatever the length of the context.
+of {seq_len} tokens. {layers} layers ({letters}), hidden size {hidden}, {parameters:,} parameters.
+{mixers}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,8 +34,18 @@ rows, of which the tokenizer uses {tokens}.
 def model_card(layout: CheckpointLayout, name: str, parameters: int, tokens: int) -> str:
     """What the model is and how to load it. `name`: the directory's; `tokens`: the tokenizer's vocabulary."""
     m = layout.model
+    mixers = [f"- {letter}: {_mixer(m, letter)}" for letter in dict.fromkeys(layer_letters(m))]
     return CARD.format(
         name=name, step=layout.step, seq_len=layout.seq_len, layers=m.num_layers, letters=layer_letters(m),
-        hidden=m.hidden_size, backbone=m.backbone, heads=m.num_heads, capacity=m.capacity, key_dim=m.key_dim,
-        value_dim=m.value_dim, parameters=parameters, vocab=layout.vocab_size, tokens=tokens,
+        hidden=m.hidden_size, mixers="\n".join(mixers), parameters=parameters, vocab=layout.vocab_size, tokens=tokens,
     )  # fmt: skip
+
+
+def _mixer(m: ModelSection, letter: str) -> str:
+    """What the card says of a letter's mixer."""
+    mixer = LETTERS[letter]
+    text = f"{mixer.label}, {getattr(m, mixer.heads)} heads"
+    if mixer.softmax:
+        return text
+    size = f"{m.key_dim} x {m.value_dim}, a memory of constant size, whatever the length of the context"
+    return f"{text}, backbone `{m.backbone}`, {m.capacity} slots of {size}" if mixer.slots else f"{text} of {size}"

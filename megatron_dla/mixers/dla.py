@@ -54,6 +54,7 @@ class DLAMixer(MegatronModule):
     """
 
     table = staticmethod(dla_parameters)
+    reports_boundaries = True  # counted in the boundary rate of a run
 
     conv_value: nn.Parameter
     conv_query: nn.Parameter

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -130,17 +130,19 @@ def output_std(m: MixerConfig) -> float:
     return m.init_std / math.sqrt(2 * m.num_layers)
 
 
-def dla_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
-    """Name -> parameter of one DLA mixer with H heads, G query/key groups, K slots and convolutions of W taps.
+def backbone_parameters(
+    m: MixerConfig, tensor_parallel: int, *, delta: bool, more: Sequence[tuple[str, int, Init]] = ()
+) -> dict[str, ParamSpec]:
+    """Name -> parameter of a recurrence with H heads, G query/key groups and convolutions of W taps: Gated DeltaNet
+    (`delta`) or Mamba-2. `more`: sections at the end of `in_proj`.
 
     With fewer groups than tensor-parallel ranks, query and key leave `in_proj` for a replicated `qk_proj`: several
     ranks read one group, each with heads of its own, so gradients are summed over the ranks.
     """
-    H, G, K, W, hidden = m.num_heads, m.num_groups, m.capacity, m.conv_kernel, m.hidden_size
-    inner, qk, delta = H * m.value_dim, G * m.key_dim, m.backbone == "gdn"
+    H, G, W, hidden = m.num_heads, m.num_groups, m.conv_kernel, m.hidden_size
+    inner, qk = H * m.value_dim, G * m.key_dim
     shared_groups = G % tensor_parallel != 0
     by_group: Literal["sharded", "replicated_sum"] = "replicated_sum" if shared_groups else "sharded"
-    as_backbone = m.slot_weight_init == "backbone"  # every slot weight softplus(slot_bias) starts at 1
     project, convolve = normal(m.init_std), uniform(-(W**-0.5), W**-0.5)
 
     query_key = [("query", qk, project), ("key", qk, project)]
@@ -148,7 +150,7 @@ def dla_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamS
     sections += [] if shared_groups else query_key
     # dt and beta before their activations; checkpoints know them by these names
     sections += [("step", H, project)] + ([("strength", H, project)] if delta else [])
-    sections += [("slot", H * K, zeros if as_backbone else project)]
+    sections += more
 
     table = {
         "in_proj.weight": packed(hidden, sections),
@@ -165,10 +167,20 @@ def dla_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamS
     }
     if not delta:
         table["D"] = ParamSpec((H,), (ones,))
+    # shared by all heads, of which a rank sees its own: the gradient is partial at every tensor-parallel size
+    table["norm"] = ParamSpec((m.value_dim,), (ones,), "replicated_sum")
+    return table
+
+
+def dla_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
+    """Name -> parameter of one DLA mixer: its backbone's, and the weights of K slots a head."""
+    H, K = m.num_heads, m.capacity
+    as_backbone = m.slot_weight_init == "backbone"  # every slot weight softplus(slot_bias) starts at 1
+    slot = ("slot", H * K, zeros if as_backbone else normal(m.init_std))
+    table = backbone_parameters(m, tensor_parallel, delta=m.backbone == "gdn", more=[slot])
+    norm = table.pop("norm")  # the last one: optimizer states of older checkpoints are in this order
     table["slot_scale"] = ParamSpec((H, K), (ones,))
     table["slot_bias"] = ParamSpec((H, K), (constant(math.log(math.e - 1)) if as_backbone else zeros,))
     if m.tau_mode == "learned":
         table["tau"] = ParamSpec((H,), (constant(m.tau),))
-    # shared by all heads, of which a rank sees its own: the gradient is partial at every tensor-parallel size
-    table["norm"] = ParamSpec((m.value_dim,), (ones,), "replicated_sum")
-    return table
+    return table | {"norm": norm}

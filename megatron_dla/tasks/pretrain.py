@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_dla.checkpoint.weights import CheckpointLayout
-from megatron_dla.config import LETTERS, RunConfig, check_config, check_precision, layer_letters
+from megatron_dla.config import RunConfig, check_config, check_precision, layer_letters
 from megatron_dla.data import TokenLoader, validation_batches
 from megatron_dla.data.packing import Batch
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import ConfigError, DataError, UserError
 from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
-from megatron_dla.model.counts import count_parameters, flops_per_token
+from megatron_dla.model.counts import count_parameters, flops_per_token, recurrent_states
 from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence, padded_vocab
 from megatron_dla.shard_index import TOKENIZER_NAME, ShardIndex
 from megatron_dla.training.device import Device
@@ -97,7 +97,7 @@ class PretrainTask(Task):
         except UserError:
             lines["data"] = f"none here, {vocab:,} vocabulary rows assumed"
         if reason := self._kernels_not_used(device):
-            lines["warning"] = f"DLA layers will run on the slower torch path, not the Triton kernels: {reason}"
+            lines["warning"] = f"recurrent layers will run on the slower torch path, not the Triton kernels: {reason}"
         return lines
 
     def plan(self, world_size: int, device: Device) -> str:
@@ -113,9 +113,10 @@ class PretrainTask(Task):
     def _kernels_not_used(self, device: Device) -> str:
         """Why a run on GPUs would not use the Triton kernels, which `backend="auto"` does silently ('': it does)."""
         model = self.config.model
-        if device.type != "cuda" or all(LETTERS[letter].softmax for letter in layer_letters(model)):
+        states = max(recurrent_states(model, letter) for letter in layer_letters(model))
+        if device.type != "cuda" or not states:
             return ""
-        if reason := beyond_kernels(model.key_dim, model.value_dim, model.capacity):
+        if reason := beyond_kernels(model.key_dim, model.value_dim, states):
             return f"they do not take model.{reason}"
         return "" if device.planned else kernels_missing()
 

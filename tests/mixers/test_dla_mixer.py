@@ -42,7 +42,7 @@ def test_a_document_does_not_change_the_next_one(name: str) -> None:
     torch.testing.assert_close(after[:1, 13:21], alone, rtol=limit, atol=limit)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "gdn"])
+@pytest.mark.parametrize("name", SECTIONS)
 def test_the_future_does_not_leak(name: str) -> None:
     net = model(SECTIONS[name])
     perturb(net, SECTIONS[name])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dla.cli import main
-from megatron_dla.config import ParallelSection, load_config
+from megatron_dla.config import LETTERS, ParallelSection, load_config
 from megatron_dla.model.counts import count_parameters, parameters_per_rank
 from megatron_dla.model.gpt import padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed
@@ -49,7 +49,9 @@ def test_counts_of_a_rank_equal_the_real_module(ranks, tensor: int, change: dict
 @pytest.mark.parametrize("scheme", ["heads", "chain"])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_context_traffic_is_what_is_sent(ranks, scheme: str, groups: int) -> None:
-    section = dataclasses.replace(BASE, backbone="gdn", num_groups=groups, pattern="DA")
+    section = dataclasses.replace(
+        BASE, backbone="gdn", num_groups=groups, pattern="".join(LETTERS), num_layers=len(LETTERS)
+    )
     parallel = ParallelSection(context_parallel_size=2, cp_scheme=scheme)
     sent = ranks(2).run(workers.sent_forward, section, parallel)
     scalars = sent[0].pop("scalars", 0)  # counts and positions of the slots, not part of the plan

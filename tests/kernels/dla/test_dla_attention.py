@@ -10,8 +10,16 @@ from megatron_dla.kernels.dla.naive import naive_attention
 from tests.support.dla_cases import CASES, Case, assert_same, gradients, random_case
 from tests.support.materialised import materialised_attention
 
+ONE_SLOT = Case("one slot, gdn", tau=3.0, capacity=1, documents=(70, 130, 200), delta=True)  # nothing opens a second
+ALL = (
+    *CASES,
+    *(random_case(100 + i) for i in range(12)),
+    ONE_SLOT,
+    dataclasses.replace(ONE_SLOT, name="one slot", delta=False),
+)
 
-@pytest.mark.parametrize("case", [*CASES, *(random_case(100 + i) for i in range(12))], ids=lambda c: c.name)
+
+@pytest.mark.parametrize("case", ALL, ids=lambda c: c.name)
 def test_naive_materialised_torch_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk, "WINDOW", 2)  # chunks: states, slots and gradients cross windows
     x = case.make()
