@@ -186,11 +186,7 @@ def detect_chunk(
     if GDN:
         write = tl.load(beta + t.to(tl.int64) * H, mask=valid, other=0.0).to(tl.float32)
         shrink = 1 - write * tl.load(k2 + t, mask=valid, other=0.0)
-    # As bits of one number, summed here: an integer sum in a branch (`redux.sync`) may run under a wrong predicate,
-    # see `predicated_reductions` in kernels/common/aot.py.
-    known = tl.sum(
-        tl.where(tl.load(starts + t, mask=valid, other=0) > 0, tl.full([C], 1, tl.int64) << i.to(tl.int64), 0), 0
-    )
+    known = tl.load(starts + t, mask=valid, other=0).to(tl.int32)
     tl.debug_barrier()  # all have read `starts` and the state before either is overwritten
     since = 0  # first token of the open slot in this chunk
     carried = (1 - fresh).to(tl.float32)  # 1 while the open slot began before this chunk
@@ -230,11 +226,13 @@ def detect_chunk(
         total = tl.where(grown, score, 0.0)
         opening = tl.sum(tl.where(i == e, score, 0.0), 0)
         tl.store(sums + t, tl.where(i == e, opening, info + tl.cumsum(total, 0)), mask=decided)
+        # not in the branch: an integer sum there may run under a wrong predicate, see `predicated_reductions`
+        same = tl.sum(tl.where(i == e, known, 0), 0)
         if e < C:
             if shared > 0:
                 shared += 1
             else:
-                shared = ((known >> e) & 1).to(tl.int32)
+                shared = same
             info = opening
             norm = tl.sum(tl.where(i == e, write2, 0.0), 0)
             at_decay = tl.sum(tl.where(i == e, decays, 0.0), 0)
