@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_dla import __version__
 from megatron_dla.errors import UserError, is_wrong_path
@@ -134,5 +136,21 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def entry() -> NoReturn:
+    """The `dla` program: `main` as a process of its own.
+
+    A rank ends without the interpreter's shutdown: a gloo thread that drops a Python object during it would end the
+    process with SIGABRT, whatever the exit code was to be.
+    """
+    code = main()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

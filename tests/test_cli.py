@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -190,3 +191,25 @@ def test_unknown_options_and_commands_exit_with_2(config: Path) -> None:
 
 def test_plot_without_a_run(capsys, tmp_path: Path) -> None:
     assert "metrics.jsonl" in refused(capsys, "plot", tmp_path)
+
+
+RANK = """
+import atexit, os, sys
+import torch.distributed as dist
+from megatron_dla import cli
+
+class Aborts:
+    def __del__(self):
+        os.abort()
+
+kept = sys.modules["kept"] = Aborts()
+atexit.register(print, "at exit")
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+cli.main = lambda: 5
+cli.entry()
+"""
+
+
+def test_a_rank_keeps_its_exit_code_whatever_the_interpreter_does_at_its_end() -> None:
+    done = subprocess.run([sys.executable, "-c", RANK], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (5, "at exit\n"), done.stderr
