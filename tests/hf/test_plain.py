@@ -44,7 +44,7 @@ def test_logits_tokens_and_the_way_back(saved, tokenizer, tmp_path, family):
     want, _ = load_merged(step)
     assert merged.keys() == want.keys() and all(torch.equal(merged[key], x) for key, x in want.items())
     shards = hashlib.sha256((out / "tokenizer.model").read_bytes()).hexdigest()
-    assert layout.tokenizer_sha256 == shards == tokenizer.sha256  # `dla train` goes on with the same shards
+    assert layout.tokenizer_sha256 == shards == tokenizer.sha256  # `dla train` resumes with the same shards
 
 
 def test_what_is_refused(saved, tmp_path):

@@ -1,4 +1,4 @@
-"""Memory that nobody wrote is NaN (or a huge number) in every kernel test."""
+"""Uninitialised memory is NaN (or a huge number) in every kernel test."""
 
 from collections.abc import Iterator
 

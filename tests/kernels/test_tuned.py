@@ -61,7 +61,7 @@ def test_an_entry_serves_the_shapes_it_fits(tmp_path: Path, shape: dict, applies
 def test_the_answer_is_read_once_and_is_a_copy(tmp_path: Path) -> None:
     first = tuned.launch_config("output", device="cuda", **SHAPE)
     first["num_warps"] = 99
-    (tmp_path / "nvidia-h200.json").write_text("{")  # nobody looks again
+    (tmp_path / "nvidia-h200.json").write_text("{")  # not read again
     assert tuned.launch_config("output", device="cuda", **SHAPE) == DEFAULT
 
 

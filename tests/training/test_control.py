@@ -54,7 +54,7 @@ def test_two_jobs_at_once_are_refused_until_the_first_is_gone(tmp_path: Path) ->
     claimed(tmp_path, "81.0").release()
 
 
-def test_a_dead_process_on_this_machine_blocks_nobody(tmp_path: Path) -> None:
+def test_a_dead_process_on_this_machine_does_not_hold_the_directory(tmp_path: Path) -> None:
     code = "import sys; from megatron_dla.training.fence import *; Fence(Path(sys.argv[1]), '90.0').claim(); input()"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE)
     deadline = time.monotonic() + 20

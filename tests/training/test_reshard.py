@@ -1,4 +1,4 @@
-"""A checkpoint means the same at every layout: saved at TP2 x DP2 ZeRO-1, a run goes on anywhere with equal losses."""
+"""A checkpoint means the same at every layout: saved at TP2 x DP2 ZeRO-1, it resumes at any other with equal losses."""
 
 import shutil
 from pathlib import Path
