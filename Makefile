@@ -23,7 +23,7 @@ else
   $(error DEVICE = $(DEVICE): use cpu, cuda or auto)
 endif
 
-.PHONY: help setup demo demo-delta-mem test test-triton test-slurm lint clean
+.PHONY: help setup demo demo-delta-mem test test-triton test-hf test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -63,6 +63,11 @@ test-triton: setup
 	$(BIN)/pip --python $(VENV)-triton/bin/python install --quiet --no-deps triton==$(TRITON)
 	$(VENV)-triton/bin/python -m pytest -n $(JOBS) --dist loadfile tests/kernels/test_aot.py \
 		tests/test_triton_interpreter.py tests/kernels/dla/test_triton*.py tests/kernels/delta_mem/test_scan_triton.py
+
+## make test-hf    tests/hf on the oldest, the pinned and the newest release of transformers, in environments of their own
+RELEASES ?= minimum pinned newest
+test-hf: setup
+	JOBS=$(JOBS) $(BIN)/python -m tests.hf.releases $(RELEASES)
 
 ## make test-slurm the launcher on a real Slurm cluster in namespaces of this machine (root; installs Debian packages)
 test-slurm: setup

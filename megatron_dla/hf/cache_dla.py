@@ -53,9 +53,12 @@ class DLACache:
     """
 
     is_compileable = False
+    is_croppable = False
 
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerMemory() for _ in range(num_layers)]
+        # "linear" caches are those of transformers' own classes: generate() reads the whole history again for them
+        self.is_linear = [False] * num_layers
         self.seen = 0
         self.padding: Tensor | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import LETTERS, ModelSection, layer_letters
+from megatron_dla.hf.releases import tested_range
 
 CARD = """---
 library_name: transformers
@@ -24,10 +25,10 @@ ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
 ```
 
-It needs torch, transformers >= 5.17 and sentencepiece. The Python files here are plain torch: read them before you
-trust them. Batches of unequal length are padded on the left (the default here); padded tokens never enter the memory.
-The per-head decay, threshold and slot parameters stay fp32 when the model is loaded in bf16. The embedding has {vocab}
-rows, of which the tokenizer uses {tokens}.
+It needs torch, sentencepiece and transformers (tested on {releases}). The Python files here are plain torch: read
+them before you trust them. Batches of unequal length are padded on the left (the default here); padded tokens never
+enter the memory. The per-head decay, threshold and slot parameters stay fp32 when the model is loaded in bf16. The
+embedding has {vocab} rows, of which the tokenizer uses {tokens}.
 """
 
 
@@ -38,6 +39,7 @@ def model_card(layout: CheckpointLayout, name: str, parameters: int, tokens: int
     return CARD.format(
         name=name, step=layout.step, seq_len=layout.seq_len, layers=m.num_layers, letters=layer_letters(m),
         hidden=m.hidden_size, mixers="\n".join(mixers), parameters=parameters, vocab=layout.vocab_size, tokens=tokens,
+        releases=tested_range(),
     )  # fmt: skip
 
 

@@ -58,8 +58,9 @@ def _to_hf(args: argparse.Namespace) -> int:
         print(f"wrote {to_plain(args.checkpoint, args.out, **options)}")
         return 0
     from megatron_dla.hf.convert import to_hf
+    from megatron_dla.hf.releases import tested_range
 
-    print(f"wrote {to_hf(args.checkpoint, args.out, dtype=args.dtype, **options)}")
+    print(f"wrote {to_hf(args.checkpoint, args.out, dtype=args.dtype, **options)}: tested on {tested_range()}")
     return 0
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ENTRY_FILES = ("modeling_dla", "configuration_dla", "tokenization_dla")
@@ -39,3 +43,21 @@ def code_files() -> dict[str, Path]:
         # the rule by which transformers finds the files to fetch
         todo += re.findall(r"^\s*from\s+\.(\S+)\s+import", path.read_text(), flags=re.MULTILINE)
     return dict(sorted(found.items()))
+
+
+@contextmanager
+def current_code(hf_dir: Path) -> Iterator[Path]:
+    """The exported directory, or, for one whose own code knows no newer release of transformers than 5.23 (it has no
+    `releases.py`), a temporary one with the same files and the code of this version."""
+    if (hf_dir / "releases.py").is_file() or not (hf_dir / "modeling_dla.py").is_file():
+        yield hf_dir
+        return
+    with tempfile.TemporaryDirectory() as place:
+        new = Path(place) / hf_dir.resolve().name  # transformers names the module after it
+        new.mkdir()
+        for path in hf_dir.resolve().iterdir():
+            if path.suffix != ".py":
+                (new / path.name).symlink_to(path)
+        for name, path in code_files().items():
+            shutil.copyfile(path, new / name)
+        yield new

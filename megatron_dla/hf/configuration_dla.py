@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import transformers
 from transformers import PretrainedConfig
 
 from .pattern import LETTERS, describe_letters
+from .releases import check_release
+
+check_release(transformers.__version__)
 
 
 class DLAConfig(PretrainedConfig):
@@ -19,7 +23,7 @@ class DLAConfig(PretrainedConfig):
     """
 
     model_type = "dla"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "num_hidden_layers": "num_layers",
         "intermediate_size": "ffn_hidden_size",

@@ -6,6 +6,7 @@ and `load_export_tokenizer` take what `dla convert to-hf` wrote, and run the cod
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.files import file_sha256
+from megatron_dla.hf.code_files import current_code
 from megatron_dla.hf.directory import CONFIG, TOKENIZER, read_config
 from megatron_dla.hf.families import check_servable
 
@@ -88,20 +90,45 @@ def load_tokenizer(hf_dir: str | Path) -> Any:
 
 
 def load_export(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
-    """The causal language model of an exported directory, in eval mode.
+    """The causal language model of an exported directory, in eval mode; an old one with the code of this version.
 
     Raises:
-        CheckpointError: the directory holds no exported model, or not all of it. UserError: no such device.
+        CheckpointError: the directory holds no exported model, or not all of it. UserError: no such device, or
+            transformers cannot keep the code of exports.
     """
     check_device(device)
     read_config(hf_dir, _EXPORT)
-    model = _load_model(hf_dir, _EXPORT, _EXPORT, dtype=dtype, trust_remote_code=True)
+    check_modules_cache()
+    with current_code(Path(hf_dir)) as directory:
+        model = _load_model(directory, _EXPORT, _EXPORT, dtype=dtype, trust_remote_code=True)
+    model.name_or_path = model.config.name_or_path = str(hf_dir)
     return model.eval().to(device)
 
 
+def check_modules_cache() -> None:
+    """Raises UserError where transformers cannot write to the directory into which it copies the code of exports."""
+    from transformers import dynamic_module_utils
+
+    cache = Path(dynamic_module_utils.HF_MODULES_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"HF_MODULES_CACHE = {str(cache)!r} cannot be written to ({error.strerror}), and transformers copies the "
+            "code of exported models there: set that variable to a directory of yours"
+        ) from error
+
+
 def load_export_tokenizer(hf_dir: str | Path) -> Any:
-    """The tokenizer of an exported directory. Raises CheckpointError where it is missing or of another model."""
+    """The tokenizer of an exported directory.
+
+    Raises:
+        CheckpointError: it is missing or of another model. UserError: see `check_modules_cache`.
+    """
     check_tokenizer(hf_dir)
+    check_modules_cache()
     from transformers import AutoTokenizer
 
     try:

@@ -8,8 +8,10 @@ It is therefore imported from such a directory, with `trust_remote_code=True`, a
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -22,6 +24,19 @@ from .layers_dla import DLALayer, DLAMixer, DLARMSNorm, Step
 from .layout import FP32_PARAMETERS, zeros
 from .pattern import LETTERS
 from .rotary import rotary_frequencies
+
+# transformers renames the cache from `past_key_values` to `cache` in 5.24; calls may use either name
+CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def one_cache(past_key_values: DLACache | None, cache: DLACache | None) -> DLACache | None:
+    """The cache of a call, under whichever of its two names it came. Raises ValueError for two different ones."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+    given = cache if past_key_values is None else past_key_values
+    if given is not None and not isinstance(given, DLACache):
+        raise ValueError(f"past_key_values must be a DLACache, got {type(given).__name__}: leave it out to get one")
+    return given
 
 
 def left_padding(mask: Tensor | None, past: int, batch: int, tokens: int, keep: bool) -> Tensor | None:
@@ -65,6 +80,7 @@ class DLAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DLALayer"]  # noqa: RUF012
     _is_stateful = True  # no assisted decoding: a recurrent state cannot be rolled back
     _supports_sdpa = True
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (each layer's part stays with it)
     _keep_in_fp32_modules_strict = [f"mixer.{name}" for name in FP32_PARAMETERS]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -99,28 +115,33 @@ class DLAModel(DLAPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: DLACache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cache: DLACache | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, T, hidden] of `input_ids` [B, T] (or `inputs_embeds`).
 
         Args:
             attention_mask: [B, past + T]; padding on the left is left out of the memory. Padding on the right is
                 allowed only where no cache is filled.
-            past_key_values: memory of the tokens before, changed in place.
+            past_key_values, cache: memory of the tokens before, changed in place; two names of one argument.
             use_cache: fill and return a cache; None: unless training or padded on the right.
+            kwargs: what else transformers hands to every model; not used.
 
         Raises:
-            ValueError: a mask or a cache that does not fit.
+            ValueError: a mask or a cache that does not fit, or `output_attentions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions = True: a recurrence has no attention matrix to return; leave it out")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, DLACache):
-            raise ValueError(f"past_key_values must be a DLACache, got {type(cache).__name__}: leave it out to get one")
+        cache = one_cache(past_key_values, cache)
         if cache is not None and cache.batch_size not in (None, x.shape[0]):
             raise ValueError(f"the cache holds {cache.batch_size} sequences, the input has {x.shape[0]}")
         keep = use_cache if use_cache is not None else self._cache_by_default(attention_mask, cache)
@@ -135,11 +156,8 @@ class DLAModel(DLAPreTrainedModel):
         if cache is not None:
             cache.seen += x.shape[1]
         want = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=cache,  # type: ignore[arg-type]
-            hidden_states=(*hidden[:-1], x) if want else None,
-        )
+        memory: dict[str, Any] = {CACHE_FIELD: cache}
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=(*hidden[:-1], x) if want else None, **memory)
 
     def _cache_by_default(self, mask: Tensor | None, cache: DLACache | None) -> bool:
         if cache is not None or self.training or not self.config.use_cache:
@@ -188,6 +206,7 @@ class DLAModel(DLAPreTrainedModel):
 class DLAForCausalLM(DLAPreTrainedModel, GenerationMixin):
     """The language model: logits, loss and generation."""
 
+    accepts_loss_kwargs = True  # the loss divides by `num_items_in_batch` where it is given
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: DLAConfig) -> None:
@@ -198,42 +217,59 @@ class DLAForCausalLM(DLAPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the first forward pass makes a DLACache
+        return False  # of transformers' own class: see the next method
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> Any:
+        parent: Any = super()
+        done = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if model_kwargs.get(CACHE_FIELD) is None and generation_config.use_cache:
+            model_kwargs[CACHE_FIELD] = DLACache(self.config.num_layers)
+        return done
 
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: DLACache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: DLACache | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab] (the last `logits_to_keep` tokens, 0 = all); the other arguments as `DLAModel`.
 
         Args:
-            labels: int64 [B, T]; token t is scored by the logits at t - 1; -100 is left out. The loss is the mean.
+            labels: int64 [B, T], of the tokens that logits are computed for; token t is scored by the logits at t - 1;
+                -100 is left out. The loss is the mean, or the sum over `num_items_in_batch`.
+            kwargs: for the model and for the loss (`num_items_in_batch`, `shift_labels`).
+
+        Raises:
+            ValueError: as `DLAModel`; also labels of another length than the logits.
         """
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            position_ids=position_ids,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=False if labels is not None and use_cache is None else use_cache,
-            output_hidden_states=output_hidden_states,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            scores = logits[:, :-1].float().flatten(0, 1)
-            loss = F.cross_entropy(scores, labels[:, 1:].flatten().to(scores.device), ignore_index=-100)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"labels are {tuple(labels.shape)}, logits {tuple(logits.shape[:2])}: leave logits_to_keep at 0"
+                )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        memory = {CACHE_FIELD: getattr(out, CACHE_FIELD)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **memory)
 
 
 __all__ = ["DLACache", "DLAForCausalLM", "DLAModel", "DLAPreTrainedModel"]
