@@ -12,20 +12,38 @@ from megatron_dla.serving.hf_model import DeltaMemModel, States
 
 
 def sample(
-    logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Next tokens int64 [B] of logits [B, V].
 
     Args:
         temperature: 0 = the most probable token. top_p: nucleus sampling, from the fewest most probable tokens whose
-            probabilities add up to at least this.
+            probabilities add up to at least this. top_k: among so many tokens; 0 = all.
         generator: on the CPU, where tokens are sampled, so that a seed gives the same tokens on every device.
+        repetition_penalty: of the tokens `seen`, int64 [B, T] (see `Sampling`).
     """
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    if repetition_penalty != 1 and seen is not None:
+        logits = RepetitionPenaltyLogitsProcessor(float(repetition_penalty))(seen, logits)  # type: ignore[arg-type]
     if temperature == 0:
         return logits.argmax(-1)
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
     probabilities = warpers(None, logits.float().cpu()).softmax(-1)  # type: ignore[arg-type]

@@ -1,114 +1,164 @@
-"""`dla generate`: text from an exported model, printed as it is generated."""
+"""`dla generate`: text from an exported model, printed as it is generated, or a batch of prompts."""
 
 from __future__ import annotations
 
-import math
+import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 
 from megatron_dla.errors import UserError
-from megatron_dla.hf.load import load_export, load_export_tokenizer
+from megatron_dla.hf.load import check_tokenizer, load_export, load_export_tokenizer
+from megatron_dla.serving.decode import pad_left
+from megatron_dla.serving.sampling import Sampling, check_prompt, cpu_threads
+from megatron_dla.serving.stream import Rows, TextStream
 
 
 @dataclass
 class Generation:
-    """Text after the prompt, and what it cost (`seconds` include the prefill; `cache_bytes` at the end)."""
+    """The continuation of one prompt.
 
+    Attributes:
+        text: after the prompt. tokens: generated, an end token included.
+        finish_reason: `stop` after an end token or a stop string, `length` at max_new_tokens.
+    """
+
+    prompt: str
     text: str
     tokens: int
-    seconds: float
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass
+class Cost:
+    """Sums over a batch. The first token of each row counts as prefill, the others as decoding."""
+
+    prompt_tokens: int
+    tokens: int
+    rows: int
+    prefill_seconds: float
+    decode_seconds: float
     cache_bytes: int
 
     def __str__(self) -> str:
-        rate = self.tokens / max(self.seconds, 1e-9)
-        return f"{self.tokens} tokens, {rate:.1f} tokens/s, cache {self.cache_bytes / 1e6:.2f} MB"
+        decoded = self.tokens - self.rows
+        rates = [f"prefill {self.prompt_tokens / max(self.prefill_seconds, 1e-9):,.0f} tokens/s"]
+        if decoded > 0:
+            rates.append(f"decode {decoded / max(self.decode_seconds, 1e-9):,.1f} tokens/s")
+        return f"{self.tokens} tokens, {', '.join(rates)}, cache {self.cache_bytes / 1e6:.2f} MB"
 
 
-class Streamer:
-    """Prints the text of each token immediately, but of an incomplete character only when its last byte is there."""
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a file, `-` = standard input: one a line, or `{"prompt": "..."}` a line in a .jsonl file. Blank lines
+    are skipped.
 
-    def __init__(self, tokenizer: Any, out: TextIO) -> None:
-        self.tokenizer, self.out = tokenizer, out
-        self.ids: list[int] = []
-        self.text, self.prompt = "", True
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.prompt:  # generate() puts the prompt first
-            self.prompt = False
-            return
-        self.ids += value.flatten().tolist()
-        self._print(final=False)
-
-    def end(self) -> None:
-        self._print(final=True)
-
-    def _print(self, final: bool) -> None:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not final:
-            text = text.rstrip("\ufffd")
-        self.out.write(text[len(self.text) :])
-        self.out.flush()
-        self.text = text
-
-
-def check_options(prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
-    """Raises UserError naming the option with a bad value."""
+    Raises:
+        UserError: no such file, bytes that are not UTF-8, a line that is not such an object, no prompt at all.
+    """
     try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError("--prompt is not valid UTF-8 text: check the terminal's encoding") from error
-    if not prompt:
-        raise UserError("--prompt is empty: give at least one character")
-    if not (math.isfinite(temperature) and 0 <= seed < 2**63):
-        raise UserError(f"--temperature {temperature}, --seed {seed}: want finite numbers, the seed in [0, 2^63)")
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: want at least 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"--temperature {temperature} --top-p {top_p}: want at least 0, and in (0, 1]")
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        lines = data.decode().splitlines()
+    except OSError as error:
+        raise UserError(f"--prompts {path}: {error.strerror}: give a file that can be read") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path}: byte {error.start} is not UTF-8: convert the file") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.endswith(".jsonl"):
+            try:
+                line = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                line = ""
+            if not isinstance(line, str) or not line:
+                raise UserError(f'--prompts {path}:{number}: want a line such as {{"prompt": "text"}}')
+        prompts.append(line)
+    if not prompts:
+        raise UserError(f"--prompts {path}: it holds no prompt")
+    return prompts
 
 
 def generate(
     hf_dir: str | Path,
-    prompt: str,
-    max_new_tokens: int = 100,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    prompts: Sequence[str],
+    sampling: Sampling | None = None,
+    *,
     device: str = "cpu",
+    threads: int | None = None,
+    batch_size: int = 8,
     out: TextIO | None = None,
-) -> Generation:
-    """Continue `prompt`; streams the text to `out` (standard output) and a line of statistics to standard error.
+) -> Iterator[tuple[list[Generation], Cost]]:
+    """Continue `prompts`; yields the results of each batch of them, in order.
 
     Args:
-        temperature: 0 = greedy. top_p: nucleus sampling, the share of the probability that is sampled from.
-        seed: of the sampling. device: `cpu` or `cuda`.
+        device: `cpu` or `cuda`. threads: see `cpu_threads`. batch_size: prompts that are decoded together.
+        out: where a single prompt and its text are written as it is generated.
 
     Raises:
         UserError: a bad value, no exported model, no such device.
     """
-    check_options(prompt, max_new_tokens, temperature, top_p, seed)
+    for prompt in prompts:
+        check_prompt(prompt)
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: want at least 1")
+    sampling = sampling or Sampling()
+    check_tokenizer(hf_dir)
     model, tokenizer = load_export(hf_dir, device=device), load_export_tokenizer(hf_dir)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
-    out = sys.stdout if out is None else out
-    out.write(prompt)
-    streamer = Streamer(tokenizer, out)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    torch.manual_seed(seed)
+    torch.manual_seed(sampling.seed)
+    with cpu_threads(model, threads):
+        for first in range(0, len(prompts), batch_size):
+            yield _generate_batch(model, tokenizer, prompts[first : first + batch_size], sampling, out)
+
+
+def _generate_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling, out: TextIO | None
+) -> tuple[list[Generation], Cost]:
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    ids, mask = pad_left(rows, fill=model.config.pad_token_id or 0, device=model.device)
+    if out is not None:
+        out.write("".join(prompts))
+        out.flush()
+    streams = [TextStream(tokenizer, out, sampling.stop) for _ in prompts]
+    ends = model.generation_config.eos_token_id
+    watch = Rows(streams, ends if isinstance(ends, list) else [ends])
     begin = time.perf_counter()
     result = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
-        return_dict_in_generate=True, **sampling,
+        ids, attention_mask=mask, streamer=watch, stopping_criteria=[watch], return_dict_in_generate=True,
+        **sampling.for_transformers(),
     )  # fmt: skip
-    seconds = time.perf_counter() - begin
-    out.write("\n")
-    done = Generation(
-        text=streamer.text, tokens=result.sequences.shape[1] - ids.shape[1], seconds=seconds,
-        cache_bytes=result.past_key_values.nbytes,
+    if out is not None:
+        out.write("\n")
+    done = [
+        Generation(prompt, stream.text, len(stream.ids), "stop" if ended else "length")
+        for prompt, stream, ended in zip(prompts, streams, watch.ended, strict=True)
+    ]
+    tokens = sum(x.tokens for x in done)
+    cost = Cost(
+        sum(map(len, rows)), tokens, len(rows), watch.first - begin, watch.last - watch.first,
+        result.past_key_values.nbytes,
     )  # fmt: skip
-    print(done, file=sys.stderr, flush=True)
-    return done
+    return done, cost
+
+
+def run(
+    hf_dir: str | Path, prompts: Sequence[str], sampling: Sampling, *, as_json: bool = False, **options: Any
+) -> None:
+    """`generate` to standard output, with a line of rates a batch to standard error.
+
+    Args:
+        as_json: one object a prompt and line, with the fields of `Generation`, instead of text.
+    """
+    stream = sys.stdout if len(prompts) == 1 and not as_json else None
+    for done, cost in generate(hf_dir, prompts, sampling, out=stream, **options):
+        for one in done:
+            if as_json:
+                print(json.dumps(asdict(one), ensure_ascii=False), flush=True)
+            elif stream is None:
+                print(one.prompt + one.text, flush=True)
+        print(cost, file=sys.stderr, flush=True)

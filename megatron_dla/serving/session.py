@@ -141,12 +141,15 @@ class Session:
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
         generator: torch.Generator | None = None,
         stop: Collection[int] | None = None,
     ) -> Generator[int]:
         """Continue after what was appended, as a message of its own; yields tokens, each one already fed.
 
         Args:
+            temperature, top_p, top_k, generator: see `sample`. repetition_penalty: of the tokens in the context.
             stop: tokens that end it, neither fed nor yielded; None = the model's and the tokenizer's.
 
         Raises:
@@ -156,8 +159,10 @@ class Session:
             raise ValueError("append something before generating")
         stop = stop_tokens(self.model, self.tokenizer) if stop is None else stop
         number = self.next_message
+        options: dict[str, Any] = {"top_k": top_k, "repetition_penalty": repetition_penalty}
         for _ in range(max_new_tokens):
-            token = int(sample(self.logits[None], temperature, top_p, generator))
+            seen = torch.tensor([self.ids], device=self.logits.device)
+            token = int(sample(self.logits[None], temperature, top_p, generator, seen=seen, **options))
             if token in stop:
                 return
             self.append([token], number)

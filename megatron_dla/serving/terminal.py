@@ -6,18 +6,18 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, TextIO
-
-import torch
+from typing import TextIO
 
 from megatron_dla.adapters.files import empty_adapter, read_adapter
 from megatron_dla.errors import UserError
 from megatron_dla.hf.load import check_backbone, load_backbone, load_tokenizer
 from megatron_dla.serving.chat import check_chat
-from megatron_dla.serving.generate import Generation, Streamer, check_options
+from megatron_dla.serving.generate import Cost
 from megatron_dla.serving.load import attach_adapter
+from megatron_dla.serving.sampling import Sampling, check_prompt, cpu_threads
 from megatron_dla.serving.session import Session
 from megatron_dla.serving.session_file import load_session, save_session
+from megatron_dla.serving.stream import TextStream
 
 COMMANDS = {
     "/reset": "forget everything",
@@ -61,51 +61,53 @@ def open_session(
 def generate_with_memory(
     hf_dir: str | Path,
     prompt: str,
-    max_new_tokens: int = 100,
+    sampling: Sampling | None = None,
     *,
     adapter: str | Path,
     session_file: str | Path | None = None,
     any_base: bool = False,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
     device: str = "cpu",
+    threads: int | None = None,
     out: TextIO | None = None,
-) -> Generation:
-    """Continue `prompt` after what the session has seen, and save the session; output as in `serving.generate`.
+) -> str:
+    """Continue `prompt` after what the session has seen, and save the session; returns the text.
+
+    It is streamed to `out` (standard output), and a line of rates to standard error.
 
     Raises:
         UserError: a bad value; a model, adapter or session that is missing, damaged or of another kind.
     """
-    check_options(prompt, max_new_tokens, temperature, top_p, seed)
+    check_prompt(prompt)
+    sampling = sampling or Sampling()
     session = open_session(hf_dir, adapter, session_file, any_base=any_base, device=device)
     out = sys.stdout if out is None else out
-    begin, message = time.perf_counter(), session.next_message
     ids = session.tokenizer(prompt, add_special_tokens=not session.tokens_seen)["input_ids"]
     if not ids:
         raise UserError(f"--prompt {prompt!r} has no tokens: give other text")
-    session.append(ids, message)
-    out.write(prompt)
-    text, count = _stream(session, session.generate(max_new_tokens, **_sampling(temperature, top_p, seed)), out)
+    with cpu_threads(session.model.base, threads):
+        begin = time.perf_counter()
+        session.append(ids, session.next_message)
+        read = time.perf_counter()
+        out.write(prompt)
+        stream = _stream(session, session.generate(sampling.max_new_tokens, **sampling.for_session()), sampling, out)
     out.write("\n")
-    done = Generation(text, count, time.perf_counter() - begin, session.nbytes.cache)
+    seconds = time.perf_counter() - read
     if session_file is not None:
         save_session(session, session_file)
-    print(f"{done}, {_sizes(session)}", file=sys.stderr, flush=True)
-    return done
+    cost = Cost(len(ids), len(stream.ids), 0, read - begin, seconds, session.nbytes.cache)  # the prefill gives no token
+    print(f"{cost}, {_sizes(session)}", file=sys.stderr, flush=True)
+    return stream.text
 
 
 def chat(
     hf_dir: str | Path,
-    max_new_tokens: int = 400,
+    sampling: Sampling | None = None,
     *,
     adapter: str | Path | None = None,
     session_file: str | Path | None = None,
     any_base: bool = False,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
     device: str = "cpu",
+    threads: int | None = None,
     lines: TextIO | None = None,
     out: TextIO | None = None,
 ) -> Session:
@@ -114,12 +116,12 @@ def chat(
     Raises:
         UserError: as `generate_with_memory`. A command that fails is reported and the chat continues.
     """
-    check_options("x", max_new_tokens, temperature, top_p, seed)
+    sampling = sampling or Sampling(max_new_tokens=400)
     session = open_session(hf_dir, adapter, session_file, any_base=any_base, device=device, chat=True)
     if lines is None and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # an invalid byte is one line's error, not the chat's end
     lines, out = lines or sys.stdin, out or sys.stdout
-    sampling = _sampling(temperature, top_p, seed)
+    options = sampling.for_session()
     terminal = lines.isatty()
     if terminal:
         out.write("".join(f"{name:14}{text}\n" for name, text in COMMANDS.items()))
@@ -133,11 +135,12 @@ def chat(
         if not line.strip():
             continue
         try:
-            _check_text(line)
+            check_prompt(line, "this line")
             if line.startswith("/"):
                 _command(session, line.split(), session_file, out)
             else:
-                _stream(session, session.reply(line.strip(), max_new_tokens, **sampling), out)
+                with cpu_threads(session.model.base, threads):
+                    _stream(session, session.reply(line.strip(), sampling.max_new_tokens, **options), sampling, out)
                 out.write(f"\n[{_sizes(session)}]\n")
         except UserError as error:
             out.write(f"{error}\n")
@@ -171,29 +174,18 @@ def _command(session: Session, words: list[str], session_file: str | Path | None
     out.write(f"[{_sizes(session)}]\n")
 
 
-def _check_text(line: str) -> None:
-    try:
-        line.encode()
-    except UnicodeEncodeError as error:
-        raise UserError("this line is not valid UTF-8 text: check the terminal's encoding") from error
-
-
-def _sampling(temperature: float, top_p: float, seed: int) -> dict[str, Any]:
-    return {"temperature": temperature, "top_p": top_p, "generator": torch.Generator().manual_seed(seed)}
-
-
-def _stream(session: Session, tokens: Generator[int], out: TextIO) -> tuple[str, int]:
-    """Print tokens as they are generated; returns the text and the number of tokens."""
-    streamer, count = Streamer(session.tokenizer, out), 0
-    streamer.prompt = False
+def _stream(session: Session, tokens: Generator[int], sampling: Sampling, out: TextIO) -> TextStream:
+    """Print tokens as they are generated, up to a stop string."""
+    stream = TextStream(session.tokenizer, out, sampling.stop)
     try:
         for token in tokens:
-            streamer.put(torch.tensor([token]))
-            count += 1
+            stream.put(token)
+            if stream.stopped:
+                break
     finally:
         tokens.close()  # adds an interrupted answer to the history now, not when it is collected
-    streamer.end()
-    return streamer.text, count
+    stream.end()
+    return stream
 
 
 def _sizes(session: Session) -> str:

@@ -25,7 +25,6 @@ from megatron_dla.hf.load import load_export
 from megatron_dla.hf.verify import verify
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.serving.cli import add_generate_parser
-from megatron_dla.serving.generate import generate
 
 ROOT = Path(__file__).parents[2]
 CASES = ["mamba2", "mamba2_hybrid", "gdn", "gdn_hybrid"]
@@ -273,18 +272,3 @@ def test_command_line(exported, tmp_path, capsys):
     assert run_cli("generate", out, "--prompt", "hello", "--max-new-tokens", "5", "--device", "cpu") == 0
     text, stats = capsys.readouterr()
     assert "hello" in text and "5 tokens" in stats and "MB" in stats
-
-
-def test_generate(exported, capsys, monkeypatch):
-    directory = exported("mamba2").directory
-    options = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9}
-    one, two, three = (generate(directory, "hello", seed=seed, **options) for seed in (1, 1, 2))
-    printed = capsys.readouterr().out
-    assert one.text == two.text != three.text
-    assert f"hello{one.text}\n" in printed and one.tokens <= 12 and one.cache_bytes > 0
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"no CUDA device.*use --device cpu"):
-        generate(directory, "hello", device="cuda")
-    for wrong in ({"prompt": ""}, {"prompt": "a", "max_new_tokens": 0}, {"prompt": "a", "temperature": -1}):
-        with pytest.raises(UserError, match="--"):
-            generate(directory, **wrong)

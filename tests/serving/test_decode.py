@@ -50,3 +50,14 @@ def test_a_seed_gives_the_tokens_that_it_always_gave(temperature, top_p, want):
 def test_the_most_probable_token_is_never_cut_off():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     assert {int(sample(logits, 1.0, 1e-6, torch.Generator().manual_seed(seed))) for seed in range(20)} == {1}
+
+
+def test_top_k_and_repetition_penalty():
+    logits = torch.tensor([[2.0, 1.9, 1.8, -5.0]])
+    found = {int(sample(logits, 1.0, generator=torch.Generator().manual_seed(s), top_k=2)) for s in range(40)}
+    assert found == {0, 1}
+    seen = torch.tensor([[0, 0, 3]])
+    assert sample(logits, repetition_penalty=1.2, seen=seen).item() == 1  # 2.0 / 1.2 < 1.9
+    assert sample(logits, repetition_penalty=1.01, seen=seen).item() == 0
+    assert sample(-logits, repetition_penalty=0.1, seen=seen).item() == 3  # 5 / 0.1
+    assert logits.tolist() == torch.tensor([[2.0, 1.9, 1.8, -5.0]]).tolist()
