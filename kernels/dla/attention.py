@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .cache import EMPTY, Partition, SlotCache
 from .chunk import ChunkDLA
 from .decode import decode_one, recurrent_partition
@@ -111,6 +112,7 @@ def _check_partition(part: Partition | None, v: Tensor, cache: SlotCache | None)
         raise ValueError("partition.cache_death is missing: compute the partition with the same cache")
 
 
+@without_autocast
 def partition(
     k: Tensor,
     v: Tensor,
@@ -185,6 +187,7 @@ def _by_document(
     return torch.cat(outs, 1).view(B, T, *outs[0].shape[2:]), SlotCache.concatenate(caches)
 
 
+@without_autocast
 def dla_attention(
     q: Tensor,
     k: Tensor,
@@ -353,6 +356,7 @@ def _final_cache(
     )  # fmt: skip
 
 
+@without_autocast
 def decode_step(
     q: Tensor,
     k: Tensor,

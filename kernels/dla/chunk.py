@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .cache import EMPTY
 from .documents import begin_of_document
 from .partition import causal_decay, chunked, delta_rule_inverse, document_cumsum
@@ -286,6 +287,7 @@ class ChunkDLA(torch.autograd.Function):
         return torch.cat(outs, 1)[:, : start.shape[1]], states
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, do: Tensor, dfinal: Tensor):
         q, k, v, g, lam, beta, tau, *before = ctx.saved_tensors
         start, death, score, lo, resets, *_ = ctx.decisions

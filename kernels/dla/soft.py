@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .attention import partition as decide
+from .autocast import without_autocast
 from .cache import Partition
 from .documents import document_starts
 from .partition import causal_decay, chunked, compute_dtype, delta_rule_inverse, document_cumsum, lanes, unlanes
@@ -74,6 +75,7 @@ def _read_far(Q: Tensor, Kh: Tensor, v: Tensor, lam: Tensor, r_query: Tensor, r_
     return _read(Q @ Kh.transpose(-1, -2), v, lam, r_query, r_key)
 
 
+@without_autocast
 def soft_attention(
     q: Tensor,
     k: Tensor,

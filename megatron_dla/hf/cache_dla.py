@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cache import SlotCache
+from .cache import Partition, SlotCache
 
 
 @dataclass
@@ -17,12 +17,15 @@ class LayerMemory:
     Attributes:
         slots: the K states. tails: the last W - 1 inputs of the value, query and key convolutions, [B, W - 1, C] each.
         keys, values: [B, G, S, D], rotated keys; they grow with the context.
+        decided: the partition of a pass that fills no cache, for its recomputation under gradient checkpointing: a
+            boundary that rounded to the other side would give the gradient of another function.
     """
 
     slots: SlotCache | None = None
     tails: tuple[Tensor, ...] | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    decided: Partition | None = None
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (*(self.tails or ()), self.keys, self.values) if x is not None]

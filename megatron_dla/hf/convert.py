@@ -35,6 +35,7 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_dla.DLAConfig",
     "AutoModel": "modeling_dla.DLAModel",
     "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_dla.DLAForSequenceClassification",
 }
 _EXPORT_AGAIN = "export the model again"
 _RENAMED = {"tie_embeddings": "tie_word_embeddings"}

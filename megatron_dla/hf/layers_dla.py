@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import decode_step, dla_attention
+from .attention import decode_step, dla_attention, partition
 from .cache import EMPTY, SlotCache
 from .cache_dla import LayerMemory
 from .configuration_dla import DLAConfig
@@ -35,6 +37,8 @@ class Step:
         rotary: cosine and sine [B or 1, T, D], or None without softmax layers.
         mask: bool [B or 1, 1, T, S] for softmax layers, or None for the plain causal one.
         keep: whether the layers must fill their memories.
+        document, ends: of packed rows, or None: int64 [B, T], document of each token, and int64 [n + 1], document
+            borders over the flattened tokens.
     """
 
     padding: Tensor | None
@@ -42,6 +46,18 @@ class Step:
     rotary: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     keep: bool
+    document: Tensor | None = None
+    ends: Tensor | None = None
+
+    def to(self, device: Any, non_blocking: bool = False) -> Step:
+        """On another device: accelerate moves the arguments of a layer to its own by this method."""
+
+        def move(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(move, x))
+            return x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x
+
+        return Step(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
 
 class DLARMSNorm(nn.Module):
@@ -52,7 +68,7 @@ class DLARMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class DLAMLP(nn.Module):
@@ -106,7 +122,7 @@ class DLAMixer(nn.Module):
         if step.real is not None:
             x = x * step.real[..., None]  # no projection has a bias: a zero token is like none to all of them
         part = dict(zip(self.sizes, self.in_proj(x).split(list(self.sizes.values()), -1), strict=True))
-        query, key, value = self._convolve(part, memory, step.keep)
+        query, key, value = self._convolve(part, memory, step)
         lam, rule = self._slots(part)
         beta, write = None, value
         if self.delta:
@@ -127,16 +143,16 @@ class DLAMixer(nn.Module):
         tau = clamp_tau(self.tau) if c.tau_mode == "learned" else c.tau
         return slot_weights(raw, self.slot_scale, self.slot_bias), SlotRule(tau, c.capacity, c.merge)
 
-    def _convolve(self, part: dict[str, Tensor], memory: LayerMemory, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _convolve(self, part: dict[str, Tensor], memory: LayerMemory, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key [B, T, G, Dk] and value [B, T, H, Dv] after their short convolutions."""
         c = self.config
         names, before = ("value", "query", "key"), memory.tails or (None, None, None)
         raw = [part[name] for name in names]
         done = [
-            short_convolution(r, getattr(self, f"conv_{name}"), tail=tail)
+            short_convolution(r, getattr(self, f"conv_{name}"), step.document, tail)
             for name, r, tail in zip(names, raw, before, strict=True)
         ]
-        if keep:
+        if step.keep:
             memory.tails = tuple(self._tail(r, tail) for r, tail in zip(raw, before, strict=True))
         value, query, key = done
         groups = (c.num_groups, c.key_dim)
@@ -158,13 +174,25 @@ class DLAMixer(nn.Module):
                 tau = tau.detach()  # the threshold has a gradient only over whole sequences
             if v.shape[1] == 1 and not torch.is_grad_enabled():
                 return decode_step(q, k, v, g, lam, memory.slots, beta, tau=tau, capacity=capacity, merge=merge)[0]
+        if not step.keep:
+            return self._recur_once(tensors, rule, memory, step)
         if step.padding is not None:
             return self._recur_padded(tensors, rule, memory, step)
-        out, slots = dla_attention(
-            q, k, v, g, lam, beta, tau=tau, capacity=capacity, merge=merge, cache=memory.slots, return_cache=step.keep
+        out, memory.slots = dla_attention(
+            q, k, v, g, lam, beta, tau=tau, capacity=capacity, merge=merge, cache=memory.slots, return_cache=True
         )
-        memory.slots = slots if step.keep else memory.slots
         return out
+
+    def _recur_once(self, tensors: tuple, rule: SlotRule, memory: LayerMemory, step: Step) -> Tensor:
+        """Whole rows without a cache, with decisions that a recomputation of this layer takes from the memory."""
+        q, k, v, g, lam, beta = tensors
+        options: dict[str, Any] = dict(capacity=rule.capacity, merge=rule.merge, cu_seqlens=step.ends)
+        if memory.decided is None:
+            tau = rule.tau
+            if isinstance(tau, Tensor):  # also in the first pass of a reentrant checkpoint, which records no gradient
+                tau = tau.detach().requires_grad_(self.tau.requires_grad)
+            memory.decided = partition(k, v, g, beta, tau=tau, **options)
+        return dla_attention(q, k, v, g, lam, beta, tau=rule.tau, partition=memory.decided, **options)[0]
 
     def _recur_padded(self, tensors: tuple, rule: SlotRule, memory: LayerMemory, step: Step) -> Tensor:
         """Each row from its first real token on: padding neither writes nor opens a slot."""
@@ -231,7 +259,7 @@ class DLASoftmaxAttention(nn.Module):
 MIXERS = {"D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention}
 
 
-class DLALayer(nn.Module):
+class DLALayer(GradientCheckpointingLayer):
     """Pre-norm mixer and SwiGLU MLP, each with a residual connection."""
 
     def __init__(self, config: DLAConfig, letter: str) -> None:

@@ -12,11 +12,13 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .cache_dla import DLACache, LayerMemory
 from .configuration_dla import DLAConfig
@@ -24,6 +26,8 @@ from .layers_dla import DLALayer, DLAMixer, DLARMSNorm, Step
 from .layout import FP32_PARAMETERS, zeros
 from .pattern import LETTERS
 from .rotary import rotary_frequencies
+
+logger = logging.get_logger(__name__)
 
 # transformers renames the cache from `past_key_values` to `cache` in 5.24; calls may use either name
 CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -72,12 +76,31 @@ def left_padding(mask: Tensor | None, past: int, batch: int, tokens: int, keep: 
     )
 
 
+def packed_starts(position_ids: Tensor | None, ends: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """bool [B, T], True where a document of a packed row begins; None where no row has a second one.
+
+    Args:
+        position_ids: int [B or 1, T]; a document begins where they do not go on by one.
+        ends: int [n + 1] or None, document borders over the flattened tokens (`cu_seq_lens_q`); goes before the ids.
+    """
+    if ends is not None:
+        starts = torch.zeros(batch * tokens + 1, dtype=torch.bool, device=ends.device)
+        starts[ends.long()] = True
+        starts = starts[:-1].view(batch, tokens)
+    elif position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == tokens > 1:
+        starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0)).expand(batch, -1)
+    else:
+        return None
+    return starts if bool(starts[:, 1:].any()) else None
+
+
 class DLAPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation."""
 
     config_class = DLAConfig
     base_model_prefix = "model"
     _no_split_modules = ["DLALayer"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
     _is_stateful = True  # no assisted decoding: a recurrent state cannot be rolled back
     _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (each layer's part stays with it)
@@ -129,12 +152,14 @@ class DLAModel(DLAPreTrainedModel):
         Args:
             attention_mask: [B, past + T]; padding on the left is left out of the memory. Padding on the right is
                 allowed only where no cache is filled.
+            position_ids: [B or 1, T]; where they begin anew inside a row, so does the memory (packed documents).
             past_key_values, cache: memory of the tokens before, changed in place; two names of one argument.
-            use_cache: fill and return a cache; None: unless training or padded on the right.
-            kwargs: what else transformers hands to every model; not used.
+            use_cache: fill and return a cache; None: unless training, packed or padded on the right.
+            kwargs: `cu_seq_lens_q`, document borders over the flattened tokens, goes before `position_ids`; what else
+                transformers hands to every model is not used.
 
         Raises:
-            ValueError: a mask or a cache that does not fit, or `output_attentions`.
+            ValueError: a mask or a cache that does not fit, a cache for packed rows, or `output_attentions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -144,10 +169,11 @@ class DLAModel(DLAPreTrainedModel):
         cache = one_cache(past_key_values, cache)
         if cache is not None and cache.batch_size not in (None, x.shape[0]):
             raise ValueError(f"the cache holds {cache.batch_size} sequences, the input has {x.shape[0]}")
-        keep = use_cache if use_cache is not None else self._cache_by_default(attention_mask, cache)
-        keep = keep or cache is not None
+        starts = packed_starts(position_ids, kwargs.get("cu_seq_lens_q"), *x.shape[:2])
+        keep = use_cache if use_cache is not None else starts is None and self._cache_by_default(attention_mask, cache)
+        keep = (keep or cache is not None) and not self._recomputes(keep, cache)
         cache = DLACache(len(self.layers)) if keep and cache is None else cache
-        step = self._step(x, attention_mask, cache, keep)
+        step = self._step(x, attention_mask, starts, cache, keep)
         hidden = [x]
         for i, layer in enumerate(self.layers):
             x = layer(x, LayerMemory() if cache is None else cache.layers[i], step)
@@ -164,8 +190,17 @@ class DLAModel(DLAPreTrainedModel):
             return cache is not None
         return mask is None or mask.ndim != 2 or bool(mask[:, -1].all())
 
-    def _step(self, x: Tensor, mask: Tensor | None, cache: DLACache | None, keep: bool) -> Step:
-        """Padding, positions and softmax mask of this call."""
+    def _recomputes(self, keep: bool, cache: DLACache | None) -> bool:
+        """Whether layers run a second time in backward (gradient checkpointing), when no cache can be filled."""
+        recomputes = self.training and torch.is_grad_enabled() and self.is_gradient_checkpointing
+        if recomputes and cache is not None:
+            raise ValueError("no cache can be filled under gradient checkpointing: call model.eval(), or leave it out")
+        if recomputes and keep:
+            logger.warning_once("use_cache = True has no effect under gradient checkpointing")
+        return recomputes
+
+    def _step(self, x: Tensor, mask: Tensor | None, starts: Tensor | None, cache: DLACache | None, keep: bool) -> Step:
+        """Padding, documents, positions and softmax mask of this call."""
         B, T = x.shape[:2]
         past = 0 if cache is None else cache.seen
         now = left_padding(mask, past, B, T, keep)
@@ -173,23 +208,38 @@ class DLAModel(DLAPreTrainedModel):
         if cache is not None and past == 0:
             cache.padding = now
         position = torch.arange(past, past + T, device=x.device)[None]
-        column = torch.arange(past + T, device=x.device)
+        if starts is not None and now is not None:
+            starts = starts & (position > now[:, None])  # position_ids of padding mean nothing
+            starts = starts if bool(starts[:, 1:].any()) else None
+        if starts is not None and keep:
+            raise ValueError("position_ids begin anew inside a row: packed documents fill no cache: use_cache=False")
         real = None if now is None else position >= now[:, None]
-        if not any(LETTERS[letter].softmax for letter in self.config.layer_letters):
-            return Step(now, real, None, None, keep)
-        softmax_mask = None
-        if padding is not None or (past and T > 1):
-            softmax_mask = column <= position[0, :, None]
-            if padding is not None:
-                first = padding[:, None, None]
-                # a padded query sees itself: an empty row of a softmax is not a number
-                softmax_mask = (softmax_mask & (column >= first)) | (column == position[0, :, None])
-                softmax_mask = softmax_mask[:, None]
-            else:
-                softmax_mask = softmax_mask[None, None]
-        if padding is not None:
-            position = (position - padding[:, None]).clamp(min=0)
-        return Step(now, real, self._rotary(position), softmax_mask, keep)
+        step = Step(now, real, None, None, keep)
+        if not keep and (starts is not None or now is not None):
+            step.document = None if starts is None else starts.long().cumsum(1)
+            borders = position == (0 if now is None else now[:, None])
+            borders = (borders | (position == 0) | (borders if starts is None else starts)).expand(B, T)
+            step.ends = F.pad(borders.flatten().nonzero().flatten(), (0, 1), value=B * T)
+        if any(LETTERS[letter].softmax for letter in self.config.layer_letters):
+            begin = None if padding is None else padding[:, None]
+            if starts is not None:
+                documents = torch.where(starts, position, 0).cummax(1).values
+                begin = documents if begin is None else torch.maximum(begin, documents)
+            step.mask = self._softmax_mask(past, position, begin)
+            step.rotary = self._rotary(position if begin is None else (position - begin).clamp(min=0))
+        return step
+
+    @staticmethod
+    def _softmax_mask(past: int, position: Tensor, begin: Tensor | None) -> Tensor | None:
+        """bool [B or 1, 1, T, S] or None for the plain causal one; `position` [1, T], `begin` [B, T or 1] or None."""
+        T = position.shape[1]
+        if begin is None and (past == 0 or T == 1):
+            return None
+        column, row = torch.arange(past + T, device=position.device), position[..., None]
+        if begin is None:
+            return (column <= row)[None]
+        # a padded query sees itself: an empty row of a softmax is not a number
+        return ((column <= row) & (column >= begin[..., None]) | (column == row))[:, None]
 
     def _rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 cosine and sine [B or 1, T, D] of int positions [B or 1, T]."""
@@ -272,4 +322,17 @@ class DLAForCausalLM(DLAPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **memory)
 
 
-__all__ = ["DLACache", "DLAForCausalLM", "DLAModel", "DLAPreTrainedModel"]
+class DLAForSequenceClassification(GenericForSequenceClassification, DLAPreTrainedModel):
+    """A linear head on each row's last token that is not `pad_token_id`: logits [B, num_labels], loss with `labels`."""
+
+    accepts_loss_kwargs = False  # its loss is a mean over rows
+
+    def __init__(self, config: DLAConfig) -> None:
+        DLAPreTrainedModel.__init__(self, config)  # the generic one asks whether to trust the code that runs already
+        self.num_labels = len(config.id2label or ())
+        self.model = DLAModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["DLACache", "DLAForCausalLM", "DLAForSequenceClassification", "DLAModel", "DLAPreTrainedModel"]

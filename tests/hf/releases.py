@@ -9,8 +9,8 @@ warning: it is not in our hands when it changes; any other is exit code 1.
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -25,12 +25,12 @@ PIP = [sys.executable, "-m", "pip"]
 
 def newest_release() -> str:
     """What the index has; the newest known where it does not answer."""
-    command = [*PIP, "index", "versions", "transformers", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        print(f"test-hf: the package index does not answer: {NEWEST} is taken for the newest", flush=True)
-        return NEWEST
-    return json.loads(done.stdout)["latest"]
+    command = [*PIP, "index", "versions", "transformers"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if found := re.match(r"transformers \((\S+)\)", done.stdout):
+        return found[1]
+    print(f"test-hf: the package index does not answer: {NEWEST} is taken for the newest", flush=True)
+    return NEWEST
 
 
 def environment(version: str) -> Path:
@@ -41,7 +41,7 @@ def environment(version: str) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--clear", home], check=True)
         site = next(home.glob("lib/python*/site-packages"))
         (site / "first.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        install = [*PIP, "--python", python, "install", "--quiet", f"transformers=={version}"]
+        install = [*PIP, "--python", python, "install", "-qq", f"transformers=={version}"]
         subprocess.run(install, check=True)
         ready.touch()
     return python
