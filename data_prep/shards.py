@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dla.data_prep.console import progress_bar
+from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.sources import DocumentSource
 from megatron_dla.data_prep.tokenise import Spool, token_dtype, tokenise
 from megatron_dla.data_prep.tokenizer import Tokenizer

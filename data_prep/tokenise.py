@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dla.data_prep.console import progress_bar
+from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.sources import Document, DocumentSource
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dla.data_prep.console import progress_bar
+from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.sources import DocumentSource
 from megatron_dla.errors import DataError
 from megatron_dla.files import write_bytes

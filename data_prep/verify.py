@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dla.data_prep.console import progress_bar
+from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import REBUILD, TOKENIZER_NAME, ShardIndex, ShardInfo, difference

@@ -106,14 +106,29 @@ def save_tensors(
     fsync_file(path)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, copied: the file may be overwritten afterwards.
+def compact(x: Tensor) -> Tensor:
+    """`x`, or a contiguous copy where it shares a larger storage, which a file or a variable would keep alive."""
+    return x if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes else x.contiguous().clone()
+
+
+def open_tensors(path: Path) -> Any:
+    """An open safetensors file, whose `get_tensor` reads one tensor into memory of its own.
+
+    Read instead of mapped: the pages of a mapped file would count as this process's memory.
 
     Raises:
         OSError, safetensors.SafetensorError: the file is missing or damaged.
     """
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        return tensors, file.metadata() or {}
+    return safe_open(path, framework="pt", backend="pread")
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, copied: the file may be overwritten afterwards.
+
+    Raises:
+        OSError, safetensors.SafetensorError: the file is missing or damaged.
+    """
+    with open_tensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a mapping)

@@ -9,19 +9,18 @@ step_N/complete.json          written last: without it the checkpoint does not e
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_dla.checkpoint.find import COMPLETE, LAYOUT
 from megatron_dla.config import ModelSection, check_model, from_dict
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import save_tensors
+from megatron_dla.files import compact, open_tensors, save_tensors
 from megatron_dla.parallel.tags import Tag, get_tag
 
 WEIGHTS = "weights"
@@ -94,37 +93,64 @@ def save_weights(state: dict[str, Tensor], directory: Path, rank: int) -> None:
     """Write this tensor-parallel rank's parameters."""
     path = weight_file(directory, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors({name: x.detach().cpu().contiguous().clone() for name, x in state.items()}, path)
+    save_tensors({name: compact(x.detach().cpu()) for name, x in state.items()}, path)
 
 
-def load_merged(directory: str | Path) -> tuple[dict[str, Tensor], CheckpointLayout]:
-    """The whole model's tensors from all ranks' files.
+class MergedWeights(Mapping[str, Tensor]):
+    """The whole model's tensors from all ranks' files, each read when it is asked for.
 
-    Returns:
-        {layout-free key: tensor}: sections are apart, e.g. `decoder.layers.0.self_attention.query` [G Dk, hidden],
-        `decoder.layers.0.mlp.gate`; a parameter of one section keeps its name. And the layout.
+    {layout-free key: tensor}: sections are apart, e.g. `decoder.layers.0.self_attention.query` [G Dk, hidden],
+    `decoder.layers.0.mlp.gate`; a parameter of one section keeps its name. The last parameter is kept, so that sections
+    which are asked for in order are read once.
+
+    Attributes:
+        layout: of the checkpoint. parameters: how many numbers the whole model holds.
 
     Raises:
         CheckpointError: incomplete, or a file is missing or damaged.
     """
-    directory = Path(directory)
-    layout = CheckpointLayout.load(directory)
-    parts = []
-    for rank in range(layout.tensor_parallel):
-        path = weight_file(directory, rank)
-        try:
-            parts.append(load_file(path))
-        except Exception as error:  # safetensors raises its own and OSError alike
-            raise CheckpointError(
-                f"{str(path)!r} is missing or damaged ({error}): restore it or use another step"
-            ) from error
-    merged: dict[str, Tensor] = {}
-    for name, tag in layout.tags.items():
-        if absent := [r for r, part in enumerate(parts) if name not in part]:
-            raise CheckpointError(f"{str(directory)!r}: {name} is missing in the weights of rank {absent[0]}")
-        full = tag.unshard([part[name] for part in parts])
-        merged.update(zip(tag.keys(name), (x.contiguous() for x in tag.split(full)), strict=True))
-    return merged, layout
+
+    def __init__(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        self.layout = CheckpointLayout.load(directory)
+        self._files, self.parameters = [], 0
+        for rank in range(self.layout.tensor_parallel):
+            path = weight_file(directory, rank)
+            try:
+                self._files.append(open_tensors(path))
+            except Exception as error:  # safetensors raises its own and OSError alike
+                raise CheckpointError(
+                    f"{str(path)!r} is missing or damaged ({error}): restore it or use another step"
+                ) from error
+        names = [set(file.keys()) for file in self._files]
+        self._places: dict[str, tuple[str, int]] = {}
+        for name, tag in self.layout.tags.items():
+            if absent := [rank for rank, found in enumerate(names) if name not in found]:
+                raise CheckpointError(f"{str(directory)!r}: {name} is missing in the weights of rank {absent[0]}")
+            self._places |= {key: (name, i) for i, key in enumerate(tag.keys(name))}
+            shape = torch.Size(self._files[0].get_slice(name).get_shape())
+            self.parameters += tag.full_shape(shape, self.layout.tensor_parallel).numel()
+        self._last: tuple[str, tuple[Tensor, ...]] = ("", ())
+
+    def __getitem__(self, key: str) -> Tensor:
+        name, section = self._places[key]
+        if name != self._last[0]:
+            self._last = ("", ())  # before the next one is read
+            tag = self.layout.tags[name]
+            self._last = (name, tag.split(tag.unshard([file.get_tensor(name) for file in self._files])))
+        return self._last[1][section].contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def load_merged(directory: str | Path) -> tuple[dict[str, Tensor], CheckpointLayout]:
+    """The tensors of `MergedWeights`, all of them in memory, and the layout. Raises CheckpointError likewise."""
+    weights = MergedWeights(directory)
+    return dict(weights), weights.layout
 
 
 def split_merged(merged: Mapping[str, Tensor], tags: dict[str, Tag], rank: int, size: int) -> dict[str, Tensor]:
@@ -132,5 +158,5 @@ def split_merged(merged: Mapping[str, Tensor], tags: dict[str, Tag], rank: int, 
     local = {}
     for name, tag in tags.items():
         full = torch.cat([merged[key] for key in tag.keys(name)], tag.dim)
-        local[name] = tag.shard(full, rank, size)
+        local[name] = compact(tag.shard(full, rank, size))
     return local

@@ -7,7 +7,7 @@ here is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,47 +163,31 @@ def _shapes(m: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]]:
     return {name: by_ending.get(name.split(".")[-2], (hidden,)) for name in names}
 
 
-class BackboneWeights(Mapping[str, Tensor]):
-    """Layout-free tensors (see `load_merged`) of a Hugging Face directory, each read when it is asked for.
+def read_weights(hf_dir: str | Path, section: ModelSection, vocab_size: int) -> Mapping[str, Tensor]:
+    """Layout-free tensors (see `MergedWeights`) of a Hugging Face directory, each read when it is asked for.
 
     Raises:
         CheckpointError: no safetensors, or a weight is missing, left over or of another shape; the message names it.
     """
-
-    def __init__(self, hf_dir: str | Path, section: ModelSection, vocab_size: int) -> None:
-        self._entries = {entry.keys[0]: entry for entry in mapping.entries(section, dense=True)}
-        self._stored = DirectoryWeights(hf_dir)
-        _check_weights(self._stored, _shapes(section, vocab_size), section.tie_embeddings, repr(str(hf_dir)))
-
-    def __getitem__(self, key: str) -> Tensor:
-        entry = self._entries[key]
-        return entry.from_hf(*(self._stored[name] for name in entry.names))[0]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-def _check_weights(stored: DirectoryWeights, wanted: dict[str, tuple[int, ...]], tied: bool, where: str) -> None:
-    """CheckpointError unless the names and shapes of the stored weights are those of config.json."""
-    found = {name: shape for name, shape in stored.shapes.items() if not name.endswith(_IGNORED)}
+    stored, where = DirectoryWeights(hf_dir), repr(str(hf_dir))
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if tied and head in found and embedding in found:
+    for name in [name for name in stored if name.endswith(_IGNORED)]:
+        stored.leave_out(name)
+    if section.tie_embeddings and head in stored and embedding in stored:
         if not torch.equal(stored[head], stored[embedding]):
             raise CheckpointError(
                 f"{where}: {head} differs from {embedding}, but tie_word_embeddings = true: set it to false in "
                 "config.json, or remove that weight"
             )
-        found.pop(head)
-    mapping.check_names(set(found), set(wanted), where)
-    for name, shape in wanted.items():
-        if found[name] != shape:
+        stored.leave_out(head)
+    weights = mapping.from_hf_names(stored, section, dense=True, what=where)
+    for name, shape in _shapes(section, vocab_size).items():
+        if stored.shapes[name] != shape:
             raise CheckpointError(
-                f"{where}: {name} has shape {list(found[name])}, config.json asks for {list(shape)}: they are of "
-                "different models"
+                f"{where}: {name} has shape {list(stored.shapes[name])}, config.json asks for {list(shape)}: they are "
+                "of different models"
             )
+    return weights
 
 
 def build_backbone(
@@ -226,13 +210,13 @@ def build_backbone(
         delta_mem: puts memories beside the attention; they are left unset (`adapters.delta_mem.initialise_memories`).
 
     Raises:
-        CheckpointError: see `read_backbone` and `BackboneWeights`.
+        CheckpointError: see `read_backbone` and `read_weights`.
         ConfigError: a parallel size that does not divide the model; the message has those that do.
     """
     section, info = read_backbone(hf_dir)
     check_tensor_parallel(section, parallel.tensor_model_parallel_size, parallel.sequence_parallel, seq_len)
     check_context_parallel(section, parallel, seq_len)
-    weights = BackboneWeights(hf_dir, section, info.vocab_size)
+    weights = read_weights(hf_dir, section, info.vocab_size)
     from megatron_dla.model.gpt import build_model
     from megatron_dla.parallel.groups import process_groups
 

@@ -33,11 +33,12 @@ def add_convert_parser(subparsers: Any) -> None:
     smollm2.add_argument("out", help="Hugging Face directory to write")
     smollm2.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     smollm2.set_defaults(func=_smollm2)
-    verify = actions.add_parser("verify", help="compare the logits of a checkpoint and its export")
+    verify = actions.add_parser("verify", help="compare weights and logits of a checkpoint and its export")
     verify.add_argument("checkpoint", help="a step_N directory, or a run directory")
     verify.add_argument("model", help="a directory that `to-hf` wrote")
     verify.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (default: 1e-4)")
     verify.add_argument("--tokens", type=int, default=256, help="tokens to compare over (default: 256)")
+    verify.add_argument("--weights-only", action="store_true", help="compare the weights only, one tensor at a time")
     verify.set_defaults(func=_verify)
     adapter = actions.add_parser("adapter", help="a trained δ-mem adapter as a directory, or in another format")
     adapter.add_argument("adapter", help="a run directory, a step_N directory, or an adapter directory")
@@ -81,7 +82,8 @@ def _smollm2(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from megatron_dla.hf.verify import verify
 
-    verify(args.checkpoint, args.model, tolerance=args.tolerance, tokens=args.tokens)
+    options = {"tolerance": args.tolerance, "tokens": args.tokens, "weights_only": args.weights_only}
+    verify(args.checkpoint, args.model, **options)
     return 0
 
 

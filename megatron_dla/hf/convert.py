@@ -15,17 +15,26 @@ import torch
 from torch import Tensor
 
 from megatron_dla.checkpoint.find import COMPLETE, LAYOUT, resolve_checkpoint
-from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, save_weights, split_merged
+from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights, save_weights, split_merged
 from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.config.checks import check_model, check_tensor_parallel
 from megatron_dla.config.load import from_dict
+from megatron_dla.console import progress_bar
 from megatron_dla.errors import CheckpointError, UserError
-from megatron_dla.files import file_sha256
+from megatron_dla.files import compact, file_sha256
 from megatron_dla.hf import mapping
-from megatron_dla.hf.backbones import BackboneWeights, read_backbone
+from megatron_dla.hf.backbones import read_backbone, read_weights
 from megatron_dla.hf.card import model_card
 from megatron_dla.hf.code_files import code_files
-from megatron_dla.hf.directory import CONFIG, TOKENIZER, DirectoryWeights, read_config, tokenizer_digest
+from megatron_dla.hf.directory import (
+    CONFIG,
+    MAX_FILE_BYTES,
+    TOKENIZER,
+    DirectoryWeights,
+    read_config,
+    tokenizer_digest,
+    write_weights,
+)
 from megatron_dla.hf.load import check_tokenizer
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.counts import count_parameters
@@ -132,15 +141,21 @@ def _write_tokenizer(out: Path, source: Path) -> dict[str, int]:
     return ids | {"size": sp.get_piece_size()}
 
 
-def _for_disk(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All tensors in `dtype` (None: as they are), but those that must be fp32; none is a view of a larger one."""
-    done = {}
-    for name in list(state):
-        x = state.pop(name)
-        if dtype is not None:
-            x = x.to(torch.float32 if name.rsplit(".", 1)[-1] in FP32_PARAMETERS else dtype)
-        done[name] = x.clone() if x.untyped_storage().nbytes() != x.nbytes else x
-    return done
+def tensors_for_disk(
+    weights: MergedWeights, dtype: torch.dtype | None, out: Path, dense: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of a checkpoint, one after another, with progress.
+
+    In `dtype` (None: as they are), but those that must be fp32. `dense`: see `mapping.entries`.
+    """
+    state = mapping.to_hf_names(weights, weights.layout.model, dense)
+    with progress_bar(weights.parameters, f"writing {out.name}", unit=" parameters") as bar:
+        for name in state:
+            x = state[name]
+            if dtype is not None:
+                x = x.to(torch.float32 if name.rsplit(".", 1)[-1] in FP32_PARAMETERS else dtype)
+            yield name, compact(x)
+            bar.update(x.numel())
 
 
 def to_hf(
@@ -150,6 +165,7 @@ def to_hf(
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
     """Write a directory that `AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True)` loads.
 
@@ -158,6 +174,7 @@ def to_hf(
         tokenizer: tokenizer.model (or its directory); default: the run's copy.
         dtype: `fp32` or `bf16`; default: as stored. Decay, threshold and slot parameters are fp32 always.
         overwrite: replace an earlier export. The directory appears only when it is complete.
+        max_file_bytes: of a weights file; the tensors of one file are in memory together.
 
     Raises:
         CheckpointError: an incomplete checkpoint, missing or left-over weights, another tokenizer.
@@ -165,25 +182,26 @@ def to_hf(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
-    from huggingface_hub import save_torch_state_dict
-
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(out_dir)
     with fresh_directory(out, overwrite, "config.json") as new:
         held = CheckpointLayout.load(checkpoint)
         if held.adapter:
             raise CheckpointError(f"{str(checkpoint)!r} holds a δ-mem adapter: use `dla convert adapter`")
         source = tokenizer_file(checkpoint, tokenizer, held)
-        merged, layout = load_merged(checkpoint)
-        _check_sizes(merged, layout.model, layout.vocab_size, checkpoint)
-        state = _for_disk(mapping.to_hf_names(merged, layout.model), DTYPES[dtype] if dtype else None)
-        del merged
+        weights = MergedWeights(checkpoint)
+        layout = weights.layout
+        _check_sizes(weights.parameters, layout.model, layout.vocab_size, checkpoint)
         tokens = _write_tokenizer(new, source)
-        _write_json(new / "config.json", _config(layout, tokens, state["model.norm.weight"].dtype))
+        _write_json(
+            new / "config.json",
+            _config(layout, tokens, DTYPES[dtype] if dtype else weights["decoder.final_layernorm.weight"].dtype),
+        )
         _write_json(new / "generation_config.json", _generation_config(layout, tokens))
-        save_torch_state_dict(state, new, metadata={"format": "pt"}, max_shard_size="5GB")
+        parameters = write_weights(
+            tensors_for_disk(weights, DTYPES[dtype] if dtype else None, out), new, max_file_bytes
+        )
         for name, path in code_files().items():
             shutil.copyfile(path, new / name)
-        parameters = sum(x.numel() for x in state.values())
         (new / "README.md").write_text(model_card(layout, out.name, parameters, tokens["size"]))
     return out
 
@@ -197,8 +215,8 @@ def _generation_config(layout: CheckpointLayout, tokens: dict[str, int]) -> dict
     return config
 
 
-def _check_sizes(merged: Mapping[str, Tensor], section: ModelSection, vocab_size: int, path: Path) -> None:
-    held, wanted = sum(x.numel() for x in merged.values()), count_parameters(section, vocab_size)
+def _check_sizes(held: int, section: ModelSection, vocab_size: int, path: Path) -> None:
+    wanted = count_parameters(section, vocab_size)
     if held != wanted:
         raise CheckpointError(
             f"{str(path)!r}: the weights hold {held:,} parameters, its configuration describes {wanted:,}: restore both"
@@ -243,17 +261,24 @@ def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel:
         vocab_size, seq_len = config["vocab_size"], config["max_position_embeddings"]
         check_tensor_parallel(section, tensor_parallel, False, seq_len)
         digest = check_tokenizer(source)
-        merged = mapping.from_hf_names(dict(DirectoryWeights(source)), section)
-        _check_sizes(merged, section, vocab_size, source)
+        stored = DirectoryWeights(source)
+        merged = mapping.from_hf_names(stored, section)
+        _check_sizes(stored.parameters, section, vocab_size, source)
     else:
         section, info = read_backbone(source)
         vocab_size, seq_len, digest = info.vocab_size, info.max_length, tokenizer_digest(source)
         check_tensor_parallel(section, tensor_parallel, False, seq_len)
-        merged = BackboneWeights(source, section, vocab_size)
+        merged = read_weights(source, section, vocab_size)
     with fresh_directory(out, False, COMPLETE) as new:
         tags = mapping.parameter_tags(section, tensor_parallel)
+        total = count_parameters(section, vocab_size)
         for rank in range(tensor_parallel):
-            save_weights(split_merged(merged, tags, rank, tensor_parallel), new, rank)
+            local: dict[str, Tensor] = {}
+            with progress_bar(total, f"writing {out.name}, rank {rank}", unit=" parameters") as bar:
+                for name, tag in tags.items():
+                    local |= split_merged(merged, {name: tag}, rank, tensor_parallel)
+                    bar.update(tag.full_shape(local[name].shape, tensor_parallel).numel())
+            save_weights(local, new, rank)
         CheckpointLayout(
             model=section, vocab_size=vocab_size, tokenizer_sha256=digest, tensor_parallel=tensor_parallel,
             seq_len=seq_len, step=0, tags=tags,

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import file_sha256
+from megatron_dla.files import file_sha256, open_tensors, save_tensors
 
 CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.model"
+MAX_FILE_BYTES = 5 * 10**9
 _FINGERPRINT_ROWS = 64  # of every tensor that is hashed
 
 
@@ -48,7 +49,7 @@ class DirectoryWeights(Mapping[str, Tensor]):
     """Name -> tensor of a Hugging Face directory's safetensors, one file or several. A tensor is read when asked for.
 
     Attributes:
-        shapes: name -> shape of every tensor, from the files' headers.
+        shapes: name -> shape of every tensor, from the files' headers. parameters: how many numbers they hold.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -59,12 +60,20 @@ class DirectoryWeights(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in _weight_files(Path(hf_dir)):
             try:
-                file = safe_open(path, framework="pt")
+                file = open_tensors(path)
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     self._files[name] = file
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
             except Exception as error:  # safetensors raises its own and OSError alike
                 raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}): fetch it again") from error
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def leave_out(self, name: str) -> None:
+        """Not a name of this mapping from here on."""
+        del self._files[name], self.shapes[name]
 
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
@@ -84,6 +93,42 @@ def _weight_files(hf_dir: Path) -> list[Path]:
         return [hf_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(index)!r} is damaged ({error}): fetch it again") from error
+
+
+def write_weights(tensors: Iterable[tuple[str, Tensor]], out: Path, max_bytes: int = MAX_FILE_BYTES) -> int:
+    """Write the model's safetensors: one file, or several of at most `max_bytes` (or one tensor) and their index.
+
+    Never more than one file's tensors are in memory. The names are those of transformers' `save_pretrained`.
+
+    Args:
+        tensors: (name, tensor) in the order of the files; each tensor owns its storage (`files.compact`).
+
+    Returns:
+        The number of parameters.
+    """
+    places: dict[str, int] = {}
+    held: dict[str, Tensor] = {}
+    count = total = parameters = 0
+
+    def write() -> None:
+        nonlocal count
+        save_tensors(held, out / f"{count}.part", {"format": "pt"})
+        held.clear()
+        count += 1
+
+    for name, x in tensors:
+        if held and sum(y.nbytes for y in held.values()) + x.nbytes > max_bytes:
+            write()
+        held[name], places[name] = x, count
+        total, parameters = total + x.nbytes, parameters + x.numel()
+    write()
+    names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)] if count > 1 else [WEIGHTS]
+    for n, name in enumerate(names):
+        (out / f"{n}.part").rename(out / name)
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {key: names[n] for key, n in places.items()}}
+        (out / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return parameters
 
 
 def fingerprint(source: nn.Module | Mapping[str, Tensor] | str | Path, name: str | None = None) -> Fingerprint:

@@ -5,7 +5,7 @@ Also the tags (how each parameter is cut over tensor-parallel ranks) that a chec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,9 @@ def entries(section: ModelSection, dense: bool = False) -> list[Entry]:
     return table
 
 
+Renaming = tuple[tuple[str, ...], tuple[str, ...], Callable[..., tuple[Tensor, ...]]]
+
+
 def check_names(given: set[str], wanted: set[str], what: str) -> None:
     """Raises CheckpointError for a missing or a left-over name."""
     if missing := sorted(wanted - given):
@@ -108,28 +111,55 @@ def check_names(given: set[str], wanted: set[str], what: str) -> None:
         raise CheckpointError(f"{what}: {left[0]} has no place in this model ({len(left)} in all)")
 
 
-def to_hf_names(merged: dict[str, Tensor], section: ModelSection, dense: bool = False) -> dict[str, Tensor]:
-    """Layout-free tensors (see `load_merged`) under their Hugging Face names (`dense`: see `entries`).
+class Renamed(Mapping[str, Tensor]):
+    """The tensors of another mapping under the names of the other side, each made when it is asked for.
+
+    The last entry of the table is kept, so that the parts of a packed matrix are made once where they are asked for
+    in order.
+
+    Args:
+        source: not read here. table: for each entry, its names in `source`, its new names, and the function from the
+            first tensors to the second.
+    """
+
+    def __init__(self, source: Mapping[str, Tensor], table: Sequence[Renaming]) -> None:
+        self._source, self._table = source, table
+        self._places = {new: (n, i) for n, (_, news, _) in enumerate(table) for i, new in enumerate(news)}
+        self._last: tuple[int, tuple[Tensor, ...]] = (-1, ())
+
+    def __getitem__(self, name: str) -> Tensor:
+        n, part = self._places[name]
+        if n != self._last[0]:
+            self._last = (-1, ())  # before the next one is read
+            olds, _, function = self._table[n]
+            self._last = (n, function(*(self._source[old] for old in olds)))
+        return self._last[1][part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def to_hf_names(merged: Mapping[str, Tensor], section: ModelSection, dense: bool = False) -> Renamed:
+    """Layout-free tensors (see `MergedWeights`) under their Hugging Face names (`dense`: see `entries`).
 
     Raises:
         CheckpointError: a key is missing or left over; the message names it.
     """
     table = entries(section, dense)
     check_names(set(merged), {key for entry in table for key in entry.keys}, "checkpoint")
-    state: dict[str, Tensor] = {}
-    for entry in table:
-        state.update(zip(entry.names, entry.to_hf(*(merged[key] for key in entry.keys)), strict=True))
-    return state
+    return Renamed(merged, [(entry.keys, entry.names, entry.to_hf) for entry in table])
 
 
-def from_hf_names(state: dict[str, Tensor], section: ModelSection) -> dict[str, Tensor]:
-    """The inverse of `to_hf_names`, exact. Raises CheckpointError likewise."""
-    table = entries(section)
-    check_names(set(state), {name for entry in table for name in entry.names}, "Hugging Face weights")
-    merged: dict[str, Tensor] = {}
-    for entry in table:
-        merged.update(zip(entry.keys, entry.from_hf(*(state[name] for name in entry.names)), strict=True))
-    return merged
+def from_hf_names(
+    state: Mapping[str, Tensor], section: ModelSection, dense: bool = False, what: str = "Hugging Face weights"
+) -> Renamed:
+    """The inverse of `to_hf_names`, exact. Raises CheckpointError likewise; the message begins with `what`."""
+    table = entries(section, dense)
+    check_names(set(state), {name for entry in table for name in entry.names}, what)
+    return Renamed(state, [(entry.names, entry.keys, entry.from_hf) for entry in table])
 
 
 def parameter_tags(section: ModelSection, tensor_parallel: int = 1) -> dict[str, Tag]:

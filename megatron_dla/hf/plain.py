@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.checkpoint.find import resolve_checkpoint
-from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged
+from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights
 from megatron_dla.config import LETTERS, ModelSection, attention_head_dim, layer_letters
 from megatron_dla.errors import CheckpointError
-from megatron_dla.hf import mapping
-from megatron_dla.hf.convert import fresh_directory, tokenizer_file
-from megatron_dla.hf.directory import TOKENIZER
+from megatron_dla.hf.convert import fresh_directory, tensors_for_disk, tokenizer_file
+from megatron_dla.hf.directory import TOKENIZER, write_weights
 from megatron_dla.hf.families import FAMILIES
 
 _PROBES = ("", " ", "a  b ", "\n\ttab", "Caf\xe9 \U0001f600 x", "The 12 cats, 3.5!\nNext line.")
@@ -34,21 +33,18 @@ def to_plain(
     Raises:
         CheckpointError: the model has DLA layers, or none of the families describes it; see also `to_hf`.
     """
-    from huggingface_hub import save_torch_state_dict
-
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(out_dir)
     layout = CheckpointLayout.load(checkpoint)
     family = _family(layout, checkpoint)
     source = tokenizer_file(checkpoint, tokenizer, layout)
     with fresh_directory(out, overwrite, "config.json") as new:
-        merged, _ = load_merged(checkpoint)
-        state = mapping.to_hf_names(merged, layout.model, dense=True)
+        weights = MergedWeights(checkpoint)
         tokens = _write_tokenizer(new, source)
-        config = _config(layout, family, tokens) | {"dtype": str(state["model.norm.weight"].dtype).split(".")[-1]}
+        config = _config(layout, family, tokens) | {
+            "dtype": str(weights["decoder.final_layernorm.weight"].dtype).split(".")[-1]
+        }
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_torch_state_dict(
-            {name: x.clone() for name, x in state.items()}, new, metadata={"format": "pt"}, max_shard_size="5GB"
-        )
+        write_weights(tensors_for_disk(weights, None, out, dense=True), new)
     return out
 
 

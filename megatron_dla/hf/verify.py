@@ -1,7 +1,8 @@
-"""Compare the logits of the exported model with the checkpoint's, on the same tokens.
+"""Compare an export with its checkpoint: every weight, one by one, then the logits of both models on the same tokens.
 
-In fp32 first, where two correct models can differ: the packed projection rounds differently from separate ones, and a
-boundary score within that rounding of tau may fall on either side. Then float64 decides, where no such tie is left.
+The logits in fp32 first, where two correct models can differ: the packed projection rounds differently from separate
+ones, and a boundary score within that rounding of tau may fall on either side. Then float64 decides, where no such tie
+is left.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ import torch
 from torch import Tensor
 
 from megatron_dla.checkpoint.find import resolve_checkpoint
-from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, split_merged
+from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights, split_merged
+from megatron_dla.console import progress_bar
 from megatron_dla.errors import CheckpointError, UserError
+from megatron_dla.hf.convert import read_section
+from megatron_dla.hf.directory import DirectoryWeights
 from megatron_dla.hf.load import check_tokenizer, load_export
+from megatron_dla.hf.mapping import check_names, to_hf_names
+from megatron_dla.parallel.tags import get_tag
 
 
 def _largest(values: list[float]) -> float:
@@ -65,17 +71,15 @@ def megatron_model(checkpoint: str | Path) -> tuple[Any, CheckpointLayout]:
     from megatron_dla.model.gpt import build_model
     from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel
 
-    merged, layout = load_merged(checkpoint)
+    weights = MergedWeights(checkpoint)
+    layout = weights.layout
     initialize_distributed("cpu")
     initialize_model_parallel(1, 0)
     section, size = layout.model, layout.vocab_size
     model = build_model(section, ParallelSection(), vocab_size=size, seq_len=layout.seq_len, seed=0)
-    from megatron_dla.checkpoint.weights import parameter_tags
-
-    local = split_merged(merged, parameter_tags(model), 0, 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(local[name])
+            parameter.copy_(split_merged(weights, {name: get_tag(parameter)}, 0, 1)[name])
     return model.eval(), layout
 
 
@@ -117,28 +121,68 @@ def _token_rows(vocab: int, tokens: int) -> list[Tensor]:
     return [torch.randint(0, vocab, (1, n), generator=generator) for n in (tokens, odd)]
 
 
-def verify(checkpoint_dir: str | Path, hf_dir: str | Path, *, tolerance: float = 1e-4, tokens: int = 256) -> Report:
-    """Compare the checkpoint's model (Megatron, TP = 1, CPU) with the exported one; prints the report.
+def compare_weights(checkpoint: Path, hf_dir: Path) -> int:
+    """The number of parameters, all equal in both directories (in the export's dtype); reads one tensor at a time.
+
+    Raises:
+        UserError: a tensor differs. CheckpointError: either side is missing or incomplete, or another model's.
+    """
+    weights, stored = MergedWeights(checkpoint), DirectoryWeights(hf_dir)
+    state = to_hf_names(weights, weights.layout.model)
+    check_names(set(stored), set(state), repr(str(hf_dir)))
+    with progress_bar(weights.parameters, "comparing weights", unit=" parameters") as bar:
+        for name, want in state.items():
+            got = stored[name]
+            if got.shape != want.shape:
+                raise CheckpointError(
+                    f"{str(hf_dir)!r}: {name} has shape {list(got.shape)}, in the checkpoint {list(want.shape)}: it is "
+                    "the export of another model"
+                )
+            if not torch.equal(got, want.to(got.dtype)):
+                raise UserError(f"{str(hf_dir)!r}: {name} differs from {str(checkpoint)!r}: convert again")
+            bar.update(got.numel())
+    return weights.parameters
+
+
+def verify(
+    checkpoint_dir: str | Path,
+    hf_dir: str | Path,
+    *,
+    tolerance: float = 1e-4,
+    tokens: int = 256,
+    weights_only: bool = False,
+) -> Report | None:
+    """Compare the checkpoint with the export; prints what was compared.
 
     Args:
         checkpoint_dir: step_N or run directory. tolerance: largest allowed difference of a logit.
         tokens: length of the longer row of random tokens.
+        weights_only: do not build the two models (Megatron's, TP = 1, CPU, and the export's), which hold all weights in
+            fp32, and return None.
 
     Raises:
-        UserError: a difference over the tolerance. CheckpointError: either side is missing or incomplete.
+        UserError: a weight that differs, or a logit by more than the tolerance. CheckpointError: either side is missing
+            or incomplete.
     """
     if not 1 <= tokens <= 65536 or not tolerance > 0:
         raise UserError(f"tokens = {tokens}, tolerance = {tolerance}: want 1 to 65536 tokens, a positive tolerance")
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(hf_dir)
-    CheckpointLayout.load(checkpoint)  # before anything slow
-    exported = load_export(out, dtype=torch.float32)
-    check_tokenizer(out)
-    reference, layout = megatron_model(checkpoint)
-    if exported.config.vocab_size != layout.vocab_size:
+    layout = CheckpointLayout.load(checkpoint)
+    rows = read_section(out)[1].get("vocab_size")
+    if rows != layout.vocab_size:
         raise CheckpointError(
-            f"{str(out)!r} has {exported.config.vocab_size} vocabulary rows, the checkpoint {layout.vocab_size}: "
+            f"{str(out)!r} has {rows} vocabulary rows, the checkpoint {layout.vocab_size}: "
             "it is the export of another model"
         )
+    check_tokenizer(out)
+    print(f"{compare_weights(checkpoint, out):,} parameters are equal", flush=True)
+    return None if weights_only else verify_logits(checkpoint, out, tolerance, tokens)
+
+
+def verify_logits(checkpoint: Path, out: Path, tolerance: float, tokens: int) -> Report:
+    """The second half of `verify`, with its arguments."""
+    exported = load_export(out, dtype=torch.float32)
+    reference, layout = megatron_model(checkpoint)
     rows = _token_rows(layout.vocab_size, tokens)
     report = compare(reference, exported, rows)
     print(report, flush=True)

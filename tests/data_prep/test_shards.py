@@ -12,7 +12,7 @@ import pytest
 import webdataset as wds
 import yaml
 
-from megatron_dla.data_prep import console
+from megatron_dla import console
 from megatron_dla.data_prep import shards as shards_module
 from megatron_dla.data_prep.cli import add_data_parser
 from megatron_dla.data_prep.shards import build_shards

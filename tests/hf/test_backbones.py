@@ -13,7 +13,7 @@ from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.config import ParallelSection
 from megatron_dla.errors import CheckpointError, ConfigError, DataError
 from megatron_dla.hf import mapping, smollm2
-from megatron_dla.hf.backbones import BackboneWeights, build_backbone, read_backbone
+from megatron_dla.hf.backbones import build_backbone, read_backbone, read_weights
 from megatron_dla.hf.families import FAMILIES
 from megatron_dla.hf.verify import megatron_logits, megatron_model
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel
@@ -49,7 +49,7 @@ def test_logits_are_those_of_transformers(written, name: str) -> None:
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     assert not any(p.requires_grad for p in ours.parameters()) and not ours.training
     # and back: every weight under its own name, bit for bit
-    merged = dict(BackboneWeights(directory, section, 96))
+    merged = dict(read_weights(directory, section, 96))
     back = mapping.to_hf_names(merged, section, dense=True)
     stored = load_file(directory / "model.safetensors")
     assert back.keys() == stored.keys() and all(torch.equal(back[key], stored[key]) for key in stored)
@@ -156,7 +156,7 @@ def test_weights_that_do_not_fit_are_named(written) -> None:
         good | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": embedding.clone()},
         path,
     )
-    assert len(BackboneWeights(directory, section, info.vocab_size)) == len(good) - 4  # q, k and v are one, twice
+    assert len(read_weights(directory, section, info.vocab_size)) == len(good) - 4  # q, k and v are one, twice
     for state, message in (
         ({key: x for key, x in good.items() if key != name}, f"{name} is missing"),
         (good | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "q_proj.bias has no place"),
@@ -165,10 +165,10 @@ def test_weights_that_do_not_fit_are_named(written) -> None:
     ):
         save_file(state, path)
         with pytest.raises(CheckpointError, match=re.escape(message)):
-            BackboneWeights(directory, section, info.vocab_size)
+            read_weights(directory, section, info.vocab_size)
     path.write_bytes(b"not tensors")
     with pytest.raises(CheckpointError, match="is missing or damaged"):
-        BackboneWeights(directory, section, info.vocab_size)
+        read_weights(directory, section, info.vocab_size)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_as_a_checkpoint(written, tmp_path, capsys) -> None:
     assert cli.main(["convert", "from-hf", str(directory), str(out), "--tensor-parallel", "2"]) == 0
     merged, layout = load_merged(out)
     assert layout.tensor_parallel == 2 and layout.model == read_backbone(directory)[0] and layout.vocab_size == 96
-    weights = BackboneWeights(directory, layout.model, 96)
+    weights = read_weights(directory, layout.model, 96)
     assert merged.keys() == weights.keys() and all(torch.equal(merged[key], weights[key]) for key in weights)
     ids, _, _ = tiny_backbones.token_rows()
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,8 +23,9 @@ from megatron_dla.hf.cli import add_convert_parser
 from megatron_dla.hf.code_files import code_files
 from megatron_dla.hf.convert import from_hf, read_section, to_hf
 from megatron_dla.hf.load import load_export
-from megatron_dla.hf.verify import verify
+from megatron_dla.hf.verify import verify, verify_logits
 from megatron_dla.mixers.layout import FP32_PARAMETERS
+from megatron_dla.model.parameters import model_parameters
 from megatron_dla.serving.cli import add_generate_parser
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +101,7 @@ def test_every_key_has_one_place(exported, merged_of):
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
         mapping.from_hf_names({k: x for k, x in state.items() if k != "model.norm.weight"}, section)
     with pytest.raises(CheckpointError, match="more has no place"):
-        mapping.from_hf_names(state | {"more": torch.ones(1)}, section)
+        mapping.from_hf_names({**state, "more": torch.ones(1)}, section)
 
 
 def test_dtype(exported, tmp_path):
@@ -229,12 +231,14 @@ def test_verify(exported, tmp_path, capsys):
     state = load_file(broken / "model.safetensors")
     state["model.layers.0.mixer.in_proj.weight"] *= 1.01
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="convert again"):
-        verify(case.checkpoint, broken, tokens=110)
+    with pytest.raises(UserError, match=r"layers\.0\.mixer\.in_proj"):
+        verify(case.checkpoint, broken, weights_only=True)
+    with pytest.raises(UserError, match=r"by \d"):
+        verify_logits(case.checkpoint, broken, 1e-4, 110)
     state["model.norm.weight"][0] = torch.nan
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="by nan"):
-        verify(case.checkpoint, broken, tokens=110)
+        verify_logits(case.checkpoint, broken, 1e-4, 110)
     with pytest.raises(CheckpointError, match="not a Hugging Face model directory"):
         verify(case.checkpoint, tmp_path / "nothing")
 
@@ -272,3 +276,68 @@ def test_command_line(exported, tmp_path, capsys):
     assert run_cli("generate", out, "--prompt", "hello", "--max-new-tokens", "5", "--device", "cpu") == 0
     text, stats = capsys.readouterr()
     assert "hello" in text and "5 tokens" in stats and "MB" in stats
+
+
+def test_an_export_in_several_files_is_the_same_model(exported, tmp_path):
+    """Also read back, as a checkpoint, and compared weight by weight; a bf16 export equals the rounded checkpoint."""
+    case = exported("gdn_hybrid")
+    several = to_hf(case.checkpoint, tmp_path / "several", max_file_bytes=40_000)
+    index = json.loads((several / "model.safetensors.index.json").read_text())
+    files = sorted(several.glob("*.safetensors"))
+    assert len(files) > 2 and {path.name for path in files} == set(index["weight_map"].values())
+    one, held = load_file(case.directory / "model.safetensors"), {}
+    for path in files:
+        part = load_file(path)
+        assert len(part) == 1 or sum(x.nbytes for x in part.values()) <= 40_000
+        held |= part
+    assert held.keys() == one.keys() and all(torch.equal(held[name], one[name]) for name in one)
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in one.values())
+    assert verify(case.checkpoint, several, weights_only=True) is None
+    assert verify(case.checkpoint, to_hf(case.checkpoint, tmp_path / "b", dtype="bf16"), weights_only=True) is None
+    back = load_merged(from_hf(several, tmp_path / "step_0"))[0]
+    assert all(torch.equal(x, back[key]) for key, x in load_merged(case.checkpoint)[0].items())
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from megatron_dla.hf.convert import from_hf, to_hf
+from megatron_dla.hf.verify import verify
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+small, large, out = map(Path, sys.argv[1:])
+to_hf(small, out / "small")
+from_hf(out / "small", out / "back" / "small")
+verify(small, out / "small", weights_only=True)
+start = peak()
+to_hf(large, out / "large", max_file_bytes=40_000_000)
+print(peak() - start)
+verify(large, out / "large", weights_only=True)
+print(peak() - start)
+from_hf(out / "large", out / "back" / "large", 4)
+print(peak() - start)
+"""
+
+
+def test_conversion_holds_one_file_in_memory(exported, write_checkpoint, tokenizer, tmp_path):
+    """300 MB of weights in files of 40 MB, and back into four of 75 MB; the largest tensor has 17 MB."""
+    small = exported("mamba2")
+    section = replace(small.section, hidden_size=1024, ffn_hidden_size=2048, num_layers=8, num_heads=8, value_dim=128)
+    table, tags, merged = model_parameters(section, 384), mapping.parameter_tags(section), {}
+    for name, spec in table.items():
+        merged |= zip(tags[name].keys(name), tags[name].split(torch.randn(spec.shape)), strict=True)
+    run = tmp_path / "run" / "checkpoints" / "step_3"
+    large = write_checkpoint(merged, section, run, tokenizer.sha256, 2)
+    (tmp_path / "run" / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    total = sum(x.nbytes for x in merged.values())
+    largest = max(math.prod(spec.shape) for spec in table.values()) * 4
+    command = [sys.executable, "-c", PEAK, str(small.checkpoint), str(large), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peaks = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
+    slack = 20_000_000  # of the allocator
+    assert total > 250_000_000, total
+    assert peaks[0] < 1.2 * 40_000_000 + largest + slack, (peaks, largest)
+    assert peaks[1] < 1.2 * 40_000_000 + 2 * largest + slack, (peaks, largest)
+    assert peaks[2] < 1.2 * total / 4 + largest + slack, (peaks, largest)

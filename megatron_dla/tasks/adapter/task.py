@@ -28,7 +28,7 @@ from megatron_dla.data import TokenLoader
 from megatron_dla.data.packing import Batch
 from megatron_dla.errors import ConfigError, DataError
 from megatron_dla.files import file_sha256
-from megatron_dla.hf.backbones import BackboneInfo, BackboneWeights, build_backbone, read_backbone
+from megatron_dla.hf.backbones import BackboneInfo, build_backbone, read_backbone, read_weights
 from megatron_dla.hf.directory import fingerprint
 from megatron_dla.hf.load import load_tokenizer
 from megatron_dla.kernels.dla.documents import document_starts
@@ -98,7 +98,7 @@ class AdapterTask(Task):
     def check_data(self, world_size: int) -> None:
         """The backbone's weights, the held-out episodes, and the documents or episodes to train on."""
         section, info = self.backbone
-        BackboneWeights(self.config.backbone.dir, section, info.vocab_size)
+        read_weights(self.config.backbone.dir, section, info.vocab_size)
         if self.config.episodes.valid:
             check_lengths(self.held_out, "valid", self.seq_len)
         if self.config.episodes.documents:

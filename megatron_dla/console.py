@@ -1,4 +1,4 @@
-"""What the data commands print on stderr while they work."""
+"""What long commands print on stderr while they work."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class _LogFile:
         self.stream.flush()
 
 
-def progress_bar(total: int, description: str, stream: TextIO | None = None) -> tqdm:
-    """A bar over `total` bytes with rate and time left, on stderr.
+def progress_bar(total: int, description: str, stream: TextIO | None = None, unit: str = "B") -> tqdm:
+    """A bar over `total` bytes (or another unit) with rate and time left, on stderr.
 
     On a terminal it is redrawn in place; in a log file it prints a line every 30 s, and none for shorter work.
     """
     from tqdm import tqdm
 
     stream = sys.stderr if stream is None else stream
-    shared = {"total": total, "desc": description, "unit": "B", "unit_scale": True}
+    shared = {"total": total, "desc": description, "unit": unit, "unit_scale": True}
     if stream.isatty():
         return tqdm(**shared, file=stream, dynamic_ncols=True)
     # miniters=1: the time alone decides when a line is due
