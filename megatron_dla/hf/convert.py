@@ -35,6 +35,7 @@ from megatron_dla.hf.directory import (
     tokenizer_digest,
     write_weights,
 )
+from megatron_dla.hf.fla import fla_weights, is_fla, read_fla
 from megatron_dla.hf.load import check_tokenizer
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.counts import count_parameters
@@ -240,12 +241,20 @@ def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
         raise CheckpointError(f"{str(hf_dir / CONFIG)!r} is damaged ({error}): {_EXPORT_AGAIN}") from error
 
 
-def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel: int = 1) -> Path:
-    """Write a checkpoint (weights and layout, no optimizer state) from an exported directory or a full-attention model.
+def from_hf(
+    hf_dir: str | Path,
+    out_checkpoint_dir: str | Path,
+    tensor_parallel: int = 1,
+    *,
+    capacity: int | None = None,
+    tau: float | None = None,
+) -> Path:
+    """Write a checkpoint (weights and layout, no optimizer state) from an exported directory or another model.
 
     Args:
-        hf_dir: what `to_hf` wrote, or a model of one of `hf.families.FAMILIES`.
+        hf_dir: what `to_hf` wrote, a model of one of `hf.families.FAMILIES`, or a Gated DeltaNet of fla (`hf.fla`).
         tensor_parallel: number of weight files; a checkpoint means the same at every one.
+        capacity, tau: slots of the DLA layers that a Gated DeltaNet becomes; default: those of `ModelSection`.
 
     The pattern comes back spelled out, one letter a layer; the step is 0. The tokenizer stays where it is: only its
     hash is in a checkpoint.
@@ -256,7 +265,10 @@ def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel:
     """
     source, out = Path(hf_dir), Path(out_checkpoint_dir)
     merged: Mapping[str, Tensor]
-    if read_config(source, "give a Hugging Face directory").get("model_type") == "dla":
+    raw = read_config(source, "give a Hugging Face directory")
+    if not is_fla(raw) and (capacity is not None or tau is not None):
+        raise UserError(f"--capacity and --tau are for a gated_deltanet model, {str(source)!r} is {raw['model_type']}")
+    if raw.get("model_type") == "dla":
         section, config = read_section(source)
         vocab_size, seq_len = config["vocab_size"], config["max_position_embeddings"]
         check_tensor_parallel(section, tensor_parallel, False, seq_len)
@@ -265,10 +277,15 @@ def from_hf(hf_dir: str | Path, out_checkpoint_dir: str | Path, tensor_parallel:
         merged = mapping.from_hf_names(stored, section)
         _check_sizes(stored.parameters, section, vocab_size, source)
     else:
-        section, info = read_backbone(source)
+        if is_fla(raw):
+            default = ModelSection()
+            slots = (default.capacity if capacity is None else capacity, default.tau if tau is None else tau)
+            section, info = read_fla(source, *slots)
+        else:
+            section, info = read_backbone(source)
         vocab_size, seq_len, digest = info.vocab_size, info.max_length, tokenizer_digest(source)
         check_tensor_parallel(section, tensor_parallel, False, seq_len)
-        merged = read_weights(source, section, vocab_size)
+        merged = fla_weights(source, section) if is_fla(raw) else read_weights(source, section, vocab_size)
     with fresh_directory(out, False, COMPLETE) as new:
         tags = mapping.parameter_tags(section, tensor_parallel)
         total = count_parameters(section, vocab_size)

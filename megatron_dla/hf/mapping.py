@@ -56,7 +56,8 @@ def _recurrence(section: ModelSection, letter: str, ours: str, theirs: str) -> l
     return table
 
 
-def _softmax(section: ModelSection, letter: str, ours: str, theirs: str) -> list[Entry]:
+def softmax_entries(section: ModelSection, letter: str, ours: str, theirs: str) -> list[Entry]:
+    """A softmax mixer, with the names of the Llama family."""
     table = [_qkv(section, ours, theirs), Entry((f"{ours}.linear_proj.weight",), (f"{theirs}.o_proj.weight",))]
     for p in "qk" if section.qk_norm else "":
         table.append(Entry((f"{ours}.{p}_layernorm.weight",), (f"{theirs}.{p}_norm.weight",)))
@@ -95,7 +96,7 @@ def entries(section: ModelSection, dense: bool = False) -> list[Entry]:
             table += [Entry((f"{ours}.mlp.{p}",), (f"{theirs}.mlp.{p}_proj.weight",)) for p in ("gate", "up")]
         else:
             table.append(_packed((f"{ours}.mlp.gate", f"{ours}.mlp.up"), f"{theirs}.mlp.gate_up_proj.weight", ffn))
-        mixer = _softmax if LETTERS[letter].softmax else _recurrence
+        mixer = softmax_entries if LETTERS[letter].softmax else _recurrence
         table += mixer(section, letter, f"{ours}.self_attention", f"{theirs}.{LETTERS[letter].hf_module}")
     return table
 
