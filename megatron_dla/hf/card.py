@@ -19,13 +19,13 @@ of {seq_len} tokens. {layers} layers ({letters}), hidden size {hidden}, {paramet
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
 ```
 
-It needs torch, sentencepiece and transformers (tested on {releases}). The Python files here are plain torch: read
+It needs torch and transformers (tested on {releases}). The Python files here are plain torch: read
 them before you trust them. Batches of unequal length are padded on the left (the default here); padded tokens never
 enter the memory. The per-head decay, threshold and slot parameters stay fp32 when the model is loaded in bf16. The
 embedding has {vocab} rows, of which the tokenizer uses {tokens}.

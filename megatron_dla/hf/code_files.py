@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ENTRY_FILES = ("modeling_dla", "configuration_dla", "tokenization_dla")
+ENTRY_FILES = ("modeling_dla", "configuration_dla")
 # packages that hold the modules of an exported directory, first match wins
 _SOURCES = ("megatron_dla.hf", "megatron_dla.kernels.dla", "megatron_dla.mixers", "megatron_dla.config")
 

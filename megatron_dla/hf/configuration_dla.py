@@ -15,8 +15,9 @@ class DLAConfig(PretrainedConfig):
     """Sizes and rules of a decoder of (mixer + SwiGLU) layers.
 
     Names are those of the training config's model section, except: `layer_letters` holds one letter a layer (see
-    `pattern.LETTERS`), `vocab_size` counts the padded rows of the embedding, and `max_position_embeddings` is the
-    length of the training rows (information: nothing is truncated to it).
+    `pattern.LETTERS`), `vocab_size` counts the padded rows of the embedding, `tokenizer_size` the tokens that they were
+    trained with (0: not known), and `training_length` the tokens of a training row. `max_position_embeddings` is no
+    limit of the model, which has none, but of clients that want one.
 
     Raises:
         ValueError: sizes that contradict each other; the message names them.
@@ -64,13 +65,15 @@ class DLAConfig(PretrainedConfig):
     a_min: float = 1.0
     a_max: float = 16.0
     vocab_multiple: int = 128
-    max_position_embeddings: int = 2048
+    training_length: int = 0
+    max_position_embeddings: int = 1 << 20
     tokenizer_sha256: str = ""
+    tokenizer_size: int = 0
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    bos_token_id: int | None = 1
+    bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 2
-    pad_token_id: int | None = 2
+    pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs) -> None:
         self.layer_letters = self.layer_letters or "D" * self.num_layers

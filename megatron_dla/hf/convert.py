@@ -35,6 +35,7 @@ from megatron_dla.hf.directory import (
     tokenizer_digest,
     write_weights,
 )
+from megatron_dla.hf.fast_tokenizer import SpecialTokens, write_tokenizer
 from megatron_dla.hf.fla import fla_weights, is_fla, read_fla
 from megatron_dla.hf.load import check_tokenizer
 from megatron_dla.mixers.layout import FP32_PARAMETERS
@@ -102,7 +103,7 @@ def tokenizer_file(checkpoint: Path, given: str | Path | None, layout: Checkpoin
     return path
 
 
-def _config(layout: CheckpointLayout, tokens: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+def _config(layout: CheckpointLayout, tokens: SpecialTokens, dtype: torch.dtype) -> dict[str, Any]:
     """config.json: every field of the model section, so that `from_hf` gets the same section back."""
     fields = {_RENAMED.get(name, name): value for name, value in asdict(layout.model).items() if name != "pattern"}
     return {
@@ -113,33 +114,17 @@ def _config(layout: CheckpointLayout, tokens: dict[str, int], dtype: torch.dtype
         "vocab_size": layout.vocab_size,
         "layer_letters": layer_letters(layout.model),
         **fields,
-        "max_position_embeddings": layout.seq_len,
-        "bos_token_id": tokens["bos"],
-        "eos_token_id": tokens["eos"],
-        "pad_token_id": tokens["eos"],
+        "training_length": layout.seq_len,
+        "bos_token_id": None,
+        "eos_token_id": tokens.eos,
+        "pad_token_id": tokens.pad,
         "tokenizer_sha256": layout.tokenizer_sha256,
+        "tokenizer_size": tokens.size,
     }
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_tokenizer(out: Path, source: Path) -> dict[str, int]:
-    """tokenizer.model and tokenizer_config.json; returns the ids of bos and eos and the size."""
-    import sentencepiece
-
-    shutil.copyfile(source, out / TOKENIZER)
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(source))
-    ids = {"unk": sp.unk_id(), "bos": sp.bos_id(), "eos": sp.eos_id()}
-    config: dict[str, Any] = {f"{name}_token": sp.id_to_piece(i) for name, i in ids.items()}
-    config |= {"pad_token": config["eos_token"], "padding_side": "left", "split_special_tokens": True}
-    config |= {
-        "tokenizer_class": "DLATokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_dla.DLATokenizer", None]},
-    }
-    _write_json(out / "tokenizer_config.json", config)
-    return ids | {"size": sp.get_piece_size()}
 
 
 def tensors_for_disk(
@@ -192,28 +177,25 @@ def to_hf(
         weights = MergedWeights(checkpoint)
         layout = weights.layout
         _check_sizes(weights.parameters, layout.model, layout.vocab_size, checkpoint)
-        tokens = _write_tokenizer(new, source)
+        tokens = write_tokenizer(new, source, layout.vocab_size)
         _write_json(
             new / "config.json",
             _config(layout, tokens, DTYPES[dtype] if dtype else weights["decoder.final_layernorm.weight"].dtype),
         )
-        _write_json(new / "generation_config.json", _generation_config(layout, tokens))
+        _write_json(new / "generation_config.json", _generation_config(tokens))
         parameters = write_weights(
             tensors_for_disk(weights, DTYPES[dtype] if dtype else None, out), new, max_file_bytes
         )
         for name, path in code_files().items():
             shutil.copyfile(path, new / name)
-        (new / "README.md").write_text(model_card(layout, out.name, parameters, tokens["size"]))
+        (new / "README.md").write_text(model_card(layout, out.name, parameters, tokens.size))
     return out
 
 
-def _generation_config(layout: CheckpointLayout, tokens: dict[str, int]) -> dict[str, Any]:
-    """generation_config.json: ends at eos, and never draws a padded row of the embedding."""
-    config: dict[str, Any] = {"bos_token_id": tokens["bos"], "eos_token_id": tokens["eos"]}
-    config["pad_token_id"] = tokens["eos"]
-    if unused := list(range(tokens["size"], layout.vocab_size)):
-        config["suppress_tokens"] = unused
-    return config
+def _generation_config(tokens: SpecialTokens) -> dict[str, Any]:
+    """generation_config.json: ends at eos, and never draws a row of the embedding that stands for nothing."""
+    config: dict[str, Any] = {"eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
+    return config | ({"suppress_tokens": list(tokens.unused)} if tokens.unused else {})
 
 
 def _check_sizes(held: int, section: ModelSection, vocab_size: int, path: Path) -> None:
@@ -239,6 +221,41 @@ def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
         return section, config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(hf_dir / CONFIG)!r} is damaged ({error}): {_EXPORT_AGAIN}") from error
+
+
+def _training_rows(config: dict[str, Any], section: ModelSection, path: Path) -> int:
+    """Rows of the embedding that training with the tokenizer's shards has, whatever a client resized it to.
+
+    Raises:
+        CheckpointError: the embedding has rows for tokens that those shards cannot hold, or too few.
+    """
+    rows, tokens = config["vocab_size"], config.get("tokenizer_size") or config["vocab_size"]
+    wanted = -(-tokens // section.vocab_multiple) * section.vocab_multiple
+    if not tokens <= rows <= wanted:
+        raise CheckpointError(
+            f"{str(path)!r}: the embedding has {rows} rows, but training with the {tokens} tokens of its {TOKENIZER} "
+            f"has {wanted}: undo added tokens with model.resize_token_embeddings({wanted}) and save again"
+        )
+    return wanted
+
+
+class PaddedRows(Mapping[str, Tensor]):
+    """Layout-free tensors with `rows` rows in both embeddings: unused ones that a client cut off come as zeros."""
+
+    def __init__(self, merged: Mapping[str, Tensor], rows: int) -> None:
+        self._merged, self._rows = merged, rows
+
+    def __getitem__(self, key: str) -> Tensor:
+        x = self._merged[key]
+        if key not in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            return x
+        return torch.nn.functional.pad(x, (0, 0, 0, self._rows - x.shape[0]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._merged)
+
+    def __len__(self) -> int:
+        return len(self._merged)
 
 
 def from_hf(
@@ -270,12 +287,13 @@ def from_hf(
         raise UserError(f"--capacity and --tau are for a gated_deltanet model, {str(source)!r} is {raw['model_type']}")
     if raw.get("model_type") == "dla":
         section, config = read_section(source)
-        vocab_size, seq_len = config["vocab_size"], config["max_position_embeddings"]
+        seq_len = config.get("training_length") or config["max_position_embeddings"]  # older exports
         check_tensor_parallel(section, tensor_parallel, False, seq_len)
         digest = check_tokenizer(source)
         stored = DirectoryWeights(source)
-        merged = mapping.from_hf_names(stored, section)
-        _check_sizes(stored.parameters, section, vocab_size, source)
+        _check_sizes(stored.parameters, section, config["vocab_size"], source)
+        vocab_size = _training_rows(config, section, source)
+        merged = PaddedRows(mapping.from_hf_names(stored, section), vocab_size)
     else:
         if is_fla(raw):
             default = ModelSection()

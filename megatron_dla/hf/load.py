@@ -138,7 +138,11 @@ def load_export_tokenizer(hf_dir: str | Path) -> Any:
 
 
 def check_tokenizer(hf_dir: str | Path) -> str:
-    """sha256 of the export's tokenizer.model. Raises CheckpointError if the model was trained with another one."""
+    """sha256 of the tokenizer.model that the model was trained with.
+
+    A directory that a client saved may have a tokenizer.json only. Raises CheckpointError where there is neither, or
+    another tokenizer.model.
+    """
     config, path = read_config(hf_dir, _EXPORT), Path(hf_dir) / TOKENIZER
     if "tokenizer_sha256" not in config:
         raise CheckpointError(
@@ -146,6 +150,8 @@ def check_tokenizer(hf_dir: str | Path) -> str:
             "transformers itself, or `dla generate --adapter` for one that carries a δ-mem"
         )
     wanted = str(config["tokenizer_sha256"])
+    if not path.exists() and path.with_name("tokenizer.json").is_file():
+        return wanted
     try:
         found = file_sha256(path)
     except OSError as error:

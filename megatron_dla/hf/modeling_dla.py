@@ -265,6 +265,23 @@ class DLAForCausalLM(DLAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As of every model; only the rows from `new_num_tokens` on, and pad, are not generated afterwards."""
+        done = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None and self.config.tokenizer_size:
+            unused = set(range(new_num_tokens, self.config.vocab_size))
+            if self.config.pad_token_id is not None:
+                unused.add(self.config.pad_token_id)
+            self.generation_config.suppress_tokens = sorted(unused) or None
+        return done
+
+    def _taught(self, labels: Tensor) -> None:
+        """A token that was added to the tokenizer can be generated as soon as the model is trained on it."""
+        suppressed = self.generation_config.suppress_tokens
+        if suppressed and int(labels.max()) >= self.config.tokenizer_size > 0:
+            known = set(labels.unique().tolist())
+            self.generation_config.suppress_tokens = [i for i in suppressed if i not in known] or None
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # of transformers' own class: see the next method
@@ -317,6 +334,8 @@ class DLAForCausalLM(DLAPreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"labels are {tuple(labels.shape)}, logits {tuple(logits.shape[:2])}: leave logits_to_keep at 0"
                 )
+            if self.training:
+                self._taught(labels)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         memory = {CACHE_FIELD: getattr(out, CACHE_FIELD)}
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **memory)

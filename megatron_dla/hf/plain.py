@@ -1,13 +1,8 @@
-"""A checkpoint of softmax layers only -> a plain transformers model (Llama, Qwen3, SmolLM3), without custom code.
-
-The tokenizer becomes a `tokenizers` BPE with the same ids. It does not handle a literal U+2581 as ours does, which
-sentencepiece writes for a space; every other text gives the same ids.
-"""
+"""A checkpoint of softmax layers only -> a plain transformers model (Llama, Qwen3, SmolLM3), without custom code."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +11,9 @@ from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights
 from megatron_dla.config import LETTERS, ModelSection, attention_head_dim, layer_letters
 from megatron_dla.errors import CheckpointError
 from megatron_dla.hf.convert import fresh_directory, tensors_for_disk, tokenizer_file
-from megatron_dla.hf.directory import TOKENIZER, write_weights
+from megatron_dla.hf.directory import write_weights
 from megatron_dla.hf.families import FAMILIES
-
-_PROBES = ("", " ", "a  b ", "\n\ttab", "Caf\xe9 \U0001f600 x", "The 12 cats, 3.5!\nNext line.")
+from megatron_dla.hf.fast_tokenizer import SpecialTokens, write_tokenizer
 
 
 def to_plain(
@@ -39,7 +33,7 @@ def to_plain(
     source = tokenizer_file(checkpoint, tokenizer, layout)
     with fresh_directory(out, overwrite, "config.json") as new:
         weights = MergedWeights(checkpoint)
-        tokens = _write_tokenizer(new, source)
+        tokens = write_tokenizer(new, source, layout.vocab_size)
         config = _config(layout, family, tokens) | {
             "dtype": str(weights["decoder.final_layernorm.weight"].dtype).split(".")[-1]
         }
@@ -62,7 +56,7 @@ def _family(layout: CheckpointLayout, checkpoint: Path) -> str:
     return "smollm3" if unrotated else "qwen3" if m.qk_norm else "llama"
 
 
-def _config(layout: CheckpointLayout, family: str, tokens: dict[str, int]) -> dict[str, Any]:
+def _config(layout: CheckpointLayout, family: str, tokens: SpecialTokens) -> dict[str, Any]:
     m: ModelSection = layout.model
     rope: dict[str, Any] = {"rope_type": m.rope_type, "rope_theta": m.rope_theta}
     if m.rope_type != "default":
@@ -77,48 +71,7 @@ def _config(layout: CheckpointLayout, family: str, tokens: dict[str, int]) -> di
         "num_attention_heads": m.attention_heads, "num_key_value_heads": m.attention_groups,
         "head_dim": attention_head_dim(m), "hidden_act": "silu", "rms_norm_eps": m.norm_eps,
         "max_position_embeddings": layout.seq_len, "rope_parameters": rope, "attention_bias": False,
-        "tie_word_embeddings": m.tie_embeddings, "bos_token_id": tokens["bos"], "eos_token_id": tokens["eos"],
-        "pad_token_id": tokens["eos"],
+        "tie_word_embeddings": m.tie_embeddings, "bos_token_id": None, "eos_token_id": tokens.eos,
+        "pad_token_id": tokens.pad,
     }  # fmt: skip
     return config | ({"no_rope_layers": rotary} if family == "smollm3" else {})
-
-
-def _write_tokenizer(out: Path, source: Path) -> dict[str, int]:
-    """tokenizer.json and its configuration; the ids of bos and eos.
-
-    Raises:
-        CheckpointError: the ids would differ from the sentencepiece model's.
-    """
-    import sentencepiece
-    from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(source))
-    pieces = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
-    unk, bos, eos = (sp.id_to_piece(i) for i in (sp.unk_id(), sp.bos_id(), sp.eos_id()))
-    core = Tokenizer(models.BPE(pieces, _merges(pieces, sp), unk_token=unk, fuse_unk=True, byte_fallback=True))
-    core.normalizer = normalizers.Replace(" ", "\u2581")
-    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=eos, padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    for probe in _PROBES:
-        if fast.encode(probe, add_special_tokens=False) != sp.encode(probe):
-            raise CheckpointError(f"{str(source)!r}: {probe!r} would get other ids in a plain tokenizer")
-    fast.save_pretrained(str(out))
-    shutil.copyfile(source, out / TOKENIZER)  # shards for this model are made with it
-    return {"bos": sp.bos_id(), "eos": sp.eos_id()}
-
-
-def _merges(pieces: dict[str, int], sp: Any) -> list[tuple[str, str]]:
-    """Pairs in the order in which BPE joins them: by the rank of what they make, then of the parts."""
-    found = []
-    for piece, rank in pieces.items():
-        if len(piece) < 2 or sp.is_byte(rank) or sp.is_control(rank) or sp.is_unknown(rank):
-            continue
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in pieces and right in pieces:
-                found.append((rank, pieces[left], pieces[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]

@@ -40,6 +40,8 @@ class TextStream:
         elif not final:
             text = text.rstrip("\ufffd")
             text = text[: len(text) - self._held(text)]
+        # while the last character of a run of byte tokens is incomplete, fast tokenizers decode none of the run
+        text = self.text + text[len(self.text) :]
         if self.out is not None:
             self.out.write(text[len(self.text) :])
             self.out.flush()
