@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arrays import compute_dtype, lanes, unlanes
 from .autocast import without_autocast
 from .cache import EMPTY, Partition, SlotCache
 from .chunk import ChunkDLA
 from .decode import decode_one, recurrent_partition
 from .documents import begin_of_document, document_starts
-from .partition import compute_dtype, lanes, torch_partition, unlanes
+from .partition import torch_partition
 
 BACKENDS = ("auto", "naive", "torch", "triton")
 MERGES = ("density", "ward")

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arrays import causal_decay, chunked, delta_rule_inverse, document_cumsum
 from .autocast import without_autocast
 from .cache import EMPTY
 from .documents import begin_of_document
-from .partition import causal_decay, chunked, delta_rule_inverse, document_cumsum
 from .threshold import threshold_gradient
 
 WINDOW = 32  # chunks whose arrays are in memory at once: time and memory a token do not grow with T

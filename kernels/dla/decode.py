@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arrays import compute_dtype
 from .cache import FIRST_SCORE, Partition, SlotCache
 from .documents import document_starts
-from .partition import compute_dtype
 
 
 @dataclass

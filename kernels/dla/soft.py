@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .arrays import causal_decay, chunked, compute_dtype, delta_rule_inverse, document_cumsum, lanes, unlanes
 from .attention import partition as decide
 from .autocast import without_autocast
 from .cache import Partition
 from .documents import document_starts
-from .partition import causal_decay, chunked, compute_dtype, delta_rule_inverse, document_cumsum, lanes, unlanes
 
 
 def soft_gate(score: Tensor, tau: Tensor, temperature: float) -> Tensor:

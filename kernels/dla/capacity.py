@@ -1,0 +1,181 @@
+"""The capacity rule: which starts die (eq 16). A scalar walk over the boundaries of each lane, on the host.
+
+A boundary changes two or three numbers of a list of at most K slots: tensor operations would be all overhead, and on a
+GPU one transfer is cheaper than launching them.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cache import SlotCache
+
+
+class _Slots:
+    """The live slots of one lane, chronological: start, tokens, summed score, and the cost of merging with the next.
+
+    `cell` holds one number of the compute dtype. Every sum and quotient passes through it (float64 rounded to fp32 is
+    the correctly rounded fp32 operation), so that ties are those of decoding.
+    """
+
+    def __init__(self, cell: array, starts: list[int], counts: list[int], infos: list[float]) -> None:
+        self.cell, self.starts, self.counts, self.infos = cell, starts, counts, infos
+        self.costs = [self.cost(i) for i in range(len(starts) - 1)]
+
+    def cost(self, i: int) -> float:
+        cell, infos, counts = self.cell, self.infos, self.counts
+        cell[0] = infos[i] + infos[i + 1]
+        cell[0] = cell[0] / (counts[i] + counts[i + 1])
+        return cell[0]
+
+    def clear(self) -> None:
+        for x in (self.starts, self.counts, self.infos, self.costs):
+            x.clear()
+
+    def grow(self, count: int, info: float) -> None:
+        """Give tokens to the open slot, whose sum becomes `info`."""
+        if self.starts and count:
+            self.counts[-1] += count
+            self.infos[-1] = info
+            if self.costs:
+                self.costs[-1] = self.cost(len(self.costs) - 1)
+
+    def open(self, start: int, count: int, info: float) -> None:
+        self.starts.append(start)
+        self.counts.append(count)
+        self.infos.append(info)
+        if len(self.starts) > 1:
+            self.costs.append(self.cost(len(self.costs)))
+
+    def merge_cheapest(self) -> int:
+        """Merge the cheapest pair; returns the start that dies."""
+        costs, counts, infos = self.costs, self.counts, self.infos
+        i = costs.index(min(costs))  # the oldest pair wins a tie
+        counts[i] += counts.pop(i + 1)
+        self.cell[0] = infos[i] + infos.pop(i + 1)
+        infos[i] = self.cell[0]
+        del costs[i]
+        if i < len(costs):
+            costs[i] = self.cost(i)
+        if i:
+            costs[i - 1] = self.cost(i - 1)
+        return self.starts.pop(i + 1)
+
+
+class _LowestMoved:
+    """`Partition.lo`: with a full cache, toggling token p moves only the tokens from the start that would die to p.
+
+    Between two boundaries only the pair with the open slot changes its cost: a few numbers a stretch are enough.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.starts: list[tuple[int, int]] = []  # that would die: of the cheapest closed pair, of the open pair
+        self.tokens: list[int] = []  # of the open pair before the row's token 0, so to say
+        self.sums: list[tuple[float, float]] = []  # cost of the closed pair, summed score of the slot before the open
+
+    def record(self, slots: _Slots, until: int, document: int) -> None:
+        """The tokens that the newest slot holds up to `until`, but for its first, and `until` itself."""
+        if not 1 < len(slots.starts) == self.capacity:
+            self.starts.append((document, 0))
+            self.tokens.append(1)
+            self.sums.append((float("-inf"), 0.0))
+            return
+        closed = slots.costs[:-1]
+        cost = min(closed, default=float("inf"))
+        young = closed.index(cost) + 1 if closed else -1
+        self.starts.append((max(slots.starts[young], 0), max(slots.starts[-1], 0)))
+        self.tokens.append(slots.counts[-2] + slots.counts[-1] - until)
+        self.sums.append((cost, slots.infos[-2]))
+
+    def values(self, opens: Tensor, resets: Tensor, running: Tensor) -> Tensor:
+        """int32 [N, T]."""
+        device, position = opens.device, torch.arange(opens.shape[1], device=opens.device)
+        boundaries = opens.long().cumsum(1)
+        first = F.pad((boundaries[:, -1:] + 1).cumsum(0), (0, 0, 1, 0))[:-1]  # stretch of each lane
+        stretch = boundaries - opens.long() + first
+        closed, open_ = torch.tensor(self.starts, device=device)[stretch].unbind(-1)
+        cost, older = torch.tensor(self.sums, dtype=running.dtype, device=device)[stretch].unbind(-1)
+        count = torch.tensor(self.tokens, device=device)[stretch] + position
+        density = (older + F.pad(running[:, :-1], (1, 0))) / count
+        return torch.where(resets, position, torch.where(density < cost, open_, closed)).int()
+
+
+def apply_capacity(
+    start: Tensor,
+    running: Tensor,
+    resets: Tensor,
+    capacity: int,
+    cache: SlotCache | None = None,
+    *,
+    want_lo: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Which starts die, by the density rule (eq 16).
+
+    Args:
+        start, resets: bool [N, T]; running: [N, T], see `detect`; cache: slots already there, lanes as [B * H].
+
+    Returns:
+        death int32 [N, T], cache_death int32 [N, K], lo int32 [N, T] or None, and the slots' final sums [N, K].
+    """
+    N, T = start.shape
+    opens = start | resets
+    lane, position = opens.nonzero(as_tuple=True)
+    until = F.pad(position[1:], (0, 1), value=T).masked_fill(F.pad(lane[1:] != lane[:-1], (0, 1)), T)
+    boundaries = [x.tolist() for x in (position, until, resets[lane, position], running[lane, until - 1])]
+    ends = opens.sum(1).cumsum(0).tolist()
+    first = torch.where(opens.any(1), opens.int().argmax(1), T)  # tokens of the cache's open slot
+    heads = zip(first.tolist(), running.gather(1, (first - 1).clamp(min=0)[:, None])[:, 0].tolist(), strict=True)
+    lo = _LowestMoved(capacity) if want_lo else None
+    died: list[tuple[int, int]] = []  # in [N * T], time
+    cache_died: list[tuple[int, int]] = []  # in [N * K], time
+    final = []
+    begin = 0
+    for n, (slots, (tokens, info)) in enumerate(zip(_slots(cache, N, running.dtype), heads, strict=True)):
+        slots.grow(tokens, info)
+        if lo is not None:
+            lo.record(slots, tokens, 0)
+        document = 0
+        for at, end, reset, info in zip(*(x[begin : ends[n]] for x in boundaries), strict=True):
+            if reset:
+                slots.clear()
+                document = at
+            elif len(slots.starts) == capacity:
+                dying = slots.merge_cheapest()
+                if dying >= 0:
+                    died.append((n * T + dying, at))
+                else:
+                    cache_died.append((n * capacity - 1 - dying, at))
+            slots.open(at, end - at, info)
+            if lo is not None:
+                lo.record(slots, end, document)
+        begin = ends[n]
+        final.append(slots.infos + [0.0] * (capacity - len(slots.infos)))
+    return (
+        _deaths(died, N, T, T, start.device),
+        _deaths(cache_died, N, capacity, T, start.device),
+        None if lo is None else lo.values(opens, resets, running),
+        torch.tensor(final, dtype=running.dtype, device=start.device),
+    )
+
+
+def _slots(cache: SlotCache | None, lanes: int, dtype: torch.dtype) -> list[_Slots]:
+    """Of every lane; those of the cache start at -1 - their index."""
+    cell = array("d" if dtype == torch.float64 else "f", [0.0])
+    if cache is None:
+        return [_Slots(cell, [], [], []) for _ in range(lanes)]
+    counts, infos = (x.flatten(0, 1).tolist() for x in (cache.count, cache.info))
+    live = cache.live.flatten().tolist()
+    return [_Slots(cell, [-1 - i for i in range(m)], n[:m], x[:m]) for m, n, x in zip(live, counts, infos, strict=True)]
+
+
+def _deaths(died: list[tuple[int, int]], rows: int, columns: int, never: int, device: torch.device) -> Tensor:
+    death = torch.full((rows * columns,), never, dtype=torch.int32, device=device)
+    if died:
+        index, time = torch.tensor(died, device=device).unbind(1)
+        death[index] = time.int()
+    return death.view(rows, columns)

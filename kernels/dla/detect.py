@@ -1,0 +1,197 @@
+"""Where slots open: the detection pass in torch, vectorised over the tokens of a chunk.
+
+The score of token t depends on the earlier boundaries only through the start of the open slot. So a chunk scores every
+pair (token t, start s) at once, where s is a token of the chunk: a restart at s is column masking (l >= s) of a matrix
+E that does not depend on the boundaries, for the delta rule too, because the trailing block of the inverse of a unit
+lower-triangular matrix is the inverse of the trailing block. With s_t = b_t k_t v_t^T (b_t = 1 without the delta rule),
+a_t = exp(g_t) and S[t, s] the open state before token t,
+
+    E[t, l] = k_t^T Phi(t - 1, l) b_l k_l
+    inner[t, s] = k_t^T S[t, s] v_t = sum_{l >= s} E[t, l] v_l^T v_t
+    read2[t, s] = |S[t, s]^T k_t|^2 = |sum_{l >= s} E[t, l] v_l|^2
+    |S[t + 1, s]|^2 = a_t^2 |S[t, s]|^2 + c[t, s], c linear in inner and read2, hence
+    |S[t, s]|^2 = sum_{s <= u < t} (prod_{u < r < t} a_r^2) c[u, s]
+
+and every sum is a product of C x C matrices. The first token after s whose score reaches the threshold is the next
+boundary, which gives a table `after[s]`. Chunk by chunk it is left to score the tokens against the state that comes in:
+up to the first boundary, from where the table goes on.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arrays import causal_decay, chunked, document_cumsum
+from .cache import FIRST_SCORE
+
+PAIRS = 1 << 17  # (token, start) pairs in memory at once: bounds the memory, and keeps them in the cache of a CPU
+
+
+def _scores(inner: Tensor, norm2: Tensor) -> Tensor:
+    """Eq 13, sqrt(2 - 2 cos), from <s_t, S> and |s_t|^2 |S|^2 (overwritten); sqrt(2) where that is zero."""
+    norm = norm2.clamp_(min=0).sqrt_()
+    cosine = (inner / norm).masked_fill_(norm == 0, 0)
+    return cosine.mul_(-2).add_(2).clamp_(min=0).sqrt_()
+
+
+def _suffix_sums(x: Tensor) -> Tensor:
+    return x.flip(-1).cumsum(-1).flip(-1)
+
+
+class _Window:
+    """Some chunks of all lanes, [Z, N, C, ...]: everything that does not depend on the state that comes in.
+
+    Attributes:
+        score: [Z, N, C, C], of each token against each start. after: int64 [Z, N, C + 1], the boundary after each
+            start, C = none. last: int64 [Z, N, C + 1], the last boundary of the chunk if there is one at s; C: none.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, tau: Tensor, resets: Tensor) -> None:
+        self.v, self.tau, self.resets, self.beta = v, tau, resets, beta
+        document = resets.long().cumsum(-1)
+        within = document[..., :, None] == document[..., None, :]
+        cg = document_cumsum(g, within)
+        before = F.pad(cg[..., :-1], (1, 0))  # at a document's first token: never used
+        D = causal_decay(before, cg, within, -1)  # [Z, N, C, C]
+        alpha = g.exp()
+        keys, values = k @ k.transpose(-1, -2), v @ v.transpose(-1, -2)
+        self.write2 = (keys * values).diagonal(dim1=-2, dim2=-1)  # |s_t|^2
+        shrink = None if beta is None else 1 - beta * keys.diagonal(dim1=-2, dim2=-1)
+        ends = (cg[..., -1:] - cg).masked_fill_(~within[..., -1, :], float("-inf")).exp_()[..., None] * k
+        self.K0 = before.exp()[..., None] * k  # reads the state that comes in
+        self.keep = cg[..., -1].exp()[..., None, None]
+        self.A, self.A0 = D.square(), before.exp().square()[..., None]
+        E = keys.mul_(D)
+        if beta is None:
+            self.gain = 2 * alpha
+            inner = _suffix_sums(E * values)
+            self.inner0 = inner[..., 0]
+            grown = self.gain[..., None] * inner
+            self.Kh = ends.transpose(-1, -2)
+        else:
+            assert shrink is not None
+            self.write2 = self.write2 * beta.square()
+            self.gain, self.loss = 2 * alpha * beta * shrink, -alpha.square() * beta * (1 + shrink)
+            L = (beta * alpha)[..., None] * E  # its diagonal is taken as 1
+            E = beta[..., None, :] * torch.linalg.solve_triangular(L, E, upper=False, left=False, unitriangular=True)
+            inner = _suffix_sums(E * values)
+            pairs = values.tril(-1).mul_(2).add_(torch.diag_embed(values.diagonal(dim1=-2, dim2=-1)))
+            read2 = _suffix_sums((E @ pairs).mul_(E))
+            grown = (self.gain[..., None] * inner).addcmul_(self.loss[..., None], read2)
+            inner = inner.mul_(beta[..., None])
+            ek = cg.exp()[..., None] * k
+            self.EV, self.K0 = E @ v, self.K0 - E @ ek
+            Kh = torch.linalg.solve_triangular(L.transpose(-1, -2), ends, upper=True, unitriangular=True)
+            self.Kh = (beta[..., None] * Kh).transpose(-1, -2)
+            self.Phi = torch.diag_embed(self.keep[..., 0].expand(*cg.shape[:-1], k.shape[-1])) - self.Kh @ ek
+        norm2 = self.A @ grown.add_(self.write2[..., None]).tril_()
+        self.score = _scores(inner, norm2.mul_(self.write2[..., None]))
+        self._link()
+
+    def _link(self) -> None:
+        C = self.v.shape[2]
+        self.index = torch.arange(C, device=self.v.device)
+        fired = (self.score >= self.tau[:, None, None]) | self.resets[..., None]
+        later = self.index[:, None].masked_fill(~fired.tril_(-1), C)
+        self.after = F.pad(later.amin(-2), (0, 1), value=C)
+        self.hops = [self.after]  # 1, 2, 4 ... boundaries on
+        last = torch.arange(C + 1, device=self.v.device)
+        last = torch.where(self.after < C, self.after, last)
+        while 2 ** len(self.hops) <= C:
+            self.hops.append(self.hops[-1].gather(-1, self.hops[-1]))
+            last = last.gather(-1, last)
+        self.last = last
+
+    def enter(self, z: int, state: Tensor) -> Tensor:
+        """Scores [N, C] of the tokens of chunk z against the state that comes in, as long as no slot opens."""
+        v, write2 = self.v[z], self.write2[z]
+        if self.beta is None:
+            inner = (self.K0[z] @ state).mul_(v).sum(-1).add_(self.inner0[z])
+            grown = torch.addcmul(write2, self.gain[z], inner)
+        else:
+            read = torch.baddbmm(self.EV[z], self.K0[z], state)
+            inner = (read * v).sum(-1)
+            grown = torch.addcmul(write2, self.gain[z], inner).addcmul_(self.loss[z], read.square_().sum(-1))
+            inner = self.beta[z] * inner
+        norm2 = state.square().sum((1, 2))[:, None, None]  # recomputed every chunk: no drift
+        norm2 = torch.baddbmm(self.A0[z] * norm2, self.A[z], grown[..., None])
+        return _scores(inner, norm2.squeeze(-1).mul_(write2))
+
+    def leave(self, z: int, state: Tensor, first: Tensor) -> Tensor:
+        """The open state after chunk z whose first boundary is `first` [N] (C: none)."""
+        C = self.v.shape[2]
+        begin = self.last[z].gather(-1, first[:, None])[..., None]  # [N, 1, 1]
+        kept = (begin == C).to(state.dtype)
+        write = self.Kh[z] * ((self.index >= begin) | (begin == C))
+        state = (self.keep[z] * kept) * state if self.beta is None else (self.Phi[z] * kept) @ state
+        return torch.baddbmm(state, write, self.v[z])
+
+    def follow(self, first: Tensor, score0: Tensor) -> tuple[Tensor, Tensor]:
+        """Boundaries (bool) and scores [Z, N, C] from the first boundary of each chunk [Z, N] and `enter`'s scores."""
+        reached = torch.zeros_like(self.after).scatter_(-1, first[..., None], 1)
+        for hop in self.hops:
+            reached = reached.scatter_add(-1, hop, reached)
+        fired = reached[..., :-1] > 0
+        opened = torch.where(fired, self.index, -1).cummax(-1).values
+        opened = F.pad(opened[..., :-1], (1, 0), value=-1)  # the start of the open slot before each token
+        score = self.score.gather(-1, opened.clamp(min=0)[..., None]).squeeze(-1)
+        return fired, torch.where(opened < 0, score0, score).masked_fill_(self.resets, FIRST_SCORE)
+
+
+def detect(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    tau: Tensor,
+    resets: Tensor,
+    state: Tensor | None,
+    info: Tensor | None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boundaries and scores over lanes.
+
+    Args:
+        k, v: [N, T, Dk], [N, T, Dv]. g, beta: [N, T]. tau: [N]. resets: bool [N, T], document starts.
+        state, info: [N, Dk, Dv] and [N], open state of the incoming cache and its summed scores, or None: then nothing
+            opens before the first document start.
+
+    Returns:
+        start bool [N, T]; score [N, T] and the summed scores of the open slot after each token [N, T] in the compute
+        dtype. The sum restarts at every boundary and is taken token by token, like the recurrence's: differences of
+        one long cumsum would break exact ties, lose digits with T, and carry one document's rounding into the next.
+    """
+    N, T = g.shape
+    state = k.new_zeros(N, k.shape[-1], v.shape[-1]) if state is None else state
+    inputs = [None if x is None else chunked(x, chunk_size).transpose(0, 1) for x in (k, v, g, beta)]
+    document = chunked(resets, chunk_size).transpose(0, 1)  # [n, N, C]
+    size = max(1, PAIRS // (N * chunk_size**2))
+    starts, scores = [], []
+    for at in range(0, len(document), size):
+        kw, vw, gw, bw = (None if x is None else x[at : at + size].contiguous() for x in inputs)
+        window = _Window(kw, vw, gw, bw, tau, document[at : at + size])
+        firsts, entering = [], []
+        for z in range(len(gw)):
+            score = window.enter(z, state)
+            fired = (score >= tau[:, None]) | window.resets[z]
+            first = torch.where(fired, window.index, chunk_size).amin(-1)
+            state = window.leave(z, state, first)
+            firsts.append(first)
+            entering.append(score)
+        start, score = window.follow(torch.stack(firsts), torch.stack(entering))
+        starts.append(start)
+        scores.append(score)
+    start, score = (torch.cat(x).transpose(0, 1).flatten(1)[:, :T] for x in (starts, scores))
+    return start, score, _sums(start, score, info)
+
+
+def _sums(start: Tensor, score: Tensor, info: Tensor | None) -> Tensor:
+    """Sum of the scores since the last boundary, token by token: [N, T]."""
+    kept, scores = (~start).to(score.dtype).T.contiguous(), score.T.contiguous()
+    sums = torch.empty_like(scores)
+    before = torch.zeros_like(score[:, 0]) if info is None else info
+    for x, keep, total in zip(scores.unbind(), kept.unbind(), sums.unbind(), strict=True):
+        before = torch.addcmul(x, before, keep, out=total)
+    return sums.T
