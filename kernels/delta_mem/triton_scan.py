@@ -105,7 +105,7 @@ class _Problem:
         maps, local = (self.empty(plan.lanes, plan.chunks - 1, *(r,) * n) for n in (3, 2))
         programs, sizes = plan.rows(of_maps=True)
         maps_kernel[(plan.lanes * (plan.chunks - 1), programs)](
-            self.k, self.v, self.beta, *self.gates, maps, local, *plan.sizes, C=plan.chunk, **sizes, **self.has
+            self.k, self.v, self.beta, *self.gates, maps, local, *plan.sizes, BT=plan.chunk, **sizes, **self.has
         )
         return maps, local
 
@@ -130,7 +130,7 @@ class TritonScan(torch.autograd.Function):
         programs, sizes = plan.rows(of_maps=False)
         replay_kernel[(plan.lanes * plan.chunks, programs)](
             problem.q, problem.k, problem.v, problem.beta, *problem.gates, starts, reads, final, *plan.sizes,
-            C=plan.chunk, **sizes, **problem.has,
+            BT=plan.chunk, **sizes, **problem.has,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, beta, keep, erase, reset, write_mask, starts)
         ctx.plan = plan
@@ -156,7 +156,7 @@ def _ends(problem: _Problem, dreads: Tensor, dfinal: Tensor) -> Tensor:
     programs, sizes = plan.rows(of_maps=False)
     adjoint_kernel[(plan.lanes * (plan.chunks - 1), programs)](
         problem.q, problem.k, problem.beta, *problem.gates, dreads, dfinal, local, *plan.sizes,
-        C=plan.chunk, **sizes, **problem.has,
+        BT=plan.chunk, **sizes, **problem.has,
     )  # fmt: skip
     ends = problem.empty(plan.lanes, plan.chunks, r, r)
     ends[:, -1] = dfinal.view(plan.lanes, r, r)
@@ -180,6 +180,6 @@ def _gradients(
     for first in range(0, every, window):
         gradient_kernel[(min(window, every - first),)](
             problem.q, problem.k, problem.v, problem.beta, *problem.gates, dreads, starts, ends, history, *out, dstate,
-            first, *plan.sizes, C=plan.chunk, R=r, RP=plan.padded, **problem.has, num_warps=LAUNCH[plan.padded][3],
+            first, *plan.sizes, BT=plan.chunk, R=r, RP=plan.padded, **problem.has, num_warps=LAUNCH[plan.padded][3],
         )  # fmt: skip
     return grads, dstate

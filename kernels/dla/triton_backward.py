@@ -5,7 +5,7 @@
     D_i = (lam_i Qt)^T dO + Phi^T D_end[map(i)]                 dPhi = sum_i D_end[map(i)] S_i^T
 
 A program owns what it writes, so there are no atomics and two runs agree bit for bit. For Mamba-2 dq, dk and the decay
-gradient are finished here; for Gated DeltaNet `triton_local.py` goes on from dAt, dQt, dKh and dPhi.
+gradient are finished here; for Gated DeltaNet `triton_local.py` computes them from dAt, dQt, dKh and dPhi.
 """
 
 from __future__ import annotations
@@ -13,8 +13,54 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_forward import pair_tile, slot_weights_tile
+from .triton_forward import pair_tile, slot_weights_tile, token_products
 from .triton_layout import SIZES
+from .triton_tiles import load_tile, load_tile_t, raw_columns, raw_rows
+
+
+@triton.jit
+def pair_weight_gradient(b_dlam, b_x, p_life, b_newer, b_alive, o_p, end, K, KP: tl.constexpr):
+    """b_dlam [BT, KP] += sums of b_x [BT, BT] over the keys of each slot.
+
+    Tokens between two starts of the tile share a slot: one masked row sum each.
+    """
+    o_s = tl.arange(0, KP)
+    b_piece = tl.cumsum((tl.load(p_life + o_p, mask=o_p < end, other=0) > 0).to(tl.int32), 0)
+    for n in range(tl.max(b_piece, 0) + 1):
+        b_share = tl.sum(tl.where(b_piece[None, :] == n, b_x, 0.0), 1)
+        b_slot = b_newer + tl.sum(tl.where(b_piece[None, :] > n, b_alive, 0), 1)
+        b_slot = tl.minimum(b_slot, K - 1)
+        b_dlam += tl.where(o_s[None, :] == b_slot[:, None], b_share[:, None], 0.0)
+    return b_dlam
+
+
+@triton.jit
+def read_gradient(
+    b_dq, b_dlam, b_dg, p_q, p_do, p_g, p_lam, p_s, p_death, b_newer, m, o_t, o_k, end, stride_q, stride_v, stride_lam,
+    K, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr,
+    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """What reading the m slots before the block adds to dQ [BT, BK], dlam [BT, KP] and the decay gradient [BT]."""
+    o_s = tl.arange(0, KP)
+    b_scale = tl.full([BT], 1.0, tl.float32)
+    if not GDN:
+        b_scale = tl.exp(tl.load(p_g + o_t, mask=o_t < end, other=0.0))
+    for i_s in range(m):
+        b_slot = tl.minimum(b_newer, K - 1)
+        b_lam = tl.load(p_lam + o_t.to(tl.int64) * stride_lam + b_slot, mask=o_t < end, other=0.0).to(tl.float32)
+        b_y = tl.zeros([BT, BK], tl.float32)
+        for i_v in range(0, DV, BV):
+            o_v = i_v + tl.arange(0, BV)
+            b_do = raw_rows(p_do, o_t, o_v, end, stride_v, DV)
+            b_s = load_tile_t(p_s + tl.cast(i_s, tl.int64) * DK * DV, o_k, o_v, DK, DV)
+            b_y = tl.dot(b_do.to(DOT), b_s, b_y, input_precision=PREC)  # [BT, BV] @ [BV, BK] -> [BT, BK]
+        b_q = raw_rows(p_q, o_t, o_k, end, stride_q, DK)
+        b_dw = b_scale * tl.sum(b_y * b_q.to(tl.float32), 1)
+        b_dg += b_lam * b_dw
+        b_dq += (b_lam * b_scale)[:, None] * b_y
+        b_dlam += tl.where(o_s[None, :] == b_slot[:, None], b_dw[:, None], 0.0)
+        b_newer += (tl.load(p_death + i_s) > o_t).to(tl.int32)
+    return b_dq, b_dlam, b_dg
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -24,7 +70,7 @@ def query_gradient_kernel(
     v,  # [T, H, DV]
     do,  # [T, H, DV]
     cg,
-    at,  # [T, H, C] (Gated DeltaNet only)
+    at,  # [T, H, BT] (Gated DeltaNet only)
     lam,  # [T, H, K]
     life,
     counts,
@@ -33,219 +79,123 @@ def query_gradient_kernel(
     live_count,
     snap,  # [rows of the window, H, K, DK, DV]
     dq,  # [tokens of the window, H, DK] fp32 out: dq of each head (Mamba-2), or dQt
-    dat,  # [T, H, C] fp32 out: dAt (Gated DeltaNet only)
+    dat,  # [T, H, BT] fp32 out: dAt (Gated DeltaNet only)
     dlam,  # [NK, tokens of the window, H, K] out
     dcg,  # [NK, H, T] fp32 out: the queries' part of the decay gradient (Mamba-2 only)
-    T,
-    H,
-    GROUP,
-    K,
-    block_lo,
-    row_lo,
-    token_lo,
+    T, H, GROUP, K, block_lo, row_lo, token_lo,
     N_TOKENS,  # of the window
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    TILES: tl.constexpr,
-    KP: tl.constexpr,
-    GDN: tl.constexpr,
-    DOT: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    block, own = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    part = tl.program_id(2)
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    row = tl.load(blocks + 4 * block + 2)
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    KP: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i_t, i_c = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_h, i_k = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    row = tl.load(blocks + 4 * i_t + 2)
     skip = token_lo.to(tl.int64) * H
-    if first + own * C < end:
-        i = tl.arange(0, C)
-        t = first + own * C + i
-        t64 = t.to(tl.int64)
-        slots = tl.arange(0, KP)
-        a = part * BK + tl.arange(0, BK)
-        stride_q = (H if GDN else H // GROUP) * DK
-        dquery = tl.zeros([C, BK], tl.float32)
-        h = tl.program_id(1).to(tl.int64)
-        g = h - skip if GDN else h // GROUP
-        q_h, k_h, v_h, do_h = q + g * DK, k + g * DK, v + h * DV, do + h * DV
-        at_h, lam_h = at + (h - skip) * C, lam + h * K
-        cg_h, counts_h, life_h = cg + h * T, counts + h * TILES * T, life + h * T
-        dweight = tl.zeros([C, KP], tl.float32)
-        decay_row = tl.zeros([C], tl.float32)
-        base = tl.zeros([C], tl.int32)
-        for back in range(own + 1):
-            tile = own - back
-            p = first + tile * C + i
-            x = tl.zeros([C, C], tl.float32)
-            for at_v in range(0, DV, BV):
-                b = at_v + tl.arange(0, BV)
-                grad = tl.load(
-                    do_h + t64[:, None] * H * DV + b[None, :],
-                    mask=(t < end)[:, None] & (b < DV)[None, :],
-                    other=0.0,
-                )
-                value = tl.load(
-                    v_h + p.to(tl.int64)[None, :] * H * DV + b[:, None],
-                    mask=(p < end)[None, :] & (b < DV)[:, None],
-                    other=0.0,
-                )
-                x = tl.dot(grad.to(DOT), value.to(DOT), x, input_precision=PREC)
-            score, decay = pair_tile(q_h, k_h, cg_h, at_h, t, p, end, first, stride_q, H * C, DK, BK, C, GDN, DOT, PREC)
-            count = tl.load(counts_h + tile.to(tl.int64) * T + t, mask=t < end, other=0)
-            weight, alive = slot_weights_tile(lam_h, life_h, base, count, t, p, end, H * K, K)
-            dscore = x * weight
-            if part == 0:
-                # tokens between two starts of the tile share a slot: one masked row sum each
-                both = x * score
-                piece = tl.cumsum((tl.load(life_h + p, mask=p < end, other=0) > 0).to(tl.int32), 0)
-                for n in range(tl.max(piece, 0) + 1):
-                    share = tl.sum(tl.where(piece[None, :] == n, both, 0.0), 1)
-                    slot = base + tl.sum(tl.where(piece[None, :] > n, alive, 0), 1)
-                    slot = tl.minimum(slot, K - 1)
-                    dweight += tl.where(slots[None, :] == slot[:, None], share[:, None], 0.0)
-            if GDN:
-                if part == 0:
-                    tl.store(
-                        dat + (t64[:, None] * H + h - skip) * C + (p - first)[None, :],
-                        dscore,
-                        mask=(t < end)[:, None] & (p >= first)[None, :],
-                    )
-            else:
-                decay_row += tl.sum(dscore * score, 1)
-                key = tl.load(
-                    k_h + p.to(tl.int64)[:, None] * stride_q + a[None, :],
-                    mask=(p < end)[:, None] & (a < DK)[None, :],
-                    other=0.0,
-                )
-                dquery = tl.dot((dscore * decay).to(DOT), key.to(DOT), dquery, input_precision=PREC)
-            base += count
-        if part > 0:
-            decay_row = tl.zeros([C], tl.float32)
-        m = tl.load(live_count + row * H + h)
-        deaths = live_death + (row.to(tl.int64) * H + h) * K
-        states = snap + ((row - row_lo).to(tl.int64) * H + h) * K * DK * DV
-        scale = tl.full([C], 1.0, tl.float32)
-        if not GDN:
-            scale = tl.exp(tl.load(cg_h + t, mask=t < end, other=0.0))
-        for n in range(m):
-            index = tl.minimum(base, K - 1)
-            w = tl.load(lam_h + t64 * H * K + index, mask=t < end, other=0.0).to(tl.float32)
-            y = tl.zeros([C, BK], tl.float32)
-            for at_v in range(0, DV, BV):
-                b = at_v + tl.arange(0, BV)
-                grad = tl.load(
-                    do_h + t64[:, None] * H * DV + b[None, :],
-                    mask=(t < end)[:, None] & (b < DV)[None, :],
-                    other=0.0,
-                )
-                state = tl.load(
-                    states + tl.cast(n, tl.int64) * DK * DV + a[None, :] * DV + b[:, None],
-                    mask=(a < DK)[None, :] & (b < DV)[:, None],
-                    other=0.0,
-                )
-                y = tl.dot(grad.to(DOT), state, y, input_precision=PREC)
-            query = tl.load(
-                q_h + t64[:, None] * stride_q + a[None, :], mask=(t < end)[:, None] & (a < DK)[None, :], other=0.0
+    if first + i_c * BT < end:
+        o_t = first + i_c * BT + tl.arange(0, BT)
+        o_s, o_k = tl.arange(0, KP), i_k * BK + tl.arange(0, BK)
+        stride_q, stride_v = (H if GDN else H // GROUP) * DK, H * DV
+        i_g = i_h - skip if GDN else i_h // GROUP
+        p_q, p_k, p_v, p_do = q + i_g * DK, k + i_g * DK, v + i_h * DV, do + i_h * DV
+        p_at, p_lam = at + (i_h - skip) * BT, lam + i_h * K
+        p_g, p_counts, p_life = cg + i_h * T, counts + i_h * TILES * T, life + i_h * T
+        b_dq = tl.zeros([BT, BK], tl.float32)
+        b_dlam = tl.zeros([BT, KP], tl.float32)
+        b_dg = tl.zeros([BT], tl.float32)
+        b_newer = tl.zeros([BT], tl.int32)
+        for back in range(i_c + 1):
+            i_x = i_c - back
+            o_p = first + i_x * BT + tl.arange(0, BT)
+            b_x = token_products(p_do, p_v, o_t, o_p, end, stride_v, DV, BV, BT, DOT, PREC)
+            b_at, b_decay = pair_tile(
+                p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, H * BT, DK, BK, BT, GDN, DOT, PREC
             )
-            dw = scale * tl.sum(y * query.to(tl.float32), 1)
-            decay_row += w * dw
-            dquery += (w * scale)[:, None] * y
-            dweight += tl.where(slots[None, :] == index[:, None], dw[:, None], 0.0)
-            base += (tl.load(deaths + n) > t).to(tl.int32)
-        out = dlam + ((part.to(tl.int64) * N_TOKENS + t64 - token_lo)[:, None] * H + h) * K + slots[None, :]
-        tl.store(out, dweight.to(dlam.dtype.element_ty), mask=(t < end)[:, None] & (slots < K)[None, :])
+            b_count = tl.load(p_counts + i_x.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
+            b_lam, b_alive = slot_weights_tile(p_lam, p_life, b_newer, b_count, o_t, o_p, end, H * K, K)
+            b_dat = b_x * b_lam
+            if i_k == 0:
+                b_dlam = pair_weight_gradient(b_dlam, b_x * b_at, p_life, b_newer, b_alive, o_p, end, K, KP)
+            if GDN:
+                if i_k == 0:
+                    p_dat = dat + (o_t.to(tl.int64)[:, None] * H + i_h - skip) * BT + (o_p - first)[None, :]
+                    tl.store(p_dat, b_dat, mask=(o_t < end)[:, None] & (o_p >= first)[None, :])
+            else:
+                b_dg += tl.sum(b_dat * b_at, 1)
+                b_k = raw_rows(p_k, o_p, o_k, end, stride_q, DK)
+                # [BT, BT] @ [BT, BK] -> [BT, BK]
+                b_dq = tl.dot((b_dat * b_decay).to(DOT), b_k.to(DOT), b_dq, input_precision=PREC)
+            b_newer += b_count
+        if i_k > 0:
+            b_dg = tl.zeros([BT], tl.float32)
+        m = tl.load(live_count + row * H + i_h)
+        p_death = live_death + (row.to(tl.int64) * H + i_h) * K
+        p_s = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+        b_dq, b_dlam, b_dg = read_gradient(
+            b_dq, b_dlam, b_dg, p_q, p_do, p_g, p_lam, p_s, p_death, b_newer, m, o_t, o_k, end, stride_q, stride_v,
+            H * K, K, DK, DV, BK, BV, BT, KP, GDN, DOT, PREC,
+        )  # fmt: skip
+        o_w = o_t.to(tl.int64) - token_lo  # token of the window
+        p_dlam = dlam + ((i_k.to(tl.int64) * N_TOKENS + o_w)[:, None] * H + i_h) * K + o_s[None, :]
+        tl.store(p_dlam, b_dlam.to(dlam.dtype.element_ty), mask=(o_t < end)[:, None] & (o_s < K)[None, :])
         if not GDN:
-            tl.store(dcg + (part * H + h) * T + t, decay_row, mask=t < end)
-        line = t64 * H + tl.program_id(1) - skip
-        tl.store(
-            dq + line[:, None] * DK + a[None, :],
-            dquery.to(dq.dtype.element_ty),
-            mask=(t < end)[:, None] & (a < DK)[None, :],
-        )
+            tl.store(dcg + (i_k * H + i_h) * T + o_t, b_dg, mask=o_t < end)
+        p_dq = dq + (o_w * H + i_h)[:, None] * DK + o_k[None, :]
+        tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=(o_t < end)[:, None] & (o_k < DK)[None, :])
 
 
 @triton.jit
-def slots_at_end(life, first, end, own, C: tl.constexpr, TILES: tl.constexpr):
-    """Slot at the block's end of each token of tile `own` [C]; of the newest, and of the tile's oldest token."""
+def slots_at_end(p_life, first, end, i_c, BT: tl.constexpr, TILES: tl.constexpr):
+    """Slot at the block's end of each token of tile i_c [BT]; of the newest, and of the tile's oldest token."""
     newer = tl.zeros([], tl.int32)
-    for tile in range(own + 1, TILES):
-        p = first + tile * C + tl.arange(0, C)
-        newer += tl.sum((tl.load(life + p, mask=p < end, other=0) >= end).to(tl.int32), 0)
-    p = first + own * C + tl.arange(0, C)
-    alive = (tl.load(life + p, mask=p < end, other=0) >= end).to(tl.int32)
-    total = tl.sum(alive, 0)
-    slot = newer + total - tl.cumsum(alive, 0)
-    return slot, newer, tl.max(slot, 0)
+    for i_x in range(i_c + 1, TILES):
+        o_p = first + i_x * BT + tl.arange(0, BT)
+        newer += tl.sum((tl.load(p_life + o_p, mask=o_p < end, other=0) >= end).to(tl.int32), 0)
+    o_p = first + i_c * BT + tl.arange(0, BT)
+    b_alive = (tl.load(p_life + o_p, mask=o_p < end, other=0) >= end).to(tl.int32)
+    total = tl.sum(b_alive, 0)
+    b_slot = newer + total - tl.cumsum(b_alive, 0)
+    return b_slot, newer, tl.max(b_slot, 0)
 
 
 @triton.jit
-def newer_starts(counts, t, end, T, lo, hi):
-    """Live starts at t in the tiles lo .. hi - 1 of the block: int32 [C]."""
-    base = tl.zeros_like(t)
-    for tile in range(lo, hi):
-        base += tl.load(counts + tl.cast(tile, tl.int64) * T + t, mask=t < end, other=0)
-    return base
+def newer_starts(p_counts, o_t, end, T, lo, hi):
+    """Live starts at t in the tiles lo .. hi - 1 of the block: int32 [BT]."""
+    b_newer = tl.zeros_like(o_t)
+    for i_x in range(lo, hi):
+        b_newer += tl.load(p_counts + tl.cast(i_x, tl.int64) * T + o_t, mask=o_t < end, other=0)
+    return b_newer
 
 
 @triton.jit
 def pair_tile_t(
-    q,
-    k,
-    cg,
-    at,
-    t,
-    p,
-    end,
-    first,
-    stride_q,
-    stride_at,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    GDN: tl.constexpr,
-    DOT: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    """`pair_tile` transposed, [keys, queries], formed so from the start (see `triton_local.py`)."""
-    causal = (p[:, None] <= t[None, :]) & (t < end)[None, :]
+    p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, stride_at,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """`pair_tile` transposed, [keys, queries], computed in this order and not by tl.trans (see `triton_local.py`)."""
+    causal = (o_p[:, None] <= o_t[None, :]) & (o_t < end)[None, :]
     if GDN:
-        score = tl.load(at + t.to(tl.int64)[None, :] * stride_at + (p - first)[:, None], mask=causal, other=0.0).to(
-            tl.float32
-        )
-        decay = tl.where(causal, 1.0, 0.0)
+        p_pair = p_at + o_t.to(tl.int64)[None, :] * stride_at + (o_p - first)[:, None]
+        b_at = tl.load(p_pair, mask=causal, other=0.0).to(tl.float32)
+        b_decay = tl.where(causal, 1.0, 0.0)
     else:
-        score = tl.zeros([C, C], tl.float32)
-        for x in range(0, DK, BK):
-            a = x + tl.arange(0, BK)
-            kt = tl.load(
-                k + p.to(tl.int64)[:, None] * stride_q + a[None, :],
-                mask=(p < end)[:, None] & (a < DK)[None, :],
-                other=0.0,
-            )
-            qt = tl.load(
-                q + t.to(tl.int64)[None, :] * stride_q + a[:, None],
-                mask=(t < end)[None, :] & (a < DK)[:, None],
-                other=0.0,
-            )
-            score = tl.dot(kt.to(DOT), qt.to(DOT), score, input_precision=PREC)
-        gap = tl.load(cg + t, mask=t < end, other=0.0)[None, :] - tl.load(cg + p, mask=p < end, other=0.0)[:, None]
-        decay = tl.exp(tl.where(causal, gap, float("-inf")))
-        score = score * decay
-    return score, decay
+        b_at = token_products(p_k, p_q, o_p, o_t, end, stride_q, DK, BK, BT, DOT, PREC)
+        b_gt, b_gp = tl.load(p_g + o_t, mask=o_t < end, other=0.0), tl.load(p_g + o_p, mask=o_p < end, other=0.0)
+        b_decay = tl.exp(tl.where(causal, b_gt[None, :] - b_gp[:, None], float("-inf")))
+        b_at = b_at * b_decay
+    return b_at, b_decay
 
 
 @triton.jit
-def slot_weights_tile_t(lam, life, base, count, t, p, end, stride_lam, K):
+def slot_weights_tile_t(p_lam, p_life, b_newer, b_count, o_t, o_p, end, stride_lam, K):
     """`slot_weights_tile` transposed: M[t, p] as [keys, queries]."""
-    death = tl.load(life + p, mask=p < end, other=0)
-    causal = (p[:, None] <= t[None, :]) & (t < end)[None, :]
-    alive = ((death[:, None] > t[None, :]) & causal).to(tl.int32)
-    slot = base[None, :] + count[None, :] - tl.cumsum(alive, 0)
-    slot = tl.minimum(tl.maximum(slot, 0), K - 1)
-    return tl.load(lam + t.to(tl.int64)[None, :] * stride_lam + slot, mask=causal, other=0.0).to(tl.float32)
+    b_death = tl.load(p_life + o_p, mask=o_p < end, other=0)
+    causal = (o_p[:, None] <= o_t[None, :]) & (o_t < end)[None, :]
+    b_alive = ((b_death[:, None] > o_t[None, :]) & causal).to(tl.int32)
+    b_slot = b_newer[None, :] + b_count[None, :] - tl.cumsum(b_alive, 0)
+    b_slot = tl.minimum(tl.maximum(b_slot, 0), K - 1)
+    b_lam = tl.load(p_lam + o_t.to(tl.int64)[None, :] * stride_lam + b_slot, mask=causal, other=0.0)
+    return b_lam.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -261,82 +211,110 @@ def value_gradient_kernel(
     blocks,
     grad_states,  # [rows of the window, H, K, DK, DV]: D
     dv,  # [T, H, DV] out
-    T,
-    H,
-    GROUP,
-    K,
-    block_lo,
-    row_lo,
-    token_lo,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    TILES: tl.constexpr,
-    GDN: tl.constexpr,
-    DOT: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    block, own = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    h = tl.program_id(1).to(tl.int64)
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    row = tl.load(blocks + 4 * block + 2)
+    T, H, GROUP, K, block_lo, row_lo, token_lo,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i_t, i_c = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_h = tl.program_id(1).to(tl.int64)
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    row = tl.load(blocks + 4 * i_t + 2)
     skip = token_lo.to(tl.int64) * H
-    if first + own * C < end:
-        i = tl.arange(0, C)
-        p = first + own * C + i
-        b = tl.program_id(2) * BV + tl.arange(0, BV)
-        stride_k = (H if GDN else H // GROUP) * DK
-        k += (h - skip if GDN else h // GROUP) * DK
-        q += h // GROUP * DK
-        at += (h - skip) * C
-        lam += h * K
-        cg += h * T
-        life += h * T
-        counts += h * TILES * T
-        acc = tl.zeros([C, BV], tl.float32)
-        for tile in range(own, TILES):
-            t = first + tile * C + i
-            if first + tile * C < end:
-                score, _ = pair_tile_t(
-                    q, k, cg, at, t, p, end, first, stride_k if not GDN else DK, H * C, DK, BK, C, GDN, DOT, PREC
-                )
-                base = newer_starts(counts, t, end, T, own + 1, tile + 1)
-                count = tl.load(counts + own.to(tl.int64) * T + t, mask=t < end, other=0)
-                weight = slot_weights_tile_t(lam, life, base, count, t, p, end, H * K, K)
-                grad = tl.load(
-                    do + t.to(tl.int64)[:, None] * H * DV + h * DV + b[None, :],
-                    mask=(t < end)[:, None] & (b < DV)[None, :],
-                    other=0.0,
-                )
-                acc = tl.dot((score * weight).to(DOT), grad.to(DOT), acc, input_precision=PREC)
-        slot, newest, oldest = slots_at_end(life, first, end, own, C, TILES)
-        scale = tl.full([C], 1.0, tl.float32)
+    if first + i_c * BT < end:
+        o_p = first + i_c * BT + tl.arange(0, BT)
+        o_v = tl.program_id(2) * BV + tl.arange(0, BV)
+        stride_k, stride_v = (H if GDN else H // GROUP) * DK, H * DV
+        p_k = k + (i_h - skip if GDN else i_h // GROUP) * DK
+        p_q, p_do = q + i_h // GROUP * DK, do + i_h * DV
+        p_at, p_lam = at + (i_h - skip) * BT, lam + i_h * K
+        p_g, p_counts, p_life = cg + i_h * T, counts + i_h * TILES * T, life + i_h * T
+        b_dv = tl.zeros([BT, BV], tl.float32)
+        for i_x in range(i_c, TILES):
+            o_t = first + i_x * BT + tl.arange(0, BT)
+            if first + i_x * BT < end:
+                b_at, _ = pair_tile_t(
+                    p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_k if not GDN else DK, H * BT, DK, BK, BT, GDN,
+                    DOT, PREC,
+                )  # fmt: skip
+                b_newer = newer_starts(p_counts, o_t, end, T, i_c + 1, i_x + 1)
+                b_count = tl.load(p_counts + i_c.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
+                b_lam = slot_weights_tile_t(p_lam, p_life, b_newer, b_count, o_t, o_p, end, H * K, K)
+                b_do = raw_rows(p_do, o_t, o_v, end, stride_v, DV)
+                # [BT, BT] @ [BT, BV] -> [BT, BV]
+                b_dv = tl.dot((b_at * b_lam).to(DOT), b_do.to(DOT), b_dv, input_precision=PREC)
+        b_slot, newest, oldest = slots_at_end(p_life, first, end, i_c, BT, TILES)
+        b_scale = tl.full([BT], 1.0, tl.float32)
         if not GDN:
-            scale = tl.exp(tl.load(cg + end - 1) - tl.load(cg + p, mask=p < end, other=0.0))
-        grads = grad_states + ((row + 1 - row_lo).to(tl.int64) * H + h) * K * DK * DV
-        for n in range(newest, tl.minimum(oldest, K - 1) + 1):
-            mine = (slot == n) & (p < end)
-            for x in range(0, DK, BK):
-                a = x + tl.arange(0, BK)
-                key = tl.load(
-                    k + p.to(tl.int64)[:, None] * stride_k + a[None, :],
-                    mask=mine[:, None] & (a < DK)[None, :],
-                    other=0.0,
-                )
-                state = tl.load(
-                    grads + tl.cast(n, tl.int64) * DK * DV + a[:, None] * DV + b[None, :],
-                    mask=(a < DK)[:, None] & (b < DV)[None, :],
-                    other=0.0,
-                )
-                key = tl.where(mine, scale, 0.0)[:, None] * key.to(tl.float32)
-                acc = tl.dot(key.to(DOT), state, acc, input_precision=PREC)
-        tl.store(
-            dv + p.to(tl.int64)[:, None] * H * DV + h * DV + b[None, :],
-            acc.to(dv.dtype.element_ty),
-            mask=(p < end)[:, None] & (b < DV)[None, :],
-        )
+            b_scale = tl.exp(tl.load(p_g + end - 1) - tl.load(p_g + o_p, mask=o_p < end, other=0.0))
+        p_ds = grad_states + ((row + 1 - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+        for i_s in range(newest, tl.minimum(oldest, K - 1) + 1):
+            mine = (b_slot == i_s) & (o_p < end)
+            for i_k in range(0, DK, BK):
+                o_k = i_k + tl.arange(0, BK)
+                m_k = mine[:, None] & (o_k < DK)[None, :]
+                b_k = tl.load(p_k + o_p.to(tl.int64)[:, None] * stride_k + o_k[None, :], mask=m_k, other=0.0)
+                b_k = tl.where(mine, b_scale, 0.0)[:, None] * b_k.to(tl.float32)
+                b_ds = load_tile(p_ds + tl.cast(i_s, tl.int64) * DK * DV, o_k, o_v, DK, DV)
+                b_dv = tl.dot(b_k.to(DOT), b_ds, b_dv, input_precision=PREC)  # [BT, BK] @ [BK, BV] -> [BT, BV]
+        p_dv = dv + o_p.to(tl.int64)[:, None] * stride_v + i_h * DV + o_v[None, :]
+        tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=(o_p < end)[:, None] & (o_v < DV)[None, :])
+
+
+@triton.jit
+def key_pair_gradient(
+    b_dk, p_q, p_k, p_v, p_do, p_g, p_lam, p_life, p_counts, o_p, o_k, first, end, i_c, stride_q, stride_v, stride_lam,
+    T, K, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dK [BT, BK] and the decay gradient [BT] of the pairs of the tile's keys with queries of the block (Mamba-2)."""
+    b_dg = tl.zeros([BT], tl.float32)
+    for i_x in range(i_c, TILES):
+        o_t = first + i_x * BT + tl.arange(0, BT)
+        if first + i_x * BT < end:
+            b_x = token_products(p_v, p_do, o_p, o_t, end, stride_v, DV, BV, BT, DOT, PREC)
+            b_at, b_decay = pair_tile_t(
+                p_q, p_k, p_g, p_g, o_t, o_p, end, first, stride_q, 0, DK, BK, BT, False, DOT, PREC
+            )
+            b_newer = newer_starts(p_counts, o_t, end, T, i_c + 1, i_x + 1)
+            b_count = tl.load(p_counts + i_c.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
+            b_x *= slot_weights_tile_t(p_lam, p_life, b_newer, b_count, o_t, o_p, end, stride_lam, K)
+            b_dg -= tl.sum(b_x * b_at, 1)
+            b_q = raw_rows(p_q, o_t, o_k, end, stride_q, DK)
+            # [BT, BT] @ [BT, BK] -> [BT, BK]
+            b_dk = tl.dot((b_x * b_decay).to(DOT), b_q.to(DOT), b_dk, input_precision=PREC)
+    return b_dk, b_dg
+
+
+@triton.jit
+def key_state_gradient(
+    b_dk, p_k, p_v, p_g, p_life, p_ds, o_p, o_k, first, end, i_c, stride_q, stride_v, K,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dK [BT, BK] from the gradients of the states at the block's end; each key's part of the last decay's [BT]."""
+    b_slot, newest, oldest = slots_at_end(p_life, first, end, i_c, BT, TILES)
+    b_scale = tl.full([BT], 1.0, tl.float32)
+    if not GDN:
+        b_scale = tl.exp(tl.load(p_g + end - 1) - tl.load(p_g + o_p, mask=o_p < end, other=0.0))
+    b_scale = tl.where(o_p < end, b_scale, 0.0)
+    b_last = tl.zeros([BT], tl.float32)
+    o_p64 = o_p.to(tl.int64)
+    for i_s in range(newest, tl.minimum(oldest, K - 1) + 1):
+        mine = (b_slot == i_s) & (o_p < end)
+        b_y = tl.zeros([BT, BK], tl.float32)
+        for i_v in range(0, DV, BV):
+            o_v = i_v + tl.arange(0, BV)
+            m_v = mine[:, None] & (o_v < DV)[None, :]
+            b_v = tl.load(p_v + o_p64[:, None] * stride_v + o_v[None, :], mask=m_v, other=0.0)
+            b_ds = load_tile_t(p_ds + tl.cast(i_s, tl.int64) * DK * DV, o_k, o_v, DK, DV)
+            b_y = tl.dot(b_v.to(DOT), b_ds, b_y, input_precision=PREC)  # [BT, BV] @ [BV, BK] -> [BT, BK]
+        b_y *= b_scale[:, None]
+        b_dk += b_y
+        if not GDN:
+            m_k = mine[:, None] & (o_k < DK)[None, :]
+            b_k = tl.load(p_k + o_p64[:, None] * stride_q + o_k[None, :], mask=m_k, other=0.0)
+            b_last += tl.sum(b_y * b_k.to(tl.float32), 1)
+    return b_dk, b_last
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -354,115 +332,46 @@ def key_gradient_kernel(
     dk,  # [T, H / HEADS, DK] out: dk (Mamba-2), or dKh [T, H, DK] fp32
     dcg,  # [NK, H, T] fp32 out: the keys' part of the decay gradient (Mamba-2 only)
     ends,  # [NK, H, T] fp32 out: what the block's last decay gets (Mamba-2 only)
-    T,
-    H,
-    GROUP,
-    K,
-    block_lo,
-    row_lo,
-    token_lo,
-    HEADS: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    TILES: tl.constexpr,
-    GDN: tl.constexpr,
-    DOT: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    block, own = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    part = tl.program_id(2)
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    row = tl.load(blocks + 4 * block + 2)
-    if first + own * C < end:
-        i = tl.arange(0, C)
-        p = first + own * C + i
-        p64 = p.to(tl.int64)
-        a = part * BK + tl.arange(0, BK)
-        stride_q = H // GROUP * DK
-        dkey = tl.zeros([C, BK], tl.float32)
+    T, H, GROUP, K, block_lo, row_lo, token_lo,
+    HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    TILES: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i_t, i_c = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_k = tl.program_id(2)
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    row = tl.load(blocks + 4 * i_t + 2)
+    if first + i_c * BT < end:
+        o_p = first + i_c * BT + tl.arange(0, BT)
+        o_k = i_k * BK + tl.arange(0, BK)
+        stride_q, stride_v = H // GROUP * DK, H * DV
+        b_dk = tl.zeros([BT, BK], tl.float32)
         for head in range(HEADS):
-            h = tl.program_id(1).to(tl.int64) * HEADS + head
-            q_h, k_h = q + h // GROUP * DK, k + h // GROUP * DK
-            cg_h, counts_h, life_h = cg + h * T, counts + h * TILES * T, life + h * T
-            decay_col = tl.zeros([C], tl.float32)
+            i_h = tl.program_id(1).to(tl.int64) * HEADS + head
+            p_q, p_k = q + i_h // GROUP * DK, k + i_h // GROUP * DK
+            p_v, p_do, p_lam = v + i_h * DV, do + i_h * DV, lam + i_h * K
+            p_g, p_counts, p_life = cg + i_h * T, counts + i_h * TILES * T, life + i_h * T
+            b_dg = tl.zeros([BT], tl.float32)
             if not GDN:
-                for tile in range(own, TILES):
-                    t = first + tile * C + i
-                    if first + tile * C < end:
-                        x = tl.zeros([C, C], tl.float32)
-                        for at_v in range(0, DV, BV):
-                            b = at_v + tl.arange(0, BV)
-                            value = tl.load(
-                                v + p64[:, None] * H * DV + h * DV + b[None, :],
-                                mask=(p < end)[:, None] & (b < DV)[None, :],
-                                other=0.0,
-                            )
-                            grad = tl.load(
-                                do + t.to(tl.int64)[None, :] * H * DV + h * DV + b[:, None],
-                                mask=(t < end)[None, :] & (b < DV)[:, None],
-                                other=0.0,
-                            )
-                            x = tl.dot(value.to(DOT), grad.to(DOT), x, input_precision=PREC)
-                        score, decay = pair_tile_t(
-                            q_h, k_h, cg_h, cg_h, t, p, end, first, stride_q, 0, DK, BK, C, GDN, DOT, PREC
-                        )
-                        base = newer_starts(counts_h, t, end, T, own + 1, tile + 1)
-                        count = tl.load(counts_h + own.to(tl.int64) * T + t, mask=t < end, other=0)
-                        x *= slot_weights_tile_t(lam + h * K, life_h, base, count, t, p, end, H * K, K)
-                        decay_col -= tl.sum(x * score, 1)
-                        query = tl.load(
-                            q_h + t.to(tl.int64)[:, None] * stride_q + a[None, :],
-                            mask=(t < end)[:, None] & (a < DK)[None, :],
-                            other=0.0,
-                        )
-                        dkey = tl.dot((x * decay).to(DOT), query.to(DOT), dkey, input_precision=PREC)
-                if part > 0:
-                    decay_col = tl.zeros([C], tl.float32)
-            slot, newest, oldest = slots_at_end(life_h, first, end, own, C, TILES)
-            scale = tl.full([C], 1.0, tl.float32)
+                b_dk, b_dg = key_pair_gradient(
+                    b_dk, p_q, p_k, p_v, p_do, p_g, p_lam, p_life, p_counts, o_p, o_k, first, end, i_c, stride_q,
+                    stride_v, H * K, T, K, DK, DV, BK, BV, BT, TILES, DOT, PREC,
+                )  # fmt: skip
+                if i_k > 0:
+                    b_dg = tl.zeros([BT], tl.float32)
+            p_ds = grad_states + ((row + 1 - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+            b_dk, b_last = key_state_gradient(
+                b_dk, p_k, p_v, p_g, p_life, p_ds, o_p, o_k, first, end, i_c, stride_q, stride_v, K, DK, DV, BK, BV, BT,
+                TILES, GDN, DOT, PREC,
+            )  # fmt: skip
             if not GDN:
-                scale = tl.exp(tl.load(cg_h + end - 1) - tl.load(cg_h + p, mask=p < end, other=0.0))
-            scale = tl.where(p < end, scale, 0.0)
-            grads = grad_states + ((row + 1 - row_lo).to(tl.int64) * H + h) * K * DK * DV
-            last = tl.zeros([C], tl.float32)
-            for n in range(newest, tl.minimum(oldest, K - 1) + 1):
-                mine = (slot == n) & (p < end)
-                y = tl.zeros([C, BK], tl.float32)
-                for at_v in range(0, DV, BV):
-                    b = at_v + tl.arange(0, BV)
-                    value = tl.load(
-                        v + p64[:, None] * H * DV + h * DV + b[None, :],
-                        mask=mine[:, None] & (b < DV)[None, :],
-                        other=0.0,
-                    )
-                    state = tl.load(
-                        grads + tl.cast(n, tl.int64) * DK * DV + a[None, :] * DV + b[:, None],
-                        mask=(a < DK)[None, :] & (b < DV)[:, None],
-                        other=0.0,
-                    )
-                    y = tl.dot(value.to(DOT), state, y, input_precision=PREC)
-                y *= scale[:, None]
-                dkey += y
-                if not GDN:
-                    key = tl.load(
-                        k_h + p64[:, None] * stride_q + a[None, :], mask=mine[:, None] & (a < DK)[None, :], other=0.0
-                    )
-                    last += tl.sum(y * key.to(tl.float32), 1)
-            if not GDN:
-                out = (part * H + h) * T + p
-                tl.store(dcg + out, decay_col - last, mask=p < end)
-                tl.store(ends + out, last, mask=p < end)
-        line = p64 * (H // HEADS) + tl.program_id(1)
+                o_g = (i_k * H + i_h) * T + o_p
+                tl.store(dcg + o_g, b_dg - b_last, mask=o_p < end)
+                tl.store(ends + o_g, b_last, mask=o_p < end)
+        o_line = o_p.to(tl.int64) * (H // HEADS) + tl.program_id(1)
         if GDN:
-            line -= token_lo.to(tl.int64) * H
-        tl.store(
-            dk + line[:, None] * DK + a[None, :],
-            dkey.to(dk.dtype.element_ty),
-            mask=(p < end)[:, None] & (a < DK)[None, :],
-        )
+            o_line -= token_lo.to(tl.int64) * H
+        p_dk = dk + o_line[:, None] * DK + o_k[None, :]
+        tl.store(p_dk, b_dk.to(dk.dtype.element_ty), mask=(o_p < end)[:, None] & (o_k < DK)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -476,56 +385,39 @@ def state_gradient_kernel(
     live_death,
     live_count,
     grad_states,  # [rows of the window, H, K, DK, DV] out: the block's own part of D
-    T,
-    H,
-    GROUP,
-    K,
-    block_lo,
-    row_lo,
-    token_lo,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    TILES: tl.constexpr,
-    GDN: tl.constexpr,
-    DOT: tl.constexpr,
-    PREC: tl.constexpr,
-):
+    T, H, GROUP, K, block_lo, row_lo, token_lo,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
     """(lam_i Qt)^T dO of one block and slot, one tile of [DK, DV] a program."""
     NV: tl.constexpr = (DV + BV - 1) // BV
-    n, h = tl.program_id(0), (tl.program_id(1) // K).to(tl.int64)
-    i = tl.program_id(1) % K
-    block = block_lo + n
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    row = tl.load(blocks + 4 * block + 2)
-    if i < tl.load(live_count + row * H + h):
-        a = tl.program_id(2) // NV * BK + tl.arange(0, BK)
-        b = tl.program_id(2) % NV * BV + tl.arange(0, BV)
+    i_b, i_h, i_s = tl.program_id(0), (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    i_t = block_lo + i_b
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    row = tl.load(blocks + 4 * i_t + 2)
+    if i_s < tl.load(live_count + row * H + i_h):
+        o_k = tl.program_id(2) // NV * BK + tl.arange(0, BK)
+        o_v = tl.program_id(2) % NV * BV + tl.arange(0, BV)
         stride_q = (H if GDN else H // GROUP) * DK
-        q += (h - token_lo.to(tl.int64) * H if GDN else h // GROUP) * DK
-        deaths = live_death + (row.to(tl.int64) * H + h) * K
-        acc = tl.zeros([BK, BV], tl.float32)
-        for tile in range((end - first + C - 1) // C):
-            t = first + tile * C + tl.arange(0, C)
-            t64 = t.to(tl.int64)
-            index = newer_starts(counts + h * TILES * T, t, end, T, 0, tile + 1)
-            for newer in range(i):
-                index += (tl.load(deaths + newer) > t).to(tl.int32)
-            index = tl.minimum(index, K - 1)
-            w = tl.load(lam + (t64 * H + h) * K + index, mask=t < end, other=0.0).to(tl.float32)
+        p_q = q + (i_h - token_lo.to(tl.int64) * H if GDN else i_h // GROUP) * DK
+        p_do, p_g, p_counts = do + i_h * DV, cg + i_h * T, counts + i_h * TILES * T
+        p_death = live_death + (row.to(tl.int64) * H + i_h) * K
+        b_ds = tl.zeros([BK, BV], tl.float32)
+        for i_c in range((end - first + BT - 1) // BT):
+            o_t = first + i_c * BT + tl.arange(0, BT)
+            b_slot = newer_starts(p_counts, o_t, end, T, 0, i_c + 1)
+            for newer in range(i_s):
+                b_slot += (tl.load(p_death + newer) > o_t).to(tl.int32)
+            b_slot = tl.minimum(b_slot, K - 1)
+            b_w = tl.load(lam + (o_t.to(tl.int64) * H + i_h) * K + b_slot, mask=o_t < end, other=0.0).to(tl.float32)
             if not GDN:
-                w *= tl.exp(tl.load(cg + h * T + t, mask=t < end, other=0.0))
-            query = tl.load(
-                q + t64[None, :] * stride_q + a[:, None], mask=(t < end)[None, :] & (a < DK)[:, None], other=0.0
-            )
-            grad = tl.load(
-                do + (t64[:, None] * H + h) * DV + b[None, :], mask=(t < end)[:, None] & (b < DV)[None, :], other=0.0
-            )
-            acc = tl.dot((w[None, :] * query.to(tl.float32)).to(DOT), grad.to(DOT), acc, input_precision=PREC)
-        out = grad_states + (((row - row_lo).to(tl.int64) * H + h) * K + i) * DK * DV
-        tl.store(out + a[:, None] * DV + b[None, :], acc.to(DOT), mask=(a < DK)[:, None] & (b < DV)[None, :])
+                b_w *= tl.exp(tl.load(p_g + o_t, mask=o_t < end, other=0.0))
+            b_q = raw_columns(p_q, o_t, o_k, end, stride_q, DK)
+            b_do = raw_rows(p_do, o_t, o_v, end, H * DV, DV)
+            b_q = (b_w[None, :] * b_q.to(tl.float32)).to(DOT)
+            b_ds = tl.dot(b_q, b_do.to(DOT), b_ds, input_precision=PREC)  # [BK, BT] @ [BT, BV] -> [BK, BV]
+        p_ds = grad_states + (((row - row_lo).to(tl.int64) * H + i_h) * K + i_s) * DK * DV
+        tl.store(p_ds + o_k[:, None] * DV + o_v[None, :], b_ds.to(DOT), mask=(o_k < DK)[:, None] & (o_v < DV)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -536,26 +428,23 @@ def decay_gradient_kernel(
     ends,  # [PARTS, H, T] fp32: summed into the block's last decay
     dkeep,  # [blocks of the window, H] fp32: gradient of exp(cg_C) from the transition
     dg,  # [T, H] out
-    blocks,
-    block_lo,
-    T,
-    H,
+    blocks, block_lo, T, H,
     ROWS: tl.constexpr,  # parts of `rows`
     PARTS: tl.constexpr,  # parts of `cols` and `ends`
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Reverse cumsum inside each block: no sum over T of terms that cancel."""
-    n, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first, end = tl.load(blocks + 4 * (block_lo + n)), tl.load(blocks + 4 * (block_lo + n) + 1)
-    t = first + tl.arange(0, BLOCK)
-    x = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, end = tl.load(blocks + 4 * (block_lo + i_b)), tl.load(blocks + 4 * (block_lo + i_b) + 1)
+    o_t = first + tl.arange(0, BLOCK)
+    b_dg = tl.zeros([BLOCK], tl.float32)
+    b_last = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(ROWS):
-        x += tl.load(rows + (part * H + h) * T + t, mask=t < end, other=0.0)
+        b_dg += tl.load(rows + (part * H + i_h) * T + o_t, mask=o_t < end, other=0.0)
     for part in tl.static_range(PARTS):
-        x += tl.load(cols + (part * H + h) * T + t, mask=t < end, other=0.0)
-        total += tl.load(ends + (part * H + h) * T + t, mask=t < end, other=0.0)
-    last = tl.sum(total, 0) + tl.load(dkeep + n * H + h) * tl.exp(tl.load(cg + h * T + end - 1))
-    x += tl.where(t == end - 1, last, 0.0)
-    x = tl.cumsum(x, 0, reverse=True)
-    tl.store(dg + t.to(tl.int64) * H + h, x.to(dg.dtype.element_ty), mask=t < end)
+        b_dg += tl.load(cols + (part * H + i_h) * T + o_t, mask=o_t < end, other=0.0)
+        b_last += tl.load(ends + (part * H + i_h) * T + o_t, mask=o_t < end, other=0.0)
+    last = tl.sum(b_last, 0) + tl.load(dkeep + i_b * H + i_h) * tl.exp(tl.load(cg + i_h * T + end - 1))
+    b_dg += tl.where(o_t == end - 1, last, 0.0)
+    b_dg = tl.cumsum(b_dg, 0, reverse=True)
+    tl.store(dg + o_t.to(tl.int64) * H + i_h, b_dg.to(dg.dtype.element_ty), mask=o_t < end)

@@ -13,9 +13,9 @@ from .triton_layout import SIZES
 
 
 @triton.jit
-def shifted(x, lane, KP: tl.constexpr):
+def shifted(b_x, o_s, KP: tl.constexpr):
     """x[i + 1] (the last one stays)."""
-    return tl.gather(x, tl.minimum(lane + 1, KP - 1), 0)
+    return tl.gather(b_x, tl.minimum(o_s + 1, KP - 1), 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -30,85 +30,80 @@ def capacity_kernel(
     cache_death,  # [n, H, K] int32 chronological: in, a large number; out, deaths too
     lo,  # [H, T] int32 out, or unused: oldest token that moves if the token's decision is toggled
     final_info,  # [n, H, K] fp32 out, chronological
-    T,
-    H,
-    K,
-    HAS_CACHE: tl.constexpr,
-    WANT_LO: tl.constexpr,
-    TILE: tl.constexpr,
-    KP: tl.constexpr,
-):
-    segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    begin, finish = tl.load(segments + 2 * segment), tl.load(segments + 2 * segment + 1)
-    lane = tl.arange(0, KP)
-    i = tl.arange(0, TILE)
-    table = (segment.to(tl.int64) * H + h) * K
-    starts += h * T
-    sums += h * T
-    life += h * T
-    lo += h * T
-    position = -1 - lane
-    count = tl.zeros([KP], tl.float32)
-    info = tl.zeros([KP], tl.float32)
+    T, H, K,
+    HAS_CACHE: tl.constexpr, WANT_LO: tl.constexpr, TILE: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    begin, finish = tl.load(segments + 2 * i_n), tl.load(segments + 2 * i_n + 1)
+    o_s = tl.arange(0, KP)
+    o_i = tl.arange(0, TILE)
+    o_table = (i_n.to(tl.int64) * H + i_h) * K
+    starts += i_h * T
+    sums += i_h * T
+    life += i_h * T
+    lo += i_h * T
+    b_start = -1 - o_s
+    b_count = tl.zeros([KP], tl.float32)
+    b_info = tl.zeros([KP], tl.float32)
     live = begin * 0
     if HAS_CACHE:
-        live = tl.load(cache_live + segment * H + h)
-        count = tl.load(cache_count + table + lane, mask=lane < live, other=0.0)
-        info = tl.load(cache_info + table + lane, mask=lane < live, other=0.0)
-    last_sum = tl.sum(tl.where(lane == live - 1, info, 0.0), 0)
+        live = tl.load(cache_live + i_n * H + i_h)
+        b_count = tl.load(cache_count + o_table + o_s, mask=o_s < live, other=0.0)
+        b_info = tl.load(cache_info + o_table + o_s, mask=o_s < live, other=0.0)
+    last_sum = tl.sum(tl.where(o_s == live - 1, b_info, 0.0), 0)
     first = begin
     while first < finish:
-        t = first + i
+        o_t = first + o_i
         n = tl.minimum(finish - first, TILE)
-        opens = tl.load(starts + t, mask=t < finish, other=0) > 0
-        total = tl.load(sums + t, mask=t < finish, other=0.0)
-        before = tl.load(sums + t - 1, mask=(t < finish) & (i > 0), other=0.0)
-        before = tl.where(i == 0, last_sum, before)
+        m_open = tl.load(starts + o_t, mask=o_t < finish, other=0) > 0
+        b_total = tl.load(sums + o_t, mask=o_t < finish, other=0.0)
+        b_before = tl.load(sums + o_t - 1, mask=(o_t < finish) & (o_i > 0), other=0.0)
+        b_before = tl.where(o_i == 0, last_sum, b_before)
         at = n * 0
         while at < n:
-            e = tl.min(tl.where(opens & (i >= at), i, TILE), 0)
+            e = tl.min(tl.where(m_open & (o_i >= at), o_i, TILE), 0)
             upto = tl.minimum(e, n)
-            is_open = lane == live - 1
+            m_last = o_s == live - 1
             if WANT_LO:
-                cost = (info + shifted(info, lane, KP)) / tl.maximum(count + shifted(count, lane, KP), 1.0)
-                cost = tl.where(lane < live - 2, cost, float("inf"))
-                closed = tl.argmin(cost, 0, tie_break_left=True)
-                closed_cost = tl.min(cost, 0)
-                closed_start = tl.sum(tl.where(lane == closed + 1, position, 0), 0)
-                open_start = tl.sum(tl.where(is_open, position, 0), 0)
-                older = tl.sum(tl.where(lane == live - 2, info, 0.0), 0)
-                tokens = tl.sum(tl.where((lane == live - 2) | is_open, count, 0.0), 0) + (i - at).to(tl.float32)
-                low = tl.where((older + before) / tokens < closed_cost, open_start, closed_start)
-                low = tl.where(live == K, tl.maximum(low, begin), begin)
-                low = tl.where(t == begin, begin, low)
-                tl.store(lo + t, low, mask=(i >= at) & (i <= e) & (t < finish))
+                b_cost = (b_info + shifted(b_info, o_s, KP)) / tl.maximum(b_count + shifted(b_count, o_s, KP), 1.0)
+                b_cost = tl.where(o_s < live - 2, b_cost, float("inf"))
+                closed = tl.argmin(b_cost, 0, tie_break_left=True)
+                closed_cost = tl.min(b_cost, 0)
+                closed_start = tl.sum(tl.where(o_s == closed + 1, b_start, 0), 0)
+                open_start = tl.sum(tl.where(m_last, b_start, 0), 0)
+                older = tl.sum(tl.where(o_s == live - 2, b_info, 0.0), 0)
+                b_tokens = tl.sum(tl.where((o_s == live - 2) | m_last, b_count, 0.0), 0) + (o_i - at).to(tl.float32)
+                b_lo = tl.where((older + b_before) / b_tokens < closed_cost, open_start, closed_start)
+                b_lo = tl.where(live == K, tl.maximum(b_lo, begin), begin)
+                b_lo = tl.where(o_t == begin, begin, b_lo)
+                tl.store(lo + o_t, b_lo, mask=(o_i >= at) & (o_i <= e) & (o_t < finish))
             if upto > at:  # tokens that joined the open slot
-                count = tl.where(is_open, count + (upto - at).to(tl.float32), count)
-                joined = tl.sum(tl.where(i == upto - 1, total, 0.0), 0)
-                info = tl.where(is_open, joined, info)
+                b_count = tl.where(m_last, b_count + (upto - at).to(tl.float32), b_count)
+                joined = tl.sum(tl.where(o_i == upto - 1, b_total, 0.0), 0)
+                b_info = tl.where(m_last, joined, b_info)
             if e < TILE:
                 if live == K:
-                    cost = (info + shifted(info, lane, KP)) / tl.maximum(count + shifted(count, lane, KP), 1.0)
-                    pair = tl.argmin(tl.where(lane < K - 1, cost, float("inf")), 0, tie_break_left=True)
-                    dying = tl.sum(tl.where(lane == pair + 1, position, 0), 0)
-                    merged, added = info + shifted(info, lane, KP), count + shifted(count, lane, KP)
-                    moved = lane > pair
-                    info = tl.where(lane == pair, merged, tl.where(moved, shifted(info, lane, KP), info))
-                    count = tl.where(lane == pair, added, tl.where(moved, shifted(count, lane, KP), count))
-                    position = tl.where(moved, shifted(position, lane, KP), position)
+                    b_cost = (b_info + shifted(b_info, o_s, KP)) / tl.maximum(b_count + shifted(b_count, o_s, KP), 1.0)
+                    pair = tl.argmin(tl.where(o_s < K - 1, b_cost, float("inf")), 0, tie_break_left=True)
+                    dying = tl.sum(tl.where(o_s == pair + 1, b_start, 0), 0)
+                    b_merged, b_added = b_info + shifted(b_info, o_s, KP), b_count + shifted(b_count, o_s, KP)
+                    m_moved = o_s > pair
+                    b_info = tl.where(o_s == pair, b_merged, tl.where(m_moved, shifted(b_info, o_s, KP), b_info))
+                    b_count = tl.where(o_s == pair, b_added, tl.where(m_moved, shifted(b_count, o_s, KP), b_count))
+                    b_start = tl.where(m_moved, shifted(b_start, o_s, KP), b_start)
                     live -= 1
                     if dying >= 0:
                         tl.store(life + dying, first + e)
                     else:
-                        tl.store(cache_death + table - 1 - dying, first + e)
-                opened = lane == live
-                position = tl.where(opened, first + e, position)
-                count = tl.where(opened, 1.0, count)
-                info = tl.where(opened, tl.sum(tl.where(i == e, total, 0.0), 0), info)
+                        tl.store(cache_death + o_table - 1 - dying, first + e)
+                m_new = o_s == live
+                b_start = tl.where(m_new, first + e, b_start)
+                b_count = tl.where(m_new, 1.0, b_count)
+                b_info = tl.where(m_new, tl.sum(tl.where(o_i == e, b_total, 0.0), 0), b_info)
                 live += 1
                 at = e + 1
             else:
                 at = n
-        last_sum = tl.sum(tl.where(i == n - 1, total, 0.0), 0)
+        last_sum = tl.sum(tl.where(o_i == n - 1, b_total, 0.0), 0)
         first += TILE
-    tl.store(final_info + table + lane, tl.where(lane < live, info, 0.0), mask=lane < K)
+    tl.store(final_info + o_table + o_s, tl.where(o_s < live, b_info, 0.0), mask=o_s < K)

@@ -91,7 +91,7 @@ def make_tables(
     )  # fmt: skip
     tiles = plan.block // plan.tile
     tile_counts_kernel[(len(layout.blocks) * tiles, H)](
-        life, layout.blocks, tables.counts, T, C=plan.tile, TILES=tiles, num_warps=4
+        life, layout.blocks, tables.counts, T, BT=plan.tile, TILES=tiles, num_warps=4
     )
     return tables
 
@@ -154,7 +154,7 @@ class WindowPass:
         state_scan_kernel[grid](
             self.kh, self.x.v, tables.cg, self.r_matrix, self.layout.blocks, self.window.segments, tables.pos,
             tables.death, tables.live, incoming, snap, final, *self._sizes(), plan.K, self.window.block_lo,
-            self.window.row_lo, self.token_lo, **dims, C=plan.tile, KP=plan.slots_padded, **plan.math(),
+            self.window.row_lo, self.token_lo, **dims, BT=plan.tile, KP=plan.slots_padded, **plan.math(),
         )  # fmt: skip
         return snap, final
 
@@ -178,7 +178,7 @@ def local_launch(plan: LaunchPlan, device: torch.device, kernel: str = "local") 
     """Launch of the chunk-local kernels, which know no value dims: BV is the width of a slab of a C x C matrix."""
     found = plan.launch(kernel, device)
     slab = {"SLAB": min(found["BV"], plan.tile)} if kernel == "local" else {}
-    return {**{k: x for k, x in found.items() if k not in ("DV", "BV")}, **slab, "C": plan.tile, "PREC": PRECISION}
+    return {**{k: x for k, x in found.items() if k not in ("DV", "BV")}, **slab, "BT": plan.tile, "PREC": PRECISION}
 
 
 def chunk_inverse(

@@ -32,154 +32,136 @@ def decode_decide_kernel(
     live,  # [B, H] int64, in place
     position,  # [B] int64
     plan,  # [B, H, 3] int32 out
-    H,
-    GROUP,
-    K,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    KP: tl.constexpr,
-    GDN: tl.constexpr,
-):
-    lane = tl.program_id(0).to(tl.int64)
-    b, h = lane // H, lane % H
-    n = tl.load(live + lane).to(tl.int32)
+    H, GROUP, K,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr, GDN: tl.constexpr,
+):  # fmt: skip
+    i_bh = tl.program_id(0).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    n = tl.load(live + i_bh).to(tl.int32)
     write = 1.0
     if GDN:
-        write = tl.load(beta + lane).to(tl.float32)
-    inner = tl.zeros([BK], tl.float32)
-    norm = tl.zeros([BK], tl.float32)
-    k2 = tl.zeros([BK], tl.float32)
-    v2 = tl.zeros([BV], tl.float32)
-    state = states + (lane * K + tl.maximum(n - 1, 0)) * DK * DV
-    key_at = k + (b * (H // GROUP) + h // GROUP) * DK
-    for x in range(0, DK, BK):
-        a = x + tl.arange(0, BK)
-        key = tl.load(key_at + a, mask=a < DK, other=0.0).to(tl.float32)
-        k2 += key * key
-        for y in range(0, DV, BV):
-            c = y + tl.arange(0, BV)
-            value = tl.load(v + lane * DV + c, mask=c < DV, other=0.0).to(tl.float32)
-            s = tl.load(
-                state + a[:, None] * DV + c[None, :], mask=(a < DK)[:, None] & (c < DV)[None, :] & (n > 0), other=0.0
-            )
-            inner += key * tl.sum(s * value[None, :], 1)
-            norm += tl.sum(s * s, 1)
-    for y in range(0, DV, BV):
-        c = y + tl.arange(0, BV)
-        value = tl.load(v + lane * DV + c, mask=c < DV, other=0.0).to(tl.float32)
-        v2 += value * value
-    size = write * tl.sqrt(tl.sum(k2, 0)) * tl.sqrt(tl.sum(v2, 0)) * tl.sqrt(tl.sum(norm, 0))
-    cosine = tl.where(size > 0, write * tl.sum(inner, 0) / tl.where(size > 0, size, 1.0), 0.0)
+        write = tl.load(beta + i_bh).to(tl.float32)
+    b_inner = tl.zeros([BK], tl.float32)
+    b_norm = tl.zeros([BK], tl.float32)
+    b_k2 = tl.zeros([BK], tl.float32)
+    b_v2 = tl.zeros([BV], tl.float32)
+    p_s = states + (i_bh * K + tl.maximum(n - 1, 0)) * DK * DV
+    p_k = k + (i_b * (H // GROUP) + i_h // GROUP) * DK
+    for i_k in range(0, DK, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_k = tl.load(p_k + o_k, mask=o_k < DK, other=0.0).to(tl.float32)
+        b_k2 += b_k * b_k
+        for i_v in range(0, DV, BV):
+            o_v = i_v + tl.arange(0, BV)
+            b_v = tl.load(v + i_bh * DV + o_v, mask=o_v < DV, other=0.0).to(tl.float32)
+            m_k = (o_k < DK)[:, None] & (o_v < DV)[None, :] & (n > 0)
+            b_s = tl.load(p_s + o_k[:, None] * DV + o_v[None, :], mask=m_k, other=0.0)
+            b_inner += b_k * tl.sum(b_s * b_v[None, :], 1)
+            b_norm += tl.sum(b_s * b_s, 1)
+    for i_v in range(0, DV, BV):
+        o_v = i_v + tl.arange(0, BV)
+        b_v = tl.load(v + i_bh * DV + o_v, mask=o_v < DV, other=0.0).to(tl.float32)
+        b_v2 += b_v * b_v
+    size = write * tl.sqrt(tl.sum(b_k2, 0)) * tl.sqrt(tl.sum(b_v2, 0)) * tl.sqrt(tl.sum(b_norm, 0))
+    cosine = tl.where(size > 0, write * tl.sum(b_inner, 0) / tl.where(size > 0, size, 1.0), 0.0)
     score = tl.where(n == 0, 1.4142135623730951, tl.sqrt(tl.maximum(2 - 2 * cosine, 0.0)))
-    fired = (n == 0) | (score >= tl.load(tau + h))
-    slot = tl.arange(0, KP)
-    there = slot < K
-    at = lane * K + slot
-    starts = tl.load(start + at, mask=there, other=0)
-    counts = tl.load(count + at, mask=there, other=0)
-    infos = tl.load(info + at, mask=there, other=0.0)
+    fired = (n == 0) | (score >= tl.load(tau + i_h))
+    o_s = tl.arange(0, KP)
+    m_s = o_s < K
+    o_slots = i_bh * K + o_s
+    b_start = tl.load(start + o_slots, mask=m_s, other=0)
+    b_count = tl.load(count + o_slots, mask=m_s, other=0)
+    b_info = tl.load(info + o_slots, mask=m_s, other=0.0)
     pair = -1
     if fired & (n == K):
-        nxt = tl.minimum(slot + 1, KP - 1)
-        total = (counts + tl.gather(counts, nxt, 0)).to(tl.float32)
-        joined = infos + tl.gather(infos, nxt, 0)
-        cost = tl.where(slot < K - 1, joined / tl.maximum(total, 1.0), float("inf"))
-        pair = tl.argmin(cost, 0, tie_break_left=True)
-        moved = slot > pair
-        starts = tl.where(moved, tl.gather(starts, nxt, 0), starts)
-        both = counts + tl.gather(counts, nxt, 0)
-        counts = tl.where(slot == pair, both, tl.where(moved, tl.gather(counts, nxt, 0), counts))
-        infos = tl.where(slot == pair, joined, tl.where(moved, tl.gather(infos, nxt, 0), infos))
+        o_next = tl.minimum(o_s + 1, KP - 1)
+        b_total = (b_count + tl.gather(b_count, o_next, 0)).to(tl.float32)
+        b_joined = b_info + tl.gather(b_info, o_next, 0)
+        b_cost = tl.where(o_s < K - 1, b_joined / tl.maximum(b_total, 1.0), float("inf"))
+        pair = tl.argmin(b_cost, 0, tie_break_left=True)
+        m_moved = o_s > pair
+        b_start = tl.where(m_moved, tl.gather(b_start, o_next, 0), b_start)
+        b_both = b_count + tl.gather(b_count, o_next, 0)
+        b_count = tl.where(o_s == pair, b_both, tl.where(m_moved, tl.gather(b_count, o_next, 0), b_count))
+        b_info = tl.where(o_s == pair, b_joined, tl.where(m_moved, tl.gather(b_info, o_next, 0), b_info))
         n = K - 1
     to = tl.where(fired, n, n - 1)
-    mine = slot == to
-    starts = tl.where(mine & fired, tl.load(position + b), starts)
-    counts = tl.where(mine, tl.where(fired, 1, counts + 1), counts)
-    infos = tl.where(mine, tl.where(fired, score, infos + score), infos)
+    m_to = o_s == to
+    b_start = tl.where(m_to & fired, tl.load(position + i_b), b_start)
+    b_count = tl.where(m_to, tl.where(fired, 1, b_count + 1), b_count)
+    b_info = tl.where(m_to, tl.where(fired, score, b_info + score), b_info)
     tl.debug_barrier()
-    tl.store(start + at, starts, mask=there)
-    tl.store(count + at, counts, mask=there)
-    tl.store(info + at, infos, mask=there)
-    tl.store(live + lane, (to + 1).to(tl.int64))
-    tl.store(plan + lane * 3, pair)
-    tl.store(plan + lane * 3 + 1, to)
-    tl.store(plan + lane * 3 + 2, fired.to(tl.int32))
+    tl.store(start + o_slots, b_start, mask=m_s)
+    tl.store(count + o_slots, b_count, mask=m_s)
+    tl.store(info + o_slots, b_info, mask=m_s)
+    tl.store(live + i_bh, (to + 1).to(tl.int64))
+    tl.store(plan + i_bh * 3, pair)
+    tl.store(plan + i_bh * 3 + 1, to)
+    tl.store(plan + i_bh * 3 + 2, fired.to(tl.int32))
 
 
 @triton.jit
 def decode_states_kernel(
     q,  # [B, G, DK]
-    k,
-    v,
+    k, v,
     g,  # [B, H]
     lam,  # [B, H, K]
     beta,
     states,  # [B, H, K, DK, DV] fp32, in place
-    live,
-    plan,
+    live, plan,
     out,  # [B, H, DV]
-    H,
-    GROUP,
-    K,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    NK: tl.constexpr,
-    GDN: tl.constexpr,
-):
-    lane = tl.program_id(0).to(tl.int64)
-    b, h = lane // H, lane % H
-    c = tl.program_id(1) * BV + tl.arange(0, BV)
-    pair, to = tl.load(plan + lane * 3), tl.load(plan + lane * 3 + 1)
-    opened = tl.load(plan + lane * 3 + 2)
-    n = tl.load(live + lane).to(tl.int32)
-    decay = tl.exp(tl.load(g + lane).to(tl.float32))
+    H, GROUP, K,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NK: tl.constexpr, GDN: tl.constexpr,
+):  # fmt: skip
+    i_bh = tl.program_id(0).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    pair, to = tl.load(plan + i_bh * 3), tl.load(plan + i_bh * 3 + 1)
+    opened = tl.load(plan + i_bh * 3 + 2)
+    n = tl.load(live + i_bh).to(tl.int32)
+    decay = tl.exp(tl.load(g + i_bh).to(tl.float32))
     write = 1.0
     if GDN:
-        write = tl.load(beta + lane).to(tl.float32)
-    value = tl.load(v + lane * DV + c, mask=c < DV, other=0.0).to(tl.float32)
-    query_at = (b * (H // GROUP) + h // GROUP) * DK
-    acc = tl.zeros([BV], tl.float32)
-    tile = tl.arange(0, BK)
-    for slot in range(n):
+        write = tl.load(beta + i_bh).to(tl.float32)
+    b_v = tl.load(v + i_bh * DV + o_v, mask=o_v < DV, other=0.0).to(tl.float32)
+    o_qk = (i_b * (H // GROUP) + i_h // GROUP) * DK
+    b_o = tl.zeros([BV], tl.float32)
+    o_tile = tl.arange(0, BK)
+    for i_s in range(n):
         # after a merge, slots younger than the pair come from one place further
-        source = slot + ((pair >= 0) & (slot > pair)).to(tl.int32)
-        fresh = (opened > 0) & (slot == to)
-        weight = tl.load(lam + lane * K + n - 1 - slot).to(tl.float32)
-        read = tl.zeros([BV], tl.float32)
-        total = tl.zeros([BV], tl.float32)
-        mixed = 0.0
-        for x in range(NK):
-            a = x * BK + tile
-            there = (a < DK)[:, None] & (c < DV)[None, :]
-            at = lane * K * DK * DV + a[:, None] * DV + c[None, :]
-            s = tl.load(states + at + source.to(tl.int64) * DK * DV, mask=there & (fresh == 0), other=0.0)
-            s += tl.load(states + at + (source + 1).to(tl.int64) * DK * DV, mask=there & (slot == pair), other=0.0)
-            key = tl.load(k + query_at + a, mask=a < DK, other=0.0).to(tl.float32)
-            query = tl.load(q + query_at + a, mask=a < DK, other=0.0).to(tl.float32)
-            read += tl.sum(key[:, None] * s, 0)
-            total += tl.sum(query[:, None] * s, 0)
-            mixed += tl.sum(query * key, 0)
-        change = tl.where(slot == to, write, 0.0) * value
+        i_from = i_s + ((pair >= 0) & (i_s > pair)).to(tl.int32)
+        fresh = (opened > 0) & (i_s == to)
+        weight = tl.load(lam + i_bh * K + n - 1 - i_s).to(tl.float32)
+        b_read = tl.zeros([BV], tl.float32)
+        b_total = tl.zeros([BV], tl.float32)
+        qk = 0.0
+        for i_k in range(NK):
+            o_k = i_k * BK + o_tile
+            m_s = (o_k < DK)[:, None] & (o_v < DV)[None, :]
+            o_s = i_bh * K * DK * DV + o_k[:, None] * DV + o_v[None, :]
+            b_s = tl.load(states + o_s + i_from.to(tl.int64) * DK * DV, mask=m_s & (fresh == 0), other=0.0)
+            b_s += tl.load(states + o_s + (i_from + 1).to(tl.int64) * DK * DV, mask=m_s & (i_s == pair), other=0.0)
+            b_k = tl.load(k + o_qk + o_k, mask=o_k < DK, other=0.0).to(tl.float32)
+            b_q = tl.load(q + o_qk + o_k, mask=o_k < DK, other=0.0).to(tl.float32)
+            b_read += tl.sum(b_k[:, None] * b_s, 0)
+            b_total += tl.sum(b_q[:, None] * b_s, 0)
+            qk += tl.sum(b_q * b_k, 0)
+        b_u = tl.where(i_s == to, write, 0.0) * b_v
         if GDN:
-            change -= decay * write * read
+            b_u -= decay * write * b_read
         tl.debug_barrier()
-        for x in range(NK):
-            a = x * BK + tile
-            there = (a < DK)[:, None] & (c < DV)[None, :]
-            at = lane * K * DK * DV + a[:, None] * DV + c[None, :]
-            s = tl.load(states + at + source.to(tl.int64) * DK * DV, mask=there & (fresh == 0), other=0.0)
-            s += tl.load(states + at + (source + 1).to(tl.int64) * DK * DV, mask=there & (slot == pair), other=0.0)
-            key = tl.load(k + query_at + a, mask=a < DK, other=0.0).to(tl.float32)
-            tl.store(
-                states + at + tl.cast(slot, tl.int64) * DK * DV, decay * s + key[:, None] * change[None, :], mask=there
-            )
-        acc += weight * (decay * total + mixed * change)
+        for i_k in range(NK):
+            o_k = i_k * BK + o_tile
+            m_s = (o_k < DK)[:, None] & (o_v < DV)[None, :]
+            o_s = i_bh * K * DK * DV + o_k[:, None] * DV + o_v[None, :]
+            b_s = tl.load(states + o_s + i_from.to(tl.int64) * DK * DV, mask=m_s & (fresh == 0), other=0.0)
+            b_s += tl.load(states + o_s + (i_from + 1).to(tl.int64) * DK * DV, mask=m_s & (i_s == pair), other=0.0)
+            b_k = tl.load(k + o_qk + o_k, mask=o_k < DK, other=0.0).to(tl.float32)
+            b_s = decay * b_s + b_k[:, None] * b_u[None, :]
+            tl.store(states + o_s + tl.cast(i_s, tl.int64) * DK * DV, b_s, mask=m_s)
+        b_o += weight * (decay * b_total + qk * b_u)
         tl.debug_barrier()
-    tl.store(out + lane * DV + c, acc.to(out.dtype.element_ty), mask=c < DV)
+    tl.store(out + i_bh * DV + o_v, b_o.to(out.dtype.element_ty), mask=o_v < DV)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Detection: where slots open. Scores are computed as in fp32, whatever the input dtype.
 
-The score of token t needs x_t = v_t . S^T k_t, |S^T k_t|^2 and ||S||^2 of the open state S before t. In a chunk of C
-tokens all of them come from C x C products that do not depend on where slots open: a restart of the open
+The score of token t needs x_t = v_t . S^T k_t, |S^T k_t|^2 and ||S||^2 of the open state S before t. In a chunk of
+BT tokens all of them come from BT x BT products that do not depend on where slots open: a restart of the open
 state at token s is column masking (l >= s). So a chunk costs one vectorised round a boundary, not one step a token.
 
 Shards of a segment may be run at the same time from an empty state (`detect_kernel`) and corrected afterwards
@@ -15,45 +15,45 @@ import triton
 import triton.language as tl
 
 from .triton_layout import SIZES
-from .triton_local import columns_of, decays_of, products, raw_rows, rows_of
+from .triton_tiles import columns_of, decays_of, load_tile, products, raw_rows, rows_of
 
 
 @triton.jit
-def exact_dot(x, y, acc, PREC: tl.constexpr):
-    """acc + x @ y to fp32 accuracy. An operand in bf16 is exact: the other one is cut into three bf16 terms."""
-    if x.dtype == tl.bfloat16:
-        high = y.to(tl.bfloat16)
-        rest = y - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(x, low, acc)
-        acc = tl.dot(x, middle, acc)
-        acc = tl.dot(x, high, acc)
-    elif y.dtype == tl.bfloat16:
-        high = x.to(tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(low, y, acc)
-        acc = tl.dot(middle, y, acc)
-        acc = tl.dot(high, y, acc)
+def exact_dot(b_x, b_y, b_xy, PREC: tl.constexpr):
+    """b_xy + b_x @ b_y to fp32 accuracy. An operand in bf16 is exact: the other one is cut into three bf16 terms."""
+    if b_x.dtype == tl.bfloat16:
+        b_high = b_y.to(tl.bfloat16)
+        b_rest = b_y - b_high.to(tl.float32)
+        b_middle = b_rest.to(tl.bfloat16)
+        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
+        b_xy = tl.dot(b_x, b_low, b_xy)
+        b_xy = tl.dot(b_x, b_middle, b_xy)
+        b_xy = tl.dot(b_x, b_high, b_xy)
+    elif b_y.dtype == tl.bfloat16:
+        b_high = b_x.to(tl.bfloat16)
+        b_rest = b_x - b_high.to(tl.float32)
+        b_middle = b_rest.to(tl.bfloat16)
+        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
+        b_xy = tl.dot(b_low, b_y, b_xy)
+        b_xy = tl.dot(b_middle, b_y, b_xy)
+        b_xy = tl.dot(b_high, b_y, b_xy)
     else:
-        acc = tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision=PREC)
-    return acc
+        b_xy = tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_xy, input_precision=PREC)
+    return b_xy
 
 
 @triton.jit
 def read_state(
-    k, state, t, b, end, stride_k, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, PREC: tl.constexpr,
+    p_k, p_s, o_t, o_v, end, stride_k, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """K S of one tile of value dims: fp32 [C, BV]."""
-    acc = tl.zeros([C, BV], tl.float32)
-    for x in range(0, DK, BK):
-        a = x + tl.arange(0, BK)
-        s = tl.load(state + a[:, None] * DV + b[None, :], mask=(a < DK)[:, None] & (b < DV)[None, :], other=0.0)
-        acc = exact_dot(raw_rows(k, t, a, end, stride_k, DK), s, acc, PREC)
-    return acc
+    """K S of one tile of value dims: fp32 [BT, BV]."""
+    b_ks = tl.zeros([BT, BV], tl.float32)
+    for i_k in range(0, DK, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_s = load_tile(p_s, o_k, o_v, DK, DV)
+        b_ks = exact_dot(raw_rows(p_k, o_t, o_k, end, stride_k, DK), b_s, b_ks, PREC)  # [BT, BK] @ [BK, BV] -> [BT, BV]
+    return b_ks
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -62,329 +62,319 @@ def detect_pairs_kernel(
     v,  # [T, H, DV]
     beta,  # [T, H] (Gated DeltaNet only)
     cg,  # [H, T]
-    inv,  # [T, H, C] (Gated DeltaNet only)
-    effect,  # [T, H, C] fp32 out: E (Gated DeltaNet), or E .* V V^T
-    pairs,  # [T, H, C] fp32 out: V V^T (Gated DeltaNet only)
+    inv,  # [T, H, BT] (Gated DeltaNet only)
+    effect,  # [T, H, BT] fp32 out: E (Gated DeltaNet), or E .* V V^T
+    pairs,  # [T, H, BT] fp32 out: V V^T (Gated DeltaNet only)
     k2,  # [H, T] fp32 out: |k|^2
     written,  # [H, T] fp32 out: |s_t|^2
-    blocks,
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    GDN: tl.constexpr,
+    blocks, T, H, GROUP,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
     PREC: tl.constexpr,
-):
+):  # fmt: skip
     """What does not depend on where slots open, for all chunks at once."""
-    block, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    i = tl.arange(0, C)
-    t = first + i
-    k += h // GROUP * DK
+    i_t, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    o_i = tl.arange(0, BT)
+    o_t = first + o_i
+    k += i_h // GROUP * DK
     stride_k = (H // GROUP) * DK
-    keys = tl.zeros([C], tl.float32)
-    for x in range(0, DK, BK):
-        key = rows_of(k, t, x + tl.arange(0, BK), end, stride_k, DK)
-        keys += tl.sum(key * key, 1)
-    values = tl.zeros([C], tl.float32)
-    for y in range(0, DV, BV):
-        value = rows_of(v + h * DV, t, y + tl.arange(0, BV), end, H * DV, DV)
-        values += tl.sum(value * value, 1)
-    write = tl.full([C], 1.0, tl.float32)
+    b_k2 = tl.zeros([BT], tl.float32)
+    for i_k in range(0, DK, BK):
+        b_k = rows_of(k, o_t, i_k + tl.arange(0, BK), end, stride_k, DK)
+        b_k2 += tl.sum(b_k * b_k, 1)
+    b_v2 = tl.zeros([BT], tl.float32)
+    for i_v in range(0, DV, BV):
+        b_v = rows_of(v + i_h * DV, o_t, i_v + tl.arange(0, BV), end, H * DV, DV)
+        b_v2 += tl.sum(b_v * b_v, 1)
+    b_write = tl.full([BT], 1.0, tl.float32)
     if GDN:
-        write = tl.load(beta + t.to(tl.int64) * H + h, mask=t < end, other=0.0).to(tl.float32)
-    tl.store(k2 + h * T + t, keys, mask=t < end)
-    tl.store(written + h * T + t, write * write * keys * values, mask=t < end)
-    both = products(v + h * DV, v + h * DV, t, end, H * DV, DV, BV, C, PREC)
-    cell = t.to(tl.int64)[:, None] * H * C + h * C + i[None, :]
-    there = (t < end)[:, None] & (i >= 0)[None, :]
+        b_write = tl.load(beta + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
+    tl.store(k2 + i_h * T + o_t, b_k2, mask=o_t < end)
+    tl.store(written + i_h * T + o_t, b_write * b_write * b_k2 * b_v2, mask=o_t < end)
+    b_pairs = products(v + i_h * DV, v + i_h * DV, o_t, end, H * DV, DV, BV, BT, PREC)
+    o_pairs = o_t.to(tl.int64)[:, None] * H * BT + i_h * BT + o_i[None, :]
+    m_pairs = (o_t < end)[:, None] & (o_i >= 0)[None, :]
     if GDN:
-        tl.store(pairs + cell, both, mask=there)
-    decays = decays_of(cg + h * T, t, end)
-    before = tl.where(i > 0, tl.load(cg + h * T + tl.maximum(tl.minimum(t, end) - 1, 0)), 0.0)
-    gap = tl.exp(tl.where(i[None, :] < i[:, None], before[:, None] - decays[None, :], float("-inf")))
-    gram = products(k, k, t, end, stride_k, DK, BK, C, PREC) * gap
+        tl.store(pairs + o_pairs, b_pairs, mask=m_pairs)
+    b_g = decays_of(cg + i_h * T, o_t, end)
+    b_before = tl.where(o_i > 0, tl.load(cg + i_h * T + tl.maximum(tl.minimum(o_t, end) - 1, 0)), 0.0)
+    b_gap = tl.exp(tl.where(o_i[None, :] < o_i[:, None], b_before[:, None] - b_g[None, :], float("-inf")))
+    b_gram = products(k, k, o_t, end, stride_k, DK, BK, BT, PREC) * b_gap
     if GDN:
-        gram = tl.dot(gram, rows_of(inv + h * C, t, i, end, H * C, C) * write[None, :], input_precision=PREC)
-        tl.store(effect + cell, gram, mask=there)
+        b_inv = rows_of(inv + i_h * BT, o_t, o_i, end, H * BT, BT) * b_write[None, :]
+        b_gram = tl.dot(b_gram, b_inv, input_precision=PREC)  # [BT, BT] @ [BT, BT] -> [BT, BT]
+        tl.store(effect + o_pairs, b_gram, mask=m_pairs)
     else:
-        tl.store(effect + cell, gram * both, mask=there)
+        tl.store(effect + o_pairs, b_gram * b_pairs, mask=m_pairs)
+
+
+@triton.jit
+def open_state_products(
+    p_k, p_v, p_effect, p_s, b_g, b_before, o_t, end, stride_k, stride_v, stride_e,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """Of the slot that is open as the chunk begins, S, without the chunk's own writes: |S|^2, v_t . S^T k_t [BT].
+
+    The third result [BT] (Gated DeltaNet) is |S^T k_t|^2 but for what the chunk's writes alone contribute.
+    """
+    o_i = tl.arange(0, BT)
+    norm = tl.zeros([], tl.float32)
+    b_inner = tl.zeros([BT], tl.float32)
+    b_read2 = tl.zeros([BT], tl.float32)
+    for i_v in range(0, DV, BV):
+        o_v = i_v + tl.arange(0, BV)
+        b_read = read_state(p_k, p_s, o_t, o_v, end, stride_k, DK, DV, BK, BV, BT, PREC)
+        if GDN:
+            b_start = tl.exp(b_g)[:, None] * b_read
+            b_read = tl.exp(b_before)[:, None] * b_read
+            b_effect = rows_of(p_effect, o_t, o_i, end, stride_e, BT)
+            b_read -= tl.dot(b_effect, b_start, input_precision=PREC)  # [BT, BT] @ [BT, BV] -> [BT, BV]
+            # p = read + E v: |p|^2 but for |E v|^2
+            b_effect = rows_of(p_effect, o_t, o_i, end, stride_e, BT)
+            b_v = raw_rows(p_v, o_t, o_v, end, stride_v, DV)
+            b_ev = exact_dot(b_effect, b_v, tl.zeros([BT, BV], tl.float32), PREC)
+            b_read2 += tl.sum(b_read * (b_read + 2 * b_ev), 1)
+        else:
+            b_read = tl.exp(b_before)[:, None] * b_read
+        b_inner += tl.sum(b_read * rows_of(p_v, o_t, o_v, end, stride_v, DV), 1)
+        for i_k in range(0, DK, BK):
+            b_s = load_tile(p_s, i_k + tl.arange(0, BK), o_v, DK, DV)
+            norm += tl.sum(tl.sum(b_s * b_s, 1), 0)
+    return norm, b_inner, b_read2
+
+
+@triton.jit
+def scores_of(
+    p_effect, p_pairs, b_inner, b_read2, b_g, b_before, b_gain, b_write, b_shrink, b_write2, norm, carried, since, at,
+    at_decay, first, end, stride_e, BT: tl.constexpr, GDN: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Scores [BT] of the tokens from `at` on against the slot that is open there and began at token `since`.
+
+    `norm` is |S|^2 at the last boundary, whose cumulative decay is `at_decay`.
+    """
+    o_i = tl.arange(0, BT)
+    o_t = first + o_i
+    b_square = tl.zeros([BT, BT], tl.float32)
+    if GDN:
+        for i_y in range(0, BT, 16):  # a slab at a time: whole operands take more registers than sm_80 has
+            o_y = i_y + tl.arange(0, 16)
+            b_left = tl.where(o_y[None, :] >= since, rows_of(p_effect, o_t, o_y, end, stride_e, BT), 0.0)
+            b_right = rows_of(p_pairs, first + o_y, o_i, end, stride_e, BT)
+            b_square = tl.dot(b_left, b_right, b_square, input_precision=PREC)  # [BT, 16] @ [16, BT] -> [BT, BT]
+    b_part = rows_of(p_effect, o_t, o_i, end, stride_e, BT)
+    b_part = tl.where(o_i[None, :] >= since, b_part, 0.0)
+    if GDN:
+        b_pairs = rows_of(p_pairs, o_t, o_i, end, stride_e, BT)
+        b_dot = b_write * (carried * b_inner + tl.sum(b_part * b_pairs, 1))
+        b_p2 = carried * b_read2 + tl.sum(b_square * b_part, 1)
+        b_grow = 2 * b_gain * b_shrink * b_dot + b_write2 - b_gain * b_gain * b_write * (1 + b_shrink) * b_p2
+    else:
+        b_dot = carried * b_inner + tl.sum(b_part, 1)
+        b_grow = 2 * b_gain * b_dot + b_write2
+    b_spread = (o_i[None, :] < o_i[:, None]) & (o_i[None, :] >= at)
+    b_spread = tl.exp(tl.where(b_spread, 2 * (b_before[:, None] - b_g[None, :]), float("-inf")))
+    b_state2 = tl.sum(b_spread * b_grow[None, :], 1) + norm * tl.exp(2 * tl.minimum(b_before - at_decay, 0.0))
+    b_size = tl.sqrt(b_write2) * tl.sqrt(tl.maximum(b_state2, 0.0))  # the product could underflow
+    b_cosine = tl.where(b_size > 0, b_dot / tl.where(b_size > 0, b_size, 1.0), 0.0)
+    return tl.sqrt(tl.maximum(2 - 2 * b_cosine, 0.0))
+
+
+@triton.jit
+def advance_open_state(
+    p_k, p_v, p_g, p_inv, p_s, b_g, b_write, carried, since, first, end, stride_k, stride_v, stride_e,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """The open state at the chunk's end, in place: the tokens from `since` on, and S where carried > 0."""
+    o_i = tl.arange(0, BT)
+    o_t = first + o_i
+    m_t = o_t < end
+    g_end = tl.load(p_g + end - 1)
+    keep = tl.exp(g_end)
+    mine = (o_i >= since) & m_t
+    b_to_end = tl.where(m_t, tl.exp(g_end - b_g), 0.0)
+    for i_v in range(0, DV, BV):
+        o_v = i_v + tl.arange(0, BV)
+        b_v = tl.where(mine[:, None], raw_rows(p_v, o_t, o_v, end, stride_v, DV), 0.0)
+        if GDN:
+            b_v = b_v.to(tl.float32)
+            if carried > 0:
+                b_read = read_state(p_k, p_s, o_t, o_v, end, stride_k, DK, DV, BK, BV, BT, PREC)
+                b_v -= tl.where(m_t, tl.exp(b_g), 0.0)[:, None] * b_read
+            tl.debug_barrier()
+            # Kh^T V = ck^T (B V): B V first, [BT, BT] @ [BT, BV] -> [BT, BV], then the keys
+            b_inv = rows_of(p_inv, o_t, o_i, end, stride_e, BT)
+            b_v = tl.dot(b_inv, b_write[:, None] * b_v, input_precision=PREC)
+        for i_k in range(0, DK, BK):
+            o_k = i_k + tl.arange(0, BK)
+            b_k = columns_of(p_k, o_t, o_k, end, stride_k, DK) * b_to_end[None, :]
+            p_tile = p_s + o_k[:, None] * DV + o_v[None, :]
+            m_s = (o_k < DK)[:, None] & (o_v < DV)[None, :]
+            b_s = tl.zeros([BK, BV], tl.float32)
+            if carried > 0:
+                b_s += keep * tl.load(p_tile, mask=m_s, other=0.0)
+            tl.store(p_tile, exact_dot(b_k, b_v, b_s, PREC), mask=m_s)  # [BK, BT] @ [BT, BV] -> [BK, BV]
 
 
 @triton.jit
 def detect_chunk(
-    k,  # [T, G, DK], at the head
-    v,  # [T, H, DV], at the head
-    beta,  # [T, H], at the head (Gated DeltaNet only)
-    cg,  # [H, T], at the head
-    inv,  # [T, H, C], at the head (Gated DeltaNet only)
-    effect,  # [T, H, C], at the head, see `detect_pairs_kernel`
-    pairs,
-    k2,  # [H, T], at the head
-    written,
-    state,  # [DK, DV] fp32, in place: the open state
-    starts,  # [H, T] int8, at the head, out
-    scores,  # [H, T] fp32, at the head, out
-    sums,  # [H, T] fp32, at the head, out: summed scores of the open slot
-    first,
-    end,
-    tau,
+    p_k,  # [T, G, DK], at the head, as all pointers are
+    p_v,  # [T, H, DV]
+    p_beta,  # [T, H] (Gated DeltaNet only)
+    p_g,  # cg [H, T]
+    p_inv,  # [T, H, BT] (Gated DeltaNet only)
+    p_effect,  # [T, H, BT], see `detect_pairs_kernel`
+    p_pairs,
+    p_k2,  # [H, T]
+    p_written,
+    p_s,  # [DK, DV] fp32, in place: the open state
+    p_starts,  # [H, T] int8, out
+    p_scores,  # [H, T] fp32, out
+    p_sums,  # [H, T] fp32, out: summed scores of the open slot
+    first, end, tau,
     info,  # summed scores of the open slot so far
     fresh,  # 1: nothing is open, the first token opens a slot
-    stride_k,
-    stride_v,
-    H,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    GDN: tl.constexpr,
-    PREC: tl.constexpr,
-):
+    stride_k, stride_v, H, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    GDN: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
     """One chunk; returns (info, boundaries that the arrays in memory had too and every one after the first of them)."""
-    i = tl.arange(0, C)
-    t = first + i
+    o_i = tl.arange(0, BT)
+    o_t = first + o_i
     n = end - first
-    valid = t < end
-    decays = decays_of(cg, t, end)
-    before = tl.where(i > 0, tl.load(cg + tl.maximum(tl.minimum(t, end) - 1, 0)), 0.0)
-    gain = tl.exp(decays - before)  # alpha
+    m_t = o_t < end
+    b_g = decays_of(p_g, o_t, end)
+    b_before = tl.where(o_i > 0, tl.load(p_g + tl.maximum(tl.minimum(o_t, end) - 1, 0)), 0.0)
+    b_gain = tl.exp(b_g - b_before)  # alpha
     norm = tl.zeros([], tl.float32)
-    inner = tl.zeros([C], tl.float32)  # of the carried state
-    read2 = tl.zeros([C], tl.float32)
+    b_inner = tl.zeros([BT], tl.float32)
+    b_read2 = tl.zeros([BT], tl.float32)
     if fresh == 0:
-        for y in range(0, DV, BV):
-            b = y + tl.arange(0, BV)
-            read = read_state(k, state, t, b, end, stride_k, DK, DV, BK, BV, C, PREC)
-            if GDN:
-                from_start = tl.exp(decays)[:, None] * read
-                read = tl.exp(before)[:, None] * read
-                read -= tl.dot(rows_of(effect, t, i, end, H * C, C), from_start, input_precision=PREC)
-                # p = read + E v: |p|^2 but for |E v|^2
-                ev = exact_dot(
-                    rows_of(effect, t, i, end, H * C, C),
-                    raw_rows(v, t, b, end, stride_v, DV),
-                    tl.zeros([C, BV], tl.float32),
-                    PREC,
-                )
-                read2 += tl.sum(read * (read + 2 * ev), 1)
-            else:
-                read = tl.exp(before)[:, None] * read
-            inner += tl.sum(read * rows_of(v, t, b, end, stride_v, DV), 1)
-            for x in range(0, DK, BK):
-                a = x + tl.arange(0, BK)
-                s = tl.load(state + a[:, None] * DV + b[None, :], mask=(a < DK)[:, None] & (b < DV)[None, :], other=0.0)
-                norm += tl.sum(tl.sum(s * s, 1), 0)
-    write2 = tl.load(written + t, mask=valid, other=0.0)
-    write = tl.where(valid, 1.0, 0.0)
-    shrink = write
+        norm, b_inner, b_read2 = open_state_products(
+            p_k, p_v, p_effect, p_s, b_g, b_before, o_t, end, stride_k, stride_v, H * BT, DK, DV, BK, BV, BT, GDN, PREC
+        )
+    b_write2 = tl.load(p_written + o_t, mask=m_t, other=0.0)
+    b_write = tl.where(m_t, 1.0, 0.0)
+    b_shrink = b_write
     if GDN:
-        write = tl.load(beta + t.to(tl.int64) * H, mask=valid, other=0.0).to(tl.float32)
-        shrink = 1 - write * tl.load(k2 + t, mask=valid, other=0.0)
-    known = tl.load(starts + t, mask=valid, other=0).to(tl.int32)
-    tl.debug_barrier()  # all have read `starts` and the state before either is overwritten
+        b_write = tl.load(p_beta + o_t.to(tl.int64) * H, mask=m_t, other=0.0).to(tl.float32)
+        b_shrink = 1 - b_write * tl.load(p_k2 + o_t, mask=m_t, other=0.0)
+    b_known = tl.load(p_starts + o_t, mask=m_t, other=0).to(tl.int32)
+    tl.debug_barrier()  # all have read `p_starts` and the state before either is overwritten
     since = 0  # first token of the open slot in this chunk
     carried = (1 - fresh).to(tl.float32)  # 1 while the open slot began before this chunk
     at = 0  # first undecided token
     at_decay = tl.zeros([], tl.float32)
     shared = 0
     while at < n:
-        square = tl.zeros([C, C], tl.float32)
-        if GDN:
-            for y in range(0, C, 16):  # a slab at a time: whole operands take more registers than sm_80 has
-                j = y + tl.arange(0, 16)
-                left = tl.where(j[None, :] >= since, rows_of(effect, t, j, end, H * C, C), 0.0)
-                right = rows_of(pairs, first + j, i, end, H * C, C)
-                square = tl.dot(left, right, square, input_precision=PREC)
-        part = rows_of(effect, t, i, end, H * C, C)
-        part = tl.where(i[None, :] >= since, part, 0.0)
-        if GDN:
-            both = rows_of(pairs, t, i, end, H * C, C)
-            dot = write * (carried * inner + tl.sum(part * both, 1))
-            p2 = carried * read2 + tl.sum(square * part, 1)
-            grow = 2 * gain * shrink * dot + write2 - gain * gain * write * (1 + shrink) * p2
-        else:
-            dot = carried * inner + tl.sum(part, 1)
-            grow = 2 * gain * dot + write2
-        spread = (i[None, :] < i[:, None]) & (i[None, :] >= at)
-        spread = tl.exp(tl.where(spread, 2 * (before[:, None] - decays[None, :]), float("-inf")))
-        state2 = tl.sum(spread * grow[None, :], 1) + norm * tl.exp(2 * tl.minimum(before - at_decay, 0.0))
-        size = tl.sqrt(write2) * tl.sqrt(tl.maximum(state2, 0.0))  # the product could underflow
-        cosine = tl.where(size > 0, dot / tl.where(size > 0, size, 1.0), 0.0)
-        score = tl.sqrt(tl.maximum(2 - 2 * cosine, 0.0))
-        fire = (i >= at) & valid & ((score >= tau) | ((i == 0) & (fresh > 0)))
-        e = tl.min(tl.where(fire, i, C), 0)
-        decided = (i >= at) & (i <= e) & valid
-        grown = (i >= at) & (i < e) & valid
-        tl.store(scores + t, score, mask=decided)
-        tl.store(starts + t, (i == e).to(starts.dtype.element_ty), mask=decided)
-        total = tl.where(grown, score, 0.0)
-        opening = tl.sum(tl.where(i == e, score, 0.0), 0)
-        tl.store(sums + t, tl.where(i == e, opening, info + tl.cumsum(total, 0)), mask=decided)
+        b_score = scores_of(
+            p_effect, p_pairs, b_inner, b_read2, b_g, b_before, b_gain, b_write, b_shrink, b_write2, norm, carried,
+            since, at, at_decay, first, end, H * BT, BT, GDN, PREC,
+        )  # fmt: skip
+        fire = (o_i >= at) & m_t & ((b_score >= tau) | ((o_i == 0) & (fresh > 0)))
+        e = tl.min(tl.where(fire, o_i, BT), 0)
+        decided = (o_i >= at) & (o_i <= e) & m_t
+        grown = (o_i >= at) & (o_i < e) & m_t
+        tl.store(p_scores + o_t, b_score, mask=decided)
+        tl.store(p_starts + o_t, (o_i == e).to(p_starts.dtype.element_ty), mask=decided)
+        b_total = tl.where(grown, b_score, 0.0)
+        opening = tl.sum(tl.where(o_i == e, b_score, 0.0), 0)
+        tl.store(p_sums + o_t, tl.where(o_i == e, opening, info + tl.cumsum(b_total, 0)), mask=decided)
         # not in the branch: an integer sum there may run under a wrong predicate, see `predicated_reductions`
-        same = tl.sum(tl.where(i == e, known, 0), 0)
-        if e < C:
+        same = tl.sum(tl.where(o_i == e, b_known, 0), 0)
+        if e < BT:
             if shared > 0:
                 shared += 1
             else:
                 shared = same
             info = opening
-            norm = tl.sum(tl.where(i == e, write2, 0.0), 0)
-            at_decay = tl.sum(tl.where(i == e, decays, 0.0), 0)
+            norm = tl.sum(tl.where(o_i == e, b_write2, 0.0), 0)
+            at_decay = tl.sum(tl.where(o_i == e, b_g, 0.0), 0)
             since = e
             carried = carried * 0.0
             at = e + 1
         else:
-            info += tl.sum(total, 0)
+            info += tl.sum(b_total, 0)
             at = n
-    g_end = tl.load(cg + end - 1)
-    keep = tl.exp(g_end)
-    mine = (i >= since) & valid
-    to_end = tl.where(valid, tl.exp(g_end - decays), 0.0)
-    for y in range(0, DV, BV):
-        b = y + tl.arange(0, BV)
-        value = tl.where(mine[:, None], raw_rows(v, t, b, end, stride_v, DV), 0.0)
-        if GDN:
-            value = value.to(tl.float32)
-            if carried > 0:
-                read = read_state(k, state, t, b, end, stride_k, DK, DV, BK, BV, C, PREC)
-                value -= tl.where(valid, tl.exp(decays), 0.0)[:, None] * read
-            tl.debug_barrier()
-            # Kh^T V = ck^T (B V): [C, C] times [C, BV] first, then the keys
-            value = tl.dot(rows_of(inv, t, i, end, H * C, C), write[:, None] * value, input_precision=PREC)
-        for x in range(0, DK, BK):
-            a = x + tl.arange(0, BK)
-            key = columns_of(k, t, a, end, stride_k, DK) * to_end[None, :]
-            cell = state + a[:, None] * DV + b[None, :]
-            there = (a < DK)[:, None] & (b < DV)[None, :]
-            new = tl.zeros([BK, BV], tl.float32)
-            if carried > 0:
-                new += keep * tl.load(cell, mask=there, other=0.0)
-            tl.store(cell, exact_dot(key, value, new, PREC), mask=there)
+    advance_open_state(
+        p_k, p_v, p_g, p_inv, p_s, b_g, b_write, carried, since, first, end, stride_k, stride_v, H * BT, DK, DV, BK, BV,
+        BT, GDN, PREC,
+    )  # fmt: skip
     tl.debug_barrier()  # the next chunk reads the state in another arrangement
     return info, shared
 
 
 @triton.jit(do_not_specialize=[*SIZES, "H"])  # with H = 1 known, more is held in registers
 def detect_kernel(
-    k,
-    v,
-    beta,
-    cg,
-    inv,
-    effect,
-    pairs,
-    k2,
-    written,
+    k, v, beta, cg, inv, effect, pairs, k2, written,
     tau,  # [H] fp32
     state,  # [shards, H, DK, DV] fp32: in for a segment's first shard with a cache, out: the open state at the end
     infos,  # [shards, H] fp32: likewise, summed scores of the open slot
     fresh,  # [shards, H] int32: 1 where nothing is open at the start
-    starts,
-    scores,
-    sums,
-    blocks,
+    starts, scores, sums, blocks,
     shards,  # [n, 2]: first block, blocks
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    GDN: tl.constexpr,
+    T, H, GROUP,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
     PREC: tl.constexpr,
-):
-    shard, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first_block, n_blocks = tl.load(shards + 2 * shard), tl.load(shards + 2 * shard + 1)
-    lane = shard.to(tl.int64) * H + h
-    empty = tl.load(fresh + lane)
-    info = tl.load(infos + lane)
-    threshold = tl.load(tau + h)
-    for n in range(n_blocks):
-        first, end = tl.load(blocks + 4 * (first_block + n)), tl.load(blocks + 4 * (first_block + n) + 1)
+):  # fmt: skip
+    i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first_block, n_blocks = tl.load(shards + 2 * i_n), tl.load(shards + 2 * i_n + 1)
+    i_nh = i_n.to(tl.int64) * H + i_h
+    empty = tl.load(fresh + i_nh)
+    info = tl.load(infos + i_nh)
+    threshold = tl.load(tau + i_h)
+    for i_b in range(n_blocks):
+        first, end = tl.load(blocks + 4 * (first_block + i_b)), tl.load(blocks + 4 * (first_block + i_b) + 1)
         info, _ = detect_chunk(
-            k + h // GROUP * DK, v + h * DV, beta + h, cg + h * T, inv + h * C, effect + h * C,
-                pairs + h * C, k2 + h * T, written + h * T, state + lane * DK * DV, starts + h * T,
-            scores + h * T, sums + h * T, first, end, threshold, info, empty, (H // GROUP) * DK, H * DV, H, DK, DV, BK,
-            BV, C, GDN, PREC,
+            k + i_h // GROUP * DK, v + i_h * DV, beta + i_h, cg + i_h * T, inv + i_h * BT, effect + i_h * BT,
+            pairs + i_h * BT, k2 + i_h * T, written + i_h * T, state + i_nh * DK * DV, starts + i_h * T,
+            scores + i_h * T, sums + i_h * T, first, end, threshold, info, empty, (H // GROUP) * DK, H * DV, H, DK, DV,
+            BK, BV, BT, GDN, PREC,
         )  # fmt: skip
         empty = empty * 0
-    tl.store(infos + lane, info)
+    tl.store(infos + i_nh, info)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "H"])  # with H = 1 known, more is held in registers
 def repair_kernel(
-    k,
-    v,
-    beta,
-    cg,
-    inv,
-    effect,
-    pairs,
-    k2,
-    written,
-    tau,
-    state,
-    infos,
-    starts,
-    scores,
-    sums,
-    blocks,
-    shards,
+    k, v, beta, cg, inv, effect, pairs, k2, written, tau, state, infos, starts, scores, sums, blocks, shards,
     segment_shards,  # [n, 2]: first shard, shards of each segment
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    GDN: tl.constexpr,
+    T, H, GROUP,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
     PREC: tl.constexpr,
-):
+):  # fmt: skip
     """Run every shard but a segment's first again from its true incoming state, until it agrees with itself."""
-    segment, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first_shard, n_shards = tl.load(segment_shards + 2 * segment), tl.load(segment_shards + 2 * segment + 1)
-    threshold = tl.load(tau + h)
+    i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first_shard, n_shards = tl.load(segment_shards + 2 * i_n), tl.load(segment_shards + 2 * i_n + 1)
+    threshold = tl.load(tau + i_h)
     for s in range(1, n_shards):
         shard = first_shard + s
-        lane = shard.to(tl.int64) * H + h
-        came = lane - H
+        i_nh = shard.to(tl.int64) * H + i_h
+        i_last = i_nh - H  # the shard before, which this one continues
         first_block, n_blocks = tl.load(shards + 2 * shard), tl.load(shards + 2 * shard + 1)
-        info = tl.load(infos + came)
-        n = 0
+        info = tl.load(infos + i_last)
+        i_b = 0
         shared = 0
-        while (n < n_blocks) & (shared < 2):
-            first, end = tl.load(blocks + 4 * (first_block + n)), tl.load(blocks + 4 * (first_block + n) + 1)
+        while (i_b < n_blocks) & (shared < 2):
+            first, end = tl.load(blocks + 4 * (first_block + i_b)), tl.load(blocks + 4 * (first_block + i_b) + 1)
             info, now = detect_chunk(
-                k + h // GROUP * DK, v + h * DV, beta + h, cg + h * T, inv + h * C, effect + h * C,
-                pairs + h * C, k2 + h * T, written + h * T, state + came * DK * DV,
-                starts + h * T, scores + h * T, sums + h * T, first, end, threshold, info, n * 0, (H // GROUP) * DK,
-                H * DV, H, DK, DV, BK, BV, C, GDN, PREC,
+                k + i_h // GROUP * DK, v + i_h * DV, beta + i_h, cg + i_h * T, inv + i_h * BT, effect + i_h * BT,
+                pairs + i_h * BT, k2 + i_h * T, written + i_h * T, state + i_last * DK * DV, starts + i_h * T,
+                scores + i_h * T, sums + i_h * T, first, end, threshold, info, i_b * 0, (H // GROUP) * DK, H * DV, H,
+                DK, DV, BK, BV, BT, GDN, PREC,
             )  # fmt: skip
             # a first shared boundary in an earlier chunk: any boundary since is the second
-            t = first + tl.arange(0, C)
-            opened = tl.sum(tl.load(starts + h * T + t, mask=t < end, other=0).to(tl.int32), 0)
+            o_t = first + tl.arange(0, BT)
+            opened = tl.sum(tl.load(starts + i_h * T + o_t, mask=o_t < end, other=0).to(tl.int32), 0)
             shared = tl.where(shared > 0, shared + opened, now)
-            n += 1
-        if shared < 2:  # the shard's own run never met the true one: hand on what was carried here
-            for x in range(0, DK, BK):
-                for y in range(0, DV, BV):
-                    a, b = x + tl.arange(0, BK), y + tl.arange(0, BV)
-                    cell = a[:, None] * DV + b[None, :]
-                    there = (a < DK)[:, None] & (b < DV)[None, :]
-                    tl.store(
-                        state + lane * DK * DV + cell,
-                        tl.load(state + came * DK * DV + cell, mask=there, other=0.0),
-                        mask=there,
-                    )
-            tl.store(infos + lane, info)
+            i_b += 1
+        if shared < 2:  # the two runs of this shard never agreed: its end is what was carried here, for the next shard
+            for i_k in range(0, DK, BK):
+                for i_v in range(0, DV, BV):
+                    o_k, o_v = i_k + tl.arange(0, BK), i_v + tl.arange(0, BV)
+                    o_tile = o_k[:, None] * DV + o_v[None, :]
+                    m_s = (o_k < DK)[:, None] & (o_v < DV)[None, :]
+                    b_s = tl.load(state + i_last * DK * DV + o_tile, mask=m_s, other=0.0)
+                    tl.store(state + i_nh * DK * DV + o_tile, b_s, mask=m_s)
+            tl.store(infos + i_nh, info)
         tl.debug_barrier()

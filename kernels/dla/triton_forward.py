@@ -16,75 +16,62 @@ import triton
 import triton.language as tl
 
 from .triton_layout import SIZES
+from .triton_tiles import load_tile, raw_columns, raw_rows
+
+
+@triton.jit
+def token_products(
+    p_x, p_y, o_x, o_y, end, stride, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """x[o_x] . y[o_y] over all D dims, operands rounded to DOT: fp32 [BT, BT]."""
+    b_xy = tl.zeros([BT, BT], tl.float32)
+    for i_d in range(0, D, BD):
+        o_d = i_d + tl.arange(0, BD)
+        b_x = raw_rows(p_x, o_x, o_d, end, stride, D)
+        b_y = raw_columns(p_y, o_y, o_d, end, stride, D)
+        b_xy = tl.dot(b_x.to(DOT), b_y.to(DOT), b_xy, input_precision=PREC)  # [BT, BD] @ [BD, BT] -> [BT, BT]
+    return b_xy
 
 
 @triton.jit
 def pair_tile(
-    q,  # at the head
-    k,
-    cg,
-    at,  # At of the chunk-local stage, at the head
-    t,  # [C] queries
-    p,  # [C] keys
-    end,
-    first,
-    stride_q,
-    stride_at,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    GDN: tl.constexpr,
-    DOT: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    """At[t, p] fp32 [C, C], zero where p > t or outside the block; and the decay D[t, p] (Mamba-2, else ones)."""
-    causal = (p[None, :] <= t[:, None]) & (t < end)[:, None]
+    p_q, p_k, p_g, p_at,  # at the head; At is the chunk-local stage's
+    o_t,  # [BT] queries
+    o_p,  # [BT] keys
+    end, first, stride_q, stride_at,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """At[t, p] fp32 [BT, BT], zero where p > t or outside the block; and the decay D[t, p] (Mamba-2, else ones)."""
+    causal = (o_p[None, :] <= o_t[:, None]) & (o_t < end)[:, None]
     if GDN:
-        score = tl.load((at + t.to(tl.int64) * stride_at)[:, None] + (p - first)[None, :], mask=causal, other=0.0).to(
-            tl.float32
-        )
-        decay = tl.where(causal, 1.0, 0.0)
+        p_pair = (p_at + o_t.to(tl.int64) * stride_at)[:, None] + (o_p - first)[None, :]
+        b_at = tl.load(p_pair, mask=causal, other=0.0).to(tl.float32)
+        b_decay = tl.where(causal, 1.0, 0.0)
     else:
-        score = tl.zeros([C, C], tl.float32)
-        for x in range(0, DK, BK):
-            a = x + tl.arange(0, BK)
-            qt = tl.load(
-                (q + t.to(tl.int64) * stride_q)[:, None] + a[None, :],
-                mask=(t < end)[:, None] & (a < DK)[None, :],
-                other=0.0,
-            )
-            kt = tl.load(
-                (k + p.to(tl.int64) * stride_q)[None, :] + a[:, None],
-                mask=(p < end)[None, :] & (a < DK)[:, None],
-                other=0.0,
-            )
-            score = tl.dot(qt.to(DOT), kt.to(DOT), score, input_precision=PREC)
-        gap = tl.load(cg + t, mask=t < end, other=0.0)[:, None] - tl.load(cg + p, mask=p < end, other=0.0)[None, :]
-        decay = tl.exp(tl.where(causal, gap, float("-inf")))
-        score = score * decay
-    return score, decay
+        b_at = token_products(p_q, p_k, o_t, o_p, end, stride_q, DK, BK, BT, DOT, PREC)
+        b_gt, b_gp = tl.load(p_g + o_t, mask=o_t < end, other=0.0), tl.load(p_g + o_p, mask=o_p < end, other=0.0)
+        b_decay = tl.exp(tl.where(causal, b_gt[:, None] - b_gp[None, :], float("-inf")))
+        b_at = b_at * b_decay
+    return b_at, b_decay
 
 
 @triton.jit
 def slot_weights_tile(
-    lam,  # [T, H, K], at the head
-    life,  # [H, T], at the head
-    base,  # [C] live starts newer than the tile at each query
-    count,  # [C] live starts in the tile at each query
-    t,
-    p,
-    end,
-    stride_lam,
-    K,
-):
+    p_lam,  # [T, H, K], at the head
+    p_life,  # [H, T], at the head
+    b_newer,  # [BT] live starts newer than the tile at each query
+    b_count,  # [BT] live starts in the tile at each query
+    o_t, o_p, end, stride_lam, K,
+):  # fmt: skip
     """M[t, p] = lam[t, slot_t(p)] (zero where p > t), and Z[t, p] (int32): is p a start that lives at t?"""
-    death = tl.load(life + p, mask=p < end, other=0)
-    causal = (p[None, :] <= t[:, None]) & (t < end)[:, None]
-    alive = ((death[None, :] > t[:, None]) & causal).to(tl.int32)
-    slot = base[:, None] + count[:, None] - tl.cumsum(alive, 1)
-    slot = tl.minimum(tl.maximum(slot, 0), K - 1)
-    weight = tl.load((lam + t.to(tl.int64) * stride_lam)[:, None] + slot, mask=causal, other=0.0)
-    return weight.to(tl.float32), alive
+    b_death = tl.load(p_life + o_p, mask=o_p < end, other=0)
+    causal = (o_p[None, :] <= o_t[:, None]) & (o_t < end)[:, None]
+    b_alive = ((b_death[None, :] > o_t[:, None]) & causal).to(tl.int32)
+    b_slot = b_newer[:, None] + b_count[:, None] - tl.cumsum(b_alive, 1)
+    b_slot = tl.minimum(tl.maximum(b_slot, 0), K - 1)
+    b_lam = tl.load((p_lam + o_t.to(tl.int64) * stride_lam)[:, None] + b_slot, mask=causal, other=0.0)
+    return b_lam.to(tl.float32), b_alive
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -93,7 +80,7 @@ def output_kernel(
     k,  # [T, G, DK] (Mamba-2 only)
     v,  # [T, H, DV]
     cg,  # [H, T]
-    at,  # [T, H, C] (Gated DeltaNet only)
+    at,  # [T, H, BT] (Gated DeltaNet only)
     lam,  # [T, H, K]
     life,  # [H, T]
     counts,  # [H, TILES, T]
@@ -102,81 +89,52 @@ def output_kernel(
     live_count,  # [rows, H(, K)]
     snap,  # [rows of the window, H, K, DK, DV]
     o,  # [T, H, DV] out
-    T,
-    H,
-    GROUP,
-    K,
-    block_lo,
-    row_lo,
-    token_lo,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    TILES: tl.constexpr,
-    GDN: tl.constexpr,
-    DOT: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    block, own = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    h, v_at = tl.program_id(1).to(tl.int64), tl.program_id(2) * BV
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    row = tl.load(blocks + 4 * block + 2)
-    if first + own * C < end:
-        t = first + own * C + tl.arange(0, C)
-        b = v_at + tl.arange(0, BV)
+    T, H, GROUP, K, block_lo, row_lo, token_lo,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i_t, i_c = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_h, i_v = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    row = tl.load(blocks + 4 * i_t + 2)
+    if first + i_c * BT < end:
+        o_t = first + i_c * BT + tl.arange(0, BT)
+        o_v = i_v * BV + tl.arange(0, BV)
         skip = token_lo.to(tl.int64) * H
-        g = h - skip if GDN else h // GROUP
+        i_g = i_h - skip if GDN else i_h // GROUP
         stride_q, stride_v, stride_lam = (H if GDN else H // GROUP) * DK, H * DV, H * K
-        q += g * DK
-        k += g * DK
-        v += h * DV
-        at += (h - skip) * C
-        lam += h * K
-        cg += h * T
-        counts += h * TILES * T
-        life += h * T
-        acc = tl.zeros([C, BV], tl.float32)
-        base = tl.zeros([C], tl.int32)
-        for back in range(own + 1):
-            tile = own - back
-            p = first + tile * C + tl.arange(0, C)
-            score, _ = pair_tile(q, k, cg, at, t, p, end, first, stride_q, H * C, DK, BK, C, GDN, DOT, PREC)
-            count = tl.load(counts + tile.to(tl.int64) * T + t, mask=t < end, other=0)
-            weight, _ = slot_weights_tile(lam, life, base, count, t, p, end, stride_lam, K)
-            value = tl.load(
-                (v + p.to(tl.int64) * stride_v)[:, None] + b[None, :],
-                mask=(p < end)[:, None] & (b < DV)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot((score * weight).to(DOT), value.to(DOT), acc, input_precision=PREC)
-            base += count
-        m = tl.load(live_count + row * H + h)
-        deaths = live_death + (row.to(tl.int64) * H + h) * K
-        states = snap + ((row - row_lo).to(tl.int64) * H + h) * K * DK * DV
-        scale = tl.full([C], 1.0, tl.float32)
+        p_q, p_k, p_v = q + i_g * DK, k + i_g * DK, v + i_h * DV
+        p_at, p_lam = at + (i_h - skip) * BT, lam + i_h * K
+        p_g, p_counts, p_life = cg + i_h * T, counts + i_h * TILES * T, life + i_h * T
+        b_o = tl.zeros([BT, BV], tl.float32)
+        b_newer = tl.zeros([BT], tl.int32)
+        for back in range(i_c + 1):
+            i_x = i_c - back
+            o_p = first + i_x * BT + tl.arange(0, BT)
+            b_at, _ = pair_tile(p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, H * BT, DK, BK, BT, GDN, DOT, PREC)
+            b_count = tl.load(p_counts + i_x.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
+            b_lam, _ = slot_weights_tile(p_lam, p_life, b_newer, b_count, o_t, o_p, end, stride_lam, K)
+            b_v = raw_rows(p_v, o_p, o_v, end, stride_v, DV)
+            # [BT, BT] @ [BT, BV] -> [BT, BV]
+            b_o = tl.dot((b_at * b_lam).to(DOT), b_v.to(DOT), b_o, input_precision=PREC)
+            b_newer += b_count
+        m = tl.load(live_count + row * H + i_h)
+        p_death = live_death + (row.to(tl.int64) * H + i_h) * K
+        p_s = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+        b_scale = tl.full([BT], 1.0, tl.float32)
         if not GDN:
-            scale = tl.exp(tl.load(cg + t, mask=t < end, other=0.0))
-        for i in range(m):
-            index = tl.minimum(base, K - 1)
-            w = scale * tl.load(lam + t.to(tl.int64) * stride_lam + index, mask=t < end, other=0.0).to(tl.float32)
-            for x in range(0, DK, BK):
-                a = x + tl.arange(0, BK)
-                query = tl.load(
-                    (q + t.to(tl.int64) * stride_q)[:, None] + a[None, :],
-                    mask=(t < end)[:, None] & (a < DK)[None, :],
-                    other=0.0,
-                )
-                state = tl.load(
-                    states + tl.cast(i, tl.int64) * DK * DV + a[:, None] * DV + b[None, :],
-                    mask=(a < DK)[:, None] & (b < DV)[None, :],
-                    other=0.0,
-                )
-                acc = tl.dot((w[:, None] * query.to(tl.float32)).to(DOT), state, acc, input_precision=PREC)
-            base += (tl.load(deaths + i) > t).to(tl.int32)
-        tl.store(
-            o + t.to(tl.int64)[:, None] * stride_v + h * DV + b[None, :],
-            acc.to(o.dtype.element_ty),
-            mask=(t < end)[:, None] & (b < DV)[None, :],
-        )
+            b_scale = tl.exp(tl.load(p_g + o_t, mask=o_t < end, other=0.0))
+        for i_s in range(m):
+            b_slot = tl.minimum(b_newer, K - 1)
+            b_lam = tl.load(p_lam + o_t.to(tl.int64) * stride_lam + b_slot, mask=o_t < end, other=0.0)
+            b_w = b_scale * b_lam.to(tl.float32)
+            for i_k in range(0, DK, BK):
+                o_k = i_k + tl.arange(0, BK)
+                b_q = raw_rows(p_q, o_t, o_k, end, stride_q, DK)
+                b_s = load_tile(p_s + tl.cast(i_s, tl.int64) * DK * DV, o_k, o_v, DK, DV)
+                # [BT, BK] @ [BK, BV] -> [BT, BV]
+                b_o = tl.dot((b_w[:, None] * b_q.to(tl.float32)).to(DOT), b_s, b_o, input_precision=PREC)
+            b_newer += (tl.load(p_death + i_s) > o_t).to(tl.int32)
+        m_o = (o_t < end)[:, None] & (o_v < DV)[None, :]
+        p_o = o + o_t.to(tl.int64)[:, None] * stride_v + i_h * DV + o_v[None, :]
+        tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_o)

@@ -118,7 +118,7 @@ class LaunchPlan:
         return {"GDN": self.gdn, "DOT": self.dot, "PREC": PRECISION}
 
     def tiled(self) -> dict[str, int]:
-        return {"C": self.tile, "TILES": self.block // self.tile}
+        return {"BT": self.tile, "TILES": self.block // self.tile}
 
 
 for _name, (_bf16, _wide, _operation) in LAUNCH.items():

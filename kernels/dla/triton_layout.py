@@ -1,9 +1,9 @@
 """How a packed batch is cut for the Triton kernels: segments, blocks, rows of slot tables, windows.
 
-All B * T tokens lie in one line. A *segment* is a document, or the part of one inside a row; a *block* is `block`
-consecutive tokens of one segment (the last may be shorter: no block straddles two documents, so no kernel needs a
-document mask); a *row* is a moment between blocks: before each block and after a segment's last. A *window* is a run of
-blocks whose slot states are in memory at the same time, so that the workspace does not grow with T.
+All B * T tokens are numbered in one line. A *segment* is a document, or the part of one inside a row; a *block* is
+`block` consecutive tokens of one segment (the last may be shorter: no block straddles two documents, so no kernel needs
+a document mask); a *row* is a moment between blocks: before each block and after a segment's last. A *window* is a run
+of blocks whose slot states are in memory at the same time, so that the workspace does not grow with T.
 """
 
 from __future__ import annotations
@@ -15,14 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-SIZES = [
-    "T",
-    "N_TOKENS",
-    "head",
-    "block_lo",
-    "row_lo",
-    "token_lo",
-]  # arguments whose value must not compile another kernel
+# arguments whose value must not compile another kernel
+SIZES = ["T", "N_TOKENS", "block_lo", "row_lo", "token_lo"]
 NEVER = 2**30  # death of a start that lives to the end, in line coordinates
 
 
@@ -32,7 +26,7 @@ class Window:
 
     Attributes:
         segments: int32 [n, 4] on the device: first block, blocks, segment, and whether the segment began earlier.
-        resumes, continues: the first segment began in an earlier window; the last one goes on in the next.
+        resumes, continues: the first segment began in an earlier window; the last one continues in the next.
     """
 
     block_lo: int
@@ -54,7 +48,7 @@ class BlockLayout:
     """Tables on the device (int32), and the windows.
 
     Attributes:
-        blocks: [n, 4]: first token, end, row before it, segment. rows: [n, 3]: token it lies before, first token of
+        blocks: [n, 4]: first token, end, row before it, segment. rows: [n, 3]: token it precedes, first token of
             the segment, segment. segments: [n, 2]: first token, end.
     """
 
@@ -75,7 +69,7 @@ def make_layout(
     """The layout of [batch, length] tokens; `cu_seqlens` int [n + 1] over the flattened tokens, or None.
 
     Empty documents are dropped; every row start begins a segment. Reads `cu_seqlens` on the host (one synchronisation
-    where it lies on a GPU).
+    if it is on a GPU).
     """
     ends = None if cu_seqlens is None else tuple(int(x) for x in cu_seqlens.tolist())
     return _layout(batch, length, ends, block, window_rows, torch.device(device))

@@ -17,70 +17,29 @@ import triton.language as tl
 
 from .triton_layout import SIZES
 from .triton_scan import slots_opened
+from .triton_tiles import columns_of, decays_of, load_tile, load_tile_t, products, rows_of
 
 
 @triton.jit
-def rows_of(x, t, a, end, stride, D: tl.constexpr):
-    """x[t, a] as fp32 [len(t), len(a)], zero outside."""
-    return raw_rows(x, t, a, end, stride, D).to(tl.float32)
+def decay_tile(b_gt, b_gp, o_t, o_p, STRICT: tl.constexpr):
+    """exp(b_gt[t] - b_gp[p]) where p <= t (p < t if STRICT), else 0; masked before exp, which could overflow."""
+    causal = (o_p[None, :] < o_t[:, None]) if STRICT else (o_p[None, :] <= o_t[:, None])
+    return tl.exp(tl.where(causal, b_gt[:, None] - b_gp[None, :], float("-inf")))
 
 
 @triton.jit
-def columns_of(x, t, a, end, stride, D: tl.constexpr):
-    """x[t, a] transposed: fp32 [len(a), len(t)]."""
-    return raw_columns(x, t, a, end, stride, D).to(tl.float32)
-
-
-@triton.jit
-def raw_rows(x, t, a, end, stride, D: tl.constexpr):
-    """`rows_of` in x's dtype: 16-bit operands multiply exactly into fp32."""
-    return tl.load(
-        x + t.to(tl.int64)[:, None] * stride + a[None, :], mask=(t < end)[:, None] & (a < D)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def raw_columns(x, t, a, end, stride, D: tl.constexpr):
-    """`columns_of` in x's dtype."""
-    return tl.load(
-        x + t.to(tl.int64)[None, :] * stride + a[:, None], mask=(t < end)[None, :] & (a < D)[:, None], other=0.0
-    )
-
-
-@triton.jit
-def products(x, y, t, end, stride, D: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
-    """x[t] . y[p] over all dims: fp32 [C, C]."""
-    acc = tl.zeros([C, C], tl.float32)
-    for at in range(0, D, BK):
-        a = at + tl.arange(0, BK)
-        acc = tl.dot(raw_rows(x, t, a, end, stride, D), raw_columns(y, t, a, end, stride, D), acc, input_precision=PREC)
-    return acc
-
-
-@triton.jit
-def decays_of(cg, t, end):
-    """cg[t]; past the block's end its last value, so that no exponent is positive there."""
-    return tl.load(cg + tl.minimum(t, end - 1))
-
-
-@triton.jit
-def decay_tile(cg_row, cg_col, t, p, STRICT: tl.constexpr):
-    """exp(cg_row[t] - cg_col[p]) where p <= t (p < t if STRICT), else 0; masked before exp, which could overflow."""
-    causal = (p[None, :] < t[:, None]) if STRICT else (p[None, :] <= t[:, None])
-    return tl.exp(tl.where(causal, cg_row[:, None] - cg_col[None, :], float("-inf")))
-
-
-@triton.jit
-def eliminate(out, n, stride, HALF: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
+def eliminate(p_x, n, stride, HALF: tl.constexpr, BT: tl.constexpr, PREC: tl.constexpr):
     """Diagonal blocks of twice HALF rows, in place: [[A, 0], [L, D]]^-1 = [[A', 0], [-D' L A', D']]."""
-    m = tl.arange(0, HALF)
-    for pair in range(C // (2 * HALF)):
-        a = 2 * pair * HALF + m
-        d = a + HALF
-        step = tl.dot(rows_of(out, d, d, n, stride, C), rows_of(out, d, a, n, stride, C), input_precision=PREC)
-        step = tl.dot(step, rows_of(out, a, a, n, stride, C), input_precision=PREC)
+    o_m = tl.arange(0, HALF)
+    for i_p in range(BT // (2 * HALF)):
+        o_a = 2 * i_p * HALF + o_m
+        o_d = o_a + HALF
+        b_d, b_l = rows_of(p_x, o_d, o_d, n, stride, BT), rows_of(p_x, o_d, o_a, n, stride, BT)
+        b_step = tl.dot(b_d, b_l, input_precision=PREC)  # all products here [HALF, HALF] @ [HALF, HALF]
+        b_step = tl.dot(b_step, rows_of(p_x, o_a, o_a, n, stride, BT), input_precision=PREC)
         tl.debug_barrier()  # every thread has read L
-        tl.store(out + d.to(tl.int64)[:, None] * stride + a[None, :], -step, mask=(d < n)[:, None] & (m >= 0)[None, :])
+        p_l = p_x + o_d.to(tl.int64)[:, None] * stride + o_a[None, :]
+        tl.store(p_l, -b_step, mask=(o_d < n)[:, None] & (o_m >= 0)[None, :])
     tl.debug_barrier()
 
 
@@ -89,53 +48,49 @@ def inverse_kernel(
     k,  # [T, G, DK]
     beta,  # [T, H]
     cg,  # [H, T]
-    inv,  # [T, H, C] fp32 out (scratch on the way)
-    blocks,
-    block_lo,
+    inv,  # [T, H, BT] fp32 out (scratch on the way)
+    blocks, block_lo,
     token_lo,  # first token of the window: window-local arrays begin there
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
+    T, H, GROUP,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
     SUB: tl.constexpr,  # rows inverted by substitution
-    LEVELS: tl.constexpr,  # log2(C / SUB), block elimination from there
+    LEVELS: tl.constexpr,  # log2(BT / SUB), block elimination from there
     PREC: tl.constexpr,
-):
-    block, h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
+):  # fmt: skip
+    i_t, i_h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
     skip = token_lo.to(tl.int64) * H
-    inv -= skip * C
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    i = tl.arange(0, C)
-    t = first + i
-    decays = decays_of(cg + h * T, t, end)
-    write = tl.load(beta + t.to(tl.int64) * H + h, mask=t < end, other=0.0).to(tl.float32)
-    gram = products(k + h // GROUP * DK, k + h // GROUP * DK, t, end, (H // GROUP) * DK, DK, BK, C, PREC)
-    lower = write[:, None] * gram * decay_tile(decays, decays, t, t, True)
-    lower = tl.where((t < end)[:, None], lower, 0.0)
-    out = inv + (first.to(tl.int64) * H + h) * C
-    cell = i.to(tl.int64)[:, None] * H * C + i[None, :]
-    inside = (t < end)[:, None] & (i >= 0)[None, :]
-    # diagonal blocks [C / SUB, SUB, SUB] through memory: registers hold them in the wrong arrangement
-    tl.store(out + cell, lower, mask=inside)
+    inv -= skip * BT
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    o_i = tl.arange(0, BT)
+    o_t = first + o_i
+    b_g = decays_of(cg + i_h * T, o_t, end)
+    b_beta = tl.load(beta + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
+    b_gram = products(k + i_h // GROUP * DK, k + i_h // GROUP * DK, o_t, end, (H // GROUP) * DK, DK, BK, BT, PREC)
+    b_lower = b_beta[:, None] * b_gram * decay_tile(b_g, b_g, o_t, o_t, True)
+    b_lower = tl.where((o_t < end)[:, None], b_lower, 0.0)
+    p_inv = inv + (first.to(tl.int64) * H + i_h) * BT
+    o_inv = o_i.to(tl.int64)[:, None] * H * BT + o_i[None, :]
+    m_inv = (o_t < end)[:, None] & (o_i >= 0)[None, :]
+    # diagonal blocks [BT / SUB, SUB, SUB] through memory: registers hold them in the wrong arrangement
+    tl.store(p_inv + o_inv, b_lower, mask=m_inv)
     tl.debug_barrier()
-    s = tl.arange(0, C // SUB)
-    r = tl.arange(0, SUB)
-    row = s[:, None, None] * SUB + r[None, :, None]
-    small = row.to(tl.int64) * H * C + s[:, None, None] * SUB + r[None, None, :]
-    inner = (first + row < end) & (r >= 0)[None, None, :]
-    x = tl.load(out + small, mask=inner, other=0.0)
-    solved = tl.where(r[None, :, None] == r[None, None, :], 1.0, 0.0) + tl.zeros([C // SUB, SUB, SUB], tl.float32)
+    o_s = tl.arange(0, BT // SUB)
+    o_r = tl.arange(0, SUB)
+    o_row = o_s[:, None, None] * SUB + o_r[None, :, None]
+    o_small = o_row.to(tl.int64) * H * BT + o_s[:, None, None] * SUB + o_r[None, None, :]
+    m_small = (first + o_row < end) & (o_r >= 0)[None, None, :]
+    b_x = tl.load(p_inv + o_small, mask=m_small, other=0.0)
+    b_solved = tl.where(o_r[None, :, None] == o_r[None, None, :], 1.0, 0.0)
+    b_solved = b_solved + tl.zeros([BT // SUB, SUB, SUB], tl.float32)
     for n in range(1, SUB):
-        taken = tl.sum(tl.where(r[None, :, None] == n, x, 0.0), 1)  # row n of every block: [C / SUB, SUB]
-        change = tl.sum(taken[:, :, None] * solved, 1)
-        solved = tl.where(r[None, :, None] == n, solved - change[:, None, :], solved)
+        b_row = tl.sum(tl.where(o_r[None, :, None] == n, b_x, 0.0), 1)  # row n of every block: [BT / SUB, SUB]
+        b_change = tl.sum(b_row[:, :, None] * b_solved, 1)
+        b_solved = tl.where(o_r[None, :, None] == n, b_solved - b_change[:, None, :], b_solved)
     tl.debug_barrier()
-    tl.store(out + small, solved, mask=inner)
+    tl.store(p_inv + o_small, b_solved, mask=m_small)
     tl.debug_barrier()
     for level in tl.static_range(LEVELS):
-        eliminate(out, end - first, H * C, SUB << level, C, PREC)
+        eliminate(p_inv, end - first, H * BT, SUB << level, BT, PREC)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -144,68 +99,65 @@ def local_forward_kernel(
     k,
     beta,  # [T, H]
     cg,  # [H, T]
-    inv,  # [T, H, C]
-    at,  # [T, H, C] fp32 out
+    inv,  # [T, H, BT]
+    at,  # [T, H, BT] fp32 out
     qt,  # [T, H, DK] out
     kh,  # [T, H, DK] out
-    blocks,
-    block_lo,
+    blocks, block_lo,
     token_lo,  # first token of the window: window-local arrays begin there
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    block, h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    T, H, GROUP,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i_t, i_h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
     skip = token_lo.to(tl.int64) * H
-    inv -= skip * C
-    at -= skip * C
+    inv -= skip * BT
+    at -= skip * BT
     qt -= skip * DK
     kh -= skip * DK
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    i = tl.arange(0, C)
-    t = first + i
-    g = h // GROUP
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    o_i = tl.arange(0, BT)
+    o_t = first + o_i
+    i_g = i_h // GROUP
     stride = (H // GROUP) * DK
-    decays = decays_of(cg + h * T, t, end)
-    g_end = tl.load(cg + h * T + end - 1)
-    write = tl.load(beta + t.to(tl.int64) * H + h, mask=t < end, other=0.0).to(tl.float32)
-    score = products(q + g * DK, k + g * DK, t, end, stride, DK, BK, C, PREC) * decay_tile(decays, decays, t, t, False)
-    cell = t.to(tl.int64)[:, None] * H * C + h * C + i[None, :]
-    there = (t < end)[:, None] & (i >= 0)[None, :]
-    at_h, inv_h = at + h * C, inv + h * C
-    tl.store(at + cell, score, mask=there)
+    b_g = decays_of(cg + i_h * T, o_t, end)
+    g_end = tl.load(cg + i_h * T + end - 1)
+    b_beta = tl.load(beta + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
+    b_qk = products(q + i_g * DK, k + i_g * DK, o_t, end, stride, DK, BK, BT, PREC)
+    b_qk = b_qk * decay_tile(b_g, b_g, o_t, o_t, False)
+    o_at = o_t.to(tl.int64)[:, None] * H * BT + i_h * BT + o_i[None, :]
+    m_at = (o_t < end)[:, None] & (o_i >= 0)[None, :]
+    p_at, p_inv = at + i_h * BT, inv + i_h * BT
+    tl.store(at + o_at, b_qk, mask=m_at)
     tl.debug_barrier()
-    acc = tl.zeros([C, C], tl.float32)
-    for y in range(0, C, SLAB):
-        j = y + tl.arange(0, SLAB)
-        part = rows_of(inv_h, first + j, i, end, H * C, C) * write[None, :]
-        acc = tl.dot(rows_of(at_h, t, j, end, H * C, C), part, acc, input_precision=PREC)
+    b_at = tl.zeros([BT, BT], tl.float32)
+    for i_y in range(0, BT, SLAB):
+        o_j = i_y + tl.arange(0, SLAB)
+        b_b = rows_of(p_inv, first + o_j, o_i, end, H * BT, BT) * b_beta[None, :]
+        b_a = rows_of(p_at, o_t, o_j, end, H * BT, BT)
+        b_at = tl.dot(b_a, b_b, b_at, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BT] -> [BT, BT]
     tl.debug_barrier()
-    tl.store(at + cell, acc, mask=there)
+    tl.store(at + o_at, b_at, mask=m_at)
     tl.debug_barrier()
-    for x in range(0, DK, BK):
-        a = x + tl.arange(0, BK)
-        to = t.to(tl.int64)[:, None] * H * DK + h * DK + a[None, :]
-        valid = (t < end)[:, None] & (a < DK)[None, :]
-        query = tl.exp(decays)[:, None] * rows_of(q + g * DK, t, a, end, stride, DK)
-        for y in range(0, C, SLAB):
-            j = y + tl.arange(0, SLAB)
-            key = rows_of(k + g * DK, first + j, a, end, stride, DK)
-            key *= tl.exp(decays_of(cg + h * T, first + j, end))[:, None]
-            query -= tl.dot(rows_of(at_h, t, j, end, H * C, C), key, input_precision=PREC)
-        tl.store(qt + to, query.to(qt.dtype.element_ty), mask=valid)
-        keys = tl.zeros([C, BK], tl.float32)
-        for y in range(0, C, SLAB):
-            j = y + tl.arange(0, SLAB)
-            key = rows_of(k + g * DK, first + j, a, end, stride, DK)
-            key *= tl.exp(g_end - decays_of(cg + h * T, first + j, end))[:, None]
-            keys = tl.dot(columns_of(inv_h, first + j, i, end, H * C, C), key, keys, input_precision=PREC)
-        tl.store(kh + to, (write[:, None] * keys).to(kh.dtype.element_ty), mask=valid)
+    for i_k in range(0, DK, BK):
+        o_k = i_k + tl.arange(0, BK)
+        o_cell = o_t.to(tl.int64)[:, None] * H * DK + i_h * DK + o_k[None, :]
+        m_k = (o_t < end)[:, None] & (o_k < DK)[None, :]
+        b_q = tl.exp(b_g)[:, None] * rows_of(q + i_g * DK, o_t, o_k, end, stride, DK)
+        for i_y in range(0, BT, SLAB):
+            o_j = i_y + tl.arange(0, SLAB)
+            b_k = rows_of(k + i_g * DK, first + o_j, o_k, end, stride, DK)
+            b_k *= tl.exp(decays_of(cg + i_h * T, first + o_j, end))[:, None]
+            b_a = rows_of(p_at, o_t, o_j, end, H * BT, BT)
+            b_q -= tl.dot(b_a, b_k, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
+        tl.store(qt + o_cell, b_q.to(qt.dtype.element_ty), mask=m_k)
+        b_kh = tl.zeros([BT, BK], tl.float32)
+        for i_y in range(0, BT, SLAB):
+            o_j = i_y + tl.arange(0, SLAB)
+            b_k = rows_of(k + i_g * DK, first + o_j, o_k, end, stride, DK)
+            b_k *= tl.exp(g_end - decays_of(cg + i_h * T, first + o_j, end))[:, None]
+            b_inv = columns_of(p_inv, first + o_j, o_i, end, H * BT, BT)
+            b_kh = tl.dot(b_inv, b_k, b_kh, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
+        tl.store(kh + o_cell, (b_beta[:, None] * b_kh).to(kh.dtype.element_ty), mask=m_k)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -214,375 +166,315 @@ def transition_kernel(
     kh,  # [T, H, DK]
     cg,
     r_matrix,  # [blocks of the window, H, DK, DK] out: R = Kh^T ek
-    blocks,
-    block_lo,
+    blocks, block_lo,
     token_lo,  # first token of the window: window-local arrays begin there
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PREC: tl.constexpr,
-):
+    T, H, GROUP,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
     NK: tl.constexpr = (DK + BK - 1) // BK
-    n, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     skip = token_lo.to(tl.int64) * H
     kh -= skip * DK
-    first, end = tl.load(blocks + 4 * (block_lo + n)), tl.load(blocks + 4 * (block_lo + n) + 1)
-    t = first + tl.arange(0, C)
-    a = tl.program_id(2) // NK * BK + tl.arange(0, BK)
-    b = tl.program_id(2) % NK * BK + tl.arange(0, BK)
-    decays = decays_of(cg + h * T, t, end)
-    key = tl.exp(decays)[:, None] * rows_of(k + h // GROUP * DK, t, b, end, (H // GROUP) * DK, DK)
-    r = tl.dot(columns_of(kh + h * DK, t, a, end, H * DK, DK), key, input_precision=PREC)
-    out = r_matrix + (n.to(tl.int64) * H + h) * DK * DK
-    tl.store(
-        out + a[:, None] * DK + b[None, :], r.to(r_matrix.dtype.element_ty), mask=(a < DK)[:, None] & (b < DK)[None, :]
-    )
+    first, end = tl.load(blocks + 4 * (block_lo + i_b)), tl.load(blocks + 4 * (block_lo + i_b) + 1)
+    o_t = first + tl.arange(0, BT)
+    o_a = tl.program_id(2) // NK * BK + tl.arange(0, BK)
+    o_b = tl.program_id(2) % NK * BK + tl.arange(0, BK)
+    b_g = decays_of(cg + i_h * T, o_t, end)
+    b_k = tl.exp(b_g)[:, None] * rows_of(k + i_h // GROUP * DK, o_t, o_b, end, (H // GROUP) * DK, DK)
+    b_kh = columns_of(kh + i_h * DK, o_t, o_a, end, H * DK, DK)
+    b_r = tl.dot(b_kh, b_k, input_precision=PREC)  # [BK, BT] @ [BT, BK] -> [BK, BK]
+    p_r = r_matrix + (i_b.to(tl.int64) * H + i_h) * DK * DK + o_a[:, None] * DK + o_b[None, :]
+    tl.store(p_r, b_r.to(r_matrix.dtype.element_ty), mask=(o_a < DK)[:, None] & (o_b < DK)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def dphi_kernel(
     snap,  # [rows of the window, H, K, DK, DV]
     grad,  # same shape: D at each row
-    live_pos,
-    live_death,
-    live_count,
-    blocks,
+    live_pos, live_death, live_count, blocks,
     dphi,  # [blocks of the window, H, DK, DK] fp32 out
-    H,
-    K,
-    block_lo,
-    row_lo,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    KP: tl.constexpr,
-    PREC: tl.constexpr,
-):
+    H, K, block_lo, row_lo,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
     """dPhi = sum_i D_{map(i)} S_i^T over the slots inherited by the block."""
     NK: tl.constexpr = (DK + BK - 1) // BK
-    n, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    block = block_lo + n
-    row, _, end, m, _, to = slots_opened(live_pos, live_count, blocks, block, h, H, K, KP)
-    a = tl.program_id(2) // NK * BK + tl.arange(0, BK)
-    b = tl.program_id(2) % NK * BK + tl.arange(0, BK)
-    here = (row.to(tl.int64) * H + h) * K
-    states = snap + ((row - row_lo).to(tl.int64) * H + h) * K * DK * DV
-    grads = grad + ((row + 1 - row_lo).to(tl.int64) * H + h) * K * DK * DV
-    acc = tl.zeros([BK, BK], tl.float32)
-    for i in range(m):
-        for x in range(0, DV, BV):
-            v = x + tl.arange(0, BV)
-            d = tl.load(
-                grads + tl.minimum(to, K - 1).to(tl.int64) * DK * DV + a[:, None] * DV + v[None, :],
-                mask=(a < DK)[:, None] & (v < DV)[None, :],
-                other=0.0,
-            )
-            s = tl.load(
-                states + tl.cast(i, tl.int64) * DK * DV + b[None, :] * DV + v[:, None],
-                mask=(b < DK)[None, :] & (v < DV)[:, None],
-                other=0.0,
-            )
-            acc = tl.dot(d, s, acc, input_precision=PREC)
-        to += (tl.load(live_death + here + i) >= end).to(tl.int32)
-    out = dphi + (n.to(tl.int64) * H + h) * DK * DK
-    tl.store(out + a[:, None] * DK + b[None, :], acc, mask=(a < DK)[:, None] & (b < DK)[None, :])
+    i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_t = block_lo + i_b
+    row, _, end, m, _, i_to = slots_opened(live_pos, live_count, blocks, i_t, i_h, H, K, KP)
+    o_a = tl.program_id(2) // NK * BK + tl.arange(0, BK)
+    o_b = tl.program_id(2) % NK * BK + tl.arange(0, BK)
+    o_death = (row.to(tl.int64) * H + i_h) * K
+    p_s = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+    p_ds = grad + ((row + 1 - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+    b_dphi = tl.zeros([BK, BK], tl.float32)
+    for i_s in range(m):
+        for i_v in range(0, DV, BV):
+            o_v = i_v + tl.arange(0, BV)
+            b_ds = load_tile(p_ds + tl.minimum(i_to, K - 1).to(tl.int64) * DK * DV, o_a, o_v, DK, DV)
+            b_s = load_tile_t(p_s + tl.cast(i_s, tl.int64) * DK * DV, o_b, o_v, DK, DV)
+            b_dphi = tl.dot(b_ds, b_s, b_dphi, input_precision=PREC)  # [BK, BV] @ [BV, BK] -> [BK, BK]
+        i_to += (tl.load(live_death + o_death + i_s) >= end).to(tl.int32)
+    p_dphi = dphi + (i_b.to(tl.int64) * H + i_h) * DK * DK
+    tl.store(p_dphi + o_a[:, None] * DK + o_b[None, :], b_dphi, mask=(o_a < DK)[:, None] & (o_b < DK)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def local_dkh_kernel(
-    k,
-    cg,
+    k, cg,
     dphi,  # [blocks of the window, H, DK, DK]
     dkh,  # [T, H, DK] fp32, in place: dKh - ek dPhi^T
-    blocks,
-    block_lo,
+    blocks, block_lo,
     token_lo,  # first token of the window: window-local arrays begin there
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    n, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    T, H, GROUP,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     skip = token_lo.to(tl.int64) * H
     dkh -= skip * DK
-    first, end = tl.load(blocks + 4 * (block_lo + n)), tl.load(blocks + 4 * (block_lo + n) + 1)
-    t = first + tl.arange(0, C)
-    a = tl.program_id(2) * BK + tl.arange(0, BK)
-    decays = decays_of(cg + h * T, t, end)
-    matrix = dphi + (n.to(tl.int64) * H + h) * DK * DK
-    acc = rows_of(dkh + h * DK, t, a, end, H * DK, DK)
-    for x in range(0, DK, BK):
-        b = x + tl.arange(0, BK)
-        key = tl.exp(decays)[:, None] * rows_of(k + h // GROUP * DK, t, b, end, (H // GROUP) * DK, DK)
-        part = tl.load(matrix + a[None, :] * DK + b[:, None], mask=(a < DK)[None, :] & (b < DK)[:, None], other=0.0)
-        acc -= tl.dot(key, part, input_precision=PREC)
-    cell = t.to(tl.int64)[:, None] * H * DK + h * DK + a[None, :]
-    tl.store(dkh + cell, acc, mask=(t < end)[:, None] & (a < DK)[None, :])
+    first, end = tl.load(blocks + 4 * (block_lo + i_b)), tl.load(blocks + 4 * (block_lo + i_b) + 1)
+    o_t = first + tl.arange(0, BT)
+    o_a = tl.program_id(2) * BK + tl.arange(0, BK)
+    b_g = decays_of(cg + i_h * T, o_t, end)
+    p_dphi = dphi + (i_b.to(tl.int64) * H + i_h) * DK * DK
+    b_dkh = rows_of(dkh + i_h * DK, o_t, o_a, end, H * DK, DK)
+    for i_k in range(0, DK, BK):
+        o_b = i_k + tl.arange(0, BK)
+        b_k = tl.exp(b_g)[:, None] * rows_of(k + i_h // GROUP * DK, o_t, o_b, end, (H // GROUP) * DK, DK)
+        b_dphi = load_tile_t(p_dphi, o_a, o_b, DK, DK)
+        b_dkh -= tl.dot(b_k, b_dphi, input_precision=PREC)  # [BT, BK] @ [BK, BK] -> [BT, BK]
+    o_cell = o_t.to(tl.int64)[:, None] * H * DK + i_h * DK + o_a[None, :]
+    tl.store(dkh + o_cell, b_dkh, mask=(o_t < end)[:, None] & (o_a < DK)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def local_pairs_kernel(
-    q,
-    k,
-    beta,
-    cg,
-    inv,  # [T, H, C]
-    dat,  # [T, H, C] fp32 in: dAt; out: (dQK .* D)^T, row = key
+    q, k, beta, cg,
+    inv,  # [T, H, BT]
+    dat,  # [T, H, BT] fp32 in: dAt; out: (dQK .* D)^T, row = key
     dqt,  # [T, H, DK] fp32
     dkh,  # [T, H, DK] fp32, after `local_dkh_kernel`
-    db,  # [T, H, C] fp32 out: dB^T
+    db,  # [T, H, BT] fp32 out: dB^T
     dcg,  # [H, T] fp32 out: part of the decay gradient
-    blocks,
-    block_lo,
+    blocks, block_lo,
     token_lo,  # first token of the window: window-local arrays begin there
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PREC: tl.constexpr,
-):
+    T, H, GROUP,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
     """dQK and dB from dAt, dQt and dKh."""
-    block, h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_t, i_h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
     skip = token_lo.to(tl.int64) * H
-    inv -= skip * C
-    dat -= skip * C
+    inv -= skip * BT
+    dat -= skip * BT
     dqt -= skip * DK
     dkh -= skip * DK
-    db -= skip * C
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    i = tl.arange(0, C)
-    t = first + i
-    g = h // GROUP
+    db -= skip * BT
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    o_i = tl.arange(0, BT)
+    o_t = first + o_i
+    i_g = i_h // GROUP
     stride = (H // GROUP) * DK
-    decays = decays_of(cg + h * T, t, end)
-    g_end = tl.load(cg + h * T + end - 1)
-    upper = (i[:, None] <= i[None, :]) & (t < end)[None, :]
-    to_end = tl.where(t < end, tl.exp(g_end - decays), 0.0)
-    cell = t.to(tl.int64)[:, None] * H * C + h * C + i[None, :]
-    there = (t < end)[:, None] & (i >= 0)[None, :]
-    dat_t = columns_of(dat + h * C, t, i, end, H * C, C)  # [l, s]
-    for x in range(0, DK, BK):
-        a = x + tl.arange(0, BK)
-        key = tl.exp(decays)[:, None] * rows_of(k + g * DK, t, a, end, stride, DK)
-        dat_t -= tl.dot(key, columns_of(dqt + h * DK, t, a, end, H * DK, DK), input_precision=PREC)
+    b_g = decays_of(cg + i_h * T, o_t, end)
+    g_end = tl.load(cg + i_h * T + end - 1)
+    upper = (o_i[:, None] <= o_i[None, :]) & (o_t < end)[None, :]
+    b_to_end = tl.where(o_t < end, tl.exp(g_end - b_g), 0.0)
+    o_cell = o_t.to(tl.int64)[:, None] * H * BT + i_h * BT + o_i[None, :]
+    m_cell = (o_t < end)[:, None] & (o_i >= 0)[None, :]
+    b_dat = columns_of(dat + i_h * BT, o_t, o_i, end, H * BT, BT)  # [l, s]
+    for i_k in range(0, DK, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_k = tl.exp(b_g)[:, None] * rows_of(k + i_g * DK, o_t, o_k, end, stride, DK)
+        b_dqt = columns_of(dqt + i_h * DK, o_t, o_k, end, H * DK, DK)
+        b_dat -= tl.dot(b_k, b_dqt, input_precision=PREC)  # [BT, BK] @ [BK, BT] -> [BT, BT]
     tl.debug_barrier()  # every thread has read dAt
-    tl.store(dat + cell, tl.where(upper, dat_t, 0.0), mask=there)
-    score = products(q + g * DK, k + g * DK, t, end, stride, DK, BK, C, PREC) * decay_tile(decays, decays, t, t, False)
-    tl.store(db + cell, score, mask=there)  # both are read again, a slab at a time
+    tl.store(dat + o_cell, tl.where(upper, b_dat, 0.0), mask=m_cell)
+    b_qk = products(q + i_g * DK, k + i_g * DK, o_t, end, stride, DK, BK, BT, PREC)
+    b_qk = b_qk * decay_tile(b_g, b_g, o_t, o_t, False)
+    tl.store(db + o_cell, b_qk, mask=m_cell)  # both are read again, a slab at a time
     tl.debug_barrier()
-    db_t = tl.zeros([C, C], tl.float32)  # [l, t]
-    for y in range(0, C, SLAB):
-        j = y + tl.arange(0, SLAB)
-        part = rows_of(db + h * C, first + j, i, end, H * C, C)
-        db_t = tl.dot(rows_of(dat + h * C, t, j, end, H * C, C), part, db_t, input_precision=PREC)
-    for x in range(0, DK, BK):
-        a = x + tl.arange(0, BK)
-        key_t = columns_of(k + g * DK, t, a, end, stride, DK) * to_end[None, :]
-        db_t += tl.dot(rows_of(dkh + h * DK, t, a, end, H * DK, DK), key_t, input_precision=PREC)
+    b_db = tl.zeros([BT, BT], tl.float32)  # [l, t]
+    for i_y in range(0, BT, SLAB):
+        o_j = i_y + tl.arange(0, SLAB)
+        b_part = rows_of(db + i_h * BT, first + o_j, o_i, end, H * BT, BT)
+        b_slab = rows_of(dat + i_h * BT, o_t, o_j, end, H * BT, BT)
+        b_db = tl.dot(b_slab, b_part, b_db, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BT] -> [BT, BT]
+    for i_k in range(0, DK, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_kt = columns_of(k + i_g * DK, o_t, o_k, end, stride, DK) * b_to_end[None, :]
+        b_dkh = rows_of(dkh + i_h * DK, o_t, o_k, end, H * DK, DK)
+        b_db += tl.dot(b_dkh, b_kt, input_precision=PREC)  # [BT, BK] @ [BK, BT] -> [BT, BT]
     tl.debug_barrier()
-    tl.store(db + cell, tl.where(upper, db_t, 0.0), mask=there)
-    dqk_t = tl.zeros([C, C], tl.float32)
-    for y in range(0, C, SLAB):
-        j = y + tl.arange(0, SLAB)
-        write = tl.load(beta + (first + j).to(tl.int64) * H + h, mask=first + j < end, other=0.0).to(tl.float32)
-        inverse = rows_of(inv + h * C, t, j, end, H * C, C) * write[None, :]
-        dqk_t = tl.dot(inverse, rows_of(dat + h * C, first + j, i, end, H * C, C), dqk_t, input_precision=PREC)
+    tl.store(db + o_cell, tl.where(upper, b_db, 0.0), mask=m_cell)
+    b_dqk = tl.zeros([BT, BT], tl.float32)
+    for i_y in range(0, BT, SLAB):
+        o_j = i_y + tl.arange(0, SLAB)
+        b_beta = tl.load(beta + (first + o_j).to(tl.int64) * H + i_h, mask=first + o_j < end, other=0.0).to(tl.float32)
+        b_b = rows_of(inv + i_h * BT, o_t, o_j, end, H * BT, BT) * b_beta[None, :]
+        b_slab = rows_of(dat + i_h * BT, first + o_j, o_i, end, H * BT, BT)
+        b_dqk = tl.dot(b_b, b_slab, b_dqk, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BT] -> [BT, BT]
     # decays of the transposed pair (row = key, column = query)
-    decays = decays_of(cg + h * T, t, end)
-    dqk_t *= tl.exp(tl.where(i[:, None] <= i[None, :], decays[None, :] - decays[:, None], float("-inf")))
+    b_g = decays_of(cg + i_h * T, o_t, end)
+    b_dqk *= tl.exp(tl.where(o_i[:, None] <= o_i[None, :], b_g[None, :] - b_g[:, None], float("-inf")))
     tl.debug_barrier()
-    tl.store(dat + cell, dqk_t, mask=there)
-    pairs = dqk_t * products(k + g * DK, q + g * DK, t, end, stride, DK, BK, C, PREC)
-    tl.store(dcg + h * T + t, tl.sum(pairs, 0) - tl.sum(pairs, 1), mask=t < end)
+    tl.store(dat + o_cell, b_dqk, mask=m_cell)
+    b_pairs = b_dqk * products(k + i_g * DK, q + i_g * DK, o_t, end, stride, DK, BK, BT, PREC)
+    tl.store(dcg + i_h * T + o_t, tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1), mask=o_t < end)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def local_inverse_backward_kernel(
-    k,
-    beta,
-    cg,
-    inv,  # [T, H, C]
-    db,  # [T, H, C] fp32 in: dB^T; out: dgram^T, row = key
+    k, beta, cg,
+    inv,  # [T, H, BT]
+    db,  # [T, H, BT] fp32 in: dB^T; out: dgram^T, row = key
     dcg,  # [H, T] fp32 out: part of the decay gradient
     dbeta,  # [T, H] out
-    blocks,
-    block_lo,
+    blocks, block_lo,
     token_lo,  # first token of the window: window-local arrays begin there
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PREC: tl.constexpr,
-):
+    T, H, GROUP,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
     """Through B = inv diag(beta): dL = -stril(inv^T (dB diag(beta)) inv^T), transposed throughout."""
-    block, h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_t, i_h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
     skip = token_lo.to(tl.int64) * H
-    inv -= skip * C
-    db -= skip * C
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    i = tl.arange(0, C)
-    t = first + i
-    g = h // GROUP
-    decays = decays_of(cg + h * T, t, end)
-    write = tl.load(beta + t.to(tl.int64) * H + h, mask=t < end, other=0.0).to(tl.float32)
-    db_t = rows_of(db + h * C, t, i, end, H * C, C)
-    dbeta_t = tl.sum(db_t * columns_of(inv + h * C, t, i, end, H * C, C), 1)
-    step = tl.zeros([C, C], tl.float32)
-    for y in range(0, C, SLAB):
-        j = y + tl.arange(0, SLAB)
-        part = tl.load(beta + (first + j).to(tl.int64) * H + h, mask=first + j < end, other=0.0).to(tl.float32)
-        scaled = part[:, None] * rows_of(db + h * C, first + j, i, end, H * C, C)
-        step = tl.dot(rows_of(inv + h * C, t, j, end, H * C, C), scaled, step, input_precision=PREC)
-    cell = t.to(tl.int64)[:, None] * H * C + h * C + i[None, :]
-    there = (t < end)[:, None] & (i >= 0)[None, :]
+    inv -= skip * BT
+    db -= skip * BT
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    o_i = tl.arange(0, BT)
+    o_t = first + o_i
+    i_g = i_h // GROUP
+    b_g = decays_of(cg + i_h * T, o_t, end)
+    b_beta = tl.load(beta + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
+    b_db = rows_of(db + i_h * BT, o_t, o_i, end, H * BT, BT)
+    b_dbeta = tl.sum(b_db * columns_of(inv + i_h * BT, o_t, o_i, end, H * BT, BT), 1)
+    b_step = tl.zeros([BT, BT], tl.float32)
+    for i_y in range(0, BT, SLAB):
+        o_j = i_y + tl.arange(0, SLAB)
+        b_w = tl.load(beta + (first + o_j).to(tl.int64) * H + i_h, mask=first + o_j < end, other=0.0).to(tl.float32)
+        b_scaled = b_w[:, None] * rows_of(db + i_h * BT, first + o_j, o_i, end, H * BT, BT)
+        b_inv = rows_of(inv + i_h * BT, o_t, o_j, end, H * BT, BT)
+        b_step = tl.dot(b_inv, b_scaled, b_step, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BT] -> [BT, BT]
+    o_cell = o_t.to(tl.int64)[:, None] * H * BT + i_h * BT + o_i[None, :]
+    m_cell = (o_t < end)[:, None] & (o_i >= 0)[None, :]
     tl.debug_barrier()  # every thread has read dB
-    tl.store(db + cell, step, mask=there)
+    tl.store(db + o_cell, b_step, mask=m_cell)
     tl.debug_barrier()
-    dl_t = tl.zeros([C, C], tl.float32)
-    for y in range(0, C, SLAB):
-        j = y + tl.arange(0, SLAB)
-        part = rows_of(inv + h * C, first + j, i, end, H * C, C)
-        dl_t = tl.dot(rows_of(db + h * C, t, j, end, H * C, C), part, dl_t, input_precision=PREC)
-    d_t = tl.exp(tl.where(i[:, None] < i[None, :], decays[None, :] - decays[:, None], float("-inf")))
-    dl_t = tl.where((t < end)[:, None] & (t < end)[None, :], -dl_t * d_t, 0.0)
-    pairs = dl_t * products(k + g * DK, k + g * DK, t, end, (H // GROUP) * DK, DK, BK, C, PREC)
-    dbeta_t += tl.sum(pairs, 0)
-    pairs *= write[None, :]
+    b_dl = tl.zeros([BT, BT], tl.float32)
+    for i_y in range(0, BT, SLAB):
+        o_j = i_y + tl.arange(0, SLAB)
+        b_inv = rows_of(inv + i_h * BT, first + o_j, o_i, end, H * BT, BT)
+        b_slab = rows_of(db + i_h * BT, o_t, o_j, end, H * BT, BT)
+        b_dl = tl.dot(b_slab, b_inv, b_dl, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BT] -> [BT, BT]
+    b_decay = tl.exp(tl.where(o_i[:, None] < o_i[None, :], b_g[None, :] - b_g[:, None], float("-inf")))
+    b_dl = tl.where((o_t < end)[:, None] & (o_t < end)[None, :], -b_dl * b_decay, 0.0)
+    b_pairs = b_dl * products(k + i_g * DK, k + i_g * DK, o_t, end, (H // GROUP) * DK, DK, BK, BT, PREC)
+    b_dbeta += tl.sum(b_pairs, 0)
+    b_pairs *= b_beta[None, :]
     tl.debug_barrier()
-    tl.store(db + cell, dl_t * write[None, :], mask=there)
-    tl.store(dcg + h * T + t, tl.sum(pairs, 0) - tl.sum(pairs, 1), mask=t < end)
-    tl.store(dbeta + t.to(tl.int64) * H + h, dbeta_t.to(dbeta.dtype.element_ty), mask=t < end)
+    tl.store(db + o_cell, b_dl * b_beta[None, :], mask=m_cell)
+    tl.store(dcg + i_h * T + o_t, tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1), mask=o_t < end)
+    tl.store(dbeta + o_t.to(tl.int64) * H + i_h, b_dbeta.to(dbeta.dtype.element_ty), mask=o_t < end)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def local_query_kernel(
-    q,
-    k,
-    cg,
-    dqk,  # [T, H, C]: (dQK .* D)^T
+    q, k, cg,
+    dqk,  # [T, H, BT]: (dQK .* D)^T
     dqt,  # [T, H, DK] fp32
     dq,  # [T, H, DK] out
     dcg,  # [NK, H, T] fp32 out: part of the decay gradient
-    blocks,
-    block_lo,
+    blocks, block_lo,
     token_lo,  # first token of the window: window-local arrays begin there
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    n, h, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    T, H, GROUP,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i_b, i_h, i_k = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     skip = token_lo.to(tl.int64) * H
-    dqk -= skip * C
+    dqk -= skip * BT
     dqt -= skip * DK
-    first, end = tl.load(blocks + 4 * (block_lo + n)), tl.load(blocks + 4 * (block_lo + n) + 1)
-    i = tl.arange(0, C)
-    t = first + i
-    g = h // GROUP
+    first, end = tl.load(blocks + 4 * (block_lo + i_b)), tl.load(blocks + 4 * (block_lo + i_b) + 1)
+    o_i = tl.arange(0, BT)
+    o_t = first + o_i
+    i_g = i_h // GROUP
     stride = (H // GROUP) * DK
-    a = part * BK + tl.arange(0, BK)
-    grad = tl.exp(decays_of(cg + h * T, t, end))[:, None] * rows_of(dqt + h * DK, t, a, end, H * DK, DK)
-    row = tl.sum(grad * rows_of(q + g * DK, t, a, end, stride, DK), 1)
-    tl.store(dcg + (part * H + h) * T + t, row, mask=t < end)
-    pair = columns_of(dqk + h * C, t, i, end, H * C, C)
-    grad += tl.dot(pair, rows_of(k + g * DK, t, a, end, stride, DK), input_precision=PREC)
-    cell = t.to(tl.int64)[:, None] * H * DK + h * DK + a[None, :]
-    tl.store(dq + cell, grad.to(dq.dtype.element_ty), mask=(t < end)[:, None] & (a < DK)[None, :])
+    o_k = i_k * BK + tl.arange(0, BK)
+    b_dq = tl.exp(decays_of(cg + i_h * T, o_t, end))[:, None] * rows_of(dqt + i_h * DK, o_t, o_k, end, H * DK, DK)
+    b_dg = tl.sum(b_dq * rows_of(q + i_g * DK, o_t, o_k, end, stride, DK), 1)
+    tl.store(dcg + (i_k * H + i_h) * T + o_t, b_dg, mask=o_t < end)
+    b_dqk = columns_of(dqk + i_h * BT, o_t, o_i, end, H * BT, BT)
+    b_k = rows_of(k + i_g * DK, o_t, o_k, end, stride, DK)
+    b_dq += tl.dot(b_dqk, b_k, input_precision=PREC)  # [BT, BT] @ [BT, BK] -> [BT, BK]
+    o_cell = o_t.to(tl.int64)[:, None] * H * DK + i_h * DK + o_k[None, :]
+    tl.store(dq + o_cell, b_dq.to(dq.dtype.element_ty), mask=(o_t < end)[:, None] & (o_k < DK)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def local_key_kernel(
-    q,
-    k,
-    beta,
-    cg,
-    inv,
-    at,  # [T, H, C]
+    q, k, beta, cg, inv,
+    at,  # [T, H, BT]
     kh,  # [T, H, DK]
-    dqk,  # [T, H, C]: (dQK .* D)^T
-    dgram,  # [T, H, C]: dgram^T
+    dqk,  # [T, H, BT]: (dQK .* D)^T
+    dgram,  # [T, H, BT]: dgram^T
     dqt,  # [T, H, DK] fp32
     dkh,  # [T, H, DK] fp32
     dphi,  # [blocks of the window, H, DK, DK]
     dk,  # [T, H, DK] out
     dcg,  # [NK, H, T] fp32 out: part of the decay gradient
     ends,  # [NK, H, T] fp32 out: what the block's last decay gets
-    blocks,
-    block_lo,
+    blocks, block_lo,
     token_lo,  # first token of the window: window-local arrays begin there
-    T,
-    H,
-    GROUP,
-    DK: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
-    SLAB: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    n, h, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    T, H, GROUP,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i_b, i_h, i_k = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     skip = token_lo.to(tl.int64) * H
-    inv -= skip * C
-    at -= skip * C
+    inv -= skip * BT
+    at -= skip * BT
     kh -= skip * DK
-    dqk -= skip * C
-    dgram -= skip * C
+    dqk -= skip * BT
+    dgram -= skip * BT
     dqt -= skip * DK
     dkh -= skip * DK
-    first, end = tl.load(blocks + 4 * (block_lo + n)), tl.load(blocks + 4 * (block_lo + n) + 1)
-    i = tl.arange(0, C)
-    t = first + i
-    g = h // GROUP
+    first, end = tl.load(blocks + 4 * (block_lo + i_b)), tl.load(blocks + 4 * (block_lo + i_b) + 1)
+    o_i = tl.arange(0, BT)
+    o_t = first + o_i
+    i_g = i_h // GROUP
     stride = (H // GROUP) * DK
-    a = part * BK + tl.arange(0, BK)
-    decays = decays_of(cg + h * T, t, end)
-    to_end = tl.where(t < end, tl.exp(tl.load(cg + h * T + end - 1) - decays), 0.0)[:, None]
-    matrix = dphi + (n.to(tl.int64) * H + h) * DK * DK
-    grad = tl.zeros([C, BK], tl.float32)  # of ck
-    for y in range(0, C, SLAB):
-        j = y + tl.arange(0, SLAB)
-        write = tl.load(beta + (first + j).to(tl.int64) * H + h, mask=first + j < end, other=0.0).to(tl.float32)
-        inverse = rows_of(inv + h * C, t, j, end, H * C, C) * write[None, :]
-        grad = tl.dot(inverse, rows_of(dkh + h * DK, first + j, a, end, H * DK, DK), grad, input_precision=PREC)
-    grad *= to_end
-    last = tl.sum(grad * rows_of(k + g * DK, t, a, end, stride, DK), 1)
-    dek = tl.zeros([C, BK], tl.float32)
-    for y in range(0, C, SLAB):
-        s = first + y + tl.arange(0, SLAB)
-        part_at = columns_of(at + h * C, s, i, end, H * C, C)
-        dek = tl.dot(part_at, rows_of(dqt + h * DK, s, a, end, H * DK, DK), dek, input_precision=PREC)
-    for x in range(0, DK, BK):
-        b = x + tl.arange(0, BK)
-        piece = tl.load(matrix + b[:, None] * DK + a[None, :], mask=(b < DK)[:, None] & (a < DK)[None, :], other=0.0)
-        dek += tl.dot(rows_of(kh + h * DK, t, b, end, H * DK, DK), piece, input_precision=PREC)
-    dek = -tl.exp(decays)[:, None] * dek
-    out = (part * H + h) * T + t
-    tl.store(ends + out, last, mask=t < end)
-    tl.store(dcg + out, tl.sum(dek * rows_of(k + g * DK, t, a, end, stride, DK), 1) - last, mask=t < end)
-    grad += dek
-    for y in range(0, C, SLAB):
-        j = y + tl.arange(0, SLAB)
-        pair = rows_of(dqk + h * C, t, j, end, H * C, C)
-        grad = tl.dot(pair, rows_of(q + g * DK, first + j, a, end, stride, DK), grad, input_precision=PREC)
-        pair = rows_of(dgram + h * C, t, j, end, H * C, C) + columns_of(dgram + h * C, first + j, i, end, H * C, C)
-        grad = tl.dot(pair, rows_of(k + g * DK, first + j, a, end, stride, DK), grad, input_precision=PREC)
-    cell = t.to(tl.int64)[:, None] * H * DK + h * DK + a[None, :]
-    tl.store(dk + cell, grad.to(dk.dtype.element_ty), mask=(t < end)[:, None] & (a < DK)[None, :])
+    o_k = i_k * BK + tl.arange(0, BK)
+    b_g = decays_of(cg + i_h * T, o_t, end)
+    b_to_end = tl.where(o_t < end, tl.exp(tl.load(cg + i_h * T + end - 1) - b_g), 0.0)[:, None]
+    p_dphi = dphi + (i_b.to(tl.int64) * H + i_h) * DK * DK
+    b_dk = tl.zeros([BT, BK], tl.float32)  # of ck
+    for i_y in range(0, BT, SLAB):
+        o_j = i_y + tl.arange(0, SLAB)
+        b_beta = tl.load(beta + (first + o_j).to(tl.int64) * H + i_h, mask=first + o_j < end, other=0.0).to(tl.float32)
+        b_b = rows_of(inv + i_h * BT, o_t, o_j, end, H * BT, BT) * b_beta[None, :]
+        b_dkh = rows_of(dkh + i_h * DK, first + o_j, o_k, end, H * DK, DK)
+        b_dk = tl.dot(b_b, b_dkh, b_dk, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
+    b_dk *= b_to_end
+    b_last = tl.sum(b_dk * rows_of(k + i_g * DK, o_t, o_k, end, stride, DK), 1)
+    b_dek = tl.zeros([BT, BK], tl.float32)
+    for i_y in range(0, BT, SLAB):
+        o_s = first + i_y + tl.arange(0, SLAB)
+        b_at = columns_of(at + i_h * BT, o_s, o_i, end, H * BT, BT)
+        b_dqt = rows_of(dqt + i_h * DK, o_s, o_k, end, H * DK, DK)
+        b_dek = tl.dot(b_at, b_dqt, b_dek, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
+    for i_x in range(0, DK, BK):
+        o_x = i_x + tl.arange(0, BK)
+        b_dphi = load_tile(p_dphi, o_x, o_k, DK, DK)
+        b_kh = rows_of(kh + i_h * DK, o_t, o_x, end, H * DK, DK)
+        b_dek += tl.dot(b_kh, b_dphi, input_precision=PREC)  # [BT, BK] @ [BK, BK] -> [BT, BK]
+    b_dek = -tl.exp(b_g)[:, None] * b_dek
+    o_dg = (i_k * H + i_h) * T + o_t
+    tl.store(ends + o_dg, b_last, mask=o_t < end)
+    tl.store(dcg + o_dg, tl.sum(b_dek * rows_of(k + i_g * DK, o_t, o_k, end, stride, DK), 1) - b_last, mask=o_t < end)
+    b_dk += b_dek
+    for i_y in range(0, BT, SLAB):
+        o_j = i_y + tl.arange(0, SLAB)
+        b_dqk = rows_of(dqk + i_h * BT, o_t, o_j, end, H * BT, BT)
+        b_q = rows_of(q + i_g * DK, first + o_j, o_k, end, stride, DK)
+        b_dk = tl.dot(b_dqk, b_q, b_dk, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
+        b_pair = rows_of(dgram + i_h * BT, o_t, o_j, end, H * BT, BT)
+        b_pair = b_pair + columns_of(dgram + i_h * BT, first + o_j, o_i, end, H * BT, BT)
+        b_k = rows_of(k + i_g * DK, first + o_j, o_k, end, stride, DK)
+        b_dk = tl.dot(b_pair, b_k, b_dk, input_precision=PREC)
+    o_cell = o_t.to(tl.int64)[:, None] * H * DK + i_h * DK + o_k[None, :]
+    tl.store(dk + o_cell, b_dk.to(dk.dtype.element_ty), mask=(o_t < end)[:, None] & (o_k < DK)[None, :])

@@ -89,7 +89,7 @@ def triton_partition(
             infos[heads] = cache.info.gather(2, last).squeeze(2).float()
             fresh[heads] = (cache.live == 0).int()
         sizes = (B * T, H, H // G)
-        meta = dict(C=tile, GDN=gdn, PREC=PRECISION)
+        meta = dict(BT=tile, GDN=gdn, PREC=PRECISION)
         effect = torch.empty(B * T, H, tile, device=device)
         pairs = torch.empty_like(effect) if gdn else effect
         k2, written = (torch.empty(H, B * T, device=device) for _ in range(2))

@@ -1,7 +1,7 @@
 """Scans over the blocks of a segment: slot states forward, their gradients backward.
 
 A program carries one tile of value dims, and of key dims where Phi is a number (Mamba-2). Gated DeltaNet's Phi mixes
-key dims: a program then holds all of them in one tile (bf16, dk <= 128), or goes over tiles in memory (`STAGED`).
+key dims: a program then holds all of them in one tile (bf16, dk <= 128), or loops over tiles in memory (`STAGED`).
 """
 
 from __future__ import annotations
@@ -10,86 +10,95 @@ import triton
 import triton.language as tl
 
 from .triton_layout import SIZES
+from .triton_tiles import load_tile, load_tile_t
 
 
 @triton.jit
 def add_tokens(
-    acc,  # [BK, BV] fp32
-    kh,  # k [T, G, DK] (Mamba-2) or Kh [T, H, DK], at the head
-    v,  # [T, H, DV], at the head
-    cg,  # [H, T], at the head
-    stride_k,
-    stride_v,
-    first,
-    end,
-    lo,
-    hi,
-    k_at,
-    b,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    GDN: tl.constexpr,
-    DOT: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    """acc += Kh[lo:hi]^T V[lo:hi] for tokens of the block [first, end)."""
-    a = k_at + tl.arange(0, BK)
-    g_end = tl.load(cg + end - 1)
-    for tile in range((lo - first) // C, (hi - first + C - 1) // C):
-        t = first + tile * C + tl.arange(0, C)
-        inside = (t >= lo) & (t < hi)
-        keys = tl.load(
-            kh + t.to(tl.int64)[None, :] * stride_k + a[:, None], mask=inside[None, :] & (a < DK)[:, None], other=0.0
-        )
+    b_s,  # [BK, BV] fp32
+    p_k,  # k [T, G, DK] (Mamba-2) or Kh [T, H, DK], at the head
+    p_v,  # [T, H, DV], at the head
+    p_g,  # cg [H, T], at the head
+    stride_k, stride_v, first, end, lo, hi, o_k, o_v,
+    DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """b_s += Kh[lo:hi]^T V[lo:hi] for tokens of the block [first, end)."""
+    g_end = tl.load(p_g + end - 1)
+    for i_c in range((lo - first) // BT, (hi - first + BT - 1) // BT):
+        o_t = first + i_c * BT + tl.arange(0, BT)
+        m_t = (o_t >= lo) & (o_t < hi)
+        m_k, m_v = m_t[None, :] & (o_k < DK)[:, None], m_t[:, None] & (o_v < DV)[None, :]
+        b_k = tl.load(p_k + o_t.to(tl.int64)[None, :] * stride_k + o_k[:, None], mask=m_k, other=0.0)
         if not GDN:
-            decay = tl.exp(g_end - tl.load(cg + t, mask=inside, other=0.0))
-            keys = keys.to(tl.float32) * tl.where(inside, decay, 0.0)[None, :]
-        values = tl.load(
-            v + t.to(tl.int64)[:, None] * stride_v + b[None, :], mask=inside[:, None] & (b < DV)[None, :], other=0.0
-        )
-        acc = tl.dot(keys.to(DOT), values.to(DOT), acc, input_precision=PREC)
-    return acc
-
-
-@triton.jit
-def transition_tile(r_matrix, a, b, DK: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """R[a, b], or R^T[a, b] = R[b, a]."""
-    there = (a < DK)[:, None] & (b < DK)[None, :]
-    if TRANSPOSED:
-        return tl.load(r_matrix + b[None, :] * DK + a[:, None], mask=there, other=0.0)
-    return tl.load(r_matrix + a[:, None] * DK + b[None, :], mask=there, other=0.0)
+            b_decay = tl.exp(g_end - tl.load(p_g + o_t, mask=m_t, other=0.0))
+            b_k = b_k.to(tl.float32) * tl.where(m_t, b_decay, 0.0)[None, :]
+        b_v = tl.load(p_v + o_t.to(tl.int64)[:, None] * stride_v + o_v[None, :], mask=m_v, other=0.0)
+        b_s = tl.dot(b_k.to(DOT), b_v.to(DOT), b_s, input_precision=PREC)  # [BK, BT] @ [BT, BV] -> [BK, BV]
+    return b_s
 
 
 @triton.jit
 def through(
-    state, r_matrix, a, b, keep, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    TRANSPOSED: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+    p_s, p_r, o_k, o_v, keep, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Rows a of (keep - R) S (or its transpose), S [DK, DV] fp32 in memory: fp32 [BK, BV]."""
-    there = (a < DK)[:, None] & (b < DV)[None, :]
-    acc = keep * tl.load(state + a[:, None] * DV + b[None, :], mask=there, other=0.0)
-    for x in range(0, DK, BK):
-        c = x + tl.arange(0, BK)
-        s = tl.load(state + c[:, None] * DV + b[None, :], mask=(c < DK)[:, None] & (b < DV)[None, :], other=0.0)
-        r = transition_tile(r_matrix, a, c, DK, TRANSPOSED)
-        acc -= tl.dot(r.to(DOT), s.to(DOT), input_precision=PREC)
-    return acc
+    """Rows o_k of (keep - R) S (or its transpose), S [DK, DV] fp32 in memory: fp32 [BK, BV]."""
+    b_o = keep * load_tile(p_s, o_k, o_v, DK, DV)
+    for i_x in range(0, DK, BK):
+        o_x = i_x + tl.arange(0, BK)
+        b_s = load_tile(p_s, o_x, o_v, DK, DV)
+        b_r = load_tile_t(p_r, o_x, o_k, DK, DK) if TRANSPOSED else load_tile(p_r, o_k, o_x, DK, DK)
+        b_o -= tl.dot(b_r.to(DOT), b_s.to(DOT), input_precision=PREC)  # [BK, BK] @ [BK, BV] -> [BK, BV]
+    return b_o
 
 
 @triton.jit
-def slots_opened(live_pos, live_count, blocks, block, h, H, K, KP: tl.constexpr):
+def slots_opened(live_pos, live_count, blocks, i_t, i_h, H, K, KP: tl.constexpr):
     """Of one block: row, first token, end, slots before and after it, slots that it opened."""
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    row = tl.load(blocks + 4 * block + 2)
-    before, after = tl.load(live_count + row * H + h), tl.load(live_count + (row + 1) * H + h)
-    slots = tl.arange(0, KP)
-    at = ((row + 1).to(tl.int64) * H + h) * K
-    opened = tl.load(live_pos + at + slots, mask=slots < after, other=-1)
-    fresh = tl.sum(((opened >= first) & (slots < after)).to(tl.int32), 0)
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    row = tl.load(blocks + 4 * i_t + 2)
+    before, after = tl.load(live_count + row * H + i_h), tl.load(live_count + (row + 1) * H + i_h)
+    o_s = tl.arange(0, KP)
+    p_pos = live_pos + ((row + 1).to(tl.int64) * H + i_h) * K
+    b_pos = tl.load(p_pos + o_s, mask=o_s < after, other=-1)
+    fresh = tl.sum(((b_pos >= first) & (o_s < after)).to(tl.int32), 0)
     return row, first, end, before, after, fresh
+
+
+@triton.jit
+def merge_slots(
+    p_from, p_to, p_snap, p_death, p_r, p_k, p_v, p_g, stride_k, stride_v, first, end, hi, m, fresh, keep, K, o_k, o_v,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGED: tl.constexpr, BT: tl.constexpr,
+    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Key dims o_k of the m slots that a block inherits: snapshots, and the slots that they are at the block's end.
+
+    Slots are read newest first from `p_from`; one that dies in the block is added to the next older one. `p_to` gets
+    the sums after the block's transition and tokens, or, if STAGED, the plain sums.
+    """
+    o_tile = o_k[:, None] * DV + o_v[None, :]
+    m_tile = (o_k < DK)[:, None] & (o_v < DV)[None, :]
+    i_to = fresh
+    b_s = tl.zeros([BK, BV], tl.float32)
+    for i_s in range(m):
+        b_old = tl.load(p_from + tl.cast(i_s, tl.int64) * DK * DV + o_tile, mask=m_tile, other=0.0)
+        tl.store(p_snap + tl.cast(i_s, tl.int64) * DK * DV + o_tile, b_old.to(DOT), mask=m_tile)
+        b_s += b_old
+        if (tl.load(p_death + i_s) >= end) | (i_s == m - 1):  # the next older slot is not merged into this one
+            if not STAGED:
+                b_sum = b_s
+                b_s = keep * b_s
+                if GDN:
+                    b_r = load_tile(p_r, o_k, o_k, DK, DK)
+                    b_s -= tl.dot(b_r, b_sum.to(DOT), input_precision=PREC)  # [BK, BK] @ [BK, BV] -> [BK, BV]
+                if i_to == fresh:
+                    b_s = add_tokens(
+                        b_s, p_k, p_v, p_g, stride_k, stride_v, first, end, first, hi, o_k, o_v, DK, DV, BT, GDN, DOT,
+                        PREC,
+                    )  # fmt: skip
+            tl.store(p_to + i_to.to(tl.int64) * DK * DV + o_tile, b_s, mask=m_tile & (i_to < K))
+            i_to += 1
+            b_s = tl.zeros([BK, BV], tl.float32)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -106,175 +115,112 @@ def state_scan_kernel(
     carry,  # [segments of the window, 2, H, K, DK, DV] fp32: [:, 0] = incoming states; scratch
     snap,  # [rows of the window, H, K, DK, DV] out: states at each row before a block
     final,  # [segments of the window, H, K, DK, DV] fp32 out: states after the last block
-    T,
-    H,
+    T, H,
     GROUP,  # heads per q/k group
-    K,
-    block_lo,
-    row_lo,
-    token_lo,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    STAGED: tl.constexpr,
-    C: tl.constexpr,
-    KP: tl.constexpr,
-    GDN: tl.constexpr,
-    DOT: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    s, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
-    k_at = tl.program_id(1) * BK
-    k_end = k_at + BK
+    K, block_lo, row_lo, token_lo,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGED: tl.constexpr, BT: tl.constexpr,
+    KP: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i_n, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
+    k_lo = tl.program_id(1) * BK
+    k_hi = k_lo + BK
     if STAGED:
-        k_end = k_at + DK
-    b = tl.program_id(2) * BV + tl.arange(0, BV)
-    first_block, n_blocks = tl.load(segments + 4 * s), tl.load(segments + 4 * s + 1)
+        k_hi = k_lo + DK
+    o_v = tl.program_id(2) * BV + tl.arange(0, BV)
+    first_block, n_blocks = tl.load(segments + 4 * i_n), tl.load(segments + 4 * i_n + 1)
     stride_k, stride_v = (H if GDN else H // GROUP) * DK, H * DV
-    keys = kh + (h - token_lo.to(tl.int64) * H if GDN else h // GROUP) * DK
-    values, decays = v + h * DV, cg + h * T
+    p_k = kh + (i_h - token_lo.to(tl.int64) * H if GDN else i_h // GROUP) * DK
+    p_v, p_g = v + i_h * DV, cg + i_h * T
     size = K * DK * DV
-    source = carry + (s.to(tl.int64) * 2 * H + h) * size
-    dest = source + (h * 0 + H) * size
-    for n in range(n_blocks):
-        block = first_block + n
-        row, first, end, m, m_next, fresh = slots_opened(live_pos, live_count, blocks, block, h, H, K, KP)
-        here, after = (row.to(tl.int64) * H + h) * K, ((row + 1).to(tl.int64) * H + h) * K
-        out = snap + ((row - row_lo).to(tl.int64) * H + h) * size
-        keep = tl.exp(tl.load(decays + end - 1))
-        rm = r_matrix + ((block - block_lo).to(tl.int64) * H + h) * DK * DK
+    p_from = carry + (i_n.to(tl.int64) * 2 * H + i_h) * size
+    p_to = p_from + (i_h * 0 + H) * size
+    for i_b in range(n_blocks):
+        i_t = first_block + i_b
+        row, first, end, m, m_next, fresh = slots_opened(live_pos, live_count, blocks, i_t, i_h, H, K, KP)
+        p_death = live_death + (row.to(tl.int64) * H + i_h) * K
+        p_pos = live_pos + ((row + 1).to(tl.int64) * H + i_h) * K
+        p_snap = snap + ((row - row_lo).to(tl.int64) * H + i_h) * size
+        keep = tl.exp(tl.load(p_g + end - 1))
+        p_r = r_matrix + ((i_t - block_lo).to(tl.int64) * H + i_h) * DK * DK
         hi = end  # the tokens before the block's first live start belong to the slot that was open
         if fresh > 0:
-            hi = tl.load(live_pos + after + fresh - 1)
-        for x in range(k_at, k_end, BK):
-            a = x + tl.arange(0, BK)
-            tile = a[:, None] * DV + b[None, :]
-            there = (a < DK)[:, None] & (b < DV)[None, :]
-            to = fresh
-            acc = tl.zeros([BK, BV], tl.float32)
-            for i in range(m):
-                state = tl.load(source + tl.cast(i, tl.int64) * DK * DV + tile, mask=there, other=0.0)
-                tl.store(out + tl.cast(i, tl.int64) * DK * DV + tile, state.to(DOT), mask=there)
-                acc += state
-                if (tl.load(live_death + here + i) >= end) | (i == m - 1):  # the next older slot stays apart
-                    if not STAGED:
-                        total = acc
-                        acc = keep * acc
-                        if GDN:
-                            r = transition_tile(rm, a, a, DK, False)
-                            acc -= tl.dot(r, total.to(DOT), input_precision=PREC)
-                        if to == fresh:
-                            acc = add_tokens(
-                                acc,
-                                keys,
-                                values,
-                                decays,
-                                stride_k,
-                                stride_v,
-                                first,
-                                end,
-                                first,
-                                hi,
-                                x,
-                                b,
-                                DK,
-                                DV,
-                                BK,
-                                BV,
-                                C,
-                                GDN,
-                                DOT,
-                                PREC,
-                            )
-                    tl.store(dest + to.to(tl.int64) * DK * DV + tile, acc, mask=there & (to < K))
-                    to += 1
-                    acc = tl.zeros([BK, BV], tl.float32)
-        if STAGED:  # `dest` holds the merged states; what they become goes where they came from
+            hi = tl.load(p_pos + fresh - 1)
+        for i_k in range(k_lo, k_hi, BK):
+            merge_slots(
+                p_from, p_to, p_snap, p_death, p_r, p_k, p_v, p_g, stride_k, stride_v, first, end, hi, m, fresh, keep,
+                K, i_k + tl.arange(0, BK), o_v, DK, DV, BK, BV, STAGED, BT, GDN, DOT, PREC,
+            )  # fmt: skip
+        if STAGED:  # from the merged states in `p_to` back to where the states came from
             tl.debug_barrier()
-            for to in range(fresh, m_next):
-                for x in range(k_at, k_end, BK):
-                    a = x + tl.arange(0, BK)
-                    at = tl.cast(to, tl.int64) * DK * DV
-                    acc = through(dest + at, rm, a, b, keep, DK, DV, BK, BV, False, DOT, PREC)
-                    if to == fresh:
-                        acc = add_tokens(
-                            acc,
-                            keys,
-                            values,
-                            decays,
-                            stride_k,
-                            stride_v,
-                            first,
-                            end,
-                            first,
-                            hi,
-                            x,
-                            b,
-                            DK,
-                            DV,
-                            BK,
-                            BV,
-                            C,
-                            GDN,
-                            DOT,
-                            PREC,
-                        )
-                    tl.store(
-                        source + at + a[:, None] * DV + b[None, :], acc, mask=(a < DK)[:, None] & (b < DV)[None, :]
-                    )
+            advance_slots(
+                p_to, p_from, p_r, p_k, p_v, p_g, stride_k, stride_v, first, end, hi, fresh, m_next, keep, k_lo, k_hi,
+                o_v, DK, DV, BK, BT, GDN, DOT, PREC,
+            )  # fmt: skip
         else:
-            source, dest = dest, source
-        for j in range(fresh):
-            lo = tl.load(live_pos + after + j)
-            until = end
-            if j > 0:
-                until = tl.load(live_pos + after + j - 1)
-            for x in range(k_at, k_end, BK):
-                a = x + tl.arange(0, BK)
-                acc = tl.zeros([BK, BV], tl.float32)
-                acc = add_tokens(
-                    acc,
-                    keys,
-                    values,
-                    decays,
-                    stride_k,
-                    stride_v,
-                    first,
-                    end,
-                    lo,
-                    until,
-                    x,
-                    b,
-                    DK,
-                    DV,
-                    BK,
-                    BV,
-                    C,
-                    GDN,
-                    DOT,
-                    PREC,
-                )
-                tl.store(
-                    source + tl.cast(j, tl.int64) * DK * DV + a[:, None] * DV + b[None, :],
-                    acc,
-                    mask=(a < DK)[:, None] & (b < DV)[None, :],
-                )
+            p_from, p_to = p_to, p_from
+        open_slots(
+            p_from, p_pos, p_k, p_v, p_g, stride_k, stride_v, first, end, fresh, k_lo, k_hi, o_v, DK, DV, BK, BV, BT,
+            GDN, DOT, PREC,
+        )  # fmt: skip
         tl.debug_barrier()  # the next block reads what other threads wrote
     last = tl.load(blocks + 4 * (first_block + n_blocks - 1) + 2) + 1
-    out = final + (s.to(tl.int64) * H + h) * size
-    copy_slots(source, out, tl.load(live_count + last * H + h), k_at, k_end, b, DK, DV, BK)
+    p_out = final + (i_n.to(tl.int64) * H + i_h) * size
+    copy_slots(p_from, p_out, tl.load(live_count + last * H + i_h), k_lo, k_hi, o_v, DK, DV, BK)
 
 
 @triton.jit
-def copy_slots(source, out, m, k_at, k_end, b, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr):
-    """The first m slots, in the type of `out`."""
-    for i in range(m):
-        for x in range(k_at, k_end, BK):
-            a = x + tl.arange(0, BK)
-            cell = tl.cast(i, tl.int64) * DK * DV + a[:, None] * DV + b[None, :]
-            there = (a < DK)[:, None] & (b < DV)[None, :]
-            tl.store(out + cell, tl.load(source + cell, mask=there, other=0.0).to(out.dtype.element_ty), mask=there)
+def advance_slots(
+    p_from, p_to, p_r, p_k, p_v, p_g, stride_k, stride_v, first, end, hi, fresh, m_next, keep, k_lo, k_hi, o_v,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """The block's transition of the slots from `fresh` on; the newest of them gets the tokens up to `hi`."""
+    for i_s in range(fresh, m_next):
+        for i_k in range(k_lo, k_hi, BK):
+            o_k = i_k + tl.arange(0, BK)
+            at = tl.cast(i_s, tl.int64) * DK * DV
+            b_s = through(p_from + at, p_r, o_k, o_v, keep, DK, DV, BK, False, DOT, PREC)
+            if i_s == fresh:
+                b_s = add_tokens(
+                    b_s, p_k, p_v, p_g, stride_k, stride_v, first, end, first, hi, o_k, o_v, DK, DV, BT, GDN, DOT, PREC
+                )
+            m_tile = (o_k < DK)[:, None] & (o_v < DV)[None, :]
+            tl.store(p_to + at + o_k[:, None] * DV + o_v[None, :], b_s, mask=m_tile)
+
+
+@triton.jit
+def open_slots(
+    p_s, p_pos, p_k, p_v, p_g, stride_k, stride_v, first, end, fresh, k_lo, k_hi, o_v,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
+    DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """The `fresh` slots that the block opened: the tokens from their start to the next younger one's."""
+    for i_s in range(fresh):
+        lo = tl.load(p_pos + i_s)
+        hi = end
+        if i_s > 0:
+            hi = tl.load(p_pos + i_s - 1)
+        for i_k in range(k_lo, k_hi, BK):
+            o_k = i_k + tl.arange(0, BK)
+            b_s = tl.zeros([BK, BV], tl.float32)
+            b_s = add_tokens(
+                b_s, p_k, p_v, p_g, stride_k, stride_v, first, end, lo, hi, o_k, o_v, DK, DV, BT, GDN, DOT, PREC
+            )
+            o_tile = o_k[:, None] * DV + o_v[None, :]
+            m_tile = (o_k < DK)[:, None] & (o_v < DV)[None, :]
+            tl.store(p_s + tl.cast(i_s, tl.int64) * DK * DV + o_tile, b_s, mask=m_tile)
+
+
+@triton.jit
+def copy_slots(p_from, p_to, m, k_lo, k_hi, o_v, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr):
+    """The first m slots, in the type of `p_to`."""
+    for i_s in range(m):
+        for i_k in range(k_lo, k_hi, BK):
+            o_k = i_k + tl.arange(0, BK)
+            o_tile = tl.cast(i_s, tl.int64) * DK * DV + o_k[:, None] * DV + o_v[None, :]
+            m_tile = (o_k < DK)[:, None] & (o_v < DV)[None, :]
+            b_s = tl.load(p_from + o_tile, mask=m_tile, other=0.0)
+            tl.store(p_to + o_tile, b_s.to(p_to.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -291,72 +237,60 @@ def reverse_scan_kernel(
     carry,  # [segments of the window, 2, H, K, DK, DV] fp32: [:, 0] = gradient of the states at the end; scratch
     initial,  # [segments of the window, H, K, DK, DV] fp32 out: gradient of the states at the start
     dphi,  # [programs, blocks of the window, H] fp32 out: parts of <D, S> (Mamba-2 only)
-    T,
-    H,
-    K,
-    N_BLOCKS,
-    block_lo,
-    row_lo,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    STAGED: tl.constexpr,
-    KP: tl.constexpr,
-    GDN: tl.constexpr,
-    DOT: tl.constexpr,
-    PREC: tl.constexpr,
-):
-    s, h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
-    k_at = tl.program_id(1) * BK
-    k_end = k_at + BK
+    T, H, K, N_BLOCKS, block_lo, row_lo,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGED: tl.constexpr, KP: tl.constexpr,
+    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i_n, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
+    k_lo = tl.program_id(1) * BK
+    k_hi = k_lo + BK
     if STAGED:
-        k_end = k_at + DK
-    b = tl.program_id(2) * BV + tl.arange(0, BV)
+        k_hi = k_lo + DK
+    o_v = tl.program_id(2) * BV + tl.arange(0, BV)
     program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
-    first_block, n_blocks = tl.load(segments + 4 * s), tl.load(segments + 4 * s + 1)
+    first_block, n_blocks = tl.load(segments + 4 * i_n), tl.load(segments + 4 * i_n + 1)
     size = K * DK * DV
-    source = carry + (s.to(tl.int64) * 2 * H + h) * size
-    dest = source + (h * 0 + H) * size
+    p_from = carry + (i_n.to(tl.int64) * 2 * H + i_h) * size
+    p_to = p_from + (i_h * 0 + H) * size
     last = tl.load(blocks + 4 * (first_block + n_blocks - 1) + 2) + 1
-    out = grad_states + ((last - row_lo).to(tl.int64) * H + h) * size
-    copy_slots(source, out, tl.load(live_count + last * H + h), k_at, k_end, b, DK, DV, BK)
-    for back in range(n_blocks):
-        block = first_block + n_blocks - 1 - back
-        row, first, end, m, m_next, fresh = slots_opened(live_pos, live_count, blocks, block, h, H, K, KP)
-        here = (row.to(tl.int64) * H + h) * K
-        states = snap + ((row - row_lo).to(tl.int64) * H + h) * size
-        out = grad_states + ((row - row_lo).to(tl.int64) * H + h) * size
-        keep = tl.exp(tl.load(cg + h * T + end - 1))
-        rm = r_matrix + ((block - block_lo).to(tl.int64) * H + h) * DK * DK
+    p_out = grad_states + ((last - row_lo).to(tl.int64) * H + i_h) * size
+    copy_slots(p_from, p_out, tl.load(live_count + last * H + i_h), k_lo, k_hi, o_v, DK, DV, BK)
+    for i_b in range(n_blocks):
+        i_t = first_block + n_blocks - 1 - i_b
+        row, first, end, m, m_next, fresh = slots_opened(live_pos, live_count, blocks, i_t, i_h, H, K, KP)
+        p_death = live_death + (row.to(tl.int64) * H + i_h) * K
+        p_s = snap + ((row - row_lo).to(tl.int64) * H + i_h) * size
+        p_ds = grad_states + ((row - row_lo).to(tl.int64) * H + i_h) * size
+        keep = tl.exp(tl.load(cg + i_h * T + end - 1))
+        p_r = r_matrix + ((i_t - block_lo).to(tl.int64) * H + i_h) * DK * DK
         dkeep = tl.zeros([], tl.float32)
-        to = fresh
-        for i in range(m):
-            moved = source + tl.minimum(to, K - 1).to(tl.int64) * DK * DV
-            for x in range(k_at, k_end, BK):
-                a = x + tl.arange(0, BK)
-                tile = a[:, None] * DV + b[None, :]
-                there = (a < DK)[:, None] & (b < DV)[None, :]
-                cell = tl.cast(i, tl.int64) * DK * DV + tile
-                grad = tl.load(out + cell, mask=there, other=0.0).to(tl.float32)
+        i_to = fresh
+        for i_s in range(m):
+            p_next = p_from + tl.minimum(i_to, K - 1).to(tl.int64) * DK * DV  # the slot that this one becomes
+            for i_k in range(k_lo, k_hi, BK):
+                o_k = i_k + tl.arange(0, BK)
+                o_tile = o_k[:, None] * DV + o_v[None, :]
+                m_tile = (o_k < DK)[:, None] & (o_v < DV)[None, :]
+                o_slot = tl.cast(i_s, tl.int64) * DK * DV + o_tile
+                b_ds = tl.load(p_ds + o_slot, mask=m_tile, other=0.0).to(tl.float32)
                 if STAGED:
-                    grad += through(moved, rm, a, b, keep, DK, DV, BK, BV, True, DOT, PREC)
+                    b_ds += through(p_next, p_r, o_k, o_v, keep, DK, DV, BK, True, DOT, PREC)
                 else:
-                    ahead = tl.load(moved + tile, mask=there, other=0.0)
-                    grad += keep * ahead
+                    b_next = tl.load(p_next + o_tile, mask=m_tile, other=0.0)
+                    b_ds += keep * b_next
                     if GDN:
-                        r = transition_tile(rm, a, a, DK, True)
-                        grad -= tl.dot(r, ahead.to(DOT), input_precision=PREC)
+                        b_r = load_tile_t(p_r, o_k, o_k, DK, DK)
+                        b_ds -= tl.dot(b_r, b_next.to(DOT), input_precision=PREC)  # [BK, BK] @ [BK, BV] -> [BK, BV]
                     else:
-                        state = tl.load(states + cell, mask=there, other=0.0).to(tl.float32)
-                        dkeep += tl.sum(tl.sum(state * ahead, 1), 0)
-                tl.store(dest + cell, grad, mask=there)
-                tl.store(out + cell, grad.to(DOT), mask=there)
-            to += (tl.load(live_death + here + i) >= end).to(tl.int32)
+                        b_s = tl.load(p_s + o_slot, mask=m_tile, other=0.0).to(tl.float32)
+                        dkeep += tl.sum(tl.sum(b_s * b_next, 1), 0)
+                tl.store(p_to + o_slot, b_ds, mask=m_tile)
+                tl.store(p_ds + o_slot, b_ds.to(DOT), mask=m_tile)
+            i_to += (tl.load(p_death + i_s) >= end).to(tl.int32)
         if not GDN:
-            tl.store(dphi + (program.to(tl.int64) * N_BLOCKS + block - block_lo) * H + h, dkeep)
-        source, dest = dest, source
+            tl.store(dphi + (program.to(tl.int64) * N_BLOCKS + i_t - block_lo) * H + i_h, dkeep)
+        p_from, p_to = p_to, p_from
         tl.debug_barrier()  # the next block reads what other threads wrote
     row = tl.load(blocks + 4 * first_block + 2)
-    out = initial + (s.to(tl.int64) * H + h) * size
-    copy_slots(source, out, tl.load(live_count + row * H + h), k_at, k_end, b, DK, DV, BK)
+    p_out = initial + (i_n.to(tl.int64) * H + i_h) * size
+    copy_slots(p_from, p_out, tl.load(live_count + row * H + i_h), k_lo, k_hi, o_v, DK, DV, BK)

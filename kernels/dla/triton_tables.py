@@ -22,12 +22,12 @@ def decay_cumsum_kernel(
     H,
     BLOCK: tl.constexpr,
 ):
-    block, h = tl.program_id(0), tl.program_id(1)
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    t = first + tl.arange(0, BLOCK)
-    x = tl.load(g + t.to(tl.int64) * H + h, mask=t < end, other=0.0).to(tl.float32)
-    x = tl.maximum(x, FORGOTTEN)  # a larger sum would only have coarser differences
-    tl.store(cg + h.to(tl.int64) * T + t, tl.cumsum(x, 0), mask=t < end)
+    i_t, i_h = tl.program_id(0), tl.program_id(1)
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    o_t = first + tl.arange(0, BLOCK)
+    b_g = tl.load(g + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
+    b_g = tl.maximum(b_g, FORGOTTEN)  # a larger sum would only have coarser differences
+    tl.store(cg + i_h.to(tl.int64) * T + o_t, tl.cumsum(b_g, 0), mask=o_t < end)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -46,36 +46,36 @@ def live_table_kernel(
     TILE: tl.constexpr,
     KP: tl.constexpr,  # K rounded up to a power of two
 ):
-    """The live slots at each row, newest first: walks back from the row until K are found or the segment began."""
-    row, h = tl.program_id(0), tl.program_id(1)
-    at, begin, segment = tl.load(rows + 3 * row), tl.load(rows + 3 * row + 1), tl.load(rows + 3 * row + 2)
-    out = (row.to(tl.int64) * H + h) * K
-    lane = h.to(tl.int64) * T
+    """The live slots at each row, newest first: the search goes back until K are found or the segment began."""
+    i_row, i_h = tl.program_id(0), tl.program_id(1)
+    at, begin, segment = tl.load(rows + 3 * i_row), tl.load(rows + 3 * i_row + 1), tl.load(rows + 3 * i_row + 2)
+    out = (i_row.to(tl.int64) * H + i_h) * K
+    o_h = i_h.to(tl.int64) * T
     count = 0
     upto = at
     while (upto > begin) & (count < K):
-        p = upto - TILE + tl.arange(0, TILE)
-        death = tl.load(life + lane + p, mask=p >= begin, other=0)
-        alive = death >= at
-        found = tl.sum(alive.to(tl.int32), 0)
-        rank = count + found - tl.cumsum(alive.to(tl.int32), 0)
-        keep = alive & (rank < K)
-        tl.store(live_pos + out + rank, p, mask=keep)
-        tl.store(live_death + out + rank, death, mask=keep)
+        o_p = upto - TILE + tl.arange(0, TILE)
+        b_death = tl.load(life + o_h + o_p, mask=o_p >= begin, other=0)
+        m_alive = b_death >= at
+        found = tl.sum(m_alive.to(tl.int32), 0)
+        b_rank = count + found - tl.cumsum(m_alive.to(tl.int32), 0)
+        m_keep = m_alive & (b_rank < K)
+        tl.store(live_pos + out + b_rank, o_p, mask=m_keep)
+        tl.store(live_death + out + b_rank, b_death, mask=m_keep)
         count += found
         upto -= TILE
     if HAS_CACHE:
-        r = tl.arange(0, KP)
-        there = tl.load(cache_live + segment * H + h)
-        source = (segment.to(tl.int64) * H + h) * K + r
-        death = tl.load(cache_death + source, mask=r < there, other=0)
-        alive = (r < there) & (death >= at)
-        rank = count + tl.cumsum(alive.to(tl.int32), 0) - 1
-        keep = alive & (rank < K)
-        tl.store(live_pos + out + rank, -1 - r, mask=keep)
-        tl.store(live_death + out + rank, death, mask=keep)
-        count += tl.sum(alive.to(tl.int32), 0)
-    tl.store(live_count + row * H + h, tl.minimum(count, K))
+        o_r = tl.arange(0, KP)
+        live = tl.load(cache_live + segment * H + i_h)
+        o_cache = (segment.to(tl.int64) * H + i_h) * K + o_r
+        b_death = tl.load(cache_death + o_cache, mask=o_r < live, other=0)
+        m_alive = (o_r < live) & (b_death >= at)
+        b_rank = count + tl.cumsum(m_alive.to(tl.int32), 0) - 1
+        m_keep = m_alive & (b_rank < K)
+        tl.store(live_pos + out + b_rank, -1 - o_r, mask=m_keep)
+        tl.store(live_death + out + b_rank, b_death, mask=m_keep)
+        count += tl.sum(m_alive.to(tl.int32), 0)
+    tl.store(live_count + i_row * H + i_h, tl.minimum(count, K))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -84,16 +84,17 @@ def tile_counts_kernel(
     blocks,  # [n, 4]
     counts,  # [H, TILES, T] int32 out: live starts at t in each tile of its block up to its own
     T,
-    C: tl.constexpr,  # tokens a tile
+    BT: tl.constexpr,  # tokens a tile
     TILES: tl.constexpr,  # tiles a block
 ):
-    block, h = tl.program_id(0) // TILES, tl.program_id(1)
-    own = tl.program_id(0) % TILES
-    first, end = tl.load(blocks + 4 * block), tl.load(blocks + 4 * block + 1)
-    t = first + own * C + tl.arange(0, C)
-    lane = h.to(tl.int64) * T
-    for tile in range(own + 1):
-        p = first + tile * C + tl.arange(0, C)
-        death = tl.load(life + lane + p, mask=p < end, other=0)
-        alive = (death[None, :] > t[:, None]) & (p[None, :] <= t[:, None])
-        tl.store(counts + (lane * TILES + tl.cast(tile, tl.int64) * T) + t, tl.sum(alive.to(tl.int32), 1), mask=t < end)
+    i_t, i_h = tl.program_id(0) // TILES, tl.program_id(1)
+    i_c = tl.program_id(0) % TILES
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    o_t = first + i_c * BT + tl.arange(0, BT)
+    o_h = i_h.to(tl.int64) * T
+    for i_x in range(i_c + 1):
+        o_p = first + i_x * BT + tl.arange(0, BT)
+        b_death = tl.load(life + o_h + o_p, mask=o_p < end, other=0)
+        m_alive = (b_death[None, :] > o_t[:, None]) & (o_p[None, :] <= o_t[:, None])
+        p_counts = counts + (o_h * TILES + tl.cast(i_x, tl.int64) * T) + o_t
+        tl.store(p_counts, tl.sum(m_alive.to(tl.int32), 1), mask=o_t < end)

@@ -1,10 +1,10 @@
-"""The gradient of a learned threshold on CUDA: `threshold.threshold_gradient`, where the mathematics stands.
+"""The gradient of a learned threshold on CUDA: `threshold.threshold_gradient`, which has the mathematics.
 
 A slot carries the weighted tokens `moved` in it that the toggles so far would move; a merge adds two of them, so there
 is no difference of long sums. The terms of the gradient cancel (a kernel's rounding would show), so what is summed is
-summed in float64: a few numbers a token. Two kernels: one program a lane walks over the boundaries (tokens between
+summed in float64: a few numbers a token. Two kernels: one program a lane loops over the boundaries (tokens between
 them at once) and stores the slots at the start of each block; then one program a block goes over its tokens with them.
-Slots stand in no order; `nx`, the start of the next younger one (FAR: none, it is open), gives each its end.
+Slots are not sorted: the start of the next younger one (`b_next`) says where each ends (FAR: it is open).
 No atomics: the same bits in every run.
 """
 
@@ -19,30 +19,31 @@ FAR = tl.constexpr(2**30)  # after every position
 
 
 @triton.jit
-def _open_slot(b, nx, death, moved, at, life, reset):
+def _open_slot(b_start, b_next, b_death, b_moved, at, life, reset):
     """The slots after a boundary at token `at`: each of [KP] start (-1: none), next start, death, moved."""
-    b = tl.where(reset, -1, b)
-    dying = (b >= 0) & (death == at)
-    gone = tl.max(tl.where(dying, b, -1), 0)
-    heir = (b >= 0) & (nx == gone)  # the next older slot takes the tokens over; nx is never -1
-    moved += tl.where(heir, tl.sum(tl.where(dying, moved, 0.0), 0), 0.0)
-    nx = tl.where(heir, tl.max(tl.where(dying, nx, 0), 0), nx)
-    b = tl.where(dying, -1, b)
-    nx = tl.where(nx == FAR, at, nx)
-    slot = tl.arange(0, b.shape[0])
-    new = slot == tl.min(tl.where(b < 0, slot, b.shape[0]), 0)
-    return tl.where(new, at, b), tl.where(new, FAR, nx), tl.where(new, life, death), tl.where(new, 0.0, moved)
+    b_start = tl.where(reset, -1, b_start)
+    m_dying = (b_start >= 0) & (b_death == at)
+    merged = tl.max(tl.where(m_dying, b_start, -1), 0)
+    m_into = (b_start >= 0) & (b_next == merged)  # the next older slot takes the tokens; b_next is never -1
+    b_moved += tl.where(m_into, tl.sum(tl.where(m_dying, b_moved, 0.0), 0), 0.0)
+    b_next = tl.where(m_into, tl.max(tl.where(m_dying, b_next, 0), 0), b_next)
+    b_start = tl.where(m_dying, -1, b_start)
+    b_next = tl.where(b_next == FAR, at, b_next)
+    o_s = tl.arange(0, b_start.shape[0])
+    m_new = o_s == tl.min(tl.where(b_start < 0, o_s, b_start.shape[0]), 0)
+    b_start, b_next = tl.where(m_new, at, b_start), tl.where(m_new, FAR, b_next)
+    return b_start, b_next, tl.where(m_new, life, b_death), tl.where(m_new, 0.0, b_moved)
 
 
 @triton.jit
-def _next_start(b):
-    return tl.min(tl.where(b[:, None] > b[None, :], b[:, None], FAR), 0)
+def _next_start(b_start):
+    return tl.min(tl.where(b_start[:, None] > b_start[None, :], b_start[:, None], FAR), 0)
 
 
 @triton.jit
-def _overlap(low, high, b, nx):
+def _overlap(low, high, b_start, b_next):
     """Tokens of [low, high) in each slot, as fp64; 0 where there is no slot."""
-    return tl.where(b >= 0, tl.maximum(tl.minimum(high, nx) - tl.maximum(low, b), 0), 0).to(tl.float64)
+    return tl.where(b_start >= 0, tl.maximum(tl.minimum(high, b_next) - tl.maximum(low, b_start), 0), 0).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -58,93 +59,87 @@ def walk_kernel(
     BLOCK: tl.constexpr,
 ):
     """Slots and `moved` at the start of every block, over one lane."""
-    lane = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, KP)
-    b = tl.full([KP], -1, tl.int32)
-    nx = tl.full([KP], FAR, tl.int32)
-    death = tl.full([KP], 0, tl.int32)
-    moved = tl.zeros([KP], tl.float64)
+    i_n = tl.program_id(0).to(tl.int64)
+    o_s = tl.arange(0, KP)
+    b_start = tl.full([KP], -1, tl.int32)
+    b_next = tl.full([KP], FAR, tl.int32)
+    b_death = tl.full([KP], 0, tl.int32)
+    b_moved = tl.zeros([KP], tl.float64)
     blocks = tl.cdiv(T, BLOCK)
-    for block in range(0, blocks):
-        out = (lane * blocks + block) * KP + slot
-        tl.store(slots + out, b)
-        tl.store(carried + out, moved)
-        t = block * BLOCK + tl.arange(0, BLOCK)
-        there, end = t < T, block * BLOCK + BLOCK
-        life_t = tl.load(life + lane * T + t, mask=there, other=0)
-        lo_t = tl.load(lo + lane * T + t, mask=there, other=0)
-        w_t = tl.load(weight + lane * T + t, mask=there, other=0.0)
-        resets = tl.load(begin + lane * T + t, mask=there, other=-1) == t
-        opens = (life_t > 0) | resets
-        after = block * BLOCK  # tokens before it are done
-        for _ in range(0, tl.sum(opens.to(tl.int32), 0) + 1):
-            at = tl.min(tl.where(opens & (t >= after), t, end), 0)
-            w = tl.where((t >= after) & (t < at), w_t, 0.0)
-            moved += tl.sum(w[:, None] * _overlap(lo_t[:, None], t[:, None], b[None, :], nx[None, :]), 0)
+    for i_t in range(0, blocks):
+        o_out = (i_n * blocks + i_t) * KP + o_s
+        tl.store(slots + o_out, b_start)
+        tl.store(carried + o_out, b_moved)
+        o_t = i_t * BLOCK + tl.arange(0, BLOCK)
+        m_t, end = o_t < T, i_t * BLOCK + BLOCK
+        b_life = tl.load(life + i_n * T + o_t, mask=m_t, other=0)
+        b_lo = tl.load(lo + i_n * T + o_t, mask=m_t, other=0)
+        b_weight = tl.load(weight + i_n * T + o_t, mask=m_t, other=0.0)
+        m_reset = tl.load(begin + i_n * T + o_t, mask=m_t, other=-1) == o_t
+        m_open = (b_life > 0) | m_reset
+        after = i_t * BLOCK  # tokens before it are done
+        for _ in range(0, tl.sum(m_open.to(tl.int32), 0) + 1):
+            at = tl.min(tl.where(m_open & (o_t >= after), o_t, end), 0)
+            b_w = tl.where((o_t >= after) & (o_t < at), b_weight, 0.0)
+            b_tokens = _overlap(b_lo[:, None], o_t[:, None], b_start[None, :], b_next[None, :])  # [BLOCK, KP]
+            b_moved += tl.sum(b_w[:, None] * b_tokens, 0)
             if at < end:
-                here = t == at
-                life_at = tl.sum(tl.where(here, life_t, 0), 0)
-                reset = tl.sum((here & resets).to(tl.int32), 0) > 0
-                b, nx, death, moved = _open_slot(b, nx, death, moved, at, life_at, reset)
+                m_at = o_t == at
+                life_at = tl.sum(tl.where(m_at, b_life, 0), 0)
+                reset = tl.sum((m_at & m_reset).to(tl.int32), 0) > 0
+                b_start, b_next, b_death, b_moved = _open_slot(b_start, b_next, b_death, b_moved, at, life_at, reset)
             after = at + 1
 
 
 @triton.jit
-def _fired(weight, lo, b, nx):
+def _fired(weight, lo, b_start, b_next):
     """What the live starts move in each slot, [KP]; weight and lo are the lane's."""
-    w = tl.load(weight + b, mask=b >= 0, other=0.0)
-    low = tl.load(lo + b, mask=b >= 0, other=0)
-    return tl.sum(w[:, None] * _overlap(low[:, None], b[:, None], b[None, :], nx[None, :]), 0)
+    b_w = tl.load(weight + b_start, mask=b_start >= 0, other=0.0)
+    b_lo = tl.load(lo + b_start, mask=b_start >= 0, other=0)
+    return tl.sum(b_w[:, None] * _overlap(b_lo[:, None], b_start[:, None], b_start[None, :], b_next[None, :]), 0)
 
 
 @triton.jit(do_not_specialize=["T"])
 def gradient_kernel(
     dlam,  # [N, T, K] fp32
     lam,  # [N, T, K] fp32
-    life,
-    begin,
-    lo,
-    weight,
-    slots,
-    carried,
+    life, begin, lo, weight, slots, carried,
     partial,  # [N, blocks] fp64 out: sum of w_p dg_p over t in the block
     T,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One block of queries of one lane."""
-    program = tl.program_id(0).to(tl.int64)
+    i_p = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(T, BLOCK)
-    lane = program // blocks
-    first = (program % blocks).to(tl.int32) * BLOCK
-    row = lane * T
-    b = tl.load(slots + program * KP + tl.arange(0, KP))
-    moved = tl.load(carried + program * KP + tl.arange(0, KP))
-    nx = _next_start(b)
-    death = tl.load(life + row + b, mask=b >= 0, other=0)
-    age = tl.sum((b[:, None] > b[None, :]).to(tl.int32), 0)  # slot index by recency
-    fired = _fired(weight + row, lo + row, b, nx)
-    total = tl.zeros([KP], tl.float64)
+    i_n = i_p // blocks
+    first = (i_p % blocks).to(tl.int32) * BLOCK
+    row = i_n * T
+    b_start = tl.load(slots + i_p * KP + tl.arange(0, KP))
+    b_moved = tl.load(carried + i_p * KP + tl.arange(0, KP))
+    b_next = _next_start(b_start)
+    b_death = tl.load(life + row + b_start, mask=b_start >= 0, other=0)
+    b_age = tl.sum((b_start[:, None] > b_start[None, :]).to(tl.int32), 0)  # slot index by recency
+    b_fired = _fired(weight + row, lo + row, b_start, b_next)
+    b_total = tl.zeros([KP], tl.float64)
     for t in range(first, tl.minimum(first + BLOCK, T)):
         life_t = tl.load(life + row + t)
         reset = tl.load(begin + row + t) == t
         if (life_t > 0) | reset:
-            b, nx, death, moved = _open_slot(b, nx, death, moved, t, life_t, reset)
-            age = tl.sum((b[:, None] > b[None, :]).to(tl.int32), 0)
-            fired = _fired(weight + row, lo + row, b, nx)
+            b_start, b_next, b_death, b_moved = _open_slot(b_start, b_next, b_death, b_moved, t, life_t, reset)
+            b_age = tl.sum((b_start[:, None] > b_start[None, :]).to(tl.int32), 0)
+            b_fired = _fired(weight + row, lo + row, b_start, b_next)
         else:
-            moved += tl.load(weight + row + t) * _overlap(tl.load(lo + row + t), t, b, nx)
-        live = b >= 0
-        cell = (row + t) * K + age
-        mine = tl.load(lam + cell, mask=live, other=0.0).to(tl.float64)
-        older = tl.load(lam + cell + 1, mask=live & (age + 1 < K), other=0.0)
-        newer = tl.load(lam + cell - 1, mask=live & (age > 0), other=0.0)
-        forward = tl.where(age + 1 < K, older - mine, 0.0) * moved
-        backward = tl.where(age > 0, mine - newer, 0.0) * fired
-        tokens = tl.where(live, tl.minimum(nx, t + 1) - b, 1).to(tl.float64)
-        total += tl.load(dlam + cell, mask=live, other=0.0) * (forward + backward) / tokens
-    tl.store(partial + program, tl.sum(total, 0))
+            b_moved += tl.load(weight + row + t) * _overlap(tl.load(lo + row + t), t, b_start, b_next)
+        m_live = b_start >= 0
+        o_lam = (row + t) * K + b_age
+        b_mine = tl.load(lam + o_lam, mask=m_live, other=0.0).to(tl.float64)
+        b_older = tl.load(lam + o_lam + 1, mask=m_live & (b_age + 1 < K), other=0.0)
+        b_newer = tl.load(lam + o_lam - 1, mask=m_live & (b_age > 0), other=0.0)
+        b_forward = tl.where(b_age + 1 < K, b_older - b_mine, 0.0) * b_moved
+        b_backward = tl.where(b_age > 0, b_mine - b_newer, 0.0) * b_fired
+        b_tokens = tl.where(m_live, tl.minimum(b_next, t + 1) - b_start, 1).to(tl.float64)
+        b_total += tl.load(dlam + o_lam, mask=m_live, other=0.0) * (b_forward + b_backward) / b_tokens
+    tl.store(partial + i_p, tl.sum(b_total, 0))
 
 
 def threshold_gradient(

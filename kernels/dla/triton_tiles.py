@@ -1,0 +1,67 @@
+"""Loads and products of tiles that several kernels share.
+
+Dim a of token t of one head is at `x + t * stride + a`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rows_of(x, o_t, o_d, end, stride, D: tl.constexpr):
+    """x[o_t, o_d] as fp32 [len(o_t), len(o_d)], zero from token `end` and dim D on."""
+    return raw_rows(x, o_t, o_d, end, stride, D).to(tl.float32)
+
+
+@triton.jit
+def columns_of(x, o_t, o_d, end, stride, D: tl.constexpr):
+    """x[o_t, o_d] transposed: fp32 [len(o_d), len(o_t)]."""
+    return raw_columns(x, o_t, o_d, end, stride, D).to(tl.float32)
+
+
+@triton.jit
+def raw_rows(x, o_t, o_d, end, stride, D: tl.constexpr):
+    """`rows_of` in x's dtype: 16-bit operands multiply exactly into fp32."""
+    m_x = (o_t < end)[:, None] & (o_d < D)[None, :]
+    return tl.load(x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=m_x, other=0.0)
+
+
+@triton.jit
+def raw_columns(x, o_t, o_d, end, stride, D: tl.constexpr):
+    """`columns_of` in x's dtype."""
+    m_x = (o_t < end)[None, :] & (o_d < D)[:, None]
+    return tl.load(x + o_t.to(tl.int64)[None, :] * stride + o_d[:, None], mask=m_x, other=0.0)
+
+
+@triton.jit
+def load_tile(p_x, o_r, o_c, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x[o_r, o_c] of a contiguous [ROWS, COLS] matrix, zero outside: [len(o_r), len(o_c)]."""
+    m_x = (o_r < ROWS)[:, None] & (o_c < COLS)[None, :]
+    return tl.load(p_x + o_r[:, None] * COLS + o_c[None, :], mask=m_x, other=0.0)
+
+
+@triton.jit
+def load_tile_t(p_x, o_r, o_c, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """`load_tile` transposed: [len(o_c), len(o_r)]."""
+    m_x = (o_r < ROWS)[None, :] & (o_c < COLS)[:, None]
+    return tl.load(p_x + o_r[None, :] * COLS + o_c[:, None], mask=m_x, other=0.0)
+
+
+@triton.jit
+def products(x, y, o_t, end, stride, D: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, PREC: tl.constexpr):
+    """x[t] . y[p] over all dims: fp32 [BT, BT]."""
+    b_xy = tl.zeros([BT, BT], tl.float32)
+    for i_d in range(0, D, BK):
+        o_d = i_d + tl.arange(0, BK)
+        b_x = raw_rows(x, o_t, o_d, end, stride, D)
+        b_y = raw_columns(y, o_t, o_d, end, stride, D)
+        b_xy = tl.dot(b_x, b_y, b_xy, input_precision=PREC)  # [BT, BK] @ [BK, BT] -> [BT, BT]
+    return b_xy
+
+
+@triton.jit
+def decays_of(cg, o_t, end):
+    """cg[t]; past the block's end its last value, so that no exponent is positive there."""
+    return tl.load(cg + tl.minimum(o_t, end - 1))
