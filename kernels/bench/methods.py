@@ -28,7 +28,7 @@ class Method:
     Attributes:
         prepare: makes the call from the inputs; layouts that a model would have anyway are made outside the clock.
         backbones: where the method is an equal: its decay and writes are those of the backbone.
-        work: the least operations and bytes, or None where nobody counted them.
+        work: the least operations and bytes, or None if they are not known.
     """
 
     name: str
@@ -63,7 +63,7 @@ def _sdpa(x: Inputs, p: Problem) -> Prepared:
 
 
 def _fla(module: str, function: str) -> Callable:
-    """An op of fla; raises ImportError with fla's own words where it is absent. fla's import notices are not shown."""
+    """An op of fla; raises ImportError with fla's message if it is missing. fla's import notices are not shown."""
     with contextlib.redirect_stdout(io.StringIO()):
         return getattr(importlib.import_module(module), function)
 

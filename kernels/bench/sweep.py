@@ -84,7 +84,7 @@ def _measure_shape(sweep: Sweep, p: Problem, history: dict[tuple, tuple[int, flo
         if not method.per_capacity and p.capacity != sweep.capacities[0]:
             continue  # it has no capacity: measured once a length
         if method.name == "sdpa" and p.backbone != sweep.backbones[0]:
-            continue  # it knows nothing of a backbone either
+            continue  # it does not depend on the backbone either
         key = (method.name, p.backbone, p.dim, p.capacity)
         record = {**base, "method": method.name}
         if not method.per_capacity:

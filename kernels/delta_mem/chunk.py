@@ -5,7 +5,7 @@ over the chunks, then the recurrence from each chunk's true start. M costs r^3 a
 steps it saves (high ranks, many sequences), the chunks run one after the other, and are only a unit of memory.
 
 Nothing is divided and no logarithm is taken, so gates of exactly 0 and 1 are ordinary. A reset is keep = erase = 0 at
-its token with the read cut, a token that does not write is keep = 1, erase = write = 0. What depends on time lies as
+its token with the read cut, a token that does not write is keep = 1, erase = write = 0. What depends on time has shape
 [C, r, L]: steps first, lanes (chunks x batch x states) last, for torch's elementwise loops run over the last axis.
 """
 

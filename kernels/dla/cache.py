@@ -35,7 +35,7 @@ class Partition:
             (with a full cache, the start that would die). Only the gradient of a learned threshold reads it.
         cache_death: int32 [B, H, K] or None; death of each slot of the incoming cache (chronological), T = never.
         final_info: [B, H, K] or None; summed scores of the slots after the last token (chronological), as they were
-            summed for the decisions: a cache goes on with the same bits, so that ties break the same way.
+            summed for the decisions: a sequence that is continued has the same bits, so that ties break the same way.
     """
 
     start: Tensor
