@@ -9,10 +9,10 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +104,49 @@ def save_tensors(
     save_file(tensors, path, metadata=metadata)
     os.chmod(path, mode)
     fsync_file(path)
+
+
+class TensorWriter:
+    """Writes a safetensors file one tensor after another; room for the header is left at the start.
+
+    Args:
+        names: of all tensors that may be added. Tensors of wider dtypes should come first, for their alignment.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    DTYPES: ClassVar = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        longest = {"dtype": "BF16", "shape": [2**40] * 4, "data_offsets": [2**60, 2**60]}
+        room = len(json.dumps(self._header | dict.fromkeys(names, longest)).encode())
+        self._start = 8 + -(-room // 8) * 8
+        self._file = path.open("wb")
+        self._file.seek(self._start)
+        self.nbytes = 0
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def add(self, name: str, x: Tensor) -> None:
+        import torch
+
+        end = self.nbytes + x.nbytes
+        dtype = self.DTYPES[str(x.dtype).removeprefix("torch.")]
+        self._header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [self.nbytes, end]}
+        self._file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        self.nbytes = end
+
+    def __exit__(self, *_: object) -> None:
+        """The header, padded with spaces, which the format allows; the file is on the disk on return."""
+        header = json.dumps(self._header).encode().ljust(self._start - 8)
+        self._file.seek(0)
+        self._file.write(len(header).to_bytes(8, "little") + header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
 
 
 def compact(x: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from megatron_dla.files import (
+    TensorWriter,
     atomic_path,
     create_json,
     file_sha256,
@@ -177,3 +179,20 @@ def test_tensors_come_back_and_do_not_depend_on_the_file(tmp_path) -> None:
 def test_launchers_can_import_it_without_torch() -> None:
     code = "import sys, megatron_dla.files; sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_tensors_written_one_by_one_are_a_safetensors_file(tmp_path: Path) -> None:
+    given = {
+        "a": torch.randn(3, 5), 'b "quoted" \u03b4': torch.randn(4, 6).T, "c": torch.randn(7).bfloat16(),
+        "scalar": torch.tensor(3.5, dtype=torch.float16), "empty": torch.zeros(0, 4), "ids": torch.arange(3),
+    }  # fmt: skip
+    with TensorWriter(tmp_path / "x.safetensors", [*given, "never added"]) as writer:
+        for name, x in given.items():
+            writer.add(name, x)
+    assert writer.nbytes == sum(x.nbytes for x in given.values())
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == given.keys()
+    for name, x in given.items():
+        assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_dla.checkpoint.find import COMPLETE, LAYOUT, resolve_checkpoint
-from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights, save_weights, split_merged
+from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights, split_merged, weight_file
 from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.config.checks import check_model, check_tensor_parallel
 from megatron_dla.config.load import from_dict
 from megatron_dla.console import progress_bar
 from megatron_dla.errors import CheckpointError, UserError
-from megatron_dla.files import compact, file_sha256
+from megatron_dla.files import TensorWriter, file_sha256
 from megatron_dla.hf import mapping
 from megatron_dla.hf.backbones import read_backbone, read_weights
 from megatron_dla.hf.card import model_card
@@ -127,21 +127,34 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def tensors_for_disk(
-    weights: MergedWeights, dtype: torch.dtype | None, out: Path, dense: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of a checkpoint, one after another, with progress.
+def write_state(
+    weights: MergedWeights,
+    out: Path,
+    title: str,
+    dtype: torch.dtype | None = None,
+    dense: bool = False,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> int:
+    """Write a checkpoint's tensors under their Hugging Face names, one after another, with progress; returns how many
+    parameters there are.
 
     In `dtype` (None: as they are), but those that must be fp32. `dense`: see `mapping.entries`.
     """
     state = mapping.to_hf_names(weights, weights.layout.model, dense)
-    with progress_bar(weights.parameters, f"writing {out.name}", unit=" parameters") as bar:
-        for name in state:
-            x = state[name]
-            if dtype is not None:
-                x = x.to(torch.float32 if name.rsplit(".", 1)[-1] in FP32_PARAMETERS else dtype)
-            yield name, compact(x)
-            bar.update(x.numel())
+    names = sorted(state, key=lambda name: not _is_fp32(name))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        with progress_bar(weights.parameters, f"writing {title}", unit=" parameters") as bar:
+            for name in names:
+                x = state[name]
+                yield name, x if dtype is None else x.to(torch.float32 if _is_fp32(name) else dtype)
+                bar.update(x.numel())
+
+    return write_weights(tensors(), names, out, max_file_bytes)
+
+
+def _is_fp32(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in FP32_PARAMETERS
 
 
 def to_hf(
@@ -183,9 +196,8 @@ def to_hf(
             _config(layout, tokens, DTYPES[dtype] if dtype else weights["decoder.final_layernorm.weight"].dtype),
         )
         _write_json(new / "generation_config.json", _generation_config(tokens))
-        parameters = write_weights(
-            tensors_for_disk(weights, DTYPES[dtype] if dtype else None, out), new, max_file_bytes
-        )
+        kept = DTYPES[dtype] if dtype else None
+        parameters = write_state(weights, new, out.name, kept, max_file_bytes=max_file_bytes)
         for name, path in code_files().items():
             shutil.copyfile(path, new / name)
         (new / "README.md").write_text(model_card(layout, out.name, parameters, tokens.size))
@@ -307,13 +319,16 @@ def from_hf(
     with fresh_directory(out, False, COMPLETE) as new:
         tags = mapping.parameter_tags(section, tensor_parallel)
         total = count_parameters(section, vocab_size)
+        names = sorted(tags, key=lambda name: not _is_fp32(name))
         for rank in range(tensor_parallel):
-            local: dict[str, Tensor] = {}
-            with progress_bar(total, f"writing {out.name}, rank {rank}", unit=" parameters") as bar:
-                for name, tag in tags.items():
-                    local |= split_merged(merged, {name: tag}, rank, tensor_parallel)
-                    bar.update(tag.full_shape(local[name].shape, tensor_parallel).numel())
-            save_weights(local, new, rank)
+            path = weight_file(new, rank)
+            path.parent.mkdir(exist_ok=True)
+            title = f"writing {out.name}, rank {rank}"
+            with TensorWriter(path, names) as writer, progress_bar(total, title, unit=" parameters") as bar:
+                for name in names:
+                    local = split_merged(merged, {name: tags[name]}, rank, tensor_parallel)[name]
+                    writer.add(name, local)
+                    bar.update(tags[name].full_shape(local.shape, tensor_parallel).numel())
         CheckpointLayout(
             model=section, vocab_size=vocab_size, tokenizer_sha256=digest, tensor_parallel=tensor_parallel,
             seq_len=seq_len, step=0, tags=tags,

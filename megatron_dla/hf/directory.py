@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import file_sha256, open_tensors, save_tensors
+from megatron_dla.files import TensorWriter, file_sha256, open_tensors
 
 CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.model"
@@ -95,38 +96,36 @@ def _weight_files(hf_dir: Path) -> list[Path]:
         raise CheckpointError(f"{str(index)!r} is damaged ({error}): fetch it again") from error
 
 
-def write_weights(tensors: Iterable[tuple[str, Tensor]], out: Path, max_bytes: int = MAX_FILE_BYTES) -> int:
+def write_weights(
+    tensors: Iterable[tuple[str, Tensor]], names: Collection[str], out: Path, max_bytes: int = MAX_FILE_BYTES
+) -> int:
     """Write the model's safetensors: one file, or several of at most `max_bytes` (or one tensor) and their index.
 
-    Never more than one file's tensors are in memory. The names are those of transformers' `save_pretrained`.
+    Tensors go to the disk as they come. File names are those of transformers' `save_pretrained`.
 
     Args:
-        tensors: (name, tensor) in the order of the files; each tensor owns its storage (`files.compact`).
+        tensors: (name, tensor) in the order of the files, the wider dtypes first. names: all of them.
 
     Returns:
         The number of parameters.
     """
     places: dict[str, int] = {}
-    held: dict[str, Tensor] = {}
     count = total = parameters = 0
-
-    def write() -> None:
-        nonlocal count
-        save_tensors(held, out / f"{count}.part", {"format": "pt"})
-        held.clear()
-        count += 1
-
-    for name, x in tensors:
-        if held and sum(y.nbytes for y in held.values()) + x.nbytes > max_bytes:
-            write()
-        held[name], places[name] = x, count
-        total, parameters = total + x.nbytes, parameters + x.numel()
-    write()
-    names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)] if count > 1 else [WEIGHTS]
-    for n, name in enumerate(names):
-        (out / f"{n}.part").rename(out / name)
+    writer: TensorWriter | None = None
+    with ExitStack() as stack:
+        for name, x in tensors:
+            if writer is None or (writer.nbytes and writer.nbytes + x.nbytes > max_bytes):
+                stack.close()
+                writer = stack.enter_context(TensorWriter(out / f"{count}.part", names))
+                count += 1
+            writer.add(name, x)
+            places[name] = count - 1
+            total, parameters = total + x.nbytes, parameters + x.numel()
+    files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)] if count > 1 else [WEIGHTS]
+    for n, file in enumerate(files):
+        (out / f"{n}.part").rename(out / file)
     if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {key: names[n] for key, n in places.items()}}
+        index = {"metadata": {"total_size": total}, "weight_map": {name: files[n] for name, n in places.items()}}
         (out / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return parameters
 

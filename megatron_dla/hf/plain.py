@@ -10,8 +10,7 @@ from megatron_dla.checkpoint.find import resolve_checkpoint
 from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights
 from megatron_dla.config import LETTERS, ModelSection, attention_head_dim, layer_letters
 from megatron_dla.errors import CheckpointError
-from megatron_dla.hf.convert import fresh_directory, tensors_for_disk, tokenizer_file
-from megatron_dla.hf.directory import write_weights
+from megatron_dla.hf.convert import fresh_directory, tokenizer_file, write_state
 from megatron_dla.hf.families import FAMILIES
 from megatron_dla.hf.fast_tokenizer import SpecialTokens, write_tokenizer
 
@@ -38,7 +37,7 @@ def to_plain(
             "dtype": str(weights["decoder.final_layernorm.weight"].dtype).split(".")[-1]
         }
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_weights(tensors_for_disk(weights, None, out, dense=True), new)
+        write_state(weights, new, out.name, dense=True)
     return out
 
 

@@ -321,8 +321,8 @@ print(peak() - start)
 """
 
 
-def test_conversion_holds_one_file_in_memory(exported, write_checkpoint, tokenizer, tmp_path):
-    """300 MB of weights in files of 40 MB, and back into four of 75 MB; the largest tensor has 17 MB."""
+def test_conversion_holds_a_few_tensors_in_memory(exported, write_checkpoint, tokenizer, tmp_path):
+    """300 MB of weights from two ranks' files into files of 40 MB, and back into four; the largest tensor has 17 MB."""
     small = exported("mamba2")
     section = replace(small.section, hidden_size=1024, ffn_hidden_size=2048, num_layers=8, num_heads=8, value_dim=128)
     table, tags, merged = model_parameters(section, 384), mapping.parameter_tags(section), {}
@@ -338,6 +338,4 @@ def test_conversion_holds_one_file_in_memory(exported, write_checkpoint, tokeniz
     peaks = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
     slack = 20_000_000  # of the allocator
     assert total > 250_000_000, total
-    assert peaks[0] < 1.2 * 40_000_000 + largest + slack, (peaks, largest)
-    assert peaks[1] < 1.2 * 40_000_000 + 2 * largest + slack, (peaks, largest)
-    assert peaks[2] < 1.2 * total / 4 + largest + slack, (peaks, largest)
+    assert len(peaks) == 3 and max(peaks) < 4 * largest + slack, (peaks, largest)
