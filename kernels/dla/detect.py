@@ -165,12 +165,13 @@ def detect(
     """
     N, T = g.shape
     state = k.new_zeros(N, k.shape[-1], v.shape[-1]) if state is None else state
-    inputs = [None if x is None else chunked(x, chunk_size).transpose(0, 1) for x in (k, v, g, beta)]
-    document = chunked(resets, chunk_size).transpose(0, 1)  # [n, N, C]
+    k, v, g, document = (chunked(x, chunk_size).transpose(0, 1) for x in (k, v, g, resets))  # [n, N, C, ...]
+    beta = None if beta is None else chunked(beta, chunk_size).transpose(0, 1)
     size = max(1, PAIRS // (N * chunk_size**2))
     starts, scores = [], []
     for at in range(0, len(document), size):
-        kw, vw, gw, bw = (None if x is None else x[at : at + size].contiguous() for x in inputs)
+        kw, vw, gw = (x[at : at + size].contiguous() for x in (k, v, g))
+        bw = None if beta is None else beta[at : at + size].contiguous()
         window = _Window(kw, vw, gw, bw, tau, document[at : at + size])
         firsts, entering = [], []
         for z in range(len(gw)):
