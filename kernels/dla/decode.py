@@ -2,97 +2,133 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from .arrays import compute_dtype
+from .arrays import compute_dtype, lanes
 from .cache import FIRST_SCORE, Partition, SlotCache
 from .documents import document_starts
 
 
-@dataclass
-class _Token:
-    """What one token decided, per (batch, head): [B, H]."""
-
-    fired: Tensor
-    score: Tensor
-    dying: Tensor  # absolute position of the start that died, -1 = none
-
-
-def _score(cache: SlotCache, k: Tensor, v: Tensor, write: Tensor) -> Tensor:
-    """Eq 13 against the open state before the token acts on it; k, v: [B, H, D]; write: [B, H]."""
-    open_slot = (cache.live - 1).clamp(min=0)[..., None, None, None]
-    state = cache.states.gather(2, open_slot.expand(-1, -1, 1, *cache.states.shape[3:])).squeeze(2)
-    inner = write * torch.einsum("bhd,bhde,bhe->bh", k, state, v)
-    norm = write.abs() * k.norm(dim=-1) * v.norm(dim=-1) * state.flatten(2).norm(dim=-1)
-    cosine = torch.where(norm > 0, inner / norm, 0)
-    score = (2 - 2 * cosine).clamp_(min=0).sqrt_()
-    return torch.where(cache.live == 0, FIRST_SCORE, score)
-
-
 def _pair_costs(states: Tensor, count: Tensor, info: Tensor, merge: str) -> Tensor:
-    """Cost of merging each pair of neighbours: [L, K - 1]."""
+    """Cost of merging each pair of neighbours: [L, K - 1]; states [L, K, Dk * Dv], count and info [L, K]."""
     n, m = count[:, :-1].to(info.dtype), count[:, 1:].to(info.dtype)
     if merge == "density":
         return (info[:, :-1] + info[:, 1:]) / (n + m)
-    mean = states / count[..., None, None].to(states.dtype)
-    return n * m / (n + m) * (mean[:, :-1] - mean[:, 1:]).square().sum((-1, -2))
+    mean = states / count[..., None].to(states.dtype)
+    return n * m / (n + m) * (mean[:, :-1] - mean[:, 1:]).square().sum(-1)
 
 
-def _merge_cheapest(cache: SlotCache, full: Tensor, merge: str) -> Tensor:
-    """Merge the cheapest pair (eqs 16-17) where `full` [B, H]; returns the starts that died, -1 elsewhere."""
-    dying = torch.full_like(cache.live, -1)
-    if not bool(full.any()):
+class _Memory:
+    """The memory of all L = B * H lanes, changed in place: views of a cache's fields with the lanes in front."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        self.capacity, L = cache.capacity, cache.live.numel()
+        self.states = cache.states.view(L, self.capacity, *cache.states.shape[3:])
+        self.live, self.position = cache.live.view(L), cache.position
+        # by slot: row n * K + i is slot i of lane n
+        self.rows = self.states.view(L * self.capacity, -1)
+        self.start, self.count, self.info = (x.view(-1) for x in (cache.start, cache.count, cache.info))
+        self.index = torch.arange(self.capacity, device=self.live.device)
+        self.first = torch.arange(0, len(self.rows), self.capacity, device=self.live.device)
+
+    def score(self, k: Tensor, v: Tensor, write: Tensor | None) -> Tensor:
+        """Eq 13 against the open state before the token acts on it; k, v: [L, D]; write: [L] or None (1)."""
+        state = self.rows.index_select(0, self.first + (self.live - 1).clamp_(min=0))
+        read = torch.bmm(k[:, None], state.view(-1, *self.states.shape[2:])).squeeze(1)
+        inner = (read * v).sum(-1)
+        norm = vector_norm(k, dim=-1) * vector_norm(v, dim=-1) * vector_norm(state, dim=-1)
+        if write is not None:
+            inner, norm = inner * write, norm * write.abs()
+        cosine = torch.where(norm > 0, inner / norm, 0)
+        score = (2 - 2 * cosine).clamp_(min=0).sqrt_()
+        return score.masked_fill_(self.live == 0, FIRST_SCORE)
+
+    def merge_cheapest(self, full: Tensor, merge: str) -> Tensor | None:
+        """Merge the cheapest pair (eqs 16-17) where `full` [L]; returns the starts that died, -1 elsewhere."""
+        if torch.compiler.is_compiling():
+            return self._merge_masked(full, merge)
+        lane = full.nonzero().squeeze(1)
+        if not len(lane):
+            return None
+        K = self.capacity
+        count, info = (x.view(-1, K).index_select(0, lane) for x in (self.count, self.info))
+        states = self.states.flatten(2)[lane] if merge == "ward" else self.states
+        pair = _pair_costs(states, count, info, merge).argmin(1, keepdim=True)  # the oldest pair wins a tie
+        row = (lane * K)[:, None] + self.index
+        old = row.gather(1, pair).squeeze(1)
+        young = old + 1
+        dying = torch.full_like(self.live, -1).index_copy_(0, lane, self.start.index_select(0, young))
+        moved = row[:, :-1].masked_select(self.index[:-1] > pair)
+        after = moved + 1
+        for x in (self.rows, self.count, self.info):
+            x.index_add_(0, old, x.index_select(0, young))
+        for x in (self.rows, self.start, self.count, self.info):
+            x.index_copy_(0, moved, x.index_select(0, after))
+        self.rows.index_fill_(0, row[:, -1], 0)  # the freed slot; its scalars are overwritten when the next slot opens
+        self.live -= full.long()
         return dying
-    states, start, count, info = (getattr(cache, x)[full] for x in ("states", "start", "count", "info"))
-    pair = _pair_costs(states, count, info, merge).argmin(1)  # the oldest pair wins a tie
-    row = torch.arange(len(pair), device=pair.device)
-    dying[full] = start[row, pair + 1]
-    for x in (states, count, info):
-        x[row, pair] += x[row, pair + 1]
-    index = torch.arange(cache.capacity, device=pair.device)
-    source = (index + (index > pair[:, None])).clamp(max=cache.capacity - 1)
-    states = states[row[:, None], source]
-    states[:, -1] = 0  # the freed slot; its scalars are overwritten when the next slot opens
-    cache.states[full] = states
-    for name, x in (("start", start), ("count", count), ("info", info)):
-        getattr(cache, name)[full] = x.gather(1, source)
-    cache.live -= full.long()
-    return dying
+
+    def _merge_masked(self, full: Tensor, merge: str) -> Tensor:
+        """The same without shapes that depend on data: every lane moves all its slots."""
+        states, start = self.states.flatten(2), self.start.view(-1, self.capacity)
+        count, info = self.count.view_as(start), self.info.view_as(start)
+        pair = _pair_costs(states, count, info, merge).argmin(1, keepdim=True)
+        dying = torch.where(full, start.gather(1, pair + 1).squeeze(1), -1)
+        source = (self.index + (full[:, None] & (self.index > pair))).clamp(max=self.capacity - 1)
+        joined = full[:, None] & (self.index == pair)
+        freed = full[:, None] & (self.index == self.capacity - 1)
+        lane = torch.arange(len(full), device=full.device)[:, None]
+        for x in (states, start, count, info):
+            wide = [y.view(*y.shape, *[1] * (x.ndim - 2)) for y in (joined, freed)]
+            young = x.roll(-1, 1) if x is not start else torch.zeros_like(x)
+            x.copy_((x + torch.where(wide[0], young, 0))[lane, source].masked_fill(wide[1], 0))
+        self.live -= full.long()
+        return dying
+
+    def advance(
+        self, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, tau: Tensor, merge: str
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Score, decide, merge, transform all slots, write; k, v: [L, D]; g, beta, tau: [L].
+
+        Returns fired bool [L], score [L] and dying [L]: absolute position of the start that died, -1 or None = none.
+        """
+        score = self.score(k, v, beta)
+        fired = (self.live == 0) | (score >= tau)
+        dying = self.merge_cheapest(fired & (self.live == self.capacity), merge)
+        kept = ~fired
+        self.live += fired
+        slot = self.first + (self.live - 1)  # the new slot, or the open one
+        decay = g.exp()
+        lanes = self.rows.view(len(slot), -1)
+        if beta is None:
+            lanes.mul_(decay[:, None])
+            self.rows.index_add_(0, slot, (k[:, :, None] * v[:, None]).flatten(1))
+        else:
+            read = torch.matmul(k[:, None, None], self.states).squeeze(2)  # [L, K, Dv]
+            change = (read * (-decay * beta)[:, None, None]).flatten(0, 1)
+            change.index_add_(0, slot, beta[:, None] * v)
+            lanes.mul_(decay[:, None])
+            self.states.addcmul_(k[:, None, :, None], change.view_as(read)[:, :, None])
+        position = self.position.repeat_interleave(len(slot) // len(self.position))
+        self.start.index_copy_(0, slot, torch.where(fired, position, self.start.index_select(0, slot)))
+        self.count.index_copy_(0, slot, torch.addcmul(fired.long(), self.count.index_select(0, slot) + 1, kept))
+        self.info.index_copy_(0, slot, torch.addcmul(score, self.info.index_select(0, slot), kept))
+        self.position += 1
+        return fired, score, dying
+
+    def read(self, q: Tensor, weight: Tensor) -> Tensor:
+        """[L, Dv] from q [L, Dk] and the weight of each slot by recency [L, K]."""
+        recency = self.live[:, None] - 1 - self.index
+        weight = weight.gather(1, recency.clamp(min=0)) * (recency >= 0)
+        mixed = torch.bmm(weight[:, None], self.states.flatten(2)).view(-1, *self.states.shape[2:])
+        return torch.bmm(q[:, None], mixed).squeeze(1)
 
 
-def _advance(cache: SlotCache, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, tau: Tensor, merge: str) -> _Token:
-    """Score, decide, merge, transform all slots, write; k, v: [B, H, D]; g, beta: [B, H]; tau: [H]."""
-    write = torch.ones_like(g) if beta is None else beta
-    score = _score(cache, k, v, write)
-    fired = (cache.live == 0) | (score >= tau)
-    dying = _merge_cheapest(cache, fired & (cache.live == cache.capacity), merge)
-    decay = g.exp()[..., None, None, None]
-    if beta is None:
-        cache.states *= decay
-    else:
-        read = torch.einsum("bhd,bhkde->bhke", k, cache.states)
-        cache.states -= beta[..., None, None, None] * k[:, :, None, :, None] * read[..., None, :]
-        cache.states *= decay
-    slot = cache.live - (~fired).long()  # a new slot at index `live`, or the open one
-    hot = torch.arange(cache.capacity, device=slot.device) == slot[..., None]
-    s = write[..., None, None] * k[..., :, None] * v[..., None, :]
-    cache.states += hot[..., None, None] * s[:, :, None]
-    cache.start.copy_(torch.where(hot & fired[..., None], cache.position[:, None, None], cache.start))
-    cache.count.copy_(torch.where(hot, torch.where(fired[..., None], 1, cache.count + 1), cache.count))
-    fresh = torch.where(fired[..., None], 0, cache.info)
-    cache.info.copy_(torch.where(hot, fresh + score[..., None], cache.info))
-    cache.live += fired.long()
-    cache.position += 1
-    return _Token(fired, score, dying)
-
-
-def _heads(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, G, ...] -> [B, H, ...]."""
-    x = x.squeeze(1).to(dtype)
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+def _lanes(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, G, ...] -> [B * H, ...]."""
+    return lanes(x, heads, dtype).squeeze(1)
 
 
 @torch.no_grad()
@@ -109,15 +145,13 @@ def decode_one(
     merge: str,
 ) -> Tensor:
     """Advance `cache` by one token and read it: [B, 1, H, Dv]; arguments as `decode_step`, which checks them."""
-    H, dtype = v.shape[2], cache.states.dtype
-    q, k, v_, g, lam = (_heads(x, H, dtype) for x in (q, k, v, g, slot_weights))
-    beta = None if beta is None else _heads(beta, H, dtype)
-    tau = torch.as_tensor(tau, dtype=dtype, device=v.device).expand(H)
-    _advance(cache, k, v_, g, beta, tau, merge)
-    recency = cache.live[..., None] - 1 - torch.arange(cache.capacity, device=v.device)
-    weight = lam.gather(-1, recency.clamp(min=0)) * (recency >= 0)
-    mixed = torch.einsum("bhk,bhkde->bhde", weight, cache.states)
-    return torch.einsum("bhd,bhde->bhe", q, mixed)[:, None].to(v.dtype)
+    (B, _, H, _), dtype = v.shape, cache.states.dtype
+    q, k, v_, g, lam = (_lanes(x, H, dtype) for x in (q, k, v, g, slot_weights))
+    beta = None if beta is None else _lanes(beta, H, dtype)
+    tau = torch.as_tensor(tau, dtype=dtype, device=v.device).expand(H).repeat(B)
+    memory = _Memory(cache)
+    memory.advance(k, v_, g, beta, tau, merge)
+    return memory.read(q, lam).view(B, 1, H, -1).to(v.dtype)
 
 
 @torch.no_grad()
@@ -142,21 +176,24 @@ def recurrent_partition(
         for name in ("states", "count", "info", "live"):
             getattr(work, name).copy_(getattr(cache, name))
         work.start.copy_(-2 - torch.arange(capacity, device=v.device).expand_as(work.start))  # slot i is -2 - i
-    tau = torch.as_tensor(tau, dtype=dtype, device=v.device).expand(H)
+    tau = torch.as_tensor(tau, dtype=dtype, device=v.device).expand(H).repeat(B)
     death = torch.full((B, T + 1, H), T, dtype=torch.int32, device=v.device)
     cache_death = torch.full((B, H, capacity + 1), T, dtype=torch.int32, device=v.device)
+    inputs = [lanes(x, H, dtype) for x in (k, v, g, *([] if beta is None else [beta]))]
+    memory = _Memory(work)
     fired, score = [], []
     for t in range(T):
         work.live *= (~resets[:, t, None]).long()
         work.states *= (~resets[:, t, None, None, None, None]).to(dtype)
-        k_t, v_t, g_t = (_heads(x[:, t : t + 1], H, dtype) for x in (k, v, g))
-        beta_t = None if beta is None else _heads(beta[:, t : t + 1], H, dtype)
-        token = _advance(work, k_t, v_t, g_t, beta_t, tau, merge)
-        fired.append(token.fired)
-        score.append(token.score)
-        in_row, in_cache = token.dying >= 0, token.dying <= -2
-        death.scatter_(1, torch.where(in_row, token.dying, T)[:, None], t)
-        slot = torch.where(in_cache, -2 - token.dying, capacity)
+        k_t, v_t, g_t, *beta_t = (x[:, t] for x in inputs)
+        fires, value, dying = memory.advance(k_t, v_t, g_t, beta_t[0] if beta_t else None, tau, merge)
+        fired.append(fires.view(B, H))
+        score.append(value.view(B, H))
+        if dying is None:
+            continue
+        dying = dying.view(B, H)
+        death.scatter_(1, torch.where(dying >= 0, dying, T)[:, None], t)
+        slot = torch.where(dying <= -2, -2 - dying, capacity)
         cache_death.scatter_(2, slot[..., None], t)
     return Partition(
         torch.stack(fired, 1), death[:, :T], torch.stack(score, 1).float(), cache_death=cache_death[..., :capacity],

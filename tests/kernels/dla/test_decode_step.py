@@ -162,3 +162,23 @@ def test_packed_rows_and_their_caches_agree_on_row_borders() -> None:
     assert cache.position.tolist() == [30, 10, 15, 25]
     with pytest.raises(ValueError, match="name every row start"):
         dla_attention(**x, **case.rule | {"cu_seqlens": torch.tensor([0, 30, 80])}, return_cache=True)
+
+
+@pytest.mark.parametrize("merge", ["density", "ward"])
+@pytest.mark.parametrize("delta", [False, True])
+def test_decoding_compiles_into_one_graph(delta: bool, merge: str) -> None:
+    case = Case("compiled", T=50, tau=1.1, capacity=3, delta=delta)
+    x = {name: t.detach() for name, t in case.make().items()}
+    rule = {"tau": case.tau, "capacity": case.capacity, "merge": merge}
+    torch.compiler.reset()
+    compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
+    cache = SlotCache.empty(case.B, case.H, case.capacity, case.Dk, case.Dv, dtype=torch.float64)
+    plain = cache.clone()
+    with torch.no_grad():
+        for t in range(case.T):
+            got, _ = compiled(**cut(x, t, t + 1), cache=cache, **rule)
+            want, _ = decode_step(**cut(x, t, t + 1), cache=plain, **rule)
+            assert_same(got, want, "output")
+    assert (plain.live == case.capacity).any()
+    for name in (*FIELDS, "info", "states"):
+        torch.testing.assert_close(getattr(cache, name), getattr(plain, name), msg=name)
