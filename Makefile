@@ -23,7 +23,7 @@ else
   $(error DEVICE = $(DEVICE): use cpu, cuda or auto)
 endif
 
-.PHONY: help setup demo demo-delta-mem test test-triton test-hf test-slurm lint clean
+.PHONY: help setup demo demo-delta-mem test test-triton test-hf test-clients test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -68,6 +68,10 @@ test-triton: setup
 RELEASES ?= minimum pinned newest
 test-hf: setup
 	JOBS=$(JOBS) $(BIN)/python -m tests.hf.releases $(RELEASES)
+
+## make test-clients  Trainer, trl, peft, accelerate and lm_eval, all newest, on exported models
+test-clients: setup
+	JOBS=$(JOBS) $(BIN)/python -m tests.hf.releases clients
 
 ## make test-slurm the launcher on a real Slurm cluster in namespaces of this machine (root; installs Debian packages)
 test-slurm: setup

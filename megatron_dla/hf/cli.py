@@ -23,6 +23,7 @@ def add_convert_parser(subparsers: Any) -> None:
         action="store_true",
         help="of softmax layers only: as Llama, Qwen3 or SmolLM3, without custom code",
     )
+    to_hf.add_argument("--license", help="of the model, for its card: an identifier of the hub, such as apache-2.0")
     to_hf.set_defaults(func=_to_hf)
     from_hf = actions.add_parser("from-hf", help="write a checkpoint to train from")
     from_hf.add_argument(
@@ -59,6 +60,8 @@ def _to_hf(args: argparse.Namespace) -> int:
     if args.plain:
         from megatron_dla.hf.plain import to_plain
 
+        if args.license:
+            raise UserError("--license cannot be used with --plain: a plain export has no card")
         if args.dtype:
             raise UserError("--dtype cannot be used with --plain: a plain export keeps the checkpoint's dtype")
         print(f"wrote {to_plain(args.checkpoint, args.out, **options)}")
@@ -66,7 +69,8 @@ def _to_hf(args: argparse.Namespace) -> int:
     from megatron_dla.hf.convert import to_hf
     from megatron_dla.hf.releases import tested_range
 
-    print(f"wrote {to_hf(args.checkpoint, args.out, dtype=args.dtype, **options)}: tested on {tested_range()}")
+    out = to_hf(args.checkpoint, args.out, dtype=args.dtype, license=args.license, **options)
+    print(f"wrote {out}: tested on {tested_range()}")
     return 0
 
 

@@ -164,6 +164,7 @@ def to_hf(
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    license: str | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
     """Write a directory that `AutoModelForCausalLM.from_pretrained(out_dir, trust_remote_code=True)` loads.
@@ -173,6 +174,7 @@ def to_hf(
         tokenizer: tokenizer.model (or its directory); default: the run's copy.
         dtype: `fp32` or `bf16`; default: as stored. Decay, threshold and slot parameters are fp32 always.
         overwrite: replace an earlier export. The directory appears only when it is complete.
+        license: identifier of the Hugging Face hub, for the card.
         max_file_bytes: of a weights file; the tensors of one file are in memory together.
 
     Raises:
@@ -200,7 +202,8 @@ def to_hf(
         parameters = write_state(weights, new, out.name, kept, max_file_bytes=max_file_bytes)
         for name, path in code_files().items():
             shutil.copyfile(path, new / name)
-        (new / "README.md").write_text(model_card(layout, out.name, parameters, tokens.size))
+        run = checkpoint.resolve().parent.parent
+        (new / "README.md").write_text(model_card(layout, out.name, parameters, tokens.size, run, license))
     return out
 
 

@@ -1,10 +1,11 @@
 """Run tests/hf on several releases of transformers, each in an environment of its own (`make test-hf`).
 
-usage: python tests/hf/releases.py [minimum] [pinned] [newest]
+usage: python -m tests.hf.releases [minimum] [pinned] [newest] [clients]
 
-The newest is what the package index has at the time. An environment takes all packages but transformers, and what that
-release requires in other versions, from the environment that runs this. A failure on the newest release alone is a
-warning: it is not in our hands when it changes; any other is exit code 1.
+The newest is what the package index has at the time; `clients` runs tests/clients on it, beside the newest trl, peft,
+accelerate, lm_eval and datasets (`make test-clients`). An environment takes all packages but these, and what they
+require in other versions, from the environment that runs this. A failure on the newest release alone is a warning: it
+is not in our hands when it changes; any other is exit code 1.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import re
 import subprocess
 import sys
 import sysconfig
-from importlib.metadata import distributions
+from collections.abc import Sequence
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 from megatron_dla.hf.releases import MINIMUM, NEWEST, PINNED
 
 ROOT = Path(__file__).resolve().parents[2]
+CLIENTS = ("trl", "peft", "accelerate", "lm_eval", "datasets")
 PIP = [sys.executable, "-m", "pip"]
 
 
@@ -33,15 +36,16 @@ def newest_release() -> str:
     return NEWEST
 
 
-def environment(version: str) -> Path:
-    """The Python of an environment with that release, made where it is missing."""
-    home = Path(f"{sys.prefix}-hf-{version}")
+def environment(version: str, packages: Sequence[str] = ()) -> Path:
+    """The Python of an environment with that release (and the newest `packages`), made where it is missing."""
+    home = Path(f"{sys.prefix}-{'clients' if packages else 'hf'}-{version}")
     python, ready = home / "bin/python", home / "ready"
     if not ready.exists():
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--clear", home], check=True)
         site = next(home.glob("lib/python*/site-packages"))
         (site / "first.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        install = [*PIP, "--python", python, "install", "-qq", f"transformers=={version}"]
+        pins = [f"torch=={distribution('torch').version.split('+')[0]}"] if packages else []  # and not gigabytes
+        install = [*PIP, "--python", python, "install", "-qq", f"transformers=={version}", *packages, *pins]
         subprocess.run(install, check=True)
         ready.touch()
     return python
@@ -61,12 +65,12 @@ def differences(python: Path) -> str:
     return ", ".join(sorted(changed)) or "nothing"
 
 
-def run_tests(version: str) -> tuple[bool, str]:
-    """Whether tests/hf passes with that release, and the failures."""
-    python = environment(version)
-    print(f"\n== tests/hf on transformers {version} (other than here: {differences(python)})", flush=True)
+def run_tests(version: str, folder: str = "tests/hf") -> tuple[bool, str]:
+    """Whether the tests pass with that release, and the failures."""
+    python = environment(version, CLIENTS if folder == "tests/clients" else ())
+    print(f"\n== {folder} on transformers {version} (other than here: {differences(python)})", flush=True)
     jobs = os.environ.get("JOBS", "2")
-    command = [python, "-m", "pytest", "-q", "-n", jobs, "--dist", "loadfile", "-p", "no:cacheprovider", "tests/hf"]
+    command = [python, "-m", "pytest", "-q", "-n", jobs, "--dist", "loadfile", "-p", "no:cacheprovider", folder]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
@@ -75,12 +79,13 @@ def run_tests(version: str) -> tuple[bool, str]:
 
 def main(names: list[str]) -> int:
     releases = {"minimum": MINIMUM, "pinned": PINNED}
-    if "newest" in names:
-        releases["newest"] = newest_release()
-    results = {name: run_tests(releases[name]) for name in names}
+    if {"newest", "clients"} & set(names):
+        releases["newest"] = releases["clients"] = newest_release()
+    folders = {"clients": "tests/clients"}
+    results = {name: run_tests(releases[name], folders.get(name, "tests/hf")) for name in names}
     for name, (passed, _) in results.items():
-        print(f"test-hf: {name} release {releases[name]}: {'passed' if passed else 'FAILED'}")
-    if "newest" in results and releases["newest"] != NEWEST:
+        print(f"test-hf: {name}, transformers {releases[name]}: {'passed' if passed else 'FAILED'}")
+    if releases.get("newest", NEWEST) != NEWEST:
         print(f"test-hf: {releases['newest']} is newer than {NEWEST} of megatron_dla/hf/releases.py: enter it there")
     passed, failures = results.pop("newest", (True, ""))
     if not passed:

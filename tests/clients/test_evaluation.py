@@ -1,0 +1,77 @@
+"""lm-eval on exported models: the same numbers whatever the batch, and no cap at the training length."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+WORDS = ["hello", "world", "the", "quick", "brown", "fox", "12345"]
+
+
+@pytest.fixture(params=["mamba2", "gdn_hybrid"])
+def lm(exported, request):
+    """`lm(batch_size)`: lm-eval's model of an export."""
+    from lm_eval.models.huggingface import HFLM
+
+    directory = str(exported(request.param).directory)
+    return lambda batch: HFLM(pretrained=directory, trust_remote_code=True, batch_size=batch, device="cpu")
+
+
+def tasks(path):
+    """The shapes of PIQA (choices), LAMBADA (last word) and a generated answer, on documents of the test tokenizer."""
+    rows = [
+        {"goal": " ".join(WORDS[: 1 + i % 6]), "sol1": WORDS[i % 7], "sol2": " ".join(WORDS[-2:]), "label": i % 2}
+        for i in range(12)
+    ]
+    data = path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    common = {
+        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
+    }  # fmt: skip
+    piqa = common | {
+        "task": "piqa_like", "output_type": "multiple_choice", "doc_to_text": "Question: {{goal}}\nAnswer:",
+        "doc_to_target": "label", "doc_to_choice": "{{[sol1, sol2]}}", "metric_list": [{"metric": "acc_norm"}],
+    }  # fmt: skip
+    lambada = common | {
+        "task": "lambada_like", "output_type": "loglikelihood", "doc_to_text": "{{goal}}", "doc_to_target": " {{sol1}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }  # fmt: skip
+    until = common | {
+        "task": "until_like", "output_type": "generate_until", "doc_to_text": "{{goal}}", "doc_to_target": "{{sol1}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}, "metric_list": [{"metric": "exact_match"}],
+    }  # fmt: skip
+    return [piqa, lambada, until]
+
+
+def test_batch_1_and_8_agree(lm, tmp_path):
+    from lm_eval import simple_evaluate
+
+    found = []
+    for batch in (1, 8):
+        out = simple_evaluate(lm(batch), tasks=tasks(tmp_path), log_samples=True, bootstrap_iters=0)
+        found.append({name: [x["filtered_resps"] for x in rows] for name, rows in out["samples"].items()})
+    one, eight = found
+    assert set(one) == {"piqa_like", "lambada_like", "until_like"}
+    assert one["until_like"] == eight["until_like"] and all(text for (text,) in one["until_like"])
+    for name in ("piqa_like", "lambada_like"):
+        values = [[p for response in row for p in response] for row in one[name]]
+        again = [[p for response in row for p in response] for row in eight[name]]
+        for a, b in zip(values, again, strict=True):
+            assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_contexts_are_not_cut_at_the_training_length(lm):
+    from lm_eval.api.instance import Instance
+
+    model = lm(1)
+    assert model.max_length == 1 << 20 and model.prefix_token_id == model.tokenizer.eos_token_id
+    long = "hello " * 200  # more tokens than a training row has
+    assert len(model.tok_encode(long)) > 128
+    (with_long, _), (with_short, _) = model.loglikelihood(
+        [Instance("loglikelihood", {}, (text, " world"), 0) for text in ("fox " + long, "the " + long)],
+        disable_tqdm=True,
+    )
+    assert with_long != with_short  # the first word is read
+    (total,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (long,), 0)], disable_tqdm=True)
+    assert total < 0

@@ -1,0 +1,59 @@
+"""The model card: facts of the run, bytes of the cache, and what it leaves to the publisher."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from megatron_dla.config import layer_letters
+from megatron_dla.hf.card import LORA_MODULES, cache_bytes
+from megatron_dla.hf.convert import to_hf
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gdn", "gdn_hybrid", "shaped_attention"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_the_cache(exported, name, dtype):
+    case = exported(name)
+    memory = case.load(dtype=dtype)(torch.arange(3, 53)[None], use_cache=True).past_key_values
+    layers = [cache_bytes(case.section, letter, dtype.itemsize) for letter in layer_letters(case.section)]
+    assert memory.nbytes == sum(constant + 50 * growing for constant, growing in layers)
+    assert f"{sum(constant for constant, _ in layers):,} bytes" in (case.directory / "README.md").read_text() or (
+        dtype is torch.float32  # the card has those of a bf16 model
+    )
+
+
+def test_facts_come_from_the_run(exported, tmp_path):
+    case = exported("mamba2")
+    card = (case.directory / "README.md").read_text()
+    assert "license" not in front_matter(card) and card.count("not recorded") == 4
+    run = tmp_path / "run"
+    shutil.copytree(case.checkpoint.parent.parent, run, ignore=shutil.ignore_patterns("hf_*"))
+    lines = [
+        {"step": 2, "loss": 3.0, "tokens": 100, "val_loss": 2.5},
+        {"step": 3, "loss": 2.0, "tokens": 1500},
+        {"step": 4, "loss": 9.0, "tokens": 9},  # after the checkpoint
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shards = [{"split": "train", "tokens": 7000}, {"split": "val", "tokens": 5}]
+    (tmp_path / "index.json").write_text(json.dumps({"shards": shards, "sources": [{"input": "wiki"}]}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"dir": str(tmp_path)}}))
+    card = (to_hf(run, tmp_path / "hf", license="apache-2.0") / "README.md").read_text()
+    assert front_matter(card)["license"] == "apache-2.0" and "custom_code" in front_matter(card)["tags"]
+    rows = ["tokens | 1,500", "losses | training 2.0000, held-out 2.5000", "data | 7,000 tokens of wiki"]
+    assert all(f"| {row} |" in card for row in [*rows, "licence | apache-2.0"])
+    assert "not recorded" not in card
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gdn_hybrid"])
+def test_modules_for_lora_are_those_of_the_model(exported, name):
+    case = exported(name)
+    line = next(x for x in (case.directory / "README.md").read_text().splitlines() if x.startswith("LoraConfig"))
+    given = json.loads(line[line.index("[") : line.index("]") + 1])
+    linear = {key.rsplit(".", 1)[-1] for key, x in case.load().named_modules() if isinstance(x, torch.nn.Linear)}
+    assert set(given) == linear - {"lm_head"} and set(given) <= set(LORA_MODULES)
