@@ -161,6 +161,28 @@ def test_masks_that_a_recurrence_cannot_follow(model_of):
 
 
 @pytest.mark.parametrize("name", ["mamba2", "gdn_hybrid"])
+def test_a_decode_step_compiles_into_one_graph(model_of, name):
+    """With the mask of a padded batch; the second graph, of a length that varies, serves every later step."""
+    model, ids, mask = model_of(name), tokens(2, 40), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :7] = 0
+    torch.compiler.reset()
+    with torch.no_grad():
+        memory = model(ids[:, :30], attention_mask=mask[:, :30], use_cache=True).past_key_values
+        plain = memory.clone()
+        graphs = torch._dynamo.utils.counters["stats"]
+        before = graphs["unique_graphs"]
+        step = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for t in range(30, 40):
+            now = {"input_ids": ids[:, t : t + 1], "attention_mask": mask[:, : t + 1].contiguous()}
+            got, want = step(**now, past_key_values=memory).logits, model(**now, past_key_values=plain).logits
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        assert graphs["unique_graphs"] - before <= 2 and memory.seen == 40
+        mask[0, -1] = 0
+        with pytest.raises(RuntimeError, match="every token must be real"):
+            step(input_ids=ids[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=memory)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gdn_hybrid"])
 def test_beam_search_moves_the_cache(model_of, name):
     model, ids = model_of(name), tokens(2, 6, seed=2)
     options = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False, "eos_token_id": None}
