@@ -36,7 +36,8 @@ def delta_rule_inverse(k: Tensor, beta: Tensor, D: Tensor) -> tuple[Tensor, Tens
     """T = (I + stril(diag(beta) (K K^T .* D)))^-1 and stril(K K^T .* D), both [..., C, C]."""
     gram = (k @ k.transpose(-1, -2) * D).tril(-1)
     eye = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
-    return torch.linalg.solve_triangular(eye + beta[..., None] * gram, eye.expand_as(gram), upper=False), gram
+    L = beta[..., None] * gram  # its diagonal is taken as 1
+    return torch.linalg.solve_triangular(L, eye.expand_as(gram), upper=False, left=False, unitriangular=True), gram
 
 
 def document_cumsum(g: Tensor, within: Tensor) -> Tensor:
@@ -54,6 +55,6 @@ def document_cumsum(g: Tensor, within: Tensor) -> Tensor:
 
 
 def causal_decay(row: Tensor, col: Tensor, within: Tensor, diagonal: int = 0) -> Tensor:
-    """exp(row_t - col_j) for j <= t + diagonal in one document, else 0; masked before exp, which could overflow."""
+    """exp(row_t - col_j) for j <= t + diagonal in one document, else 0."""
     gap = row[..., :, None] - col[..., None, :]
-    return gap.masked_fill(~within.tril(diagonal), float("-inf")).exp()
+    return (gap.clamp_(max=80).exp_() * within).tril_(diagonal)  # what is left out must be finite, too

@@ -24,7 +24,7 @@ from .cache import EMPTY
 from .documents import begin_of_document
 from .threshold import threshold_gradient
 
-WINDOW = 32  # chunks whose arrays are in memory at once: time and memory a token do not grow with T
+WINDOW = 8  # chunks whose arrays are in memory at once: they stay in the cache of a CPU, whatever T is
 NEVER = 2**30  # death of a start that lives to the end
 
 

@@ -128,7 +128,9 @@ class _Memory:
 
 def _lanes(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """[B, 1, G, ...] -> [B * H, ...]."""
-    return lanes(x, heads, dtype).squeeze(1)
+    if x.shape[2] != heads:
+        x = x.repeat_interleave(heads // x.shape[2], dim=2)
+    return x.to(dtype).flatten(0, 2)
 
 
 @torch.no_grad()

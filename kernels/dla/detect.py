@@ -30,10 +30,10 @@ PAIRS = 1 << 17  # (token, start) pairs in memory at once: bounds the memory, an
 
 
 def _scores(inner: Tensor, norm2: Tensor) -> Tensor:
-    """Eq 13, sqrt(2 - 2 cos), from <s_t, S> and |s_t|^2 |S|^2 (overwritten); sqrt(2) where that is zero."""
-    norm = norm2.clamp_(min=0).sqrt_()
-    cosine = (inner / norm).masked_fill_(norm == 0, 0)
-    return cosine.mul_(-2).add_(2).clamp_(min=0).sqrt_()
+    """Eq 13, sqrt(2 - 2 cos), from <s_t, S> and |s_t|^2 |S|^2 (overwritten); sqrt(2) where both are zero."""
+    kind = torch.finfo(norm2.dtype)
+    norm = norm2.clamp_(min=kind.smallest_normal * kind.eps).sqrt_()  # the least number above zero
+    return torch.rsub((inner / norm).clamp_(-1, 1), 2, alpha=2).sqrt_()
 
 
 def _suffix_sums(x: Tensor) -> Tensor:
@@ -45,87 +45,86 @@ class _Window:
 
     Attributes:
         score: [Z, N, C, C], of each token against each start. after: int64 [Z, N, C + 1], the boundary after each
-            start, C = none. last: int64 [Z, N, C + 1], the last boundary of the chunk if there is one at s; C: none.
+            start, C = none. last: int64 [N, C + 1] of each chunk, its last boundary if there is one at s; -1 at C.
+        What `enter` and `leave` read is a tuple of Z views: indexing a tensor costs as much as a small product.
     """
 
     def __init__(self, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, tau: Tensor, resets: Tensor) -> None:
-        self.v, self.tau, self.resets, self.beta = v, tau, resets, beta
-        document = resets.long().cumsum(-1)
+        self.tau, self.resets, self.delta = tau, resets, beta is not None
+        document = resets.cumsum(-1, dtype=torch.int32)
         within = document[..., :, None] == document[..., None, :]
         cg = document_cumsum(g, within)
         before = F.pad(cg[..., :-1], (1, 0))  # at a document's first token: never used
         D = causal_decay(before, cg, within, -1)  # [Z, N, C, C]
-        alpha = g.exp()
+        alpha, keep, enters = g.exp(), cg[..., -1].exp()[..., None, None], before.exp()[..., None]
         keys, values = k @ k.transpose(-1, -2), v @ v.transpose(-1, -2)
-        self.write2 = (keys * values).diagonal(dim1=-2, dim2=-1)  # |s_t|^2
-        shrink = None if beta is None else 1 - beta * keys.diagonal(dim1=-2, dim2=-1)
+        k2, v2 = (x.diagonal(dim1=-2, dim2=-1).clone() for x in (keys, values))
+        write2 = k2 * v2  # |s_t|^2
         ends = (cg[..., -1:] - cg).masked_fill_(~within[..., -1, :], float("-inf")).exp_()[..., None] * k
-        self.K0 = before.exp()[..., None] * k  # reads the state that comes in
-        self.keep = cg[..., -1].exp()[..., None, None]
-        self.A, self.A0 = D.square(), before.exp().square()[..., None]
+        reads, writes = enters * k, ends.transpose(-1, -2)  # of the state that comes in; into the one that goes out
         E = keys.mul_(D)
+        A = D.square_()
+        gain = 2 * alpha
         if beta is None:
-            self.gain = 2 * alpha
             inner = _suffix_sums(E * values)
-            self.inner0 = inner[..., 0]
-            grown = self.gain[..., None] * inner
-            self.Kh = ends.transpose(-1, -2)
+            self.inner0 = inner[..., 0].unbind()
+            grown = gain[..., None] * inner
+            Phi = keep
         else:
-            assert shrink is not None
-            self.write2 = self.write2 * beta.square()
-            self.gain, self.loss = 2 * alpha * beta * shrink, -alpha.square() * beta * (1 + shrink)
+            write2, shrink = write2 * beta.square(), 1 - beta * k2
+            gain, loss = gain * beta * shrink, -alpha.square() * beta * (1 + shrink)
             L = (beta * alpha)[..., None] * E  # its diagonal is taken as 1
             E = beta[..., None, :] * torch.linalg.solve_triangular(L, E, upper=False, left=False, unitriangular=True)
             inner = _suffix_sums(E * values)
-            pairs = values.tril(-1).mul_(2).add_(torch.diag_embed(values.diagonal(dim1=-2, dim2=-1)))
+            pairs = values.tril_(-1).mul_(2).add_(torch.diag_embed(v2))
             read2 = _suffix_sums((E @ pairs).mul_(E))
-            grown = (self.gain[..., None] * inner).addcmul_(self.loss[..., None], read2)
-            inner = inner.mul_(beta[..., None])
+            grown = (gain[..., None] * inner).addcmul_(loss[..., None], read2)
+            inner.mul_(beta[..., None])
             ek = cg.exp()[..., None] * k
-            self.EV, self.K0 = E @ v, self.K0 - E @ ek
-            Kh = torch.linalg.solve_triangular(L.transpose(-1, -2), ends, upper=True, unitriangular=True)
-            self.Kh = (beta[..., None] * Kh).transpose(-1, -2)
-            self.Phi = torch.diag_embed(self.keep[..., 0].expand(*cg.shape[:-1], k.shape[-1])) - self.Kh @ ek
-        norm2 = self.A @ grown.add_(self.write2[..., None]).tril_()
-        self.score = _scores(inner, norm2.mul_(self.write2[..., None]))
-        self._link()
+            writes = torch.linalg.solve_triangular(L, writes, upper=False, left=False, unitriangular=True)
+            writes.mul_(beta[..., None, :])
+            Phi = torch.diag_embed(keep[..., 0].expand(*cg.shape[:-1], k.shape[-1])) - writes @ ek
+            self.EV, self.loss, self.beta = (E @ v).unbind(), loss.unbind(), beta.unbind()
+            reads = reads - E @ ek
+        norm2 = A @ grown.add_(write2[..., None]).tril_()
+        self.score = _scores(inner, norm2.mul_(write2[..., None]))
+        self.v, self.write2, self.gain, self.reads = v.unbind(), write2.unbind(), gain.unbind(), reads.unbind()
+        self.A, self.A0 = A.unbind(), enters.square().unbind()
+        self.writes, self.Phi = writes.unbind(), Phi.unbind()
+        self._link(v.shape[2])
 
-    def _link(self) -> None:
-        C = self.v.shape[2]
-        self.index = torch.arange(C, device=self.v.device)
+    def _link(self, C: int) -> None:
+        self.index = torch.arange(C, device=self.score.device)
         fired = (self.score >= self.tau[:, None, None]) | self.resets[..., None]
-        later = self.index[:, None].masked_fill(~fired.tril_(-1), C)
-        self.after = F.pad(later.amin(-2), (0, 1), value=C)
+        early = fired.to(self.score.dtype).mul_(self.index[:, None] - C).tril_(-1)  # 0 = no boundary at the token
+        self.after = F.pad(early.amin(-2).long() + C, (0, 1), value=C)
         self.hops = [self.after]  # 1, 2, 4 ... boundaries on
-        last = torch.arange(C + 1, device=self.v.device)
-        last = torch.where(self.after < C, self.after, last)
+        last = torch.where(self.after < C, self.after, torch.arange(C + 1, device=self.score.device))
         while 2 ** len(self.hops) <= C:
             self.hops.append(self.hops[-1].gather(-1, self.hops[-1]))
             last = last.gather(-1, last)
-        self.last = last
+        self.last = F.pad(last[..., :-1], (0, 1), value=-1).unbind()
 
     def enter(self, z: int, state: Tensor) -> Tensor:
         """Scores [N, C] of the tokens of chunk z against the state that comes in, as long as no slot opens."""
         v, write2 = self.v[z], self.write2[z]
-        if self.beta is None:
-            inner = (self.K0[z] @ state).mul_(v).sum(-1).add_(self.inner0[z])
-            grown = torch.addcmul(write2, self.gain[z], inner)
-        else:
-            read = torch.baddbmm(self.EV[z], self.K0[z], state)
+        if self.delta:
+            read = torch.baddbmm(self.EV[z], self.reads[z], state)
             inner = (read * v).sum(-1)
             grown = torch.addcmul(write2, self.gain[z], inner).addcmul_(self.loss[z], read.square_().sum(-1))
-            inner = self.beta[z] * inner
-        norm2 = state.square().sum((1, 2))[:, None, None]  # recomputed every chunk: no drift
+            inner.mul_(self.beta[z])
+        else:
+            inner = torch.bmm(self.reads[z], state).mul_(v).sum(-1).add_(self.inner0[z])
+            grown = torch.addcmul(write2, self.gain[z], inner)
+        norm2 = state.square().sum((1, 2), keepdim=True)  # recomputed every chunk: no drift
         norm2 = torch.baddbmm(self.A0[z] * norm2, self.A[z], grown[..., None])
         return _scores(inner, norm2.squeeze(-1).mul_(write2))
 
     def leave(self, z: int, state: Tensor, first: Tensor) -> Tensor:
         """The open state after chunk z whose first boundary is `first` [N] (C: none)."""
-        C = self.v.shape[2]
         begin = self.last[z].gather(-1, first[:, None])[..., None]  # [N, 1, 1]
-        kept = (begin == C).to(state.dtype)
-        write = self.Kh[z] * ((self.index >= begin) | (begin == C))
-        state = (self.keep[z] * kept) * state if self.beta is None else (self.Phi[z] * kept) @ state
+        carry, write = self.Phi[z] * (begin < 0), self.writes[z] * (self.index >= begin)
+        state = torch.bmm(carry, state) if self.delta else carry * state
         return torch.baddbmm(state, write, self.v[z])
 
     def follow(self, first: Tensor, score0: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,8 +154,8 @@ def detect(
 
     Args:
         k, v: [N, T, Dk], [N, T, Dv]. g, beta: [N, T]. tau: [N]. resets: bool [N, T], document starts.
-        state, info: [N, Dk, Dv] and [N], open state of the incoming cache and its summed scores, or None: then nothing
-            opens before the first document start.
+        state, info: [N, Dk, Dv] and [N], open state of the incoming cache and its summed scores, or None: then the
+            first token must be a document start.
 
     Returns:
         start bool [N, T]; score [N, T] and the summed scores of the open slot after each token [N, T] in the compute

@@ -39,6 +39,8 @@ def short_convolution(x: Tensor, weight: Tensor, document: Tensor | None = None,
     if tail is None:
         tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     padded = torch.cat([tail, x], 1)
+    if T == 1:
+        return F.silu((padded * weight.T).sum(1, keepdim=True))
     out = x * weight[:, -1]
     for back in range(1, width):
         shifted = padded[:, width - 1 - back : width - 1 - back + T]
@@ -46,7 +48,7 @@ def short_convolution(x: Tensor, weight: Tensor, document: Tensor | None = None,
             same = document[:, back:] == document[:, :-back]
             same = F.pad(same, (back, 0), value=True)
             shifted = shifted * same[..., None]
-        out = out + shifted * weight[:, width - 1 - back]
+        out = torch.addcmul(out, shifted, weight[:, width - 1 - back])
     return F.silu(out)
 
 
