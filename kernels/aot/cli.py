@@ -40,5 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1))
     wrong = failures(reports)
+    spilling = [r for r in reports if any(r.known)]
+    if spilling:
+        print(f"\n{len(spilling)} kernels spill as spills.py says")
     print("\n".join([f"\n{len(wrong)} problems:", *wrong]) if wrong else f"\n{len(reports)} kernels fit")
     return 1 if wrong else 0

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .spills import known_spills
+
 ARCHS = (80, 90, 100)
 # bytes of shared memory that a block may ask for, and columns of tensor memory of a multiprocessor
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -55,12 +57,19 @@ class Report:
     users: list[str] = dataclasses.field(default_factory=list)
 
     @property
+    def known(self) -> tuple[int, int]:
+        """Bytes of spill stores and loads that this version of triton is known to need here."""
+        return known_spills(self.arch, self.name, self.users) if self.spill_stores + self.spill_loads else (0, 0)
+
+    @property
     def problems(self) -> list[str]:
         """Everything that keeps this kernel from running well; empty = fine."""
         limit = SHARED_LIMIT[self.arch]
         found = {
             self.error: bool(self.error),
-            f"spills {self.spill_stores} / {self.spill_loads} bytes": self.spill_stores + self.spill_loads > 0,
+            f"spills {self.spill_stores} / {self.spill_loads} bytes (known: {self.known[0]} / {self.known[1]})": (
+                self.spill_stores > self.known[0] or self.spill_loads > self.known[1]
+            ),
             f"needs {self.shared} bytes of shared memory, sm_{self.arch} has {limit}": self.shared > limit,
             f"needs {self.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_LIMIT}": (
                 self.tensor_memory > TENSOR_MEMORY_LIMIT
@@ -213,7 +222,7 @@ def dry_run(arch: int) -> Iterator[list[Report]]:
     """Inside, every kernel launch compiles for sm_`arch` and runs nothing; yields the reports, one a distinct kernel.
 
     Tensors stay on the CPU; what kernels should have written is zero. A kernel that does not compile becomes a report
-    with `error`, and the code after its launch goes on.
+    with `error`, and execution continues after the launch.
     """
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("dry_run compiles: start the process without TRITON_INTERPRET")
@@ -228,7 +237,7 @@ def dry_run(arch: int) -> Iterator[list[Report]]:
         begin = time.perf_counter()
         try:
             kernel = stock(self, *args, grid=grid, warmup=True, **kwargs)
-        except Exception as error:  # a compiler error of any kind is a finding, not the end
+        except Exception as error:  # a compiler error of any kind is a finding, not a crash
             text = " ".join(str(error).split())
             if (self.__name__, text) not in seen:
                 seen.add((self.__name__, text))
@@ -254,7 +263,7 @@ def dry_run(arch: int) -> Iterator[list[Report]]:
 
 
 def table(reports: list[Report]) -> str:
-    """One line a kernel; "!" marks what `problems` lists."""
+    """One line a kernel; "!" marks what `problems` lists, "~" a known spill."""
     rows: list[tuple[str, ...]] = [
         ("", "kernel", "arch", "warps", "stages", "regs", "spill", "shared", "tmem", "mma", "lint", "s", "used by")
     ]
@@ -262,7 +271,15 @@ def table(reports: list[Report]) -> str:
         users = r.users[0] + (f" +{len(r.users) - 1}" if len(r.users) > 1 else "") if r.users else ""
         numbers = (r.warps, r.stages, r.registers, f"{r.spill_stores}/{r.spill_loads}", r.shared, r.tensor_memory)
         tail = (r.mma, r.trans_hits + r.redux_hits, f"{r.seconds:.1f}", users)
-        rows.append(("" if r.ok else "!", r.name, f"sm_{r.arch}", *map(str, numbers), *map(str, tail)))
+        rows.append(
+            (
+                "!" if not r.ok else "~" if any(r.known) else "",
+                r.name,
+                f"sm_{r.arch}",
+                *map(str, numbers),
+                *map(str, tail),
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -2,7 +2,8 @@
 
 First what `configs/*.yaml` launch, read from the files: their head dims and capacity, the dtypes that the mixer feeds,
 and a rank's share of the heads under tensor parallelism. A kernel is compiled anew for a number of heads that 16
-divides, for one, and for any other, so one share of each kind a backbone is enough. Then shapes that users may choose.
+divides, for one, and for any other, so one share of each kind a backbone is enough, and configs that differ in nothing
+else are compiled once. Then shapes that users may choose.
 """
 
 from __future__ import annotations
@@ -70,11 +71,19 @@ def _kind(heads: int) -> str:
     return "one" if heads == 1 else "sixteens" if heads % 16 == 0 else "other"
 
 
+def kernels_of(one: Config) -> tuple[Any, ...]:
+    """What decides which kernels a shipped config launches: equal for two configs, all kernels are."""
+    group = one.heads // (one.groups or 1)
+    added_up = 1 if one.delta else group  # by one program of dk
+    shape = one.delta, one.key_dim, one.value_dim, one.capacity, one.learned, added_up
+    return *shape, _kind(one.heads), _kind(group)
+
+
 @cache
 def shipped() -> tuple[Config, ...]:
-    """What the shipped configs for GPUs launch on one rank."""
+    """What the shipped configs for GPUs launch on one rank, each set of kernels once."""
     found: list[Config] = []
-    kinds = set()
+    kinds, shapes = set(), set()
     for path in sorted(SHIPPED.glob("*.yaml")):
         run = yaml.safe_load(path.read_text())
         if run.get("training", {}).get("device") != "cuda":
@@ -88,11 +97,13 @@ def shipped() -> tuple[Config, ...]:
             tokens=2048 if delta else 4352,
         )  # fmt: skip
         for tensor in (n for n in RANKS if heads % n == 0 and (groups % n == 0 or n % groups == 0)):
-            kind = delta, _kind(heads // tensor), _kind(heads // max(groups, tensor))
-            if tensor == 1 or kind not in kinds:
+            share = replace(one, name=f"{one.name}-tp{tensor}", heads=heads // tensor, groups=max(1, groups // tensor))
+            shape = kernels_of(share)
+            kind = delta, *shape[-2:]
+            if kind not in kinds or (tensor == 1 and shape not in shapes):
+                found.append(share)
                 kinds.add(kind)
-                share = replace(one, heads=heads // tensor, groups=max(1, groups // tensor))
-                found.append(replace(share, name=f"{one.name}-tp{tensor}"))
+                shapes.add(shape)
     return tuple(found)
 
 
