@@ -131,10 +131,10 @@ def _prepare(name: str, args: argparse.Namespace, tokenizer: Any) -> Callable[[A
     from megatron_dla.evaluation.tasks import perplexity_table, recall_table, text_windows
 
     if name == "recall":
-        from megatron_dla.evaluation.recall import make_task
+        from megatron_dla.evaluation.recall import for_tokenizer, make_task
 
         kind = args.recall_task or ("facts" if getattr(tokenizer, "chat_template", None) else "profile")
-        task = make_task(kind, **_settings(args.set))
+        task = for_tokenizer(make_task(kind, **_settings(args.set)), tokenizer)
         return lambda model, static, seed: recall_table(
             model, tokenizer, task, episodes=args.episodes, seed=seed, batch=args.batch, controls=args.controls,
             static=static,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_dla.errors import UserError
+from megatron_dla.serving.chat import user_turn
 
 SPLITS = ("train", "validation", "test")
 CATEGORIES = {
@@ -133,9 +134,12 @@ class FactsTask:
     """Facts a person: the first n of colour, pet, city, job."""
     messages: str = "one"
     """one: all facts in one user message. each: one message a fact (for writes by message)."""
-    style: str = "chatml"
-    """chat: "What is Anna's pet?" in the chat template. text: completion of "Anna's pet is a". chatml: facts in a user
-    turn and the completion in the assistant's turn of a ChatML model (SmolLM2, Qwen), which small models can solve."""
+    style: str = "turn"
+    """chat: "What is Anna's pet?" in the chat template. text: completion of "Anna's pet is a". turn: facts in a user's
+    turn and the completion in the assistant's turn, which small models can solve; chatml: the same in ChatML always."""
+    user: str = "<|im_start|>user\n{}<|im_end|>\n"
+    """turn: a user's turn, {} = its text, and below how the assistant's opens; `for_tokenizer` takes the model's."""
+    assistant: str = "<|im_start|>assistant\n"
     kind = "facts"
 
     def __post_init__(self) -> None:
@@ -143,7 +147,7 @@ class FactsTask:
         for name, value, limit in (("people", self.people, most), ("relations", self.relations, len(RELATIONS))):
             if not 1 <= value <= limit:
                 raise UserError(f"{name} = {value}: must be 1 to {limit}")
-        for name, known in (("messages", ("one", "each")), ("style", ("chat", "text", "chatml"))):
+        for name, known in (("messages", ("one", "each")), ("style", ("chat", "text", "turn", "chatml"))):
             chosen = getattr(self, name)
             if chosen not in known:
                 raise UserError(f"{name} = {chosen!r}: use one of {', '.join(known)}")
@@ -169,8 +173,8 @@ class FactsTask:
             return Story(tuple(said), asked, SYSTEM)
         if self.style == "text":
             return Story((said[0], *(f" {text}" for text in said[1:])), asked, plain=True)
-        context = tuple(f"<|im_start|>user\n{text}<|im_end|>\n" for text in said)
-        return Story(context, asked, plain=True, opening="<|im_start|>assistant\n")
+        context = tuple(self.user.replace("{}", text) for text in said)
+        return Story(context, asked, plain=True, opening=self.assistant)
 
 
 TASKS: dict[str, Any] = {"profile": ProfileTask, "facts": FactsTask}
@@ -188,6 +192,18 @@ def make_task(name: str, **settings: Any) -> RecallTask:
         if isinstance(known[key].default, int) and not isinstance(value, int):
             raise UserError(f"{key} = {value!r}: must be an integer")
     return TASKS[name](**settings)
+
+
+def for_tokenizer(task: RecallTask, tokenizer: Any) -> RecallTask:
+    """The task with the turns of the tokenizer's chat template, where its style is `turn` and there is a template.
+
+    Raises:
+        UserError: see `user_turn`.
+    """
+    if not isinstance(task, FactsTask) or task.style != "turn" or not getattr(tokenizer, "chat_template", None):
+        return task
+    user, assistant = user_turn(tokenizer)
+    return replace(task, user=user, assistant=assistant)
 
 
 def stories(task: RecallTask, count: int, *, seed: int, split: str = "train") -> Iterator[Story]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from megatron_dla.errors import UserError
@@ -18,7 +19,8 @@ def render_chat(
     """Token ids of a chat, and for each the number of its message.
 
     Messages other than system messages are numbered from 0, their template tokens included; -1 stands for system
-    messages (also one that the template adds by itself) and for the generation prompt at the end.
+    messages (also one that the template adds by itself) and for the generation prompt at the end. Where the template
+    wants roles to alternate (Mistral's), adjacent messages of a role are one message (`merge_turns`).
 
     Args:
         numbered: False = all numbers -1, for adapters that write by token, with any template and tokenizer.
@@ -26,6 +28,7 @@ def render_chat(
     Raises:
         UserError: no template, one that rejects these messages, or one from which no message's tokens can be found.
     """
+    messages = merge_turns(tokenizer, messages)
     text = _render(tokenizer, messages, generation_prompt)
     if not numbered:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -38,6 +41,53 @@ def render_chat(
     for start, _ in found["offset_mapping"]:
         numbers.append(next((number for begin, end, number in spans if begin <= start < end), -1))
     return found["input_ids"], numbers
+
+
+def merge_turns(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
+    """The messages, adjacent ones of a role joined by a blank line if the chat template refuses them apart."""
+    roles = [message["role"] for message in messages]
+    if all(a != b for a, b in pairwise(roles)) or not _alternates(tokenizer):
+        return list(messages)
+    merged: list[Message] = []
+    for message in messages:
+        if merged and merged[-1]["role"] == message["role"]:
+            merged[-1] = {**message, "content": f"{merged[-1]['content']}\n\n{message['content']}"}
+        else:
+            merged.append(message)
+    return merged
+
+
+def _alternates(tokenizer: Any) -> bool:
+    """Whether the template takes one user message, but not two in a row."""
+    try:
+        _render(tokenizer, _PROBE[:1], False)
+    except UserError:
+        return False
+    try:
+        _render(tokenizer, _PROBE[:1] * 2, False)
+    except UserError:
+        return True
+    return False
+
+
+def user_turn(tokenizer: Any) -> tuple[str, str]:
+    """How the chat template writes a user message, with {} in the place of its text, and opens the answer.
+
+    Without the system message or the bos token that the template puts before the first message.
+
+    Raises:
+        UserError: no chat template, or one that changes the text of a message.
+    """
+    message = {"role": "user", "content": "{}"}
+    turn = _render(tokenizer, [message], False)
+    opening = _render(tokenizer, [message], True)
+    begin = _preamble(tokenizer, message)
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    if not begin and bos and turn.startswith(bos):
+        begin = len(bos)
+    if turn[begin:].count("{}") != 1 or not opening.startswith(turn):
+        raise UserError("the model's chat template changes the text of a message: use style=text")
+    return turn[begin:], opening[len(turn) :]
 
 
 def check_chat(tokenizer: Any, where: str, *, numbered: bool) -> None:

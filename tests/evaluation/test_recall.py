@@ -5,9 +5,18 @@ import json
 import pytest
 
 from megatron_dla.errors import UserError
-from megatron_dla.evaluation.recall import CATEGORIES, PEOPLE, make_task, stories, write_documents, write_stories
+from megatron_dla.evaluation.recall import (
+    CATEGORIES,
+    PEOPLE,
+    for_tokenizer,
+    make_task,
+    stories,
+    write_documents,
+    write_stories,
+)
 from megatron_dla.tasks.adapter.episodes import read_episodes
 from tests.support.tiny_eval import build_words
+from tests.support.tiny_hf import MISTRAL, build_tokenizer
 
 TASKS = [
     make_task("profile"),
@@ -84,9 +93,27 @@ def test_documents(tmp_path):
         ("facts", {"relations": 5}, "relations = 5.*1 to 4"),
         ("facts", {"people": 0}, "people = 0.*1 to"),
         ("facts", {"messages": "two"}, "messages = 'two'.*one, each"),
-        ("facts", {"style": "song"}, "style = 'song'.*chat, text, chatml"),
+        ("facts", {"style": "song"}, "style = 'song'.*chat, text, turn, chatml"),
     ],
 )
 def test_bad_settings_are_named(name, settings, message):
     with pytest.raises(UserError, match=message):
         make_task(name, **settings)
+
+
+def test_the_default_style_writes_the_turns_of_the_model_s_template():
+    tokenizer, facts = build_tokenizer(), make_task("facts")
+    assert for_tokenizer(facts, tokenizer) == facts  # ChatML, without the system message that the template adds
+    tokenizer.chat_template = MISTRAL
+    task = for_tokenizer(facts, tokenizer)
+    assert (task.user, task.assistant) == ("[INST] {} [/INST]", "")
+    (story,) = stories(task, 1, seed=0)
+    (plain,) = stories(make_task("facts", style="text"), 1, seed=0)
+    assert story.context == (f"[INST] {plain.context[0]} [/INST]",)
+    assert story.ask(story.questions[0]) == plain.questions[0].text
+    for style in ("chat", "text", "chatml"):
+        other = make_task("facts", style=style)
+        assert for_tokenizer(other, tokenizer) == other
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper | replace('{}', '') }}{% endfor %}"
+    with pytest.raises(UserError, match="style=text"):
+        for_tokenizer(facts, tokenizer)

@@ -30,6 +30,11 @@ be kind<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
+# roles must alternate, as in Mistral's
+MISTRAL = """{{ bos_token or '' }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{
+raise_exception('roles must alternate user/assistant') }}{% endif %}{%
+if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"""
+
 
 def build_base(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Three layers with grouped heads; Qwen3 with a head width of its own, SmolLM3's layer 1 without positions."""
