@@ -88,11 +88,12 @@ def query_gradient_kernel(
     KP: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     i_t, i_c = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    i_h, i_k = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_k = tl.program_id(2)
     first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
     row = tl.load(blocks + 4 * i_t + 2)
     skip = token_lo.to(tl.int64) * H
     if first + i_c * BT < end:
+        i_h = tl.program_id(1).to(tl.int64)  # in the branch: read before it, sm_80 spills with one head
         o_t = first + i_c * BT + tl.arange(0, BT)
         o_s, o_k = tl.arange(0, KP), i_k * BK + tl.arange(0, BK)
         stride_q, stride_v = (H if GDN else H // GROUP) * DK, H * DV
@@ -118,8 +119,9 @@ def query_gradient_kernel(
                 b_dlam = pair_weight_gradient(b_dlam, b_x * b_at, p_life, b_newer, b_alive, o_p, end, K, KP)
             if GDN:
                 if i_k == 0:
+                    m_dat = (o_t < end)[:, None] & (o_p >= first)[None, :]
                     p_dat = dat + (o_t.to(tl.int64)[:, None] * H + i_h - skip) * BT + (o_p - first)[None, :]
-                    tl.store(p_dat, b_dat, mask=(o_t < end)[:, None] & (o_p >= first)[None, :])
+                    tl.store(p_dat, b_dat, mask=m_dat)
             else:
                 b_dg += tl.sum(b_dat * b_at, 1)
                 b_k = raw_rows(p_k, o_p, o_k, end, stride_q, DK)
@@ -135,13 +137,14 @@ def query_gradient_kernel(
             b_dq, b_dlam, b_dg, p_q, p_do, p_g, p_lam, p_s, p_death, b_newer, m, o_t, o_k, end, stride_q, stride_v,
             H * K, K, DK, DV, BK, BV, BT, KP, GDN, DOT, PREC,
         )  # fmt: skip
-        o_w = o_t.to(tl.int64) - token_lo  # token of the window
-        p_dlam = dlam + ((i_k.to(tl.int64) * N_TOKENS + o_w)[:, None] * H + i_h) * K + o_s[None, :]
-        tl.store(p_dlam, b_dlam.to(dlam.dtype.element_ty), mask=(o_t < end)[:, None] & (o_s < K)[None, :])
+        m_dlam, m_dq = (o_t < end)[:, None] & (o_s < K)[None, :], (o_t < end)[:, None] & (o_k < DK)[None, :]
+        o_w = i_k.to(tl.int64) * N_TOKENS + o_t.to(tl.int64) - token_lo
+        p_dlam = dlam + (o_w[:, None] * H + i_h) * K + o_s[None, :]
+        tl.store(p_dlam, b_dlam.to(dlam.dtype.element_ty), mask=m_dlam)
         if not GDN:
             tl.store(dcg + (i_k * H + i_h) * T + o_t, b_dg, mask=o_t < end)
-        p_dq = dq + (o_w * H + i_h)[:, None] * DK + o_k[None, :]
-        tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=(o_t < end)[:, None] & (o_k < DK)[None, :])
+        p_dq = dq + (o_t.to(tl.int64) * H + tl.program_id(1) - skip)[:, None] * DK + o_k[None, :]
+        tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_dq)
 
 
 @triton.jit
@@ -225,8 +228,7 @@ def value_gradient_kernel(
         o_v = tl.program_id(2) * BV + tl.arange(0, BV)
         stride_k, stride_v = (H if GDN else H // GROUP) * DK, H * DV
         p_k = k + (i_h - skip if GDN else i_h // GROUP) * DK
-        p_q, p_do = q + i_h // GROUP * DK, do + i_h * DV
-        p_at, p_lam = at + (i_h - skip) * BT, lam + i_h * K
+        p_q, p_at, p_lam = q + i_h // GROUP * DK, at + (i_h - skip) * BT, lam + i_h * K
         p_g, p_counts, p_life = cg + i_h * T, counts + i_h * TILES * T, life + i_h * T
         b_dv = tl.zeros([BT, BV], tl.float32)
         for i_x in range(i_c, TILES):
@@ -239,7 +241,10 @@ def value_gradient_kernel(
                 b_newer = newer_starts(p_counts, o_t, end, T, i_c + 1, i_x + 1)
                 b_count = tl.load(p_counts + i_c.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
                 b_lam = slot_weights_tile_t(p_lam, p_life, b_newer, b_count, o_t, o_p, end, H * K, K)
-                b_do = raw_rows(p_do, o_t, o_v, end, stride_v, DV)
+                m_do = (o_t < end)[:, None] & (o_v < DV)[None, :]
+                # with `do + i_h * DV` computed before the loop, sm_80 spills with one head
+                p_do = do + o_t.to(tl.int64)[:, None] * stride_v + i_h * DV + o_v[None, :]
+                b_do = tl.load(p_do, mask=m_do, other=0.0)
                 # [BT, BT] @ [BT, BV] -> [BT, BV]
                 b_dv = tl.dot((b_at * b_lam).to(DOT), b_do.to(DOT), b_dv, input_precision=PREC)
         b_slot, newest, oldest = slots_at_end(p_life, first, end, i_c, BT, TILES)
