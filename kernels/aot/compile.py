@@ -271,15 +271,8 @@ def table(reports: list[Report]) -> str:
         users = r.users[0] + (f" +{len(r.users) - 1}" if len(r.users) > 1 else "") if r.users else ""
         numbers = (r.warps, r.stages, r.registers, f"{r.spill_stores}/{r.spill_loads}", r.shared, r.tensor_memory)
         tail = (r.mma, r.trans_hits + r.redux_hits, f"{r.seconds:.1f}", users)
-        rows.append(
-            (
-                "!" if not r.ok else "~" if any(r.known) else "",
-                r.name,
-                f"sm_{r.arch}",
-                *map(str, numbers),
-                *map(str, tail),
-            )
-        )
+        mark = "!" if not r.ok else "~" if any(r.known) else ""
+        rows.append((mark, r.name, f"sm_{r.arch}", *map(str, numbers), *map(str, tail)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
