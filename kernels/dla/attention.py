@@ -188,6 +188,18 @@ def _by_document(
     return torch.cat(outs, 1).view(B, T, *outs[0].shape[2:]), SlotCache.concatenate(caches)
 
 
+def _padding_borders(padding: Tensor, batch: int, tokens: int) -> Tensor:
+    """`cu_seqlens` of rows whose padding is a document of its own: what is left over of it is never read.
+
+    Raises:
+        ValueError: of another shape, or out of range.
+    """
+    if padding.shape != (batch,) or bool(((padding < 0) | (padding >= tokens)).any()):
+        raise ValueError(f"padding must be [B] = [{batch}] of 0 to T - 1 = {tokens - 1}, got {padding.tolist()}")
+    rows = torch.arange(0, batch * tokens + 1, tokens, device=padding.device)
+    return torch.cat([rows, rows[:-1] + padding]).unique()
+
+
 @without_autocast
 def dla_attention(
     q: Tensor,
@@ -202,6 +214,7 @@ def dla_attention(
     merge: str = "density",
     partition: Partition | None = None,
     cu_seqlens: Tensor | None = None,
+    padding: Tensor | None = None,
     cache: SlotCache | None = None,
     return_cache: bool = False,
     backend: str = "auto",
@@ -218,6 +231,8 @@ def dla_attention(
         tau: boundary threshold, float or [H]; a tensor that requires a gradient gets the straight-through one.
         partition: decisions to follow instead of taking them (recomputation, teacher forcing).
         cu_seqlens: int [n + 1], document borders over the flattened B * T tokens; memory is empty at each.
+        padding: int64 [B], tokens at the head of each row that are not part of it (k, v and q are finite there): the
+            memory is empty after them, and the returned cache is that of the rows. Not with cu_seqlens or a cache.
         cache: memory before the first token; with `cu_seqlens`, one entry a document, as is the returned one.
             Gradients flow into `cache.states` and out of the returned cache's.
         backend: `naive` (float64 recurrence), `torch` (chunkwise), `triton` (GPU kernels; on a CPU only under Triton's
@@ -237,6 +252,10 @@ def dla_attention(
         raise ValueError(f"q and k must have the same shape, got {tuple(q.shape)} and {tuple(k.shape)}")
     if slot_weights.shape != (B, T, H, capacity):
         raise ValueError(f"slot_weights must be {(B, T, H, capacity)}, got {tuple(slot_weights.shape)}")
+    if padding is not None:
+        if cu_seqlens is not None or cache is not None:
+            raise ValueError("dla_attention: give padding without cu_seqlens and without a cache")
+        cu_seqlens = _padding_borders(padding, B, T)
     _check_cu_seqlens(cu_seqlens, B * T)
     learned = isinstance(tau, Tensor) and tau.requires_grad
     if learned and (cache is not None or merge != "density"):
@@ -245,7 +264,7 @@ def dla_attention(
         raise ValueError("backend='naive' has no gradient for tau: use 'torch'")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if cu_seqlens is not None and (cache is not None or return_cache):
+    if cu_seqlens is not None and padding is None and (cache is not None or return_cache):
         if partition is not None:
             raise ValueError("with cu_seqlens and a cache the partition cannot be given")
         rule: dict[str, Any] = dict(

@@ -47,6 +47,8 @@ class _Memory:
 
     def merge_cheapest(self, full: Tensor, merge: str) -> Tensor | None:
         """Merge the cheapest pair (eqs 16-17) where `full` [L]; returns the starts that died, -1 elsewhere."""
+        if self.capacity == 1:  # no second slot opens
+            return None
         if torch.compiler.is_compiling():
             return self._merge_masked(full, merge)
         lane = full.nonzero().squeeze(1)

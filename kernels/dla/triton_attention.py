@@ -58,8 +58,8 @@ def triton_attention(
         tile, tiles, window_rows: tokens a tile, tiles a block, rows a window (speed and memory only); None chooses.
 
     Returns:
-        out [B, T, H, Dv], and the final states [B * H, K, Dk, Dv] fp32 by recency if `want_final` (rows are then the
-        only segments), else an empty tensor.
+        out [B, T, H, Dv], and the final states [B * H, K, Dk, Dv] fp32 by recency if `want_final` (of each row's last
+        document), else an empty tensor.
     """
     B, T, H, Dv = v.shape
     G, Dk, K = k.shape[2], k.shape[3], slot_weights.shape[-1]
@@ -99,4 +99,4 @@ def triton_attention(
         out, final = TritonDLA.apply(
             *inputs, plan, layout, to_line(part.death, part.start), incoming, threshold, want_final
         )
-    return out.view(B, T, H, Dv), final.flatten(0, 1) if want_final else final
+    return out.view(B, T, H, Dv), final[layout.last_segments].flatten(0, 1) if want_final else final

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import decode_step, dla_attention, partition
-from .cache import EMPTY, SlotCache
 from .cache_dla import LayerMemory
 from .configuration_dla import DLAConfig
 from .functional import (
@@ -176,11 +175,10 @@ class DLAMixer(nn.Module):
                 return decode_step(q, k, v, g, lam, memory.slots, beta, tau=tau, capacity=capacity, merge=merge)[0]
         if not step.keep:
             return self._recur_once(tensors, rule, memory, step)
-        if step.padding is not None:
-            return self._recur_padded(tensors, rule, memory, step)
         out, memory.slots = dla_attention(
-            q, k, v, g, lam, beta, tau=tau, capacity=capacity, merge=merge, cache=memory.slots, return_cache=True
-        )
+            q, k, v, g, lam, beta, tau=tau, capacity=capacity, merge=merge, padding=step.padding, cache=memory.slots,
+            return_cache=True,
+        )  # fmt: skip
         return out
 
     def _recur_once(self, tensors: tuple, rule: SlotRule, memory: LayerMemory, step: Step) -> Tensor:
@@ -193,24 +191,6 @@ class DLAMixer(nn.Module):
                 tau = tau.detach().requires_grad_(self.tau.requires_grad)
             memory.decided = partition(k, v, g, beta, tau=tau, **options)
         return dla_attention(q, k, v, g, lam, beta, tau=rule.tau, partition=memory.decided, **options)[0]
-
-    def _recur_padded(self, tensors: tuple, rule: SlotRule, memory: LayerMemory, step: Step) -> Tensor:
-        """Each row from its first real token on: padding neither writes nor opens a slot."""
-        assert step.padding is not None and memory.slots is None
-        outs, caches = [], []
-        for row, skip in enumerate(step.padding.tolist()):
-            q, k, v, g, lam, beta = (None if x is None else x[row : row + 1, skip:] for x in tensors)
-            out, slots = dla_attention(
-                q, k, v, g, lam, beta, tau=rule.tau, capacity=rule.capacity, merge=rule.merge, return_cache=step.keep
-            )
-            outs.append(F.pad(out, (0, 0, 0, 0, skip, 0)))
-            if slots is not None:
-                slots.start = torch.where(slots.start > EMPTY, slots.start + skip, EMPTY)  # positions of the padded row
-                caches.append(slots)
-        if caches:
-            memory.slots = SlotCache.concatenate(caches)
-            memory.slots.position.fill_(tensors[2].shape[1])
-        return torch.cat(outs)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -58,10 +58,14 @@ def left_padding(mask: Tensor | None, past: int, batch: int, tokens: int, keep: 
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (tokens, past + tokens):
         raise ValueError(f"attention_mask must be {(batch, past + tokens)}, got {tuple(mask.shape)}")
     now = mask[:, -tokens:].bool()
+    late = "attention_mask is 0 at a new token: after the first call of a cache every token must be real"
+    if past and torch.compiler.is_compiling():
+        torch._assert_async(now.all(), late)  # a branch on values would end the graph
+        return None
     if bool(now.all()):
         return None
     if past:
-        raise ValueError("attention_mask is 0 at a new token: after the first call of a cache every token must be real")
+        raise ValueError(late)
     count = now.sum(1)
     row = torch.arange(tokens, device=mask.device)
     if bool((now == (row >= (tokens - count)[:, None])).all()):

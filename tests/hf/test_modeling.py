@@ -111,6 +111,33 @@ def test_left_padding_leaves_no_trace(model_of, name):
     assert torch.equal(both[1, 40:], model.generate(ids[1:, 13:], **options)[0, 27:])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_batch_of_different_padding_is_each_row_alone(exported, name):
+    """In float64: the rows run as one batch, take the decisions of each row alone, and go on from its memory."""
+    model, ids, skips = exported(name).load().double(), tokens(4, 90, seed=4), [0, 7, 45, 79]
+    mask = (torch.arange(90) >= torch.tensor(skips)[:, None]).long()
+    with torch.no_grad():
+        batch = model(ids[:, :80], attention_mask=mask[:, :80], use_cache=True)
+        memory = batch.past_key_values
+        later = [model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=memory) for t in (80, 81)]
+        later.append(model(ids[:, 82:], attention_mask=mask, past_key_values=memory))
+    got = torch.cat([batch.logits, *(out.logits for out in later)], 1)
+    slots = [layer.slots for layer in memory.layers if layer.slots is not None]
+    assert slots[0].live[:3].max() == slots[0].capacity  # else nothing merged
+    for row, skip in enumerate(skips):
+        with torch.no_grad():
+            alone = model(ids[row : row + 1, skip:], use_cache=True)
+        torch.testing.assert_close(got[row : row + 1, skip:], alone.logits, rtol=0, atol=1e-10)
+        for mine, layer in zip(
+            slots, (x.slots for x in alone.past_key_values.layers if x.slots is not None), strict=True
+        ):
+            used = torch.arange(mine.capacity) < layer.live[..., None]
+            assert torch.equal(mine.live[row], layer.live[0])
+            assert torch.equal(mine.start[row][used[0]], layer.start[used] + skip)
+            assert torch.equal(mine.count[row][used[0]], layer.count[used])
+            torch.testing.assert_close(mine.states[row], layer.states[0], rtol=0, atol=1e-10)
+
+
 def test_masks_that_a_recurrence_cannot_follow(model_of):
     model, ids = model_of("mamba2"), tokens(2, 10)
     right = torch.ones_like(ids)
@@ -131,6 +158,28 @@ def test_masks_that_a_recurrence_cannot_follow(model_of):
             model(ids[:, :1], attention_mask=torch.zeros(2, 11), past_key_values=memory)
         with pytest.raises(ValueError, match="the cache holds 2 sequences"):
             model(ids[:1], past_key_values=memory)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gdn_hybrid"])
+def test_a_decode_step_compiles_into_one_graph(model_of, name):
+    """With the mask of a padded batch; the second graph, of a length that varies, serves every later step."""
+    model, ids, mask = model_of(name), tokens(2, 40), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :7] = 0
+    torch.compiler.reset()
+    with torch.no_grad():
+        memory = model(ids[:, :30], attention_mask=mask[:, :30], use_cache=True).past_key_values
+        plain = memory.clone()
+        graphs = torch._dynamo.utils.counters["stats"]
+        before = graphs["unique_graphs"]
+        step = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for t in range(30, 40):
+            now = {"input_ids": ids[:, t : t + 1], "attention_mask": mask[:, : t + 1].contiguous()}
+            got, want = step(**now, past_key_values=memory).logits, model(**now, past_key_values=plain).logits
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        assert graphs["unique_graphs"] - before <= 2 and memory.seen == 40
+        mask[0, -1] = 0
+        with pytest.raises(RuntimeError, match="every token must be real"):
+            step(input_ids=ids[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=memory)
 
 
 @pytest.mark.parametrize("name", ["mamba2", "gdn_hybrid"])

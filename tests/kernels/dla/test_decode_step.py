@@ -182,3 +182,35 @@ def test_decoding_compiles_into_one_graph(delta: bool, merge: str) -> None:
     assert (plain.live == case.capacity).any()
     for name in (*FIELDS, "info", "states"):
         torch.testing.assert_close(getattr(cache, name), getattr(plain, name), msg=name)
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+@pytest.mark.parametrize("delta", [False, True])
+def test_padding_is_no_part_of_a_row(delta: bool, backend: str) -> None:
+    case = Case("padded", T=50, B=3, tau=1.1, capacity=3, delta=delta)
+    x, padding = case.make(), torch.tensor([0, 17, 49])
+    rule = {"tau": case.tau, "capacity": case.capacity, "return_cache": True, "backend": backend}
+    out, cache = dla_attention(**x, **rule, padding=padding, chunk_size=16)
+    assert out.isfinite().all() and (cache.position == case.T).all()
+    cotangent = torch.randn_like(cache.states)
+    got = torch.autograd.grad((out[1, 17:].sum(), cache.states), (x["v"], x["k"]), (torch.tensor(1.0), cotangent))
+    for row, skip in enumerate(padding.tolist()):
+        alone, own = dla_attention(**{name: t[row : row + 1, skip:] for name, t in x.items()}, **rule, chunk_size=16)
+        assert_same(out[row, skip:], alone[0], "output")
+        assert_same(cache.states[row], own.states[0], "states")
+        for name in ("count", "live"):
+            assert torch.equal(getattr(cache, name)[row], getattr(own, name)[0]), name
+        assert torch.equal(cache.start[row], torch.where(own.start[0] < 0, own.start[0], own.start[0] + skip))
+        torch.testing.assert_close(cache.info[row], own.info[0], atol=1e-6, rtol=0)
+        loss = (own.states * cotangent[row]).sum() + (alone.sum() if row == 1 else 0)
+        want = torch.autograd.grad(loss, (x["v"], x["k"]))
+        for a, b in zip(got, want, strict=True):
+            assert_same(a[row], b[row], "gradient")
+            assert not a[row, :skip].any()
+
+
+@pytest.mark.parametrize("padding", [[0, 20], [-1, 0], [0], [0, 3, 4]])
+def test_padding_out_of_range_is_named(padding: list[int]) -> None:
+    x = Case("padded", T=20).make()
+    with pytest.raises(ValueError, match=r"padding must be \[B\] = \[2\]"):
+        dla_attention(**x, tau=1.0, capacity=5, padding=torch.tensor(padding))

@@ -129,6 +129,24 @@ def test_cache_in_and_out(small_tiles: None, delta: bool) -> None:
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_padded_rows(small_tiles: None, delta: bool) -> None:
+    case = replace(BASE, T=40, B=3, H=1, delta=delta)
+    x = inputs_of(case, FP32)
+    rule = dict(tau=case.tau, capacity=case.capacity, padding=torch.tensor([0, 17, 39], device=DEVICE))
+    results, grads = [], []
+    for backend in ("triton", "torch"):
+        leaves = {name: y.clone().requires_grad_() for name, y in x.items()}
+        out, cache = dla_attention(**leaves, **rule, return_cache=True, backend=backend)
+        loss = (out * cotangent(case, FP32)).sum() + cache.states.square().sum()
+        grads.append(torch.autograd.grad(loss, list(leaves.values())))
+        results.append({"out": out, **cache.state_dict()})
+    for name, want in results[1].items():
+        torch.testing.assert_close(results[0][name], want, atol=1e-5, rtol=1e-4)
+    for got, want in zip(*grads, strict=True):
+        assert (got - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
 def test_slots_of_a_cache_that_merge_as_a_block_begins(small_tiles: None, delta: bool) -> None:
     """They are there before the block's first token, and gone at it."""
     case = replace(BASE, T=40, H=1, delta=delta)
