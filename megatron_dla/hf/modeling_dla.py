@@ -80,12 +80,15 @@ def left_padding(mask: Tensor | None, past: int, batch: int, tokens: int, keep: 
     )
 
 
-def packed_starts(position_ids: Tensor | None, ends: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+def packed_starts(
+    position_ids: Tensor | None, ends: Tensor | None, mask: Tensor | None, batch: int, tokens: int
+) -> Tensor | None:
     """bool [B, T], True where a document of a packed row begins; None where no row has a second one.
 
     Args:
         position_ids: int [B or 1, T]; a document begins where they do not go on by one.
         ends: int [n + 1] or None, document borders over the flattened tokens (`cu_seq_lens_q`); goes before the ids.
+        mask: the attention mask; positions of padding mean nothing.
     """
     if ends is not None:
         starts = torch.zeros(batch * tokens + 1, dtype=torch.bool, device=ends.device)
@@ -95,6 +98,9 @@ def packed_starts(position_ids: Tensor | None, ends: Tensor | None, batch: int, 
         starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0)).expand(batch, -1)
     else:
         return None
+    if mask is not None and mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] >= tokens:
+        real = mask[:, -tokens:].bool()
+        starts = starts & real & F.pad(real[:, :-1], (1, 0))
     return starts if bool(starts[:, 1:].any()) else None
 
 
@@ -173,7 +179,7 @@ class DLAModel(DLAPreTrainedModel):
         cache = one_cache(past_key_values, cache)
         if cache is not None and cache.batch_size not in (None, x.shape[0]):
             raise ValueError(f"the cache holds {cache.batch_size} sequences, the input has {x.shape[0]}")
-        starts = packed_starts(position_ids, kwargs.get("cu_seq_lens_q"), *x.shape[:2])
+        starts = packed_starts(position_ids, kwargs.get("cu_seq_lens_q"), attention_mask, *x.shape[:2])
         keep = use_cache if use_cache is not None else starts is None and self._cache_by_default(attention_mask, cache)
         keep = (keep or cache is not None) and not self._recomputes(keep, cache)
         cache = DLACache(len(self.layers)) if keep and cache is None else cache
@@ -212,9 +218,6 @@ class DLAModel(DLAPreTrainedModel):
         if cache is not None and past == 0:
             cache.padding = now
         position = torch.arange(past, past + T, device=x.device)[None]
-        if starts is not None and now is not None:
-            starts = starts & (position > now[:, None])  # position_ids of padding mean nothing
-            starts = starts if bool(starts[:, 1:].any()) else None
         if starts is not None and keep:
             raise ValueError("position_ids begin anew inside a row: packed documents fill no cache: use_cache=False")
         real = None if now is None else position >= now[:, None]

@@ -75,6 +75,17 @@ def test_packed_rows_train_as_separate_rows(model_of) -> None:
         torch.testing.assert_close(x, want[name], rtol=1e-5, atol=1e-7)  # transformers takes the loss in fp32
 
 
+def test_packed_rows_with_padding_on_the_left(model_of) -> None:
+    model = model_of("gdn_hybrid")
+    rows, ids, positions, _ = packed()
+    pad = torch.zeros(1, 9, dtype=torch.int64)
+    mask = torch.cat([pad, torch.ones_like(ids)], 1)
+    with torch.no_grad():
+        out = model(torch.cat([pad, ids], 1), attention_mask=mask, position_ids=torch.cat([pad, positions], 1))
+        want = torch.cat([model(row).logits for row in rows], 1)
+    torch.testing.assert_close(out.logits[:, 9:], want, rtol=0, atol=1e-10)
+
+
 def test_positions_that_go_on_are_one_document(model_of) -> None:
     """generate() passes position_ids: in a padded batch, and after a cache."""
     model, ids = model_of("gdn_hybrid"), tokens(2, 20)
@@ -83,7 +94,8 @@ def test_positions_that_go_on_are_one_document(model_of) -> None:
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
     with torch.no_grad():
         want = model(ids, attention_mask=mask).logits
-        assert torch.equal(model(ids, attention_mask=mask, position_ids=positions).logits, want)
+        out = model(ids, attention_mask=mask, position_ids=positions)
+        assert torch.equal(out.logits, want) and cache_of(out) is not None
         memory = cache_of(model(ids[:, :12], use_cache=True))
         rest = model(ids[:, 12:], past_key_values=memory, position_ids=torch.arange(12, 20)[None]).logits
     torch.testing.assert_close(rest, model(ids).logits[:, 12:], rtol=0, atol=1e-10)

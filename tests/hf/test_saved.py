@@ -30,7 +30,8 @@ def test_a_resized_embedding_is_padded_back(exported, merged_of, tmp_path, name,
     assert (layout.vocab_size, layout.seq_len) == (384, 128) and not (tmp_path / "hf/tokenizer.model").exists()
     for key, x in merged_of(name).items():
         kept = rows if key in EMBEDDINGS else len(x)
-        assert torch.equal(merged[key][:kept], x[:kept]) and not merged[key][kept:].any()
+        assert merged[key].shape == x.shape and torch.equal(merged[key][:kept], x[:kept])
+        assert not merged[key][kept:].any()
     again, tok = load_export(tmp_path / "hf"), load_export_tokenizer(tmp_path / "hf")
     ids = tok("hello </s>", return_tensors="pt")["input_ids"]
     with torch.no_grad():
