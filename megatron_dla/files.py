@@ -139,14 +139,16 @@ class TensorWriter:
         self._file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self.nbytes = end
 
-    def __exit__(self, *_: object) -> None:
-        """The header, padded with spaces, which the format allows; the file is on the disk on return."""
-        header = json.dumps(self._header).encode().ljust(self._start - 8)
-        self._file.seek(0)
-        self._file.write(len(header).to_bytes(8, "little") + header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The header, padded with spaces, which the format allows; the file is on the disk on return. After an error
+        there is no header, so that nothing reads the file."""
+        with self._file:
+            if kind is None:
+                header = json.dumps(self._header).encode().ljust(self._start - 8)
+                self._file.seek(0)
+                self._file.write(len(header).to_bytes(8, "little") + header)
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
 
 def compact(x: Tensor) -> Tensor:

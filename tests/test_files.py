@@ -196,3 +196,11 @@ def test_tensors_written_one_by_one_are_a_safetensors_file(tmp_path: Path) -> No
         assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_a_file_whose_writer_failed_is_not_readable(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), TensorWriter(tmp_path / "x.safetensors", ["a", "b"]) as writer:
+        writer.add("a", torch.ones(3))
+        raise RuntimeError
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "x.safetensors")

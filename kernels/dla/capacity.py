@@ -75,7 +75,7 @@ class _LowestMoved:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.starts: list[tuple[int, int]] = []  # that would die: of the cheapest closed pair, of the open pair
-        self.tokens: list[int] = []  # of the open pair before the row's token 0, so to say
+        self.tokens: list[int] = []  # of the pair with the open slot, less the position where its stretch ends
         self.sums: list[tuple[float, float]] = []  # cost of the closed pair, summed score of the slot before the open
 
     def record(self, slots: _Slots, until: int, document: int) -> None:

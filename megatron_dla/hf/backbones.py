@@ -170,16 +170,10 @@ def read_weights(hf_dir: str | Path, section: ModelSection, vocab_size: int) -> 
         CheckpointError: no safetensors, or a weight is missing, left over or of another shape; the message names it.
     """
     stored, where = DirectoryWeights(hf_dir), repr(str(hf_dir))
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     for name in [name for name in stored if name.endswith(_IGNORED)]:
         stored.leave_out(name)
-    if section.tie_embeddings and head in stored and embedding in stored:
-        if not torch.equal(stored[head], stored[embedding]):
-            raise CheckpointError(
-                f"{where}: {head} differs from {embedding}, but tie_word_embeddings = true: set it to false in "
-                "config.json, or remove that weight"
-            )
-        stored.leave_out(head)
+    if section.tie_embeddings:
+        stored.leave_out_tied_head("model.embed_tokens.weight")
     weights = mapping.from_hf_names(stored, section, dense=True, what=where)
     for name, shape in _shapes(section, vocab_size).items():
         if stored.shapes[name] != shape:

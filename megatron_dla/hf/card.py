@@ -65,8 +65,8 @@ lm_eval --model hf --model_args pretrained={name},trust_remote_code=True --tasks
 
 ## Serving
 
-`transformers serve {name} --trust-remote-code`, or `model.generate` on a left-padded batch; `DLACache.clone()` forks a
-session. Engines with CUDA kernels of their own (vLLM, SGLang) do not know the architecture.
+`model.generate` on a left-padded batch; `DLACache.clone()` forks a session. Engines with CUDA kernels of their own
+(vLLM, SGLang) do not know the architecture.
 """
 
 

@@ -299,7 +299,9 @@ def from_hf(
     merged: Mapping[str, Tensor]
     raw = read_config(source, "give a Hugging Face directory")
     if not is_fla(raw) and (capacity is not None or tau is not None):
-        raise UserError(f"--capacity and --tau are for a gated_deltanet model, {str(source)!r} is {raw['model_type']}")
+        raise UserError(
+            f"--capacity and --tau are for a gated_deltanet model, {str(source)!r} is {raw.get('model_type')}"
+        )
     if raw.get("model_type") == "dla":
         section, config = read_section(source)
         seq_len = config.get("training_length") or config["max_position_embeddings"]  # older exports
@@ -314,11 +316,12 @@ def from_hf(
             default = ModelSection()
             slots = (default.capacity if capacity is None else capacity, default.tau if tau is None else tau)
             section, info = read_fla(source, *slots)
+            merged = fla_weights(source, section)
         else:
             section, info = read_backbone(source)
+            merged = read_weights(source, section, info.vocab_size)
         vocab_size, seq_len, digest = info.vocab_size, info.max_length, tokenizer_digest(source)
         check_tensor_parallel(section, tensor_parallel, False, seq_len)
-        merged = fla_weights(source, section) if is_fla(raw) else read_weights(source, section, vocab_size)
     with fresh_directory(out, False, COMPLETE) as new:
         tags = mapping.parameter_tags(section, tensor_parallel)
         total = count_parameters(section, vocab_size)

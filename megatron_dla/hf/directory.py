@@ -57,6 +57,7 @@ class DirectoryWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, hf_dir: str | Path) -> None:
+        self.hf_dir = hf_dir
         self._files: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in _weight_files(Path(hf_dir)):
@@ -75,6 +76,21 @@ class DirectoryWeights(Mapping[str, Tensor]):
     def leave_out(self, name: str) -> None:
         """Not a name of this mapping from here on."""
         del self._files[name], self.shapes[name]
+
+    def leave_out_tied_head(self, embedding: str, head: str = "lm_head.weight") -> None:
+        """Of a model with tie_word_embeddings = true, which may be stored with both.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        if head not in self or embedding not in self:
+            return
+        if not torch.equal(self[head], self[embedding]):
+            raise CheckpointError(
+                f"{str(self.hf_dir)!r}: {head} differs from {embedding}, but tie_word_embeddings = true: set it to "
+                "false in config.json, or remove that weight"
+            )
+        self.leave_out(head)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)

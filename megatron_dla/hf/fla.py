@@ -145,8 +145,8 @@ def fla_weights(hf_dir: str | Path, section: ModelSection) -> Renamed:
         CheckpointError: no safetensors, or a weight is missing, left over or of another shape; the message names it.
     """
     stored, where = DirectoryWeights(hf_dir), repr(str(hf_dir))
-    if section.tie_embeddings and "lm_head.weight" in stored:
-        stored.leave_out("lm_head.weight")
+    if section.tie_embeddings:
+        stored.leave_out_tied_head(_MODEL["embedding.word_embeddings.weight"])
     dtype = stored["model.norm.weight"].dtype if "model.norm.weight" in stored else torch.float32
     table = _entries(section, dtype)
     check_names(set(stored), {name for entry in table for name in entry.names}, where)

@@ -86,7 +86,7 @@ def packed_starts(
     """bool [B, T], True where a document of a packed row begins; None where no row has a second one.
 
     Args:
-        position_ids: int [B or 1, T]; a document begins where they do not go on by one.
+        position_ids: int [B or 1, T]; a document begins where they do not increase by one.
         ends: int [n + 1] or None, document borders over the flattened tokens (`cu_seq_lens_q`); goes before the ids.
         mask: the attention mask; positions of padding mean nothing.
     """

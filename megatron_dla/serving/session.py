@@ -161,8 +161,9 @@ class Session:
         number = self.next_message
         options: dict[str, Any] = {"top_k": top_k, "repetition_penalty": repetition_penalty}
         for _ in range(max_new_tokens):
-            seen = torch.tensor([self.ids], device=self.logits.device)
-            token = int(sample(self.logits[None], temperature, top_p, generator, seen=seen, **options))
+            if repetition_penalty != 1:
+                options["seen"] = torch.tensor([self.ids], device=self.logits.device)
+            token = int(sample(self.logits[None], temperature, top_p, generator, **options))
             if token in stop:
                 return
             self.append([token], number)

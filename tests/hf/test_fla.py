@@ -85,3 +85,17 @@ def test_slots_are_options_of_the_command(tmp_path, capsys):
 def test_slots_are_not_options_for_other_models(exported, tmp_path):
     with pytest.raises(UserError, match="--capacity"):
         from_hf(exported("gdn").directory, tmp_path / "out", capacity=4)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path, equal):
+    shutil.copytree(FLA / "groups", tmp_path / "model")
+    path, weights = tmp_path / "model/config.json", load_file(FLA / "groups/model.safetensors")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    weights["lm_head.weight"] = weights["model.embeddings.weight"] + (not equal)
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    if equal:
+        assert "output_layer.weight" not in load_merged(from_hf(tmp_path / "model", tmp_path / "out"))[0]
+        return
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs .* tie_word_embeddings = true"):
+        from_hf(tmp_path / "model", tmp_path / "out")
