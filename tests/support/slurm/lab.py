@@ -60,7 +60,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 DefMemPerCPU=100
-ReturnToService=2
+ReturnToService=1
 SlurmdTimeout=120
 SlurmctldTimeout=120
 MessageTimeout=60
@@ -248,16 +248,13 @@ class Cluster:
         self._mark_down(node, "slurmd")
 
     def _mark_down(self, node: str, reason: str) -> None:
-        """Until the node stays down for two seconds: a reply sent before the kill may bring it up again."""
-        since = 0.0
-        while not self.node_state(node).startswith("down") or time.monotonic() - since < 2:
-            if not self.node_state(node).startswith("down"):
-                self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", f"Reason={reason}")
-                since = time.monotonic()
-            time.sleep(0.1)
+        """Until `start_node`: with ReturnToService=1 a reply that the node sent before the kill does not revive it."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", f"Reason={reason}")
+        until(f"{node} to be down", lambda: self.node_state(node).startswith("down"))
 
     def start_node(self, node: str) -> None:
         self.run("bash", HERE / "cluster.sh", "node", self.dir, node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self.wait_node(node, "idle")
 
     def node_state(self, node: str) -> str:
