@@ -101,7 +101,8 @@ def check_tensor_parallel(model: ModelSection, tensor: int, sequence: bool, seq_
     if tensor < 1:
         raise ConfigError(f"{TP} = {tensor}: must be at least 1")
     sizes, groups = head_counts(model)
-    sizes["ffn_hidden_size"] = model.ffn_hidden_size
+    if model.ffn_hidden_size:
+        sizes["ffn_hidden_size"] = model.ffn_hidden_size
     valid = [n for n in range(1, min(sizes.values()) + 1) if _shares(n, sizes | {"": model.vocab_multiple}, groups)]
     fix = f"use {TP} in {{{', '.join(map(str, valid))}}}"
     for key, value in sizes.items():

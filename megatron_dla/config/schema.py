@@ -56,6 +56,12 @@ class ModelSection:
     value_dim: PositiveInt = 64
     """Dv, per head."""
     conv_kernel: PositiveInt = 4
+    conv_bias: bool = False
+    """A bias in the short convolutions, before their SiLU (published Mamba-2 models have it)."""
+    gated_norm: Literal["head", "group"] = "head"
+    """Channels that the gated RMSNorm averages over. head: a head's, with one weight for all heads. group: those of all
+    heads of a query/key group, with a weight a channel, as in Mamba-2; with fewer groups than tensor-parallel ranks it
+    takes a small all-reduce."""
     capacity: Annotated[int, Field(ge=2)] = 30
     """K, slots a head."""
     tau: Annotated[float, Field(ge=0, le=3)] = 0.6
@@ -64,7 +70,8 @@ class ModelSection:
     merge: Literal["density", "ward"] = "density"
     slot_weight_init: Literal["backbone", "log_linear"] = "backbone"
     """backbone: all slot weights are 1 at the start, which makes the layer equal to its plain backbone."""
-    ffn_hidden_size: PositiveInt = 4096
+    ffn_hidden_size: NonNegativeInt = 4096
+    """Inner size of the SwiGLU MLPs; 0 = layers without MLP (Mamba-2)."""
     attention_heads: PositiveInt = 16
     """Softmax layers only."""
     attention_groups: PositiveInt = 16

@@ -87,7 +87,7 @@ def model_card(
         parameters=parameters, vocab=layout.vocab_size, tokens=tokens, releases=tested_range(),
         license=f"license: {license}\n" if license else "", cache=_cache(m, letters),
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(run, layout.step, license).items()),
-        lora=json.dumps([x for x in LORA_MODULES if _has(x, letters)]),
+        lora=json.dumps([x for x in LORA_MODULES if _has(x, m)]),
     )  # fmt: skip
 
 
@@ -101,10 +101,10 @@ def _mixer(m: ModelSection, letter: str) -> str:
     return f"{text}, backbone `{m.backbone}`, {m.capacity} slots of {size}" if mixer.slots else f"{text} of {size}"
 
 
-def _has(module: str, letters: str) -> bool:
-    """Whether a layer of these letters has a module of that name."""
-    softmax = {LETTERS[letter].softmax for letter in letters}
-    return {"in_proj": False in softmax, "out_proj": False in softmax, "gate_up_proj": True, "down_proj": True}.get(
+def _has(module: str, m: ModelSection) -> bool:
+    """Whether a layer of the model has a module of that name."""
+    softmax, mlp = {LETTERS[letter].softmax for letter in layer_letters(m)}, m.ffn_hidden_size > 0
+    return {"in_proj": False in softmax, "out_proj": False in softmax, "gate_up_proj": mlp, "down_proj": mlp}.get(
         module, True in softmax
     )
 

@@ -12,7 +12,7 @@ check_release(transformers.__version__)
 
 
 class DLAConfig(PretrainedConfig):
-    """Sizes and rules of a decoder of (mixer + SwiGLU) layers.
+    """Sizes and rules of a decoder of (mixer + SwiGLU) layers, or of mixers alone (`ffn_hidden_size` 0).
 
     Names are those of the training config's model section, except: `layer_letters` holds one letter a layer (see
     `pattern.LETTERS`), `vocab_size` counts the padded rows of the embedding, `tokenizer_size` the tokens that they were
@@ -42,6 +42,8 @@ class DLAConfig(PretrainedConfig):
     key_dim: int = 128
     value_dim: int = 64
     conv_kernel: int = 4
+    conv_bias: bool = False
+    gated_norm: str = "head"
     capacity: int = 30
     tau: float = 0.6
     tau_mode: str = "fixed"
@@ -84,6 +86,8 @@ class DLAConfig(PretrainedConfig):
             raise ValueError(f"rope_type = {self.rope_type!r}: use default, linear or llama3")
         if self.backbone not in ("mamba2", "gdn"):
             raise ValueError(f"backbone = {self.backbone!r}: use mamba2 or gdn")
+        if self.gated_norm not in ("head", "group"):
+            raise ValueError(f"gated_norm = {self.gated_norm!r}: use head or group")
         if self.num_heads % self.num_groups:
             raise ValueError(f"num_groups = {self.num_groups} does not divide num_heads = {self.num_heads}")
         super().__post_init__(**kwargs)

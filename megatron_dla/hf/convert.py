@@ -59,6 +59,8 @@ _ADDED = (
     "rope_low_freq_factor",
     "rope_high_freq_factor",
     "rope_original_length",
+    "conv_bias",
+    "gated_norm",
 )
 
 

@@ -16,6 +16,7 @@ from .configuration_dla import DLAConfig
 from .functional import (
     SlotRule,
     clamp_tau,
+    gated_group_norm,
     gated_head_norm,
     gdn_inputs,
     mamba2_inputs,
@@ -97,6 +98,9 @@ class DLAMixer(nn.Module):
     conv_value: nn.Parameter
     conv_query: nn.Parameter
     conv_key: nn.Parameter
+    conv_value_bias: nn.Parameter
+    conv_query_bias: nn.Parameter
+    conv_key_bias: nn.Parameter
     A_log: nn.Parameter
     dt_bias: nn.Parameter
     D: nn.Parameter
@@ -119,7 +123,7 @@ class DLAMixer(nn.Module):
 
     def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
         if step.real is not None:
-            x = x * step.real[..., None]  # no projection has a bias: a zero token is like none to all of them
+            x = x * step.real[..., None]  # no projection has a bias: to the convolutions a zero token is like none
         part = dict(zip(self.sizes, self.in_proj(x).split(list(self.sizes.values()), -1), strict=True))
         query, key, value = self._convolve(part, memory, step)
         lam, rule = self._slots(part)
@@ -132,7 +136,12 @@ class DLAMixer(nn.Module):
         if not self.delta:
             out = out + self.D[:, None].to(value.dtype) * value
         gate = part["gate"].unflatten(-1, (self.config.num_heads, -1))
-        out = gated_head_norm(out, gate, self.norm, self.config.norm_eps, gate_first=not self.delta)
+        eps, gate_first = self.config.norm_eps, not self.delta
+        if self.config.gated_norm == "group":
+            groups = self.config.num_groups
+            out = gated_group_norm(out, gate, self.norm, eps, groups=groups, gate_first=gate_first)
+        else:
+            out = gated_head_norm(out, gate, self.norm, eps, gate_first=gate_first)
         return self.out_proj(out.flatten(2).to(x.dtype))
 
     def _slots(self, part: dict[str, Tensor]) -> tuple[Tensor, SlotRule]:
@@ -148,7 +157,9 @@ class DLAMixer(nn.Module):
         names, before = ("value", "query", "key"), memory.tails or (None, None, None)
         raw = [part[name] for name in names]
         done = [
-            short_convolution(r, getattr(self, f"conv_{name}"), step.document, tail)
+            short_convolution(
+                r, getattr(self, f"conv_{name}"), step.document, tail, getattr(self, f"conv_{name}_bias", None)
+            )
             for name, r, tail in zip(names, raw, before, strict=True)
         ]
         if step.keep:
@@ -240,19 +251,21 @@ MIXERS = {"D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention}
 
 
 class DLALayer(GradientCheckpointingLayer):
-    """Pre-norm mixer and SwiGLU MLP, each with a residual connection."""
+    """Pre-norm mixer and SwiGLU MLP (unless `ffn_hidden_size` is 0), each with a residual connection."""
 
     def __init__(self, config: DLAConfig, letter: str) -> None:
         super().__init__()
         self.input_layernorm = DLARMSNorm(config.hidden_size, config.norm_eps)
         self.mixer_name = LETTERS[letter].hf_module
         self.add_module(self.mixer_name, MIXERS[letter](config, letter))
-        self.post_attention_layernorm = DLARMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = DLAMLP(config)
+        self.mlp: DLAMLP | None = None
+        if config.ffn_hidden_size:
+            self.post_attention_layernorm = DLARMSNorm(config.hidden_size, config.norm_eps)
+            self.mlp = DLAMLP(config)
 
     def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
         x = x + getattr(self, self.mixer_name)(self.input_layernorm(x), memory, step)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x if self.mlp is None else x + self.mlp(self.post_attention_layernorm(x))
 
 
 __all__ = ["DLALayer", "DLAMixer", "DLARMSNorm", "DLASoftmaxAttention", "Step"]

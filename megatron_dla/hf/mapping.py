@@ -33,8 +33,7 @@ def _packed(keys: tuple[str, ...], name: str, sizes: list[int]) -> Entry:
     return Entry(keys, (name,), lambda *x: (torch.cat(x),), lambda x: tuple(t.contiguous() for t in x.split(sizes)))
 
 
-_LAYER = {
-    "input_layernorm.weight": "input_layernorm.weight",
+_MLP = {
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
@@ -42,6 +41,14 @@ _MODEL = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
 }
+
+
+def _mlp(section: ModelSection, ours: str, theirs: str, dense: bool) -> list[Entry]:
+    table = [Entry((f"{ours}.{key}",), (f"{theirs}.{name}",)) for key, name in _MLP.items()]
+    if dense:
+        return table + [Entry((f"{ours}.mlp.{p}",), (f"{theirs}.mlp.{p}_proj.weight",)) for p in ("gate", "up")]
+    keys, sizes = (f"{ours}.mlp.gate", f"{ours}.mlp.up"), [section.ffn_hidden_size] * 2
+    return [*table, _packed(keys, f"{theirs}.mlp.gate_up_proj.weight", sizes)]
 
 
 def _recurrence(section: ModelSection, letter: str, ours: str, theirs: str) -> list[Entry]:
@@ -88,14 +95,11 @@ def entries(section: ModelSection, dense: bool = False) -> list[Entry]:
     table = [Entry((key,), (name,)) for key, name in _MODEL.items()]
     if not section.tie_embeddings:
         table.append(Entry(("output_layer.weight",), ("lm_head.weight",)))
-    ffn = [section.ffn_hidden_size] * 2
     for n, letter in enumerate(layer_letters(section)):
         ours, theirs = f"decoder.layers.{n}", f"model.layers.{n}"
-        table += [Entry((f"{ours}.{key}",), (f"{theirs}.{name}",)) for key, name in _LAYER.items()]
-        if dense:
-            table += [Entry((f"{ours}.mlp.{p}",), (f"{theirs}.mlp.{p}_proj.weight",)) for p in ("gate", "up")]
-        else:
-            table.append(_packed((f"{ours}.mlp.gate", f"{ours}.mlp.up"), f"{theirs}.mlp.gate_up_proj.weight", ffn))
+        table.append(Entry((f"{ours}.input_layernorm.weight",), (f"{theirs}.input_layernorm.weight",)))
+        if section.ffn_hidden_size:
+            table += _mlp(section, ours, theirs, dense)
         mixer = softmax_entries if LETTERS[letter].softmax else _recurrence
         table += mixer(section, letter, f"{ours}.self_attention", f"{theirs}.{LETTERS[letter].hf_module}")
     return table

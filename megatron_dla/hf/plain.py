@@ -50,6 +50,8 @@ def _family(layout: CheckpointLayout, checkpoint: Path) -> str:
         raise CheckpointError(f"{where} holds a δ-mem adapter: use `dla convert adapter`")
     if recurrent := [mixer.label for mixer in mixers if not mixer.softmax]:
         raise CheckpointError(f"{where} has {recurrent[0]} layers, which no plain model has: omit --plain")
+    if not m.ffn_hidden_size:
+        raise CheckpointError(f"{where} has no MLPs (ffn_hidden_size = 0), which every plain model has: omit --plain")
     if unrotated and m.qk_norm:
         raise CheckpointError(f"{where} has layers without RoPE and qk_norm: no plain model has both; omit --plain")
     return "smollm3" if unrotated else "qwen3" if m.qk_norm else "llama"

@@ -42,7 +42,9 @@ class Chain:
         """Document starts of whole rows, bool [B, S]."""
         return None if cu_seqlens is None else document_starts(cu_seqlens, batch, length * self.ranks.size, device)
 
-    def convolve(self, xs: list[Tensor], weights: list[Tensor], starts: Tensor | None) -> list[Tensor]:
+    def convolve(
+        self, xs: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], starts: Tensor | None
+    ) -> list[Tensor]:
         """Short convolutions of [B, T, C] each over whole rows, with one halo exchange for all of them."""
         width, sizes = weights[0].shape[1] - 1, [x.shape[-1] for x in xs]
         x = torch.cat(xs, -1)
@@ -51,8 +53,8 @@ class Chain:
         if starts is not None:
             first = self.ranks.rank * xs[0].shape[1]
             document = torch.nn.functional.pad(starts.long().cumsum(1), (width, 0))[:, first : first + x.shape[1]]
-        parts = zip(x.split(sizes, -1), weights, strict=True)
-        return [short_convolution(part, weight, document)[:, width:] for part, weight in parts]
+        parts = zip(x.split(sizes, -1), weights, biases, strict=True)
+        return [short_convolution(part, weight, document, bias=bias)[:, width:] for part, weight, bias in parts]
 
     def attend(
         self,

@@ -1,8 +1,10 @@
 """The DLA mixer as a Megatron-Core module: takes the self_attention slot of a TransformerLayer by ModuleSpec.
 
-Tensor parallel by heads: column-parallel in, row-parallel out, and no collective between. Partitions are per sequence
+Tensor parallel by heads: column-parallel in, row-parallel out, and no collective between (but for a norm over heads of
+several ranks). Partitions are per sequence
 and head, so they need no communication and do not depend on the layout. Context parallel by heads too: an all-to-all
-before the convolution and one after the recurrence; gate and norm come after the second, so the gate is never moved.
+before the convolution and one after the recurrence; gate and norm come after the second, so the gate is never moved and
+a norm over several heads sees them all.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from megatron_dla.kernels.dla import Partition
 from megatron_dla.kernels.dla.documents import document_starts
@@ -50,7 +53,8 @@ class DLAMixer(MegatronModule):
     """Dynamic Linear Attention over [S, B, hidden], on the Mamba-2 or the Gated DeltaNet backbone.
 
     Parameters: see `layout.dla_parameters`; those that are sharded have 1/TP of their size here.
-    Deviation from Mamba-2: the gated norm is per head, so that it does not depend on the tensor-parallel size.
+    Deviation from Mamba-2: the gated norm is per head by default, so that it needs no communication
+    (`model.gated_norm=group`: Mamba-2's own).
     """
 
     table = staticmethod(dla_parameters)
@@ -59,6 +63,9 @@ class DLAMixer(MegatronModule):
     conv_value: nn.Parameter
     conv_query: nn.Parameter
     conv_key: nn.Parameter
+    conv_value_bias: nn.Parameter
+    conv_query_bias: nn.Parameter
+    conv_key_bias: nn.Parameter
     A_log: nn.Parameter
     dt_bias: nn.Parameter
     D: nn.Parameter
@@ -152,11 +159,25 @@ class DLAMixer(MegatronModule):
             part |= self._shared_query_key(hidden_states)
         gate = part.pop("gate").unflatten(-1, (self.heads, -1))
         out = self._core(part, None if packed_seq_params is None else packed_seq_params.cu_seqlens_q)
-        weight = sum_gradient(self.norm, self.tp)
-        out = functional.gated_head_norm(
-            out.unflatten(-1, (self.heads, -1)), gate, weight, self.model.norm_eps, gate_first=not self.delta
-        )
+        out = self._norm(out.unflatten(-1, (self.heads, -1)), gate)
         return self.out_proj(out.flatten(2).transpose(0, 1).to(hidden_states.dtype))
+
+    def _norm(self, out: Tensor, gate: Tensor) -> Tensor:
+        """The gated norm of this rank's tokens, [B, S, H, Dv]."""
+        eps, gate_first = self.model.norm_eps, not self.delta
+        if self.model.gated_norm == "head":
+            weight = sum_gradient(self.norm, self.tp)
+            return functional.gated_head_norm(out, gate, weight, eps, gate_first=gate_first)
+        mean = {"mean": self._mean_over_ranks} if self.shared_groups else {}
+        return functional.gated_group_norm(out, gate, self.norm, eps, groups=self.groups, gate_first=gate_first, **mean)
+
+    def _mean_over_ranks(self, square: Tensor) -> Tensor:
+        """[B, S, 1, 1] of this rank's heads, averaged over the ranks with heads of the same group."""
+        groups, size = self.model.num_groups, self.tp.size()
+        mine = self.tp.rank() * groups // size
+        place = torch.arange(groups, device=square.device) == mine
+        sums = all_reduce(square[..., 0] * place, group=self.tp)  # [B, S, groups]
+        return sums[..., mine, None, None] * (groups / size)
 
     def _core(self, part: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
         """Convolution and recurrence: the projections [B, S, local size] -> [B, S, H Dv]."""
@@ -180,13 +201,18 @@ class DLAMixer(MegatronModule):
         xs = [part[name] for name in ("value", "query", "key")]
         shared = (self._local(self._shared(weight), self.groups) for weight in (self.conv_query, self.conv_key))
         weights = [self._local(self.conv_value), *shared]
+        biases: list[Tensor | None] = [None] * 3
+        if m.conv_bias:
+            shared = (self._local(self._shared(x), self.groups) for x in (self.conv_query_bias, self.conv_key_bias))
+            biases = [self._local(self.conv_value_bias), *shared]
         if self.chain is not None:
             starts = self.chain.documents(cu_seqlens, B, S, xs[0].device)
-            xs = self.chain.convolve(xs, weights, starts)
+            xs = self.chain.convolve(xs, weights, biases, starts)
         else:
             starts = None if cu_seqlens is None else document_starts(cu_seqlens, B, S, xs[0].device)
             document = None if starts is None else starts.cumsum(1)
-            xs = [conv(x, weight, document) for x, weight in zip(xs, weights, strict=True)]
+            convolved = zip(xs, weights, biases, strict=True)
+            xs = [conv(x, weight, document, bias=bias) for x, weight, bias in convolved]
         value, query, key = (x.unflatten(-1, (-1, n)) for x, n in zip(xs, (m.value_dim, *2 * [m.key_dim]), strict=True))
         return self._mix(query, key, value, part, cu_seqlens, starts).flatten(2)
 

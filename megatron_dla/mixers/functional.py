@@ -5,6 +5,7 @@ Self-contained (torch only): `dla convert to-hf` copies this file beside the mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +25,20 @@ class SlotRule:
     backend: str = "auto"
 
 
-def short_convolution(x: Tensor, weight: Tensor, document: Tensor | None = None, tail: Tensor | None = None) -> Tensor:
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    document: Tensor | None = None,
+    tail: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Causal depthwise convolution and SiLU that does not look across documents.
 
     Args:
         x: [B, T, C]. weight: [C, W], the last tap multiplies the current token.
         document: int [B, T], document number of each token, or None (one document a row).
         tail: [B, W - 1, C], the inputs before x (decoding); zeros if None.
+        bias: [C] or None.
 
     Returns:
         [B, T, C].
@@ -40,7 +48,8 @@ def short_convolution(x: Tensor, weight: Tensor, document: Tensor | None = None,
         tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     padded = torch.cat([tail, x], 1)
     if T == 1:
-        return F.silu((padded * weight.T).sum(1, keepdim=True))
+        out = (padded * weight.T).sum(1, keepdim=True)
+        return F.silu(out if bias is None else out + bias)
     out = x * weight[:, -1]
     for back in range(1, width):
         shifted = padded[:, width - 1 - back : width - 1 - back + T]
@@ -49,7 +58,7 @@ def short_convolution(x: Tensor, weight: Tensor, document: Tensor | None = None,
             same = F.pad(same, (back, 0), value=True)
             shifted = shifted * same[..., None]
         out = torch.addcmul(out, shifted, weight[:, width - 1 - back])
-    return F.silu(out)
+    return F.silu(out if bias is None else out + bias)
 
 
 def slot_weights(raw: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -84,6 +93,32 @@ def gdn_inputs(
     k = F.normalize(k.float() if k.dtype != torch.float64 else k, dim=-1, eps=1e-6)
     g = -A_log.exp() * F.softplus(dt.to(dt_bias.dtype) + dt_bias)
     return q, k, g, torch.sigmoid(beta.to(dt_bias.dtype))
+
+
+def gated_group_norm(
+    out: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    groups: int,
+    gate_first: bool,
+    mean: Callable[[Tensor], Tensor] = lambda square: square,
+) -> Tensor:
+    """RMSNorm over the channels of all heads of a query/key group, gated as in `gated_head_norm`.
+
+    Args:
+        out, gate: [B, T, H, Dv]. weight: [H * Dv].
+        mean: the mean squares [B, T, groups, 1] of these heads -> those of whole groups, where other ranks have heads
+            of them too.
+    """
+    gate = F.silu(gate)
+    x = out * gate if gate_first else out
+    wide = x if x.dtype == torch.float64 else x.float()
+    wide = wide.flatten(2).unflatten(-1, (groups, -1))
+    wide = wide * torch.rsqrt(mean(wide.square().mean(-1, keepdim=True)) + eps)
+    x = wide.flatten(2).to(out.dtype).mul(weight.to(out.dtype)).view_as(out)
+    return x if gate_first else x * gate
 
 
 def gated_head_norm(out: Tensor, gate: Tensor, weight: Tensor, eps: float, *, gate_first: bool) -> Tensor:

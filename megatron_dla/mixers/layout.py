@@ -112,6 +112,10 @@ class MixerConfig(Protocol):
     def tau_mode(self) -> str: ...
     @property
     def slot_weight_init(self) -> str: ...
+    @property
+    def conv_bias(self) -> bool: ...
+    @property
+    def gated_norm(self) -> str: ...
 
 
 def packed(
@@ -162,13 +166,20 @@ def backbone_parameters(
         "conv_value": ParamSpec((inner, W), (convolve,)),
         "conv_query": ParamSpec((qk, W), (convolve,), by_group),
         "conv_key": ParamSpec((qk, W), (convolve,), by_group),
+    }
+    if m.conv_bias:
+        table["conv_value_bias"] = ParamSpec((inner,), (convolve,))
+        table["conv_query_bias"] = table["conv_key_bias"] = ParamSpec((qk,), (convolve,), by_group)
+    table |= {
         "A_log": ParamSpec((H,), (log_uniform(m.a_min, m.a_max),)),
         "dt_bias": ParamSpec((H,), (inverse_softplus_dt(m.dt_min, m.dt_max),)),
     }
     if not delta:
         table["D"] = ParamSpec((H,), (ones,))
-    # shared by all heads, of which a rank sees its own: the gradient is partial at every tensor-parallel size
-    table["norm"] = ParamSpec((m.value_dim,), (ones,), "replicated_sum")
+    if m.gated_norm == "group":
+        table["norm"] = ParamSpec((inner,), (ones,))
+    else:  # shared by all heads, of which a rank sees its own: the gradient is partial at every tensor-parallel size
+        table["norm"] = ParamSpec((m.value_dim,), (ones,), "replicated_sum")
     return table
 
 

@@ -37,9 +37,10 @@ def layer_parameters(m: ModelSection, letter: str, tensor_parallel: int = 1) -> 
     ffn, project = m.ffn_hidden_size, normal(m.init_std)
     norm = ParamSpec((m.hidden_size,), (ones,), "replicated")
     mixer = MIXER_PARAMETERS[letter](m, tensor_parallel)
-    return {
-        "input_layernorm.weight": norm,
-        **{f"self_attention.{name}": spec for name, spec in mixer.items()},
+    table = {"input_layernorm.weight": norm, **{f"self_attention.{name}": spec for name, spec in mixer.items()}}
+    if not ffn:
+        return table
+    return table | {
         "pre_mlp_layernorm.weight": norm,
         "mlp.linear_fc1.weight": packed(m.hidden_size, [("gate", ffn, project), ("up", ffn, project)]),
         "mlp.linear_fc2.weight": ParamSpec((m.hidden_size, ffn), (normal(output_std(m)),), dim=1),

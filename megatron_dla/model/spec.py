@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -43,10 +44,12 @@ MIXER_SPECS: dict[str, Callable[[ModelSection, ModuleSpec, str, str], ModuleSpec
 
 
 def layer_spec(model: ModelSection, letter: str = "D", backend: str = "auto", cp_scheme: str = "heads") -> ModuleSpec:
-    """One TransformerLayer: the mixer of the letter in the self_attention slot, and a SwiGLU MLP."""
+    """One TransformerLayer: the mixer of the letter in the self_attention slot, and a SwiGLU MLP if it has one."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if not model.ffn_hidden_size:
+        layer.pre_mlp_layernorm, layer.mlp, layer.mlp_bda = IdentityOp, IdentityOp, IdentityFuncOp
     layer.self_attention = MIXER_SPECS[letter](model, layer.self_attention, backend, cp_scheme)
     return spec
 

@@ -95,7 +95,8 @@ def _activations(config: RunConfig, vocab_size: int, element: int) -> dict[str, 
     residual = m.hidden_size * element / (tensor if parallel.sequence_parallel else 1)
     mlp = 3 * m.ffn_hidden_size // tensor * element
     selective = training.recompute == "selective"
-    layers = [4 * residual + mlp + _mixer_bytes(m, x, tensor, selective, element) for x in letters]
+    blocks = 2 if m.ffn_hidden_size else 1
+    layers = [2 * blocks * residual + mlp + _mixer_bytes(m, x, tensor, selective, element) for x in letters]
     kept = residual * m.num_layers + max(layers) if training.recompute == "full" else sum(layers)
     chunks = config.data.seq_len / CHUNK / (context if parallel.cp_scheme == "chain" else 1)
     heads = m.num_heads // tensor / (context if parallel.cp_scheme == "heads" else 1)
@@ -115,7 +116,8 @@ def _traffic(config: RunConfig, parameters: int, data: int, element: int) -> dic
     tokens = training.micro_batch_size * config.data.seq_len / context
     passes = 3 if training.recompute == "full" else 2  # forward, backward, and forward again
     share = (tensor - 1) / tensor
-    traffic = {"tensor": micro_batches * passes * len(letters) * 2 * 2 * share * tokens * m.hidden_size * element}
+    blocks = len(letters) * (2 if m.ffn_hidden_size else 1)  # mixers and MLPs
+    traffic = {"tensor": micro_batches * passes * blocks * 2 * share * tokens * m.hidden_size * element}
     if context > 1:
         traffic["context"] = micro_batches * passes * context_bytes(config, element)
     moved = parameters * (replicas - 1) / replicas

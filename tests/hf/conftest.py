@@ -25,6 +25,7 @@ BASE = ModelSection(
 SECTIONS = {
     "mamba2": BASE,
     "mamba2_hybrid": replace(BASE, num_groups=4, pattern="AD", conv_kernel=3, tau_mode="learned"),
+    "mamba2_published": replace(BASE, num_groups=2, ffn_hidden_size=0, conv_bias=True, gated_norm="group"),
     "gdn": replace(BASE, backbone="gdn", num_groups=4, tie_embeddings=True),
     "gdn_hybrid": replace(BASE, backbone="gdn", num_groups=2, pattern="DA", tau_mode="learned"),
     "shaped_attention": replace(

@@ -50,7 +50,7 @@ def test_facts_come_from_the_run(exported, tmp_path):
     assert "not recorded" not in card
 
 
-@pytest.mark.parametrize("name", ["mamba2", "gdn_hybrid"])
+@pytest.mark.parametrize("name", ["mamba2", "mamba2_published", "gdn_hybrid"])
 def test_modules_for_lora_are_those_of_the_model(exported, name):
     case = exported(name)
     line = next(x for x in (case.directory / "README.md").read_text().splitlines() if x.startswith("LoraConfig"))

@@ -29,7 +29,7 @@ from megatron_dla.model.parameters import model_parameters
 from megatron_dla.serving.cli import add_generate_parser
 
 ROOT = Path(__file__).parents[2]
-CASES = ["mamba2", "mamba2_hybrid", "gdn", "gdn_hybrid"]
+CASES = ["mamba2", "mamba2_hybrid", "mamba2_published", "gdn", "gdn_hybrid"]
 
 
 def file_hashes(directory: Path) -> dict[str, str]:

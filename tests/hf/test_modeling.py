@@ -15,7 +15,7 @@ from megatron_dla.hf.load import load_export
 from megatron_dla.hf.verify import decode_logits, megatron_logits
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 
-CASES = ["mamba2", "mamba2_hybrid", "gdn", "gdn_hybrid"]
+CASES = ["mamba2", "mamba2_hybrid", "mamba2_published", "gdn", "gdn_hybrid"]
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -59,4 +59,7 @@ def test_what_is_refused(saved, tmp_path):
     _, dla = saved(replace(LLAMA, pattern="AD"), tmp_path / "run")
     with pytest.raises(CheckpointError, match="has DLA layers"):
         to_plain(dla, out, overwrite=True)
+    _, bare = saved(replace(LLAMA, ffn_hidden_size=0), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="ffn_hidden_size = 0"):
+        to_plain(bare, out, overwrite=True)
     assert sorted(Path(out).iterdir()) == before

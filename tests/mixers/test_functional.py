@@ -1,5 +1,6 @@
 """The pure-torch pieces of the mixer against other people's operators."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +13,11 @@ def test_short_convolution_is_a_causal_depthwise_conv1d() -> None:
     torch.testing.assert_close(functional.short_convolution(x, weight), want)
     short = functional.short_convolution(x[:, :2], weight)  # shorter than the kernel
     torch.testing.assert_close(short, want[:, :2])
+    bias = torch.randn(6, dtype=torch.float64)
+    want = F.silu(F.conv1d(F.pad(x.mT, (3, 0)), weight[:, None], bias, groups=6)).mT
+    torch.testing.assert_close(functional.short_convolution(x, weight, bias=bias), want)
+    last = functional.short_convolution(x[:, -1:], weight, tail=x[:, -4:-1], bias=bias)
+    torch.testing.assert_close(last, want[:, -1:])
 
 
 def test_short_convolution_does_not_look_across_documents() -> None:
@@ -27,6 +33,23 @@ def test_short_convolution_continues_from_its_tail() -> None:
     whole = functional.short_convolution(x, weight)
     second = functional.short_convolution(x[:, 7:], weight, tail=x[:, 4:7])
     torch.testing.assert_close(second, whole[:, 7:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_norm_over_groups_of_heads_is_mamba2s(groups: int, dtype: torch.dtype) -> None:
+    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+    out, gate, weight = (torch.randn(*shape).to(dtype) for shape in ((2, 5, 4, 6), (2, 5, 4, 6), (24,)))
+    norm = MambaRMSNormGated(24, 24 // groups, eps=1e-5)
+    norm.weight.data = weight
+    got = functional.gated_group_norm(out, gate, weight, 1e-5, groups=groups, gate_first=True)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.flatten(2), norm(out.flatten(2), gate.flatten(2)))
+    after = functional.gated_group_norm(out, gate, weight, 1e-5, groups=groups, gate_first=False)
+    open_gate = torch.full_like(gate, 1e4)  # silu(1e4) scales all channels alike: the norm before it is undone
+    want = functional.gated_group_norm(out, open_gate, weight, 1e-12, groups=groups, gate_first=True) * F.silu(gate)
+    torch.testing.assert_close(after, want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
 def test_clamped_tau_stays_in_range_and_keeps_its_gradient() -> None:

@@ -23,6 +23,7 @@ BASE = ModelSection(
         {},
         {"num_groups": 1},
         {"backbone": "gdn", "tau_mode": "learned"},
+        {"ffn_hidden_size": 0, "conv_bias": True, "gated_norm": "group"},
         {"pattern": "DA", "tie_embeddings": True},
         {"pattern": "AN", "attention_head_dim": 12, "qk_norm": True},
         *({"pattern": letter} for letter in LETTERS),

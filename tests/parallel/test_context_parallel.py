@@ -18,6 +18,7 @@ SECTIONS = {
     "mamba2, one group, learned tau": dataclasses.replace(BASE, num_groups=1, tau_mode="learned"),
     "gdn": dataclasses.replace(BASE, backbone="gdn", num_groups=4),
     "gdn, learned tau": dataclasses.replace(BASE, backbone="gdn", tau_mode="learned"),
+    "published mamba2": dataclasses.replace(BASE, num_groups=1, ffn_hidden_size=0, conv_bias=True, gated_norm="group"),
 }
 DOCUMENTS = [0, 17, 24, 48, 60, 61, 96]  # 24 is where the second rank begins
 
@@ -64,7 +65,7 @@ def test_softmax_layer_by_heads(ranks, groups: int) -> None:
             check(errors, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["mamba2, one group, learned tau", "gdn, learned tau"])
+@pytest.mark.parametrize("name", ["mamba2, one group, learned tau", "gdn, learned tau", "published mamba2"])
 @pytest.mark.parametrize("parallel", [ParallelSection(2, True, 2), ParallelSection(1, False, 4)], ids=["tp2sp", "cp4"])
 def test_dla_layer_on_four_ranks(ranks, name: str, parallel: ParallelSection) -> None:
     for errors in ranks(4).run(workers.layer_parity, SECTIONS[name], parallel, "D", DOCUMENTS, 23):

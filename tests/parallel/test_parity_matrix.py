@@ -6,7 +6,7 @@ import pytest
 
 from megatron_dla.config import ParallelSection as P
 from tests.support import engine_workers
-from tests.support.engine_workers import CHAIN, CP2, CP2TP2, GDN, HYBRID, MAMBA, SP2, TP2, TP4, Case
+from tests.support.engine_workers import CHAIN, CP2, CP2TP2, GDN, HYBRID, MAMBA, PUBLISHED, SP2, TP2, TP4, Case
 from tests.support.workers import check
 
 MATRIX = {
@@ -31,6 +31,7 @@ MATRIX = {
     "tp2+sp x dp2 hybrid zero2": (4, Case(HYBRID, SP2, zero=2)),
     "tp2+sp x dp2 mamba2 zero3": (4, Case(MAMBA, SP2, zero=3)),
     "tp4 mamba2": (4, Case(MAMBA, TP4)),
+    "tp2+sp published mamba2": (2, Case(PUBLISHED, SP2)),
 }
 
 

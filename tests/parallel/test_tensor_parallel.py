@@ -9,12 +9,16 @@ from tests.support import workers
 from tests.support.workers import BASE_SECTION as BASE
 from tests.support.workers import check
 
+PUBLISHED = {"ffn_hidden_size": 0, "conv_bias": True, "gated_norm": "group"}  # what Mamba-2 models are made of
 BACKBONES = {
     "mamba2": BASE,
     "mamba2, one group for all heads": dataclasses.replace(BASE, num_groups=1),
     "gdn": dataclasses.replace(BASE, backbone="gdn", num_groups=4),
     "gdn, learned tau": dataclasses.replace(BASE, backbone="gdn", tau_mode="learned"),
     "mamba2, one group, learned tau": dataclasses.replace(BASE, num_groups=1, tau_mode="learned"),
+    "published mamba2": dataclasses.replace(BASE, num_groups=1, **PUBLISHED),
+    "published mamba2, two groups": dataclasses.replace(BASE, **PUBLISHED),
+    "gdn, grouped norm": dataclasses.replace(BASE, backbone="gdn", num_groups=1, gated_norm="group"),
 }
 DOCUMENTS = [0, 17, 48, 60, 61, 96]
 
@@ -44,7 +48,9 @@ def test_softmax_layer_with_fewer_groups_than_ranks(ranks) -> None:
         check(errors, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["mamba2, one group for all heads", "gdn"])
+@pytest.mark.parametrize(
+    "name", ["mamba2, one group for all heads", "gdn", "published mamba2", "published mamba2, two groups"]
+)
 def test_dla_layer_tp4(ranks, name: str) -> None:
     for errors in ranks(4).run(workers.layer_parity, BACKBONES[name], ParallelSection(4, True), "D", DOCUMENTS, 13):
         check(errors, 1e-10)

@@ -24,6 +24,7 @@ from tests.support.workers import BASE_SECTION, gathered_over, lay_out, layout_f
 STEPS, ROWS, SEQ, VOCAB = 20, 4, 32, 60
 BASE = dataclasses.replace(BASE_SECTION, hidden_size=24, ffn_hidden_size=32, init_std=0.15)
 MAMBA = dataclasses.replace(BASE, num_groups=1, tau_mode="learned")
+PUBLISHED = dataclasses.replace(BASE, num_groups=1, ffn_hidden_size=0, conv_bias=True, gated_norm="group")
 GDN = dataclasses.replace(BASE, backbone="gdn", num_groups=4)
 HYBRID = dataclasses.replace(BASE, backbone="gdn", pattern="DA", tie_embeddings=True)
 TP2, SP2, TP4 = ParallelSection(2), ParallelSection(2, True), ParallelSection(4, True)

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.distributed.nn.functional import all_reduce
 
 from megatron_dla.mixers import dla, norms, softmax
 from megatron_dla.parallel import context, mpu, neighbours
@@ -97,6 +98,10 @@ COMMUNICATION = {
     "sections of packed projections": lambda: patch.object(Tag, "shard", _shard_as_one_piece),
     "input gradient of the shared query and key": lambda: patch.object(
         dla, "copy_to_tensor_model_parallel_region", lambda x, group: x
+    ),
+    "mean square of a norm over heads of several ranks": lambda: patch.object(dla, "all_reduce", lambda x, group: x),
+    "gradient of that mean square": lambda: patch.object(
+        dla, "all_reduce", lambda x, group: x + (all_reduce(x, group=group) - x).detach()
     ),
     "gradients over context": lambda: _mpu_over("dp"),
     "gradients over data": lambda: _mpu_over("pp"),

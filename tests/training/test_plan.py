@@ -36,6 +36,7 @@ def test_counts_equal_the_real_module(name: str, monkeypatch) -> None:
     [
         {"num_groups": 1},
         {"backbone": "gdn", "num_groups": 4},
+        {"num_groups": 2, "ffn_hidden_size": 0, "conv_bias": True, "gated_norm": "group"},
         {"pattern": "AN", "attention_groups": 1, "attention_head_dim": 12, "qk_norm": True},
     ],
     ids=str,
