@@ -1,4 +1,4 @@
-"""`dla bench kernels`: arguments, and the order of what is done."""
+"""`dla bench`: arguments."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def add_bench_parser(subparsers: Any) -> None:
-    """Add `bench kernels` to an argparse subparsers object; `func(args)` gives the exit code."""
+    """Add `bench kernels` and `bench export` to an argparse subparsers object; `func(args)` gives the exit code."""
     parser = subparsers.add_parser("bench", help="measure speed and memory on this machine")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="kernels")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{kernels,export}")
     text = (
         "Time DLA beside PyTorch's attention and fla's linear ones in one run, with memory and the share of the "
         "floating-point and traffic floor. On a CPU: the chunkwise path against the token recurrence; exit code 1 "
@@ -32,9 +32,28 @@ def add_bench_parser(subparsers: Any) -> None:
         "--tune", action="store_true", help="CUDA only: find and write this GPU's launch configurations"
     )
     kernels.set_defaults(func=_kernels)
+    text = (
+        "Time exported models of 3.7M parameters (and the one in DIR) in plain torch, on one CPU thread, beside "
+        "transformers' Llama and Mamba-2 of that size."
+    )
+    export = actions.add_parser("export", help="exported models on a CPU", description=text)
+    export.add_argument("model", nargs="?", metavar="DIR", help="measure this export, too")
+    export.add_argument("--attention", action="store_true", help="also dla_attention beside PyTorch's, in ten minutes")
+    export.add_argument("--backbones", nargs="+", choices=("mamba2", "gdn"), default=["mamba2", "gdn"])
+    export.add_argument(
+        "--budget", type=float, default=3.0, metavar="S", help="seconds of repeats a measurement (default: 3)"
+    )
+    export.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
+    export.set_defaults(func=_export)
 
 
 def _kernels(args: argparse.Namespace) -> int:
     from .run import bench_kernels
 
     return bench_kernels(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .export import bench_export
+
+    return bench_export(args)
