@@ -24,46 +24,66 @@ class _Slots:
 
     def __init__(self, cell: array, starts: list[int], counts: list[int], infos: list[float]) -> None:
         self.cell, self.starts, self.counts, self.infos = cell, starts, counts, infos
-        self.costs = [self.cost(i) for i in range(len(starts) - 1)]
+        self.costs = [self._cost(i) for i in range(len(starts) - 1)]
 
-    def cost(self, i: int) -> float:
+    def _cost(self, i: int) -> float:
         cell, infos, counts = self.cell, self.infos, self.counts
         cell[0] = infos[i] + infos[i + 1]
-        cell[0] = cell[0] / (counts[i] + counts[i + 1])
+        cell[0] /= counts[i] + counts[i + 1]
         return cell[0]
 
     def clear(self) -> None:
         for x in (self.starts, self.counts, self.infos, self.costs):
             x.clear()
 
-    def grow(self, count: int, info: float) -> None:
-        """Give tokens to the open slot, whose sum becomes `info`."""
-        if self.starts and count:
-            self.counts[-1] += count
-            self.infos[-1] = info
-            if self.costs:
-                self.costs[-1] = self.cost(len(self.costs) - 1)
+    def grow(self, scores: list[float]) -> None:
+        """Give tokens with these scores to the open slot."""
+        cell, infos = self.cell, self.infos
+        cell[0] = infos[-1]
+        for x in scores:
+            cell[0] += x
+        infos[-1] = cell[0]
+        self.counts[-1] += len(scores)
+        if self.costs:
+            self.costs[-1] = self._cost(len(self.costs) - 1)
 
-    def open(self, start: int, count: int, info: float) -> None:
+    def open(self, start: int, scores: list[float], full: bool) -> int | None:
+        """Open a slot of as many tokens as scores, which are summed one by one, as decoding does.
+
+        With `full`, the cheapest pair merges first: returns the start that dies. One function without calls: it runs
+        at every boundary of every lane.
+        """
+        cell, counts, infos, costs = self.cell, self.counts, self.infos, self.costs
+        dying = None
+        if full:
+            i = costs.index(min(costs))  # the oldest pair wins a tie
+            tokens = counts[i] + counts.pop(i + 1)
+            cell[0] = infos[i] + infos.pop(i + 1)
+            counts[i], infos[i] = tokens, cell[0]
+            dying = self.starts.pop(i + 1)
+            del costs[i]
+            if i < len(costs):
+                cell[0] = infos[i] + infos[i + 1]
+                cell[0] /= tokens + counts[i + 1]
+                costs[i] = cell[0]
+            if i:
+                cell[0] = infos[i - 1] + infos[i]
+                cell[0] /= counts[i - 1] + tokens
+                costs[i - 1] = cell[0]
+        tokens, info = len(scores), scores[0]
+        if tokens > 1:
+            cell[0] = info
+            for x in scores[1:]:
+                cell[0] += x
+            info = cell[0]
+        if counts:
+            cell[0] = infos[-1] + info
+            cell[0] /= counts[-1] + tokens
+            costs.append(cell[0])
         self.starts.append(start)
-        self.counts.append(count)
-        self.infos.append(info)
-        if len(self.starts) > 1:
-            self.costs.append(self.cost(len(self.costs)))
-
-    def merge_cheapest(self) -> int:
-        """Merge the cheapest pair; returns the start that dies."""
-        costs, counts, infos = self.costs, self.counts, self.infos
-        i = costs.index(min(costs))  # the oldest pair wins a tie
-        counts[i] += counts.pop(i + 1)
-        self.cell[0] = infos[i] + infos.pop(i + 1)
-        infos[i] = self.cell[0]
-        del costs[i]
-        if i < len(costs):
-            costs[i] = self.cost(i)
-        if i:
-            costs[i - 1] = self.cost(i - 1)
-        return self.starts.pop(i + 1)
+        counts.append(tokens)
+        infos.append(info)
+        return dying
 
 
 class _LowestMoved:
@@ -107,7 +127,7 @@ class _LowestMoved:
 
 def apply_capacity(
     start: Tensor,
-    running: Tensor,
+    score: Tensor,
     resets: Tensor,
     capacity: int,
     cache: SlotCache | None = None,
@@ -117,7 +137,7 @@ def apply_capacity(
     """Which starts die, by the density rule (eq 16).
 
     Args:
-        start, resets: bool [N, T]; running: [N, T], see `detect`; cache: slots already there, lanes as [B * H].
+        start, resets: bool [N, T]; score: [N, T], see `detect`; cache: slots already there, lanes as [B * H].
 
     Returns:
         death int32 [N, T], cache_death int32 [N, K], lo int32 [N, T] or None, and the slots' final sums [N, K].
@@ -126,41 +146,61 @@ def apply_capacity(
     opens = start | resets
     lane, position = opens.nonzero(as_tuple=True)
     until = F.pad(position[1:], (0, 1), value=T).masked_fill(F.pad(lane[1:] != lane[:-1], (0, 1)), T)
-    boundaries = [x.tolist() for x in (position, until, resets[lane, position], running[lane, until - 1])]
+    boundaries = [x.tolist() for x in (position, until, resets[lane, position])]
     ends = opens.sum(1).cumsum(0).tolist()
     first = torch.where(opens.any(1), opens.int().argmax(1), T)  # tokens of the cache's open slot
-    heads = zip(first.tolist(), running.gather(1, (first - 1).clamp(min=0)[:, None])[:, 0].tolist(), strict=True)
     lo = _LowestMoved(capacity) if want_lo else None
     died: list[tuple[int, int]] = []  # in [N * T], time
     cache_died: list[tuple[int, int]] = []  # in [N * K], time
     final = []
     begin = 0
-    for n, (slots, (tokens, info)) in enumerate(zip(_slots(cache, N, running.dtype), heads, strict=True)):
-        slots.grow(tokens, info)
+    lanes = zip(_slots(cache, N, score.dtype), first.tolist(), score.tolist(), strict=True)
+    for n, (slots, tokens, scores) in enumerate(lanes):
+        if slots.starts:
+            slots.grow(scores[:tokens])
         if lo is not None:
             lo.record(slots, tokens, 0)
         document = 0
-        for at, end, reset, info in zip(*(x[begin : ends[n]] for x in boundaries), strict=True):
+        for at, end, reset in zip(*(x[begin : ends[n]] for x in boundaries), strict=True):
             if reset:
                 slots.clear()
                 document = at
-            elif len(slots.starts) == capacity:
-                dying = slots.merge_cheapest()
+            dying = slots.open(at, scores[at:end], len(slots.starts) == capacity)
+            if dying is not None:
                 if dying >= 0:
                     died.append((n * T + dying, at))
                 else:
                     cache_died.append((n * capacity - 1 - dying, at))
-            slots.open(at, end - at, info)
             if lo is not None:
                 lo.record(slots, end, document)
         begin = ends[n]
         final.append(slots.infos + [0.0] * (capacity - len(slots.infos)))
+    if lo is not None:
+        before = None if cache is None else cache.info.gather(2, (cache.live - 1).clamp(min=0)[..., None]).flatten()
+        moved = lo.values(opens, resets, running_sums(opens, score, before))
     return (
         _deaths(died, N, T, T, start.device),
         _deaths(cache_died, N, capacity, T, start.device),
-        None if lo is None else lo.values(opens, resets, running),
-        torch.tensor(final, dtype=running.dtype, device=start.device),
+        moved if lo is not None else None,
+        torch.tensor(final, dtype=score.dtype, device=start.device),
     )
+
+
+def running_sums(start: Tensor, score: Tensor, before: Tensor | None = None) -> Tensor:
+    """Sum of the scores since the last boundary: [N, T].
+
+    Token by token, like the recurrence's: differences of one long cumsum would break exact ties, lose digits with T,
+    and carry one document's rounding into the next.
+
+    Args:
+        before: [N], of the slot that is open before the first token, or None.
+    """
+    kept, scores = (~start).to(score.dtype).T.contiguous(), score.T.contiguous()
+    sums = torch.empty_like(scores)
+    total = torch.zeros_like(score[:, 0]) if before is None else before.to(score.dtype)
+    for x, keep, out in zip(scores.unbind(), kept.unbind(), sums.unbind(), strict=True):
+        total = torch.addcmul(x, total, keep, out=out)
+    return sums.T
 
 
 def _slots(cache: SlotCache | None, lanes: int, dtype: torch.dtype) -> list[_Slots]:

@@ -147,20 +147,16 @@ def detect(
     tau: Tensor,
     resets: Tensor,
     state: Tensor | None,
-    info: Tensor | None,
     chunk_size: int = 64,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Boundaries and scores over lanes.
 
     Args:
         k, v: [N, T, Dk], [N, T, Dv]. g, beta: [N, T]. tau: [N]. resets: bool [N, T], document starts.
-        state, info: [N, Dk, Dv] and [N], open state of the incoming cache and its summed scores, or None: then the
-            first token must be a document start.
+        state: [N, Dk, Dv], open state of the incoming cache, or None: then the first token must be a document start.
 
     Returns:
-        start bool [N, T]; score [N, T] and the summed scores of the open slot after each token [N, T] in the compute
-        dtype. The sum restarts at every boundary and is taken token by token, like the recurrence's: differences of
-        one long cumsum would break exact ties, lose digits with T, and carry one document's rounding into the next.
+        start bool [N, T], score [N, T].
     """
     N, T = g.shape
     state = k.new_zeros(N, k.shape[-1], v.shape[-1]) if state is None else state
@@ -184,14 +180,4 @@ def detect(
         starts.append(start)
         scores.append(score)
     start, score = (torch.cat(x).transpose(0, 1).flatten(1)[:, :T] for x in (starts, scores))
-    return start, score, _sums(start, score, info)
-
-
-def _sums(start: Tensor, score: Tensor, info: Tensor | None) -> Tensor:
-    """Sum of the scores since the last boundary, token by token: [N, T]."""
-    kept, scores = (~start).to(score.dtype).T.contiguous(), score.T.contiguous()
-    sums = torch.empty_like(scores)
-    before = torch.zeros_like(score[:, 0]) if info is None else info
-    for x, keep, total in zip(scores.unbind(), kept.unbind(), sums.unbind(), strict=True):
-        before = torch.addcmul(x, before, keep, out=total)
-    return sums.T
+    return start, score

@@ -37,20 +37,19 @@ def torch_partition(
         B, T, H, _ = v.shape
         resets = document_starts(cu_seqlens, B, T, v.device).repeat_interleave(H, dim=0)
         lane_tau = torch.as_tensor(tau, dtype=compute_dtype(v), device=v.device).expand(H).repeat(B)
-        state, info, dtype = None, None, compute_dtype(v)
+        state, dtype = None, compute_dtype(v)
         if cache is None:
             resets[:, 0] = True
         else:
-            last = (cache.live - 1).clamp(min=0)[..., None]
-            open_slot = last[..., None, None].expand(B, H, 1, *cache.states.shape[3:])
+            last = (cache.live - 1).clamp(min=0)[..., None, None, None]
+            open_slot = last.expand(B, H, 1, *cache.states.shape[3:])
             state = cache.states.gather(2, open_slot).flatten(0, 2).to(dtype)
-            info = cache.info.gather(2, last).flatten().to(dtype)
             resets[:, 0] |= cache.live.view(-1) == 0
-        start, score, running = detect(
+        start, score = detect(
             lanes(k, H, dtype), lanes(v, H, dtype), lanes(g, H, dtype),
-            None if beta is None else lanes(beta, H, dtype), lane_tau, resets, state, info, chunk_size,
+            None if beta is None else lanes(beta, H, dtype), lane_tau, resets, state, chunk_size,
         )  # fmt: skip
-        done = apply_capacity(start, running, resets, capacity, cache, want_lo=want_lo)
+        done = apply_capacity(start, score, resets, capacity, cache, want_lo=want_lo)
         death, cache_death, lo, final_info = done
         return Partition(
             start=unlanes(start, B),

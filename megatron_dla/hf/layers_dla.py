@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ class DLAMixer(nn.Module):
 
     def __init__(self, config: DLAConfig, letter: str = "D") -> None:
         super().__init__()
-        self.config, self.delta = config, config.backbone == "gdn"
+        # plain fields: reading an attribute of a transformers config costs as much as a small tensor operation
+        self.config, self.delta = SimpleNamespace(**config.to_dict()), config.backbone == "gdn"
         table = self.table(config)
         self.sizes = dict(table["in_proj.weight"].sections)
         for name, spec in table.items():
@@ -172,8 +174,7 @@ class DLAMixer(nn.Module):
         """The last W - 1 inputs; a copy, since a view would keep the whole prompt's activations alive."""
         wanted = self.config.conv_kernel - 1
         tail = x.new_zeros(x.shape[0], wanted, x.shape[2]) if tail is None else tail
-        inputs = torch.cat([tail, x], 1)
-        return inputs[:, inputs.shape[1] - wanted :].clone()
+        return torch.cat([tail[:, x.shape[1] :], x[:, max(x.shape[1] - wanted, 0) :]], 1)
 
     def _recur(self, tensors: tuple, rule: SlotRule, memory: LayerMemory, step: Step) -> Tensor:
         """The recurrence over (q, k, v, g, slot_weights, beta): [B, T, H, Dv]."""
