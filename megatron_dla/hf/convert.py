@@ -36,7 +36,7 @@ from megatron_dla.hf.directory import (
     write_weights,
 )
 from megatron_dla.hf.fast_tokenizer import SpecialTokens, write_tokenizer
-from megatron_dla.hf.fla import fla_weights, is_fla, read_fla
+from megatron_dla.hf.linear_models import LINEAR_FAMILIES, is_linear, linear_weights, read_linear
 from megatron_dla.hf.load import check_tokenizer
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.counts import count_parameters
@@ -286,9 +286,9 @@ def from_hf(
     """Write a checkpoint (weights and layout, no optimizer state) from an exported directory or another model.
 
     Args:
-        hf_dir: what `to_hf` wrote, a model of one of `hf.families.FAMILIES`, or a Gated DeltaNet of fla (`hf.fla`).
+        hf_dir: what `to_hf` wrote, or a model of one of `hf.families.FAMILIES` or `hf.linear_models.LINEAR_FAMILIES`.
         tensor_parallel: number of weight files; a checkpoint means the same at every one.
-        capacity, tau: slots of the DLA layers that a Gated DeltaNet becomes; default: those of `ModelSection`.
+        capacity, tau: slots of the DLA layers that linear attention becomes; default: those of `ModelSection`.
 
     The pattern comes back spelled out, one letter a layer; the step is 0. The tokenizer stays where it is: only its
     hash is in a checkpoint.
@@ -300,9 +300,10 @@ def from_hf(
     source, out = Path(hf_dir), Path(out_checkpoint_dir)
     merged: Mapping[str, Tensor]
     raw = read_config(source, "give a Hugging Face directory")
-    if not is_fla(raw) and (capacity is not None or tau is not None):
+    if not is_linear(raw) and (capacity is not None or tau is not None):
         raise UserError(
-            f"--capacity and --tau are for a gated_deltanet model, {str(source)!r} is {raw.get('model_type')}"
+            f"--capacity and --tau are for a model of type {' or '.join(LINEAR_FAMILIES)}, {str(source)!r} is "
+            f"{raw.get('model_type')}"
         )
     if raw.get("model_type") == "dla":
         section, config = read_section(source)
@@ -314,11 +315,11 @@ def from_hf(
         vocab_size = _training_rows(config, section, source)
         merged = PaddedRows(mapping.from_hf_names(stored, section), vocab_size)
     else:
-        if is_fla(raw):
+        if is_linear(raw):
             default = ModelSection()
             slots = (default.capacity if capacity is None else capacity, default.tau if tau is None else tau)
-            section, info = read_fla(source, *slots)
-            merged = fla_weights(source, section)
+            section, info = read_linear(source, *slots)
+            merged = linear_weights(source, section)
         else:
             section, info = read_backbone(source)
             merged = read_weights(source, section, info.vocab_size)

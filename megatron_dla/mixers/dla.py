@@ -23,7 +23,6 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from megatron_dla.kernels.dla import Partition
 from megatron_dla.kernels.dla.documents import document_starts
@@ -35,6 +34,7 @@ from megatron_dla.mixers.functional import SlotRule
 from megatron_dla.mixers.layout import FP32_PARAMETERS, ParamSpec, dla_parameters
 from megatron_dla.mixers.recurrence import Inputs, attend, decide
 from megatron_dla.parallel.context import HeadExchange
+from megatron_dla.parallel.sums import sum_over
 from megatron_dla.parallel.tags import Tag, set_tag, sum_gradient
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class DLAMixer(MegatronModule):
         groups, size = self.model.num_groups, self.tp.size()
         mine = self.tp.rank() * groups // size
         place = torch.arange(groups, device=square.device) == mine
-        sums = all_reduce(square[..., 0] * place, group=self.tp)  # [B, S, groups]
+        sums = sum_over(square[..., 0] * place, self.tp)  # [B, S, groups]
         return sums[..., mine, None, None] * (groups / size)
 
     def _core(self, part: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gated DeltaNets of flash-linear-attention become DLA models that compute the same logits."""
+"""Models of flash-linear-attention become DLA models that compute the same logits."""
 
 import json
 import shutil
@@ -18,14 +18,15 @@ from megatron_dla.hf.verify import megatron_logits, megatron_model
 FLA = Path(__file__).parents[1] / "fixtures/fla"
 
 
-@pytest.mark.parametrize("name", ["groups", "hybrid"])
+@pytest.mark.parametrize("name", ["groups", "hybrid", "mamba2"])
 @pytest.mark.parametrize("capacity, tau", [(2, 0.0), (4, 1.2)])
 def test_logits_are_those_of_fla(tmp_path, name, capacity, tau):
     """Also where slots open and merge at every token (tau 0)."""
     model, layout = megatron_model(from_hf(FLA / name, tmp_path / "step_0", 2, capacity=capacity, tau=tau))
     want = load_file(FLA / name / "logits.st")
-    assert layer_letters(layout.model) == {"groups": "DD", "hybrid": "DA"}[name]
-    assert (layout.model.capacity, layout.model.tau, layout.vocab_size, layout.seq_len) == (capacity, tau, 64, 128)
+    assert layer_letters(layout.model) == ("DA" if name == "hybrid" else "DD")
+    assert (layout.model.capacity, layout.model.tau, layout.vocab_size) == (capacity, tau, 64)
+    assert layout.seq_len == (2048 if name == "mamba2" else 128)  # config.json of Mamba-2 has no length
     # fla adds 1e-6 to the squared norms of q and k
     assert (megatron_logits(model, want["ids"]) - want["logits"]).abs().max() < 1e-4
 
@@ -39,12 +40,15 @@ def test_bf16_weights_keep_the_scalars_of_the_recurrence_fp32(tmp_path):
     assert fp32 == {"A_log", "dt_bias", "slot_scale", "slot_bias"}
 
 
-@pytest.mark.parametrize("key, value", [
-    ("use_gate", False), ("allow_neg_eigval", True), ("conv_bias", True), ("hidden_act", "relu"),
-    ("output_gate_activation", "sigmoid"), ("attn.window_size", 64), ("attn.qkv_bias", True), ("model_type", "mamba2"),
+@pytest.mark.parametrize("name, key, value", [
+    ("hybrid", "use_gate", False), ("hybrid", "allow_neg_eigval", True), ("hybrid", "conv_bias", True),
+    ("hybrid", "hidden_act", "relu"), ("hybrid", "output_gate_activation", "sigmoid"),
+    ("hybrid", "attn.window_size", 64), ("hybrid", "attn.qkv_bias", True),
+    ("mamba2", "rmsnorm", False), ("mamba2", "norm_before_gate", True), ("mamba2", "D_has_hdim", True),
+    ("mamba2", "n_groups", 2), ("mamba2", "dt_limit", [0.001, 0.1]), ("mamba2", "use_bias", True),
 ])  # fmt: skip
-def test_a_setting_that_is_computed_differently_is_named(tmp_path, key, value):
-    shutil.copytree(FLA / "hybrid", tmp_path / "model")
+def test_a_setting_that_is_computed_differently_is_named(tmp_path, name, key, value):
+    shutil.copytree(FLA / name, tmp_path / "model")
     path = tmp_path / "model/config.json"
     config = json.loads(path.read_text())
     (config["attn"] if key.startswith("attn.") else config)[key.removeprefix("attn.")] = value
