@@ -31,13 +31,14 @@ def test_logits_are_those_of_fla(tmp_path, name, capacity, tau):
     assert (megatron_logits(model, want["ids"]) - want["logits"]).abs().max() < 1e-4
 
 
-def test_bf16_weights_keep_the_scalars_of_the_recurrence_fp32(tmp_path):
-    shutil.copytree(FLA / "groups", tmp_path / "bf16")
+@pytest.mark.parametrize("name, more", [("groups", set()), ("mamba2", {"D"})])
+def test_bf16_weights_keep_the_scalars_of_the_recurrence_fp32(tmp_path, name, more):
+    shutil.copytree(FLA / name, tmp_path / "bf16")
     path = tmp_path / "bf16/model.safetensors"
     save_file({name: x.bfloat16() for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
     merged, _ = load_merged(from_hf(tmp_path / "bf16", tmp_path / "step_0"))
     fp32 = {key.rsplit(".", 1)[-1] for key, x in merged.items() if x.dtype == torch.float32}
-    assert fp32 == {"A_log", "dt_bias", "slot_scale", "slot_bias"}
+    assert fp32 == {"A_log", "dt_bias", "slot_scale", "slot_bias"} | more
 
 
 @pytest.mark.parametrize("name, key, value", [

@@ -7,7 +7,7 @@ import pytest
 from megatron_dla.config import ParallelSection, check_config, from_dict
 from megatron_dla.errors import ConfigError
 from tests.support import engine_workers
-from tests.support.engine_workers import CHAIN, CP2, GDN, HYBRID, MAMBA, SP2, Case
+from tests.support.engine_workers import CHAIN, CP2, GDN, HYBRID, MAMBA, PUBLISHED, SP2, Case
 from tests.support.workers import check
 
 STEPS = 3
@@ -15,6 +15,7 @@ CASES = {
     "selective": Case(MAMBA, training=(("recompute", "selective"),)),
     "full": Case(GDN, training=(("recompute", "full"),)),
     "full, hybrid, tp2+sp": Case(HYBRID, SP2, training=(("recompute", "full"),)),
+    "full, published mamba2, tp2+sp": Case(PUBLISHED, SP2, training=(("recompute", "full"),)),
     "selective, hybrid, cp2": Case(HYBRID, CP2, training=(("recompute", "selective"),)),
     "full, learned tau, cp2 zero2": Case(MAMBA, CP2, zero=2, training=(("recompute", "full"),)),
     "full, zero3": Case(GDN, zero=3, training=(("recompute", "full"),)),

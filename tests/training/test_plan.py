@@ -117,3 +117,15 @@ def test_zero_recomputation_and_offload_lower_the_estimate() -> None:
     assert plan(recompute="selective").memory["activations"] < base.memory["activations"]
     offloaded = plan(offload_optimizer=True)
     assert offloaded.memory["optimizer"] == 0 and offloaded.host == base.memory["optimizer"]
+
+
+def test_layers_without_mlp_cost_what_the_mixers_do() -> None:
+    from megatron_dla.training.plan import make_plan
+
+    config = load_config(CONFIGS / "dla_mamba2_780m.yaml", ["parallel.tensor_model_parallel_size=2"])
+    bare = dataclasses.replace(config, model=dataclasses.replace(config.model, ffn_hidden_size=0))
+    with_mlp, without = (make_plan(x, 32, 32_000, True) for x in (config, bare))
+    assert without.traffic["tensor"] == with_mlp.traffic["tensor"] / 2  # one all-reduce less a layer and direction
+    tokens = config.training.micro_batch_size * config.data.seq_len
+    mlp = 2 * config.model.hidden_size * 2 + 3 * config.model.ffn_hidden_size // 2 * 2  # bytes a token, TP 2, bf16
+    assert with_mlp.memory["activations"] - without.memory["activations"] == tokens * config.model.num_layers * mlp
