@@ -48,6 +48,8 @@ def edit(directory: Path, **changes) -> None:
 def test_logits_are_those_of_transformers(tmp_path, changes, capacity, tau):
     """Also where slots open and merge at every token (tau 0)."""
     oracle = save_model(tmp_path / "model", **changes)
+    if oracle.config.n_groups > 1 and not hasattr(oracle.backbone.layers[0].mixer.norm, "group_size"):
+        pytest.skip("this release of transformers averages over all groups (5.17), unlike mamba_ssm and later ones")
     step = from_hf(tmp_path / "model", tmp_path / "step_0", 2, capacity=capacity, tau=tau)
     model, layout = megatron_model(step)
     assert (layout.model.capacity, layout.model.tau, layout.vocab_size) == (capacity, tau, 64)
