@@ -12,8 +12,9 @@ import torch
 import torch.multiprocessing as mp
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+def _serve(rank: int, world_size: int, store: str, pipe: Any, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     from megatron_dla import compat
 
@@ -33,11 +34,12 @@ class Ranks:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         store = os.path.join(tempfile.mkdtemp(), "store")
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.support.preload"])
         pairs = [context.Pipe() for _ in range(world_size)]
         self.pipes = [mine for mine, _ in pairs]
         self.processes = [
-            context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
+            context.Process(target=_serve, args=(rank, world_size, store, theirs, dict(os.environ)), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for process in self.processes:
