@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import decode_step, dla_attention, partition
+from .autocast import without_autocast
 from .cache_dla import LayerMemory
 from .configuration_dla import DLAConfig
 from .functional import (
@@ -126,7 +127,7 @@ class DLAMixer(nn.Module):
     def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
         if step.real is not None:
             x = x * step.real[..., None]  # no projection has a bias: to the convolutions a zero token is like none
-        part = dict(zip(self.sizes, self.in_proj(x).split(list(self.sizes.values()), -1), strict=True))
+        part = self._project(x)
         query, key, value = self._convolve(part, memory, step)
         lam, rule = self._slots(part)
         beta, write = None, value
@@ -145,6 +146,13 @@ class DLAMixer(nn.Module):
         else:
             out = gated_head_norm(out, gate, self.norm, eps, gate_first=gate_first)
         return self.out_proj(out.flatten(2).to(x.dtype))
+
+    @without_autocast
+    def _project(self, x: Tensor) -> dict[str, Tensor]:
+        """The sections of `in_proj`. Not in bf16 under autocast: decisions and gradients would follow its rounding."""
+        dtype = self.in_proj.weight.dtype
+        x = x.to(dtype) if dtype.is_floating_point else x  # of quantised weights it says nothing
+        return dict(zip(self.sizes, self.in_proj(x).split(list(self.sizes.values()), -1), strict=True))
 
     def _slots(self, part: dict[str, Tensor]) -> tuple[Tensor, SlotRule]:
         """The readout weight of each slot [B, T, H, K], and the rule by which slots open and merge."""
