@@ -7,6 +7,7 @@ is left.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,17 +102,27 @@ def decode_logits(model: Any, ids: Tensor, prompt: int) -> Tensor:
     return torch.cat(logits, 1)
 
 
+def reference_logits(checkpoint: Path, rows: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Of the checkpoint's Megatron model, run in `dtype`, on rows [1, T]; the model is gone afterwards."""
+    model = megatron_model(checkpoint)[0].to(dtype)
+    logits = [megatron_logits(model, ids) for ids in rows]
+    del model
+    gc.collect()  # its modules refer to each other
+    return logits
+
+
 @torch.no_grad()
-def compare(reference: Any, exported: Any, rows: list[Tensor], dtype: str = "fp32") -> Report:
-    """Both models, as they are, on rows [1, T] of token ids; the last row also token by token from its middle on."""
+def compare(want: list[Tensor], exported: Any, rows: list[Tensor], dtype: torch.dtype) -> Report:
+    """The exported model's logits on rows [1, T] and those wanted; the last row also one by one from its middle on."""
     differences, shares = [], []
-    for ids in rows:
-        ours, theirs = megatron_logits(reference, ids), exported(ids, use_cache=False).logits
+    for ids, ours in zip(rows, want, strict=True):
+        theirs = exported(ids, use_cache=False).logits
         differences.append((ours - theirs).abs().max().item())
         shares.append((ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
     stepped = decode_logits(exported, rows[-1], max(1, rows[-1].shape[1] // 2))
     decode = (theirs - stepped).abs().max().item()
-    return Report(_largest(differences), min(shares), decode, max(ids.shape[1] for ids in rows), dtype)
+    longest = max(ids.shape[1] for ids in rows)
+    return Report(_largest(differences), min(shares), decode, longest, "fp32" if dtype == torch.float32 else "float64")
 
 
 def _token_rows(vocab: int, tokens: int) -> list[Tensor]:
@@ -157,8 +168,8 @@ def verify(
     Args:
         checkpoint_dir: step_N or run directory. tolerance: largest allowed difference of a logit.
         tokens: length of the longer row of random tokens.
-        weights_only: do not build the two models (Megatron's, TP = 1, CPU, and the export's), which hold all weights in
-            fp32, and return None.
+        weights_only: do not build the two models (Megatron's, TP = 1, CPU, then the export's), each of which holds all
+            weights in fp32, and return None.
 
     Raises:
         UserError: a weight that differs, or a logit by more than the tolerance. CheckpointError: either side is missing
@@ -180,19 +191,17 @@ def verify(
 
 
 def verify_logits(checkpoint: Path, out: Path, tolerance: float, tokens: int) -> Report:
-    """The second half of `verify`, with its arguments."""
-    exported = load_export(out, dtype=torch.float32)
-    reference, layout = megatron_model(checkpoint)
-    rows = _token_rows(layout.vocab_size, tokens)
-    report = compare(reference, exported, rows)
-    print(report, flush=True)
-    if not report.worst <= tolerance:
-        print("over the tolerance: repeated in float64, where rounding cannot move a boundary", flush=True)
-        report = compare(reference.double(), exported.double(), rows, "float64")
+    """The second half of `verify`, with its arguments. One of the two models is in memory at a time."""
+    rows = _token_rows(CheckpointLayout.load(checkpoint).vocab_size, tokens)
+    for dtype in (torch.float32, torch.float64):
+        want = reference_logits(checkpoint, rows, dtype)
+        report = compare(want, load_export(out, dtype=torch.float32).to(dtype), rows, dtype)
         print(report, flush=True)
-    if not report.worst <= tolerance:
-        raise UserError(
-            f"{str(out)!r} differs from {str(checkpoint)!r} by {report.worst:.3g}, tolerance {tolerance:g}: convert "
-            "again (a bf16 export of fp32 weights differs by its rounding: verify an fp32 one)"
-        )
-    return report
+        if report.worst <= tolerance:
+            return report
+        if dtype == torch.float32:
+            print("over the tolerance: repeated in float64, where rounding cannot move a boundary", flush=True)
+    raise UserError(
+        f"{str(out)!r} differs from {str(checkpoint)!r} by {report.worst:.3g}, tolerance {tolerance:g}: convert again "
+        "(a bf16 export of fp32 weights differs by its rounding: verify an fp32 one)"
+    )
