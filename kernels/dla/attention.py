@@ -218,7 +218,7 @@ def dla_attention(
     cache: SlotCache | None = None,
     return_cache: bool = False,
     backend: str = "auto",
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     tau_temperature: float = TAU_TEMPERATURE,
 ) -> tuple[Tensor, SlotCache | None]:
     """Dynamic Linear Attention over a sequence (arXiv 2606.10650, eqs 13-18).
@@ -237,7 +237,8 @@ def dla_attention(
             Gradients flow into `cache.states` and out of the returned cache's.
         backend: `naive` (float64 recurrence), `torch` (chunkwise), `triton` (GPU kernels; on a CPU only under Triton's
             interpreter), `auto` (`triton` on a GPU where it takes the inputs, else `torch`).
-        chunk_size: tokens a chunk of the `torch` backend; changes the speed and the rounding, not the result.
+        chunk_size: tokens a chunk of the `torch` backend; changes the speed and the rounding, not the result. None: 128
+            where it pays, with states of at least 64 x 64, else 64.
 
     Returns:
         out [B, T, H, Dv] in v's dtype (states and decisions are fp32, or float64 for float64 inputs), and the final
@@ -262,6 +263,8 @@ def dla_attention(
         raise ValueError("a tau that requires a gradient works with merge='density' and without an incoming cache")
     if learned and backend == "naive":
         raise ValueError("backend='naive' has no gradient for tau: use 'torch'")
+    if chunk_size is None:
+        chunk_size = 128 if min(k.shape[-1], Dv) >= 64 else 64
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if cu_seqlens is not None and padding is None and (cache is not None or return_cache):

@@ -24,7 +24,7 @@ from .cache import EMPTY
 from .documents import begin_of_document
 from .threshold import threshold_gradient
 
-WINDOW = 8  # chunks whose arrays are in memory at once: they stay in the cache of a CPU, whatever T is
+WINDOW = 512  # tokens whose arrays are in memory at once: they stay in the cache of a CPU, whatever T is
 NEVER = 2**30  # death of a start that lives to the end
 
 
@@ -199,7 +199,7 @@ class _Row:
         return cls(q, k, v, g, lam, beta, start, death, begin, chunk_size)
 
     def windows(self) -> list[slice]:
-        size = WINDOW * self.chunk_size
+        size = max(1, WINDOW // self.chunk_size) * self.chunk_size
         return [slice(at, min(at + size, self.start.shape[1])) for at in range(0, self.start.shape[1], size)]
 
 
