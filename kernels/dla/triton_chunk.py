@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import ceil_div
+from .autocast import without_autocast
 from .triton_backward import (
     decay_gradient_kernel,
     key_gradient_kernel,
@@ -254,6 +255,7 @@ class TritonDLA(torch.autograd.Function):
         return o, final
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, do: Tensor, dfinal: Tensor):
         q, k, v, g, lam, beta, states, tau, life, *carries = ctx.saved_tensors
         plan, layout = ctx.plan, ctx.layout

@@ -277,6 +277,19 @@ def forget_the_carry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_backward_inside_autocast(small_tiles: None, delta: bool) -> None:
+    case = replace(BASE, T=40, delta=delta)
+    tau = torch.full((case.H,), case.tau, device=DEVICE, requires_grad=True)
+    found = []
+    for inside in (False, True):
+        x = {name: t.requires_grad_() for name, t in inputs_of(case, FP32).items()}
+        out = dla_attention(**x, **case.rule | {"tau": tau}, backend="triton")[0]
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=inside):
+            found.append(torch.autograd.grad(out, [*x.values(), tau], cotangent(case, FP32)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
 @pytest.mark.parametrize(
     "mutate", [drop_a_merge, shift_a_slot, skip_a_decay, forget_the_carry], ids=lambda f: f.__name__
 )
