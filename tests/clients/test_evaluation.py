@@ -19,29 +19,25 @@ def lm(exported, request):
 
 
 def tasks(path):
-    """The shapes of PIQA (choices), LAMBADA (last word) and a generated answer, on documents of the test tokenizer."""
+    """lm-eval's own PIQA and LAMBADA on rows of the test tokenizer's words, and a task that generates."""
     rows = [
         {"goal": " ".join(WORDS[: 1 + i % 6]), "sol1": WORDS[i % 7], "sol2": " ".join(WORDS[-2:]), "label": i % 2}
         for i in range(12)
     ]
+    for row in rows:
+        row["text"] = f"{row['goal']} {row['sol1']}"
     data = path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    common = {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
+    local = {
+        "dataset_path": "json", "dataset_name": None,
+        "dataset_kwargs": {"data_files": dict.fromkeys(("train", "validation", "test"), str(data))},
     }  # fmt: skip
-    piqa = common | {
-        "task": "piqa_like", "output_type": "multiple_choice", "doc_to_text": "Question: {{goal}}\nAnswer:",
-        "doc_to_target": "label", "doc_to_choice": "{{[sol1, sol2]}}", "metric_list": [{"metric": "acc_norm"}],
-    }  # fmt: skip
-    lambada = common | {
-        "task": "lambada_like", "output_type": "loglikelihood", "doc_to_text": "{{goal}}", "doc_to_target": " {{sol1}}",
-        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
-    }  # fmt: skip
-    until = common | {
-        "task": "until_like", "output_type": "generate_until", "doc_to_text": "{{goal}}", "doc_to_target": "{{sol1}}",
+    until = {
+        "task": "until", "output_type": "generate_until", "doc_to_text": "{{goal}}", "doc_to_target": "{{sol1}}",
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}, "metric_list": [{"metric": "exact_match"}],
+        "test_split": "test",
     }  # fmt: skip
-    return [piqa, lambada, until]
+    return [local | {"task": "piqa"}, local | {"task": "lambada_openai"}, local | until]
 
 
 def test_batch_1_and_8_agree(lm, tmp_path):
@@ -52,9 +48,9 @@ def test_batch_1_and_8_agree(lm, tmp_path):
         out = simple_evaluate(lm(batch), tasks=tasks(tmp_path), log_samples=True, bootstrap_iters=0)
         found.append({name: [x["filtered_resps"] for x in rows] for name, rows in out["samples"].items()})
     one, eight = found
-    assert set(one) == {"piqa_like", "lambada_like", "until_like"}
-    assert one["until_like"] == eight["until_like"] and all(text for (text,) in one["until_like"])
-    for name in ("piqa_like", "lambada_like"):
+    assert set(one) == {"piqa", "lambada_openai", "until"}
+    assert one["until"] == eight["until"] and all(text for (text,) in one["until"])
+    for name in ("piqa", "lambada_openai"):
         values = [[p for response in row for p in response] for row in one[name]]
         again = [[p for response in row for p in response] for row in eight[name]]
         for a, b in zip(values, again, strict=True):
