@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,8 @@ def lm(exported, request):
 
 def tasks(path):
     """lm-eval's own PIQA and LAMBADA on rows of the test tokenizer's words, and a task that generates."""
+    import lm_eval.tasks
+
     rows = [
         {"goal": " ".join(WORDS[: 1 + i % 6]), "sol1": WORDS[i % 7], "sol2": " ".join(WORDS[-2:]), "label": i % 2}
         for i in range(12)
@@ -32,12 +35,18 @@ def tasks(path):
         "dataset_path": "json", "dataset_name": None,
         "dataset_kwargs": {"data_files": dict.fromkeys(("train", "validation", "test"), str(data))},
     }  # fmt: skip
-    until = {
+    theirs = Path(lm_eval.tasks.__file__).parent
+    found = []
+    for name in ("piqa/piqa", "lambada/lambada_openai"):
+        task = path / f"{Path(name).name}.yaml"
+        task.write_text(json.dumps({"include": str(theirs / f"{name}.yaml"), "task": f"local_{task.stem}", **local}))
+        found.append(str(task))
+    until = local | {
         "task": "until", "output_type": "generate_until", "doc_to_text": "{{goal}}", "doc_to_target": "{{sol1}}",
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}, "metric_list": [{"metric": "exact_match"}],
         "test_split": "test",
     }  # fmt: skip
-    return [local | {"task": "piqa"}, local | {"task": "lambada_openai"}, local | until]
+    return [*found, until]
 
 
 def test_batch_1_and_8_agree(lm, tmp_path):
@@ -48,9 +57,9 @@ def test_batch_1_and_8_agree(lm, tmp_path):
         out = simple_evaluate(lm(batch), tasks=tasks(tmp_path), log_samples=True, bootstrap_iters=0)
         found.append({name: [x["filtered_resps"] for x in rows] for name, rows in out["samples"].items()})
     one, eight = found
-    assert set(one) == {"piqa", "lambada_openai", "until"}
+    assert set(one) == {"local_piqa", "local_lambada_openai", "until"}
     assert one["until"] == eight["until"] and all(text for (text,) in one["until"])
-    for name in ("piqa", "lambada_openai"):
+    for name in ("local_piqa", "local_lambada_openai"):
         values = [[p for response in row for p in response] for row in one[name]]
         again = [[p for response in row for p in response] for row in eight[name]]
         for a, b in zip(values, again, strict=True):
