@@ -1,10 +1,9 @@
 """The DLA mixer as a Megatron-Core module: takes the self_attention slot of a TransformerLayer by ModuleSpec.
 
-Tensor parallel by heads: column-parallel in, row-parallel out, and no collective between (but for a norm over heads of
-several ranks). Partitions are per sequence
-and head, so they need no communication and do not depend on the layout. Context parallel by heads too: an all-to-all
-before the convolution and one after the recurrence; gate and norm come after the second, so the gate is never moved and
-a norm over several heads sees them all.
+Tensor parallel by heads: column-parallel in, row-parallel out, and no collective between, but for a norm over heads of
+several ranks. Partitions are per sequence and head, so they need no communication and do not depend on the layout.
+Context parallel by heads too: an all-to-all before the convolution and one after the recurrence; gate and norm come
+after the second, so the gate is never moved and a norm over several heads sees them all.
 """
 
 from __future__ import annotations
