@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,12 @@ _ADDED = (
 
 
 @contextmanager
-def fresh_directory(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
-    """A temporary directory that replaces `out` if the body succeeds."""
+def fresh_directory(out: Path, overwrite: bool | None, marker: str) -> Iterator[Path]:
+    """A temporary directory that replaces `out` if the body succeeds; `overwrite`: None where that is not a choice."""
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not overwrite:
-            raise UserError(f"{str(out)!r} exists: choose another directory (an earlier export: --overwrite)")
+            again = "" if overwrite is None else " (an earlier export: --overwrite)"
+            raise UserError(f"{str(out)!r} exists: choose another directory{again}")
         if not (out / marker).is_file():
             raise UserError(
                 f"{str(out)!r} is not an earlier export ({marker} is missing) and is not replaced: remove it yourself"
@@ -91,13 +92,13 @@ def fresh_directory(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
 
 
 def tokenizer_file(checkpoint: Path, given: str | Path | None, layout: CheckpointLayout) -> Path:
-    """The tokenizer of the run, checked against the hash in the layout."""
+    """The tokenizer of the run, checked against the hash in the layout (empty: of a model imported without one)."""
     path = Path(given) if given is not None else checkpoint.resolve().parent.parent / TOKENIZER
     path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"{str(path)!r}: no tokenizer here: pass --tokenizer <data.dir>/{TOKENIZER}")
     digest = file_sha256(path)
-    if digest != layout.tokenizer_sha256:
+    if layout.tokenizer_sha256 and digest != layout.tokenizer_sha256:
         raise CheckpointError(
             f"vocabulary mismatch: {str(path)!r} has sha256 {digest}, the checkpoint was trained with "
             f"{layout.tokenizer_sha256}: pass --tokenizer with the {TOKENIZER} of its data.dir"
@@ -186,7 +187,7 @@ def to_hf(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(out_dir)
-    with fresh_directory(out, overwrite, "config.json") as new:
+    with fresh_directory(out, overwrite, CONFIG) as new:
         held = CheckpointLayout.load(checkpoint)
         if held.adapter:
             raise CheckpointError(f"{str(checkpoint)!r} holds a δ-mem adapter: use `dla convert adapter`")
@@ -195,8 +196,14 @@ def to_hf(
         layout = weights.layout
         _check_sizes(weights.parameters, layout.model, layout.vocab_size, checkpoint)
         tokens = write_tokenizer(new, source, layout.vocab_size)
+        if tokens.size > layout.vocab_size:
+            raise CheckpointError(
+                f"{str(source)!r} has {tokens.size} tokens, but the embedding of {str(checkpoint)!r} "
+                f"{layout.vocab_size} rows: pass --tokenizer with the {TOKENIZER} of that model"
+            )
+        layout = replace(layout, tokenizer_sha256=file_sha256(source))
         _write_json(
-            new / "config.json",
+            new / CONFIG,
             _config(layout, tokens, DTYPES[dtype] if dtype else weights["decoder.final_layernorm.weight"].dtype),
         )
         _write_json(new / "generation_config.json", _generation_config(tokens))
@@ -325,7 +332,7 @@ def from_hf(
             merged = read_weights(source, section, info.vocab_size)
         vocab_size, seq_len, digest = info.vocab_size, info.max_length, tokenizer_digest(source)
         check_tensor_parallel(section, tensor_parallel, False, seq_len)
-    with fresh_directory(out, False, COMPLETE) as new:
+    with fresh_directory(out, None, COMPLETE) as new:
         tags = mapping.parameter_tags(section, tensor_parallel)
         total = count_parameters(section, vocab_size)
         names = sorted(tags, key=lambda name: not _is_fp32(name))

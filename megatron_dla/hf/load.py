@@ -152,6 +152,11 @@ def check_tokenizer(hf_dir: str | Path) -> str:
     wanted = str(config["tokenizer_sha256"])
     if not path.exists() and path.with_name("tokenizer.json").is_file():
         return wanted
+    if not path.exists():
+        raise CheckpointError(
+            f"{str(hf_dir)!r} has no tokenizer.json and no {TOKENIZER}: save the tokenizer there as well "
+            "(tokenizer.save_pretrained), or copy them from the export that the model comes from"
+        )
     try:
         found = file_sha256(path)
     except OSError as error:

@@ -70,7 +70,10 @@ def left_padding(mask: Tensor | None, past: int, batch: int, tokens: int, keep: 
     row = torch.arange(tokens, device=mask.device)
     if bool((now == (row >= (tokens - count)[:, None])).all()):
         if bool((count == 0).any()):
-            raise ValueError("attention_mask is 0 over a whole row: drop that row")
+            raise ValueError(
+                "attention_mask is 0 over a whole row: drop that row (a left-padded batch cannot be read in chunks: "
+                "leave out prefill_chunk_size)"
+            )
         return tokens - count
     if bool((now == (row < count[:, None])).all()) and not keep:
         return None  # what comes after the tokens cannot reach them

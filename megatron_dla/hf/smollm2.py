@@ -138,7 +138,7 @@ def write_smollm2(out_dir: str | Path, *, dtype: str = "fp32") -> Path:
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
     source, out = find_gguf(), Path(out_dir)
-    with fresh_directory(out, False, "config.json") as new:
+    with fresh_directory(out, None, "config.json") as new:
         from gguf import GGUFReader
 
         reader = GGUFReader(source)

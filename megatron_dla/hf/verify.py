@@ -132,8 +132,8 @@ def _token_rows(vocab: int, tokens: int) -> list[Tensor]:
     return [torch.randint(0, vocab, (1, n), generator=generator) for n in (tokens, odd)]
 
 
-def compare_weights(checkpoint: Path, hf_dir: Path) -> int:
-    """The number of parameters, all equal in both directories (in the export's dtype); reads one tensor at a time.
+def compare_weights(checkpoint: Path, hf_dir: Path) -> str:
+    """What was compared, one tensor at a time: all equal in both directories, rounded to the export's dtype.
 
     Raises:
         UserError: a tensor differs. CheckpointError: either side is missing or incomplete, or another model's.
@@ -141,6 +141,7 @@ def compare_weights(checkpoint: Path, hf_dir: Path) -> int:
     weights, stored = MergedWeights(checkpoint), DirectoryWeights(hf_dir)
     state = to_hf_names(weights, weights.layout.model)
     check_names(set(stored), set(state), repr(str(hf_dir)))
+    rounded: set[str] = set()
     with progress_bar(weights.parameters, "comparing weights", unit=" parameters") as bar:
         for name, want in state.items():
             got = stored[name]
@@ -151,8 +152,11 @@ def compare_weights(checkpoint: Path, hf_dir: Path) -> int:
                 )
             if not torch.equal(got, want.to(got.dtype)):
                 raise UserError(f"{str(hf_dir)!r}: {name} differs from {str(checkpoint)!r}: convert again")
+            if got.dtype != want.dtype:
+                rounded.add(str(got.dtype).removeprefix("torch."))
             bar.update(got.numel())
-    return weights.parameters
+    note = f" once rounded to the export's {' and '.join(sorted(rounded))}" if rounded else ""
+    return f"{weights.parameters:,} parameters are equal{note}"
 
 
 def verify(
@@ -186,7 +190,7 @@ def verify(
             "it is the export of another model"
         )
     check_tokenizer(out)
-    print(f"{compare_weights(checkpoint, out):,} parameters are equal", flush=True)
+    print(compare_weights(checkpoint, out), flush=True)
     return None if weights_only else verify_logits(checkpoint, out, tolerance, tokens)
 
 

@@ -81,6 +81,8 @@ def read_prompts(path: str) -> list[str]:
         prompts.append(line)
     if not prompts:
         raise UserError(f"--prompts {path}: it holds no prompt")
+    if blank := sum(not line.strip() for line in lines):
+        print(f"--prompts {path}: {blank} blank line(s) skipped", file=sys.stderr)
     return prompts
 
 

@@ -206,8 +206,9 @@ def test_existing_output(exported, tmp_path):
     (mine / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="is not an earlier export"):
         to_hf(case.checkpoint, mine, overwrite=True)
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(UserError, match="exists") as error:
         from_hf(out, mine)
+    assert "--overwrite" not in str(error.value)  # which `from-hf` does not have
 
 
 def test_from_hf_refuses_what_it_cannot_read(exported, tmp_path):
@@ -241,6 +242,24 @@ def test_verify(exported, tmp_path, capsys):
         verify_logits(case.checkpoint, broken, 1e-4, 110)
     with pytest.raises(CheckpointError, match="not a Hugging Face model directory"):
         verify(case.checkpoint, tmp_path / "nothing")
+
+
+def test_verify_says_that_weights_were_rounded(exported, tmp_path, capsys):
+    case = exported("gdn")
+    for dtype, rounded in (("fp32", False), ("bf16", True)):
+        verify(case.checkpoint, to_hf(case.checkpoint, tmp_path / dtype, dtype=dtype), weights_only=True)
+        assert ("bfloat16" in capsys.readouterr().out) == rounded
+
+
+def test_a_model_saved_without_its_tokenizer(exported, tmp_path):
+    case = exported("gdn")
+    saved = shutil.copytree(case.directory, tmp_path / "saved")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (saved / name).unlink()
+    for command in (lambda: from_hf(saved, tmp_path / "out"), lambda: verify(case.checkpoint, saved)):
+        with pytest.raises(CheckpointError, match=r"saved' has no tokenizer\.json and no tokenizer\.model: save the"):
+            command()
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_attention_of_other_shapes(exported):

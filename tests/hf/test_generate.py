@@ -144,6 +144,14 @@ def test_a_bad_option_is_named(dla, options, named):
     assert code == 2 and out == "" and named in error and error.count("\n") == 1
 
 
+def test_skipped_lines_are_counted(tmp_path, capsys):
+    path = tmp_path / "p.txt"
+    path.write_text("one\n\n  \ntwo\n")
+    assert read_prompts(str(path)) == ["one", "two"] and "2 blank" in capsys.readouterr().err
+    path.write_text("one\ntwo\n")
+    assert read_prompts(str(path)) == ["one", "two"] and not capsys.readouterr().err
+
+
 def test_a_line_that_is_no_prompt_is_named(tmp_path):
     path = tmp_path / "p.jsonl"
     for line in ("not json", "{}", '{"prompt": 5}', '["prompt"]'):

@@ -14,7 +14,7 @@ from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.cli import main
 from megatron_dla.errors import CheckpointError, ConfigError
 from megatron_dla.hf.convert import from_hf, to_hf
-from megatron_dla.hf.verify import megatron_logits, megatron_model
+from megatron_dla.hf.verify import megatron_logits, megatron_model, verify
 from tests.support import tiny, train_workers
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -56,6 +56,18 @@ def test_logits_are_those_of_transformers(tmp_path, changes, capacity, tau):
     ids = torch.randint(0, 64, (2, 100), generator=torch.Generator().manual_seed(1))
     got, want = megatron_logits(model, ids), oracle(ids).logits
     assert want.std() > 0.5 and (got - want).abs().max() < 1e-4
+
+
+def test_a_model_without_a_tokenizer_is_exported_with_the_one_given(tokenizer, tmp_path):
+    for rows in (320, 64):
+        save_model(tmp_path / f"model_{rows}", vocab_size=rows)
+        step = from_hf(tmp_path / f"model_{rows}", tmp_path / f"step_{rows}", capacity=2)
+    out = to_hf(tmp_path / "step_320", tmp_path / "out", tokenizer=tokenizer.path)
+    assert json.loads((out / "config.json").read_text())["tokenizer_sha256"] == tokenizer.sha256
+    assert verify(tmp_path / "step_320", out, weights_only=True) is None
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model' has 300 tokens, .* 64 rows: pass --tokenizer"):
+        to_hf(step, tmp_path / "small", tokenizer=tokenizer.path)
+    assert not (tmp_path / "small").exists()
 
 
 def test_it_is_trained_on_and_exported(ranks, tmp_path):
