@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -113,8 +112,7 @@ class DLAMixer(nn.Module):
 
     def __init__(self, config: DLAConfig, letter: str = "D") -> None:
         super().__init__()
-        # plain fields: reading an attribute of a transformers config costs as much as a small tensor operation
-        self.config, self.delta = SimpleNamespace(**config.to_dict()), config.backbone == "gdn"
+        self.config, self.delta = config, config.backbone == "gdn"
         table = self.table(config)
         self.sizes = dict(table["in_proj.weight"].sections)
         for name, spec in table.items():

@@ -254,3 +254,11 @@ def test_save_and_reload(model_of, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_setting_changed_after_loading_counts(model_of, monkeypatch):
+    model, ids = model_of("gdn"), tokens(1, 40)
+    with torch.no_grad():
+        before = model(ids).logits
+        monkeypatch.setattr(model.config, "tau", 0.0)
+        assert not torch.equal(model(ids).logits, before)
