@@ -186,7 +186,7 @@ class _ZeroedEmpty(TorchFunctionMode):
         return (zeros[func] or torch.Tensor.new_zeros)(*args, **(kwargs or {}))
 
 
-def _stub_driver(arch: int) -> Any:
+def stub_driver(arch: int) -> Any:
     """As much of a CUDA driver as triton's front end asks for; it cannot launch anything."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -252,7 +252,7 @@ def dry_run(arch: int) -> Iterator[list[Report]]:
                 print(f"sm_{arch} {one.name}: {one.seconds:.0f} s, {text}", file=sys.stderr, flush=True)
         return kernel
 
-    driver.set_active(_stub_driver(arch))
+    driver.set_active(stub_driver(arch))
     JITFunction.run = run  # type: ignore[method-assign]
     try:
         with _ZeroedEmpty():

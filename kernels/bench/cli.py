@@ -8,9 +8,9 @@ from typing import Any
 
 
 def add_bench_parser(subparsers: Any) -> None:
-    """Add `bench kernels` and `bench export` to an argparse subparsers object; `func(args)` gives the exit code."""
+    """Add `bench` and its actions to an argparse subparsers object; `func(args)` gives the exit code."""
     parser = subparsers.add_parser("bench", help="measure speed and memory on this machine")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{kernels,export}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{kernels,export,ledger}")
     text = (
         "Time DLA beside PyTorch's attention and fla's linear ones in one run, with memory and the share of the "
         "floating-point and traffic floor. On a CPU: the chunkwise path against the token recurrence; exit code 1 "
@@ -45,6 +45,15 @@ def add_bench_parser(subparsers: Any) -> None:
     )
     export.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
     export.set_defaults(func=_export)
+    text = (
+        "Count, without a GPU, what one training step of CONFIG launches, moves and computes, and predict its time on "
+        "a GPU: the step runs on tensors without memory."
+    )
+    ledger = actions.add_parser("ledger", help="a training step, counted without a GPU", description=text)
+    ledger.add_argument("config", type=Path, metavar="CONFIG", help="of a pretraining run")
+    ledger.add_argument("--tokens", type=int, metavar="T", help="tokens a row (default: the config's)")
+    ledger.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
+    ledger.set_defaults(func=_ledger)
 
 
 def _kernels(args: argparse.Namespace) -> int:
@@ -57,3 +66,9 @@ def _export(args: argparse.Namespace) -> int:
     from .export import bench_export
 
     return bench_export(args)
+
+
+def _ledger(args: argparse.Namespace) -> int:
+    from .ledger.run import bench_ledger
+
+    return bench_ledger(args)

@@ -1,0 +1,161 @@
+"""The ledger's counts against counts by hand, and the shipped configs against the committed files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_dla.errors import UserError
+from megatron_dla.kernels.bench.ledger import components
+from megatron_dla.kernels.bench.ledger.record import Recording, record
+from megatron_dla.kernels.bench.ledger.run import ledger_config
+from megatron_dla.kernels.bench.ledger.summary import rows
+from megatron_dla.mixers import functional
+
+ROOT = Path(__file__).resolve().parents[3]
+SHIPPED = ("dla_mamba2_780m", "dla_gdn_1b3")
+GROWTH = 1.05  # of launches, bytes and syncs over the committed ledger
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def booked(recording: Recording) -> list[tuple[str, bool, int]]:
+    return [(e.name, e.backward, e.bytes) for e in recording.events if e.kind == "op"]
+
+
+def test_a_matrix_product_is_counted_with_its_backward() -> None:
+    x, w = meta(48, 32), meta(16, 32)
+    with record() as recording:
+        y = F.linear(x, w)
+        y.backward(torch.empty_like(y))
+    products = [e for e in recording.events if e.name == "mm"]
+    flops = 2 * 48 * 32 * 16
+    moved = 2 * (48 * 32 + 32 * 16 + 48 * 16)
+    assert [e.flops for e in products] == [flops] * 3 and [e.bytes for e in products] == [moved] * 3
+    assert [e.backward for e in products] == [False, True, True]
+    assert booked(recording)[0][0] == "mm"  # the transpose of w is free
+
+
+def test_what_is_expanded_is_read_once_and_a_view_is_free() -> None:
+    x, scale = meta(10, 20, grad=False), meta(20, grad=False)
+    with record() as recording:
+        x.transpose(0, 1).unsqueeze(0) * scale[:, None].expand(20, 10)
+    assert booked(recording) == [("mul", False, 2 * (200 + 20 + 200))]
+
+
+def test_slot_weights_move_what_a_count_by_hand_says() -> None:
+    T, H, K = 64, 3, 5
+    raw, scale, bias = meta(1, T, H, K), meta(H, K, dtype=torch.float32), meta(H, K, dtype=torch.float32)
+    with record() as recording:
+        functional.slot_weights(raw, scale, bias)
+    n, small = T * H * K, 4 * H * K
+    wide = 4 * n
+    assert booked(recording) == [
+        ("_to_copy", False, 2 * n + wide),
+        ("mul", False, small + 2 * wide),
+        ("add", False, 2 * wide + small),
+        ("softplus", False, 2 * wide),
+    ]
+    assert {e.component for e in recording.events} == {components.GATES}
+
+
+def test_the_backward_pass_belongs_to_the_component_of_the_forward() -> None:
+    x, w = meta(1, 64, 24), meta(24, 4)
+    norm = meta(24)
+    with record() as recording:
+        y = functional.short_convolution(x, w)
+        y = F.silu(functional.gated_head_norm(y[..., None, :], y[..., None, :], norm, 1e-5, gate_first=True))
+        torch.autograd.backward([y], [torch.empty_like(y)])
+    found = rows(recording.events)
+    assert set(found) == {components.CONVOLUTION, components.GATED_NORM, components.OTHER}
+    for part in (components.CONVOLUTION, components.GATED_NORM):
+        assert {e.backward for e in recording.events if e.component == part} == {False, True}
+
+
+def test_cuda_has_one_kernel_for_a_norm_and_for_attention() -> None:
+    x, w = meta(4, 16), meta(16)
+    q, k = meta(1, 2, 64, 8), meta(1, 2, 64, 8)
+    mask = meta(1, 1, 64, 64, dtype=torch.bool, grad=False)
+    with record() as recording:
+        y = F.rms_norm(x, (16,), w, 1e-5)
+        o = F.scaled_dot_product_attention(q, k, k, is_causal=True)
+        p = F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+        torch.autograd.backward([y, o, p], [torch.empty_like(z) for z in (y, o, p)])
+    found = {e.name: e for e in recording.events}
+    assert found["rms_norm"].bytes == 2 * (64 + 64 + 16)
+    assert found["rms_norm_backward"].bytes == 2 * (64 + 64 + 16 + 64 + 16)
+    full = 4 * 2 * 64 * 64 * 8
+    assert found["flash_attention"].flops == full // 2 and found["masked_attention"].flops == full
+    assert found["flash_attention_backward"].flops == 5 * full // 4
+    assert found["masked_attention"].bytes == 2 * 4 * 1024 + 64 * 64
+
+
+def test_reads_on_the_host_are_counted_and_answered() -> None:
+    with record() as recording:
+        ends = torch.tensor([0, 3, 7], dtype=torch.int32).to("meta")
+        assert ends.tolist() == [0, 3, 7]
+        table = torch.tensor([[1, 2], [3, 4]], device="meta")
+        assert table.tolist() == [[1, 2], [3, 4]]
+        assert meta(1, grad=False).item() == 1
+        with pytest.raises(RuntimeError):
+            meta(3, grad=False).tolist()
+    assert [e.kind for e in recording.events] == ["copy", "sync", "copy", "sync", "sync", "sync"]
+
+
+def test_a_config_that_is_not_one_gpus_pretraining_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pretraining"):
+        ledger_config(ROOT / "configs" / "delta_mem_recall.yaml")
+    split = tmp_path / "split.yaml"
+    text = (ROOT / "configs" / "dla_mamba2_780m.yaml").read_text()
+    split.write_text(text + "parallel:\n  tensor_model_parallel_size: 2\n")
+    with pytest.raises(UserError, match="parallel"):
+        ledger_config(split)
+    with pytest.raises(UserError, match="--tokens"):
+        ledger_config(ROOT / "configs" / "dla_mamba2_780m.yaml", 1)
+    assert ledger_config(ROOT / "configs" / "dla_mamba2_780m.yaml", 512).data.seq_len == 512
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.ledger_counts", *SHIPPED], capture_output=True, text=True, cwd=ROOT,
+        env=variables | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_launch_is_recorded_with_its_grid_and_bytes(counted: dict) -> None:
+    moved = 1000 * (4 + 2)  # x is given twice and counted once
+    assert counted["launch"] == {"name": "two_tensors_kernel", "bytes": moved, "programs": 16, "kind": "triton"}
+
+
+@pytest.mark.parametrize("backbone", ("mamba2", "gdn"))
+def test_launches_of_a_call_are_those_of_its_passes(counted: dict, backbone: str) -> None:
+    found = counted[backbone]
+    assert found["launches"] == sum(found["components"].values())
+    assert set(found["components"]) >= {components.PARTITION, components.SCANS, components.OUTPUT, components.BACKWARD}
+    assert 0 < found["backward"] < found["launches"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_does_not_cost_more_than_committed(counted: dict, name: str) -> None:
+    """Where it costs less or the growth is wanted: `dla bench ledger configs/NAME.yaml --out docs/results`."""
+    committed = json.loads((ROOT / "docs" / "results" / f"ledger_{name}.json").read_text())
+    found = counted[name]
+    for key in ("launches", "triton", "syncs", "copies", "bytes", "flops"):
+        assert found["total"][key] <= GROWTH * committed["total"][key], key
+    for component, row in found["components"].items():
+        before = committed["components"].get(component, {"launches": 0, "syncs": 0, "bytes": 0})
+        for key in ("launches", "syncs", "bytes"):
+            assert row[key] <= GROWTH * before[key], (component, key)
+    for key in ("host_syncs_a_micro_batch", "fusible_bytes_a_layer", "mixer_launches_a_layer"):
+        assert found["quantities"][key] <= GROWTH * committed["quantities"][key], key
