@@ -26,6 +26,7 @@ from megatron_dla.hf.convert import read_section, to_hf
 from megatron_dla.hf.load import load_export, load_tokenizer
 from megatron_dla.serving.load import load_adapted
 from megatron_dla.serving.session_file import load_session
+from tests.support import train_workers
 
 ROOT = Path(__file__).resolve().parents[1]
 OLD = ROOT / "tests/fixtures/62bb8a7"
@@ -105,16 +106,11 @@ def test_config_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_run_resumes_with_the_same_losses(name: str, tmp_path: Path) -> None:
+def test_run_resumes_with_the_same_losses(ranks, name: str, tmp_path: Path) -> None:
     """Steps 4 and 5 after the checkpoint of step 3: weights, optimizer state, schedule and data position."""
     run = tmp_path / "run"
     shutil.copytree(OLD, run)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    config = f"trained/{name}/config.yaml"
-    command = [sys.executable, "-m", "megatron_dla.cli", "run", config, "--nproc", str(PROCESSES[name])]
-    done = subprocess.run(command, cwd=run, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    metrics = [json.loads(line) for line in (run / "trained" / name / "metrics.jsonl").read_text().splitlines()]
+    metrics = ranks(PROCESSES[name]).run(train_workers.train_file, run, f"trained/{name}/config.yaml")[0]
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
     assert [m["loss"] for m in metrics[3:]] == pytest.approx(LOSSES[name], rel=TOLERANCE)
     kept = (OLD / "trained" / name / "metrics.jsonl").read_text().splitlines()

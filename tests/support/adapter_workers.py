@@ -10,21 +10,17 @@ from typing import Any
 import torch
 
 from megatron_dla import compat
-from tests.support.workers import lay_out
+from tests.support.train_workers import make_trainer
 
 compat.install()
 
 from megatron_dla.adapters.calls import MemoryCall  # noqa: E402
 from megatron_dla.adapters.delta_mem import with_memory  # noqa: E402
 from megatron_dla.checkpoint.weights import load_merged  # noqa: E402
-from megatron_dla.config.adapter import AdapterRunConfig  # noqa: E402
-from megatron_dla.config.load import fill  # noqa: E402
 from megatron_dla.errors import STOPPED  # noqa: E402
 from megatron_dla.evaluation.recall import CATEGORIES, FILLERS  # noqa: E402
 from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
 from megatron_dla.tasks.adapter.loader import EpisodeLoader  # noqa: E402
-from megatron_dla.tasks.run import check_run, run_directory  # noqa: E402
-from megatron_dla.training.trainer import Trainer  # noqa: E402
 
 
 def backbone(directory: Path, rows: int = 0) -> None:
@@ -65,16 +61,6 @@ def config_dict(data: Path, runs: Path, **sections: dict[str, Any]) -> dict[str,
     for name, values in sections.items():
         base.setdefault(name, {}).update(values)
     return base
-
-
-def make_trainer(values: dict[str, Any]) -> Trainer:
-    """The real trainer; the pool's groups are switched to the config's layout first."""
-    config: AdapterRunConfig = fill(AdapterRunConfig, values)
-    lay_out(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size)
-    task, device = check_run(config, torch.distributed.get_world_size())
-    run_dir = run_directory(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return Trainer(task, run_dir, device)
 
 
 def train(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from tests.support.workers import lay_out
 
 compat.install()
 
-from megatron_dla.config import from_dict  # noqa: E402
+from megatron_dla.config import AdapterRunConfig, from_dict, load_config  # noqa: E402
+from megatron_dla.config.load import fill, to_dict  # noqa: E402
 from megatron_dla.data import TokenLoader  # noqa: E402
 from megatron_dla.errors import FenceError  # noqa: E402
 from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
@@ -28,7 +30,7 @@ SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
 
 def make_trainer(values: dict[str, Any]) -> Trainer:
     """The real trainer; the pool's groups are switched to the config's layout first."""
-    config = from_dict(values)
+    config = fill(AdapterRunConfig, values) if "delta_mem" in values else from_dict(values)
     lay_out(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size)
     task, device = check_run(config, torch.distributed.get_world_size())
     run_dir = run_directory(config)
@@ -42,6 +44,12 @@ def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     assert trainer.run() == 0
     torch.distributed.barrier()
     return read_metrics(trainer.run_dir / "metrics.jsonl")
+
+
+def train_file(directory: Path, path: str) -> list[dict[str, Any]]:
+    """The same with a config file, from the directory that its paths start at."""
+    with contextlib.chdir(directory):
+        return train(to_dict(load_config(path)))
 
 
 def plain_training(values: dict[str, Any]) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:

@@ -251,17 +251,16 @@ def start(config: Path, **kwargs) -> subprocess.Popen:
     return subprocess.Popen(cli("run", str(config), "--nproc", "2"), env=env, cwd=config.parent, **kwargs)
 
 
-def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(data, tmp_path) -> None:
-    paths = {}
-    for name in ("straight", "stopped"):
-        values = run_config(
-            data, tmp_path, "gdn", run={"name": name}, parallel={"tensor_model_parallel_size": 2},
-            training={"steps": 12, "eval_every": 6, "eval_rows": 4},
-        )  # fmt: skip
-        paths[name] = tmp_path / f"{name}.yaml"
-        paths[name].write_text(yaml.safe_dump(values))
-    assert start(paths["straight"]).wait(300) == 0
-    process = start(paths["stopped"])
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(ranks, data, tmp_path) -> None:
+    values = run_config(
+        data, tmp_path, "gdn", run={"name": "straight"}, parallel={"tensor_model_parallel_size": 2},
+        training={"steps": 12, "eval_every": 6, "eval_rows": 4},
+    )  # fmt: skip
+    straight = ranks(2).run(train_workers.train, values)[0]
+    values["run"]["name"] = "stopped"
+    config = tmp_path / "stopped.yaml"
+    config.write_text(yaml.safe_dump(values))
+    process = start(config)
     log = tmp_path / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not (log.exists() and '"step": 2,' in log.read_text()):
@@ -273,13 +272,13 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(data, tmp_path) ->
     assert 2 <= int(saved.name.removeprefix("step_")) < 12
     with log.open("a") as file:  # a step after the checkpoint, as a crash would leave it
         file.write('{"step": 11, "loss": 1')
-    assert start(paths["stopped"]).wait(300) == 0
-    runs = {name: read_metrics(tmp_path / name / "metrics.jsonl") for name in paths}
-    for a, b in zip(runs["straight"], runs["stopped"], strict=True):
+    assert start(config).wait(300) == 0
+    resumed = read_metrics(log)
+    for a, b in zip(straight, resumed, strict=True):
         same = {"step", "loss", "grad_norm", "lr", "tokens", "data_crc32", "epoch", "val_loss", "val_bpb"}
         assert {k: a[k] for k in same & a.keys()} == {k: b[k] for k in same & b.keys()}
-    assert [m["step"] for m in runs["stopped"]] == list(range(13))
-    finals = [load_merged(tmp_path / name / "checkpoints" / "step_12")[0] for name in paths]
+    assert [m["step"] for m in resumed] == list(range(13))
+    finals = [load_merged(tmp_path / name / "checkpoints" / "step_12")[0] for name in ("straight", "stopped")]
     for key, value in finals[0].items():
         assert torch.equal(value, finals[1][key]), key
 
