@@ -25,6 +25,9 @@ from .documents import begin_of_document
 from .threshold import threshold_gradient
 
 WINDOW = 512  # tokens whose arrays are in memory at once: they stay in the cache of a CPU, whatever T is
+ELEMENTS = (
+    1 << 20
+)  # of a slot-dependent array [N, m, C, K * Dk] in memory at once: small models take many chunks a call
 NEVER = 2**30  # death of a start that lives to the end
 
 
@@ -34,16 +37,15 @@ class SlotTable:
 
     Attributes:
         slot: int64 [N, n, C, C], slot of token j at time t (in one chunk).
-        idx: int64 [n][N, C, K], slot of the i-th inherited state at time t; valid: bool [n][N, K].
-        start, death, live: [N, K] recency: the slots at the end of the range.
+        idx: int64 [N, n, C, K], slot of the i-th inherited state at time t; valid: bool [N, n, K].
+        start, death: int64 [N, K] recency: the slots at the end of the range; start is EMPTY where there is none.
     """
 
     slot: Tensor
-    idx: list[Tensor]
-    valid: list[Tensor]
+    idx: Tensor
+    valid: Tensor
     start: Tensor
     death: Tensor
-    live: Tensor
 
 
 def slot_table(
@@ -56,31 +58,31 @@ def slot_table(
             from position `first` of the row.
         slots, slot_death: [N, K] recency: positions (EMPTY = none) and deaths of the slots there before.
     """
-    T, K = start.shape[1], slots.shape[1]
-    position = first + torch.arange(T, device=start.device).view(-1, chunk_size)  # [n, C]
-    start, death, begin = (x.view(x.shape[0], -1, chunk_size) for x in (start, death, begin))
+    N, T = start.shape
+    K = slots.shape[1]
+    row = first + torch.arange(T, device=start.device)
+    position = row.view(-1, chunk_size)  # [n, C]
+    where, ends = torch.cat([slots, row.expand(N, -1)], 1), torch.cat([slot_death, death], 1)  # [N, K + T]
+    opens = torch.cat([slots > EMPTY, start], 1)
+    start, death, begin = (x.view(N, -1, chunk_size) for x in (start, death, begin))
     t = position[:, :, None]
     alive = start[:, :, None, :] & (position[:, None, :] <= t) & (death[:, :, None, :] > t)
     alive &= position[:, None, :] >= begin[..., None]
-    count = alive.long().cumsum(-1)
+    count = alive.cumsum(-1)
     opened = count[..., -1:]  # [N, n, C, 1], live starts of the chunk at time t
     slot = (opened - count).clamp_(max=K - 1)
-    idx, valid = [], []
-    for n in range(position.shape[0]):
-        kept = slot_death[:, None] > t[n]  # [N, C, K]
-        kept &= slots[:, None] >= begin[:, n, :, None]
-        newer = kept.long().cumsum(-1) - kept.long()
-        idx.append((opened[:, n] + newer).clamp_(max=K - 1))
-        valid.append(slots > EMPTY)
-        last = int(position[n, -1])
-        ends = torch.cat([slot_death, death[:, n]], 1)
-        where = torch.cat([slots, position[n].expand(start.shape[0], -1)], 1)
-        lives = (ends > last) & (where >= begin[:, n, -1:])
-        lives[:, K:] &= start[:, n]
-        where = torch.where(lives, where, EMPTY)
-        slots, order = where.topk(K, dim=1)
-        slot_death = ends.gather(1, order)
-    return SlotTable(slot, idx, valid, slots, slot_death, slots > EMPTY)
+
+    last = position[:, -1:]  # [n, 1]
+    lives = opens[:, None] & (where[:, None] <= last) & (ends[:, None] > last)  # [N, n, K + T], at the end of a chunk
+    lives &= where[:, None] >= begin[:, :, -1:]
+    after, order = torch.where(lives, where[:, None], EMPTY).topk(K, dim=-1)  # [N, n, K]
+    after_death = ends[:, None].expand_as(lives).gather(-1, order)
+    inherited = torch.cat([slots[:, None], after[:, :-1]], 1)
+    kept = torch.cat([slot_death[:, None], after_death[:, :-1]], 1)[:, :, None] > t  # [N, n, C, K]
+    kept &= inherited[:, :, None] >= begin[..., None]
+    newer = kept.cumsum(-1) - kept.long()
+    idx = newer.add_(opened).clamp_(max=K - 1)
+    return SlotTable(slot, idx, inherited > EMPTY, after[:, -1], after_death[:, -1])
 
 
 class _Local:
@@ -125,10 +127,10 @@ class _Local:
         return self.advance(n, states) if self.beta is None else self.Phi[:, n, None].transpose(-1, -2) @ states
 
     def phi_gradient(self, states: Tensor, dstates: Tensor) -> Tensor:
-        """dPhi of one chunk from S and D (already moved to the slots of S): [N] or [N, Dk, Dk]."""
+        """dPhi from S and D (already moved to the slots of S), [N, m, K, Dk, Dv]: [N, m] or [N, m, Dk, Dk]."""
         if self.beta is None:
-            return (states * dstates).sum((1, 2, 3))
-        return (dstates @ states.transpose(-1, -2)).sum(1)
+            return (states * dstates).sum((2, 3, 4))
+        return (dstates @ states.transpose(-1, -2)).sum(2)
 
     def backward(self, dAt: Tensor, dQt: Tensor, dKh: Tensor, dPhi: Tensor):
         """(dq, dk, dg, dbeta); the decay gradient is a reverse cumsum inside each chunk only."""
@@ -217,32 +219,50 @@ class _Pass:
         self.local = _Local(q, k, g, beta, begin.view(begin.shape[0], -1, size), chunk)
         self.M = self.lam.gather(-1, self.table.slot)  # [N, n, C, C]
         # only as many slots as ever live at once are worked on
-        used = [int(x.sum(1).max()) for x in [*self.table.valid, self.table.live]]
-        self.K = max([1, *used])
+        used = torch.cat([self.table.valid, (self.table.start > EMPTY)[:, None]], 1).sum(-1).amax(0).tolist()
+        self.K = max(1, *used)
         self.widths = [min(self.K, 1 + w) for w in self.table.slot[:, :, -1].amax((0, 2)).tolist()]
 
-    def reads(self, n: int) -> tuple[Tensor, Tensor]:
-        """Slot index and weight with which each query of chunk n reads each inherited state: [N, C, K]."""
-        idx = self.table.idx[n][..., : self.K]
-        return idx, self.lam[:, n].gather(-1, idx) * self.table.valid[n][:, None, : self.K]
+    def groups(self) -> list[slice]:
+        """Chunks whose slot-dependent arrays are in memory at once."""
+        lanes, chunks, size, dim = self.local.Kh.shape
+        many = max(1, ELEMENTS // (lanes * size * self.K * dim))
+        return [slice(at, min(at + many, chunks)) for at in range(0, chunks, many)]
 
-    def moves(self, n: int) -> tuple[Tensor, Tensor]:
-        """Where the inherited states [N, K, K] (from, to) and the tokens [N, C, W] of chunk n are at its end.
+    def reads(self, at: slice) -> tuple[Tensor, Tensor]:
+        """Slot index and weight with which each query of some chunks reads each inherited state: [N, m, C, K]."""
+        idx = self.table.idx[:, at, :, : self.K]
+        return idx, self.lam[:, at].gather(-1, idx) * self.table.valid[:, at, None, : self.K]
+
+    def queries(self, at: slice, weight: Tensor) -> Tensor:
+        """[N, m, C, K * Dk]: against the states of all slots, one after the other."""
+        return (weight[..., None] * self.local.Qt[:, at, :, None]).flatten(3)
+
+    def kept(self, at: slice) -> Tensor:
+        """Where the inherited states of some chunks are at their ends: [N, m, K, K] (from, to)."""
+        to = self.table.idx[:, at, -1, : self.K]
+        return _one_hot(to, self.K, self.table.valid[:, at, : self.K], self.v)
+
+    def keys(self, at: slice) -> tuple[Tensor, Tensor]:
+        """Where the tokens of some chunks are at their ends, [N, m, C, W], and by which key: [N, m, C, W * Dk].
 
         Tokens end in the newest slots: W is no larger than the oldest of theirs asks for.
         """
-        to = self.table.idx[n][:, -1, : self.K]
-        kept = _one_hot(to, self.K, self.table.valid[n][:, : self.K], self.v)
-        return kept, _one_hot(self.table.slot[:, n, -1], self.widths[n], None, self.v)
+        tokens = _one_hot(self.table.slot[:, at, -1], max(self.widths[at]), None, self.v)
+        return tokens, (tokens[..., None] * self.local.Kh[:, at, :, None]).flatten(3)
 
-    def step(self, n: int, states: Tensor) -> Tensor:
-        """States at the end of chunk n: [N, K, Dk, Dv]."""
-        kept, tokens = self.moves(n)
-        moved = (kept.transpose(1, 2) @ states.flatten(2)).view_as(states)
-        keys = (tokens[..., None] * self.local.Kh[:, n, :, None]).flatten(2)  # [N, C, W * Dk]
-        after = self.local.advance(n, moved)
-        after[:, : tokens.shape[-1]] += (keys.transpose(1, 2) @ self.v[:, n]).unflatten(1, (tokens.shape[-1], -1))
-        return after
+    def advance(self, at: slice, states: Tensor) -> tuple[list[Tensor], Tensor]:
+        """States [N, K, Dk, Dv] before each of some chunks, and after the last."""
+        kept = self.kept(at).transpose(-1, -2).unbind(1)
+        tokens, keys = self.keys(at)
+        width = tokens.shape[-1]
+        written = (keys.transpose(-1, -2) @ self.v[:, at]).unflatten(2, (width, -1)).unbind(1)
+        before = []
+        for n, (move, write) in enumerate(zip(kept, written, strict=True)):
+            before.append(states)
+            states = self.local.advance(at.start + n, (move @ states.flatten(2)).view_as(states))
+            states[:, :width] += write
+        return before, states
 
 
 class ChunkDLA(torch.autograd.Function):
@@ -273,11 +293,13 @@ class ChunkDLA(torch.autograd.Function):
             before += [states, slots, slot_death]
             S = states[:, : work.K]
             o = (work.local.At * work.M) @ work.v
-            for n in range(o.shape[1]):
-                _, weight = work.reads(n)
-                queries = (weight[..., None] * work.local.Qt[:, n, :, None]).flatten(2)  # [N, C, K * Dk]
-                o[:, n] += queries @ S.flatten(1, 2)
-                S = work.step(n, S)
+            for chunks in work.groups():
+                _, weight = work.reads(chunks)
+                inherited, S = work.advance(chunks, S)
+                for out, queries, held in zip(
+                    o[:, chunks].unbind(1), work.queries(chunks, weight).unbind(1), inherited, strict=True
+                ):
+                    out += queries @ held.flatten(1, 2)
             outs.append(o.flatten(1, 2))
             states = torch.zeros_like(states)
             states[:, : work.K] = S
@@ -311,9 +333,10 @@ class ChunkDLA(torch.autograd.Function):
 def _backward(work: _Pass, states: Tensor, do: Tensor, dfinal: Tensor, chunk_size: int) -> tuple[tuple, Tensor]:
     """One window: gradients of q, k, v, g, lam, beta ([N, tokens, ...]) and of the states before it."""
     local, table, V, K = work.local, work.table, work.v, work.K
-    S = [states[:, :K]]
-    for n in range(V.shape[1] - 1):
-        S.append(work.step(n, S[-1]))
+    held, S = [], states[:, :K]
+    for at in work.groups():
+        before, S = work.advance(at, S)
+        held += before
     dO = chunked(do, chunk_size)
     dlam = torch.zeros_like(work.lam)
     X = dO @ V.transpose(-1, -2)
@@ -322,22 +345,26 @@ def _backward(work: _Pass, states: Tensor, do: Tensor, dfinal: Tensor, chunk_siz
     dV = (local.At * work.M).transpose(-1, -2) @ dO
     dQt, dKh, dPhi = torch.empty_like(local.Qt), torch.empty_like(local.Kh), torch.empty_like(local.Phi)
     dS = dfinal[:, :K]
-    for n in reversed(range(V.shape[1])):
-        kept, tokens = work.moves(n)
+    for at in reversed(work.groups()):
+        kept, (tokens, keys) = work.kept(at), work.keys(at)
         W = tokens.shape[-1]
-        keys = (tokens[..., None] * local.Kh[:, n, :, None]).flatten(2)
-        dV[:, n] += keys @ dS[:, :W].flatten(1, 2)
-        written = (V[:, n] @ dS[:, :W].flatten(1, 2).transpose(1, 2)).unflatten(-1, (W, -1))  # [N, C, W, Dk]
-        dKh[:, n] = (tokens[..., None] * written).sum(2)
-        moved = (kept @ dS.flatten(2)).view_as(dS)
-        dPhi[:, n] = local.phi_gradient(S[n], moved)
-        idx, weight = work.reads(n)
-        y = (dO[:, n] @ S[n].flatten(1, 2).transpose(1, 2)).unflatten(-1, (K, -1))  # dO S_i^T: [N, C, K, Dk]
-        dQt[:, n] = (weight[..., None] * y).sum(2)
-        dweight = (y * local.Qt[:, n, :, None]).sum(-1) * table.valid[n][:, None, :K]
-        dlam[:, n].scatter_add_(-1, idx, dweight)
-        queries = (weight[..., None] * local.Qt[:, n, :, None]).flatten(2)
-        dS = (queries.transpose(1, 2) @ dO[:, n]).view_as(moved) + local.advance_t(n, moved)
+        idx, weight = work.reads(at)
+        read = (work.queries(at, weight).transpose(-1, -2) @ dO[:, at]).unflatten(2, (K, -1))  # [N, m, K, Dk, Dv]
+        ends, moved = [], []
+        for n in reversed(range(at.start, at.stop)):
+            ends.append(dS)
+            moved.append((kept[:, n - at.start] @ dS.flatten(2)).view_as(dS))
+            dS = read[:, n - at.start] + local.advance_t(n, moved[-1])
+        dend, dmoved, S = (torch.stack(x, 1) for x in (ends[::-1], moved[::-1], held[at]))  # [N, m, K, Dk, Dv]
+        dend = dend[:, :, :W].flatten(2, 3)
+        dV[:, at] += keys @ dend
+        written = (V[:, at] @ dend.transpose(-1, -2)).unflatten(-1, (W, -1))  # [N, m, C, W, Dk]
+        dKh[:, at] = (tokens[..., None] * written).sum(3)
+        dPhi[:, at] = local.phi_gradient(S, dmoved)
+        y = (dO[:, at] @ S.flatten(2, 3).transpose(-1, -2)).unflatten(-1, (K, -1))  # dO S_i^T: [N, m, C, K, Dk]
+        dQt[:, at] = (weight[..., None] * y).sum(3)
+        dweight = (y * local.Qt[:, at, :, None]).sum(-1) * table.valid[:, at, None, :K]
+        dlam[:, at].scatter_add_(-1, idx, dweight)
     dq, dk, dg, dbeta = local.backward(dAt, dQt, dKh, dPhi)
     dstates = torch.zeros_like(states)
     dstates[:, :K] = dS

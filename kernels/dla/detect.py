@@ -74,18 +74,18 @@ class _Window:
             write2, shrink = write2 * beta.square(), 1 - beta * k2
             gain, loss = gain * beta * shrink, -alpha.square() * beta * (1 + shrink)
             L = (beta * alpha)[..., None] * E  # its diagonal is taken as 1
-            E = beta[..., None, :] * torch.linalg.solve_triangular(L, E, upper=False, left=False, unitriangular=True)
+            rows = torch.cat([E, writes], -2)  # [Z, N, C + Dk, C]
+            rows = torch.linalg.solve_triangular(L, rows, upper=False, left=False, unitriangular=True)
+            E, writes = rows.mul_(beta[..., None, :]).split(sizes := [k.shape[-2], k.shape[-1]], -2)
+            left, moved = (rows @ (cg.exp()[..., None] * k)).split(sizes, -2)  # of the state that comes in
             inner = _suffix_sums(E * values)
             pairs = values.tril_(-1).mul_(2).add_(torch.diag_embed(v2))
             read2 = _suffix_sums((E @ pairs).mul_(E))
             grown = (gain[..., None] * inner).addcmul_(loss[..., None], read2)
             inner.mul_(beta[..., None])
-            ek = cg.exp()[..., None] * k
-            writes = torch.linalg.solve_triangular(L, writes, upper=False, left=False, unitriangular=True)
-            writes.mul_(beta[..., None, :])
-            Phi = torch.diag_embed(keep[..., 0].expand(*cg.shape[:-1], k.shape[-1])) - writes @ ek
+            Phi = torch.diag_embed(keep[..., 0].expand(*cg.shape[:-1], k.shape[-1])) - moved
             self.EV, self.loss, self.beta = (E @ v).unbind(), loss.unbind(), beta.unbind()
-            reads = reads - E @ ek
+            reads = reads - left
         norm2 = A @ grown.add_(write2[..., None]).tril_()
         self.score = _scores(inner, norm2.mul_(write2[..., None]))
         self.v, self.write2, self.gain, self.reads = v.unbind(), write2.unbind(), gain.unbind(), reads.unbind()
