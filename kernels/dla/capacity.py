@@ -7,6 +7,7 @@ GPU one transfer is cheaper than launching them.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -47,43 +48,54 @@ class _Slots:
         if self.costs:
             self.costs[-1] = self._cost(len(self.costs) - 1)
 
-    def open(self, start: int, scores: list[float], full: bool) -> int | None:
-        """Open a slot of as many tokens as scores, which are summed one by one, as decoding does.
+    def walk(
+        self, boundaries: Iterable[tuple[int, int, bool]], scores: list[float], capacity: int, died: array,
+        record: Callable[[_Slots, int, int], None] | None,
+    ) -> None:  # fmt: skip
+        """Open a slot at each boundary (position, next one, whether a document starts).
 
-        With `full`, the cheapest pair merges first: returns the start that dies. One function without calls: it runs
-        at every boundary of every lane.
+        In a full list the cheapest pair merges first: the start that dies and the time are added to `died`. A slot's
+        scores are summed one by one, as decoding does. One function without calls: it runs at every boundary.
         """
-        cell, counts, infos, costs = self.cell, self.counts, self.infos, self.costs
-        dying = None
-        if full:
-            i = costs.index(min(costs))  # the oldest pair wins a tie
-            tokens = counts[i] + counts.pop(i + 1)
-            cell[0] = infos[i] + infos.pop(i + 1)
-            counts[i], infos[i] = tokens, cell[0]
-            dying = self.starts.pop(i + 1)
-            del costs[i]
-            if i < len(costs):
-                cell[0] = infos[i] + infos[i + 1]
-                cell[0] /= tokens + counts[i + 1]
-                costs[i] = cell[0]
-            if i:
-                cell[0] = infos[i - 1] + infos[i]
-                cell[0] /= counts[i - 1] + tokens
-                costs[i - 1] = cell[0]
-        tokens, info = len(scores), scores[0]
-        if tokens > 1:
-            cell[0] = info
-            for x in scores[1:]:
-                cell[0] += x
-            info = cell[0]
-        if counts:
-            cell[0] = infos[-1] + info
-            cell[0] /= counts[-1] + tokens
-            costs.append(cell[0])
-        self.starts.append(start)
-        counts.append(tokens)
-        infos.append(info)
-        return dying
+        cell, starts, counts, infos, costs = self.cell, self.starts, self.counts, self.infos, self.costs
+        live, document = len(starts), 0
+        for at, end, reset in boundaries:
+            if reset:
+                self.clear()
+                live, document = 0, at
+            if live == capacity:
+                i = costs.index(min(costs))  # the oldest pair wins a tie
+                tokens = counts[i] + counts.pop(i + 1)
+                cell[0] = infos[i] + infos.pop(i + 1)
+                counts[i], infos[i] = tokens, cell[0]
+                died.append(starts.pop(i + 1))
+                died.append(at)
+                del costs[i]
+                if i < len(costs):
+                    cell[0] = infos[i] + infos[i + 1]
+                    cell[0] /= tokens + counts[i + 1]
+                    costs[i] = cell[0]
+                if i:
+                    cell[0] = infos[i - 1] + infos[i]
+                    cell[0] /= counts[i - 1] + tokens
+                    costs[i - 1] = cell[0]
+                live -= 1
+            tokens, info = end - at, scores[at]
+            if tokens > 1:
+                cell[0] = info
+                for x in scores[at + 1 : end]:
+                    cell[0] += x
+                info = cell[0]
+            if live:
+                cell[0] = infos[-1] + info
+                cell[0] /= counts[-1] + tokens
+                costs.append(cell[0])
+            starts.append(at)
+            counts.append(tokens)
+            infos.append(info)
+            live += 1
+            if record is not None:
+                record(self, end, document)
 
 
 class _LowestMoved:
@@ -146,44 +158,30 @@ def apply_capacity(
     opens = start | resets
     lane, position = opens.nonzero(as_tuple=True)
     until = F.pad(position[1:], (0, 1), value=T).masked_fill(F.pad(lane[1:] != lane[:-1], (0, 1)), T)
-    boundaries = [x.tolist() for x in (position, until, resets[lane, position])]
+    columns = [x.tolist() for x in (position, until, resets[lane, position])]
     ends = opens.sum(1).cumsum(0).tolist()
     first = torch.where(opens.any(1), opens.int().argmax(1), T)  # tokens of the cache's open slot
     lo = _LowestMoved(capacity) if want_lo else None
-    died: list[tuple[int, int]] = []  # in [N * T], time
-    cache_died: list[tuple[int, int]] = []  # in [N * K], time
+    died, deaths = array("q"), [0]  # start and time of each, and how many there are before each lane
     final = []
     begin = 0
-    lanes = zip(_slots(cache, N, score.dtype), first.tolist(), score.tolist(), strict=True)
-    for n, (slots, tokens, scores) in enumerate(lanes):
+    lanes = zip(_slots(cache, N, score.dtype), first.tolist(), score.tolist(), ends, strict=True)
+    for slots, tokens, scores, end in lanes:
         if slots.starts:
             slots.grow(scores[:tokens])
         if lo is not None:
             lo.record(slots, tokens, 0)
-        document = 0
-        for at, end, reset in zip(*(x[begin : ends[n]] for x in boundaries), strict=True):
-            if reset:
-                slots.clear()
-                document = at
-            dying = slots.open(at, scores[at:end], len(slots.starts) == capacity)
-            if dying is not None:
-                if dying >= 0:
-                    died.append((n * T + dying, at))
-                else:
-                    cache_died.append((n * capacity - 1 - dying, at))
-            if lo is not None:
-                lo.record(slots, end, document)
-        begin = ends[n]
+        boundaries = zip(*(x[begin:end] for x in columns), strict=True)
+        slots.walk(boundaries, scores, capacity, died, None if lo is None else lo.record)
+        begin = end
+        deaths.append(len(died) // 2)
         final.append(slots.infos + [0.0] * (capacity - len(slots.infos)))
     if lo is not None:
         before = None if cache is None else cache.info.gather(2, (cache.live - 1).clamp(min=0)[..., None]).flatten()
         moved = lo.values(opens, resets, running_sums(opens, score, before))
-    return (
-        _deaths(died, N, T, T, start.device),
-        _deaths(cache_died, N, capacity, T, start.device),
-        moved if lo is not None else None,
-        torch.tensor(final, dtype=score.dtype, device=start.device),
-    )
+    death, cache_death = _deaths(died, deaths, N, T, capacity, start.device)
+    final_info = torch.tensor(final, dtype=score.dtype, device=start.device)
+    return death, cache_death, moved if lo is not None else None, final_info
 
 
 def running_sums(start: Tensor, score: Tensor, before: Tensor | None = None) -> Tensor:
@@ -213,9 +211,16 @@ def _slots(cache: SlotCache | None, lanes: int, dtype: torch.dtype) -> list[_Slo
     return [_Slots(cell, [-1 - i for i in range(m)], n[:m], x[:m]) for m, n, x in zip(live, counts, infos, strict=True)]
 
 
-def _deaths(died: list[tuple[int, int]], rows: int, columns: int, never: int, device: torch.device) -> Tensor:
-    death = torch.full((rows * columns,), never, dtype=torch.int32, device=device)
+def _deaths(
+    died: array, before: list[int], N: int, T: int, capacity: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Deaths of the row's starts, int32 [N, T], and of the cache's slots, int32 [N, K]; T = never."""
+    row = torch.full((N, T), T, dtype=torch.int32, device=device)
+    cached = torch.full((N, capacity), T, dtype=torch.int32, device=device)
     if died:
-        index, time = torch.tensor(died, device=device).unbind(1)
-        death[index] = time.int()
-    return death.view(rows, columns)
+        start, time = torch.frombuffer(died, dtype=torch.int64).view(-1, 2).to(device).unbind(1)
+        lane = torch.arange(N).repeat_interleave(torch.tensor(before).diff()).to(device)
+        own, time = start >= 0, time.int()
+        row[lane[own], start[own]] = time[own]
+        cached[lane[~own], -1 - start[~own]] = time[~own]
+    return row, cached

@@ -173,6 +173,11 @@ def _one_hot(index: Tensor, width: int, keep: Tensor | None, like: Tensor) -> Te
     return (hot if keep is None else hot & keep[..., None]).to(like.dtype)
 
 
+def _stacked(states: list[Tensor]) -> Tensor:
+    """States [N, ...] of m chunks as [N, m, ...]; of a single one without a copy."""
+    return states[0][:, None] if len(states) == 1 else torch.stack(states, 1)
+
+
 @dataclass
 class _Row:
     """All tokens, in lanes and whole chunks. Padding belongs to the last document and opens nothing."""
@@ -355,7 +360,7 @@ def _backward(work: _Pass, states: Tensor, do: Tensor, dfinal: Tensor, chunk_siz
             ends.append(dS)
             moved.append((kept[:, n - at.start] @ dS.flatten(2)).view_as(dS))
             dS = read[:, n - at.start] + local.advance_t(n, moved[-1])
-        dend, dmoved, S = (torch.stack(x, 1) for x in (ends[::-1], moved[::-1], held[at]))  # [N, m, K, Dk, Dv]
+        dend, dmoved, S = (_stacked(x) for x in (ends[::-1], moved[::-1], held[at]))  # [N, m, K, Dk, Dv]
         dend = dend[:, :, :W].flatten(2, 3)
         dV[:, at] += keys @ dend
         written = (V[:, at] @ dend.transpose(-1, -2)).unflatten(-1, (W, -1))  # [N, m, C, W, Dk]
