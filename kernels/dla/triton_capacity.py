@@ -22,7 +22,7 @@ def shifted(b_x, o_s, KP: tl.constexpr):
 def capacity_kernel(
     starts,  # [H, T] int8
     sums,  # [H, T] fp32, see `triton_detect.py`
-    segments,  # [n, 2]: first token, end
+    segments,  # [n, 3]: first token, end, first row
     cache_live,  # [n, H] int32, or unused
     cache_count,  # [n, H, K] fp32 chronological, or unused
     cache_info,  # [n, H, K] fp32 chronological, or unused
@@ -34,7 +34,7 @@ def capacity_kernel(
     HAS_CACHE: tl.constexpr, WANT_LO: tl.constexpr, TILE: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    begin, finish = tl.load(segments + 2 * i_n), tl.load(segments + 2 * i_n + 1)
+    begin, finish = tl.load(segments + 3 * i_n), tl.load(segments + 3 * i_n + 1)
     o_s = tl.arange(0, KP)
     o_i = tl.arange(0, TILE)
     o_table = (i_n.to(tl.int64) * H + i_h) * K

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import ceil_div
+from . import triton_tables
 from .autocast import without_autocast
 from .triton_backward import (
     decay_gradient_kernel,
@@ -36,7 +37,7 @@ from .triton_local import (
     transition_kernel,
 )
 from .triton_scan import reverse_scan_kernel, state_scan_kernel
-from .triton_tables import decay_cumsum_kernel, live_table_kernel, tile_counts_kernel
+from .triton_tables import decay_cumsum_kernel, live_anchor_kernel, live_table_kernel, tile_counts_kernel
 
 
 @dataclass
@@ -86,10 +87,12 @@ def make_tables(
         pos=new(rows, H, K), death=new(rows, H, K), live=new(rows, H),
     )  # fmt: skip
     cache_live, cache_death = cache if cache is not None else (life, life)
-    live_table_kernel[(len(layout.rows), H)](
-        life, layout.rows, cache_live, cache_death, tables.pos, tables.death, tables.live, T, H, K,
-        HAS_CACHE=cache is not None, TILE=min(1024, max(64, plan.block)), KP=plan.slots_padded, num_warps=4,
-    )  # fmt: skip
+    live = (tables.pos, tables.death, tables.live, T, H, K)
+    spans = dict(BLOCK=plan.block, SPAN=max(triton_tables.LIVE_SPAN, plan.block), KP=plan.slots_padded, num_warps=4)
+    live_anchor_kernel[(len(layout.segments), H)](
+        life, layout.segments, cache_live, cache_death, *live, HAS_CACHE=cache is not None, **spans
+    )
+    live_table_kernel[(rows, H)](life, layout.rows, *live, **spans)
     tiles = plan.block // plan.tile
     tile_counts_kernel[(len(layout.blocks) * tiles, H)](
         life, layout.blocks, tables.counts, T, BT=plan.tile, TILES=tiles, num_warps=4

@@ -49,7 +49,7 @@ class BlockLayout:
 
     Attributes:
         blocks: [n, 4]: first token, end, row before it, segment. rows: [n, 3]: token it precedes, first token of
-            the segment, segment. segments: [n, 2]: first token, end.
+            the segment, segment. segments: [n, 3]: first token, end, first row.
     """
 
     tokens: int
@@ -84,8 +84,10 @@ def _layout(
     blocks: list[tuple[int, int, int, int]] = []  # first token, end, row before it, segment
     rows: list[tuple[int, int, int]] = []  # token, first token of the segment, segment
     first_block: list[int] = []
+    spans: list[tuple[int, int, int]] = []  # first token, end, first row
     for s, (begin, end) in enumerate(segments):
         first_block.append(len(blocks))
+        spans.append((begin, end, len(rows)))
         for first in range(begin, end, block):
             blocks.append((first, min(first + block, end), len(rows), s))
             rows.append((first, begin, s))
@@ -98,10 +100,10 @@ def _layout(
 
     last = tuple(s for s, (_, end) in enumerate(segments) if end % length == 0)
     last_segments = torch.tensor(last, device=device)
-    spans = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))
+    counts = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))
     firsts = (*(x[0] for x in blocks), batch * length)
     return BlockLayout(
-        batch * length, block, firsts, table(blocks), table(rows), table(segments), spans, last_segments, windows
+        batch * length, block, firsts, table(blocks), table(rows), table(spans), counts, last_segments, windows
     )
 
 

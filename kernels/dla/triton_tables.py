@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .triton_layout import SIZES
 
+LIVE_SPAN = 1024  # tokens that a table of live slots looks back at, before it goes on from an earlier row's
 FORGOTTEN = tl.constexpr(-104.0)  # exp of this and of anything below is 0 in fp32
 
 
@@ -30,52 +31,100 @@ def decay_cumsum_kernel(
     tl.store(cg + i_h.to(tl.int64) * T + o_t, tl.cumsum(b_g, 0), mask=o_t < end)
 
 
+@triton.jit
+def extend_live(
+    p_life, live_pos, live_death, live_count, lo, at, row_from, row_to, i_h, H, K, SPAN: tl.constexpr, KP: tl.constexpr
+):
+    """The live slots at row `row_to` (token `at`): starts among the tokens [lo, at), then those of `row_from`.
+
+    `row_from` is the row of token `lo`, at most SPAN tokens earlier.
+    """
+    o_p = lo + tl.arange(0, SPAN)
+    b_death = tl.load(p_life + o_p, mask=o_p < at, other=0)
+    m_new = b_death >= at
+    found = tl.sum(m_new.to(tl.int32), 0)
+    b_rank = found - tl.cumsum(m_new.to(tl.int32), 0)
+    m_keep = m_new & (b_rank < K)
+    out = (row_to.to(tl.int64) * H + i_h) * K
+    tl.store(live_pos + out + b_rank, o_p, mask=m_keep)
+    tl.store(live_death + out + b_rank, b_death, mask=m_keep)
+    o_r = tl.arange(0, KP)
+    o_from = (row_from.to(tl.int64) * H + i_h) * K + o_r
+    m_from = o_r < tl.load(live_count + row_from.to(tl.int64) * H + i_h)
+    b_pos = tl.load(live_pos + o_from, mask=m_from, other=0)
+    b_death = tl.load(live_death + o_from, mask=m_from, other=0)
+    m_old = m_from & (b_death >= at)
+    b_rank = found + tl.cumsum(m_old.to(tl.int32), 0) - 1
+    m_keep = m_old & (b_rank < K)
+    tl.store(live_pos + out + b_rank, b_pos, mask=m_keep)
+    tl.store(live_death + out + b_rank, b_death, mask=m_keep)
+    count = found + tl.sum(m_old.to(tl.int32), 0)
+    tl.store(live_count + row_to.to(tl.int64) * H + i_h, tl.minimum(count, K))
+
+
 @triton.jit(do_not_specialize=SIZES)
-def live_table_kernel(
+def live_anchor_kernel(
     life,  # [H, T] int32: death of the start at each token, 0 = no start
-    rows,  # [n, 3]: token, first token of the segment, segment
-    cache_live,  # [segments, H] int32, or unused
-    cache_death,  # [segments, H, K] int32 by recency, or unused
-    live_pos,  # [n, H, K] int32 out: start of each live slot by recency; slot r of an incoming cache is -1 - r
-    live_death,  # [n, H, K] int32 out: its death
-    live_count,  # [n, H] int32 out
+    segments,  # [n, 3]: first token, end, first row
+    cache_live,  # [n, H] int32, or unused
+    cache_death,  # [n, H, K] int32 by recency, or unused
+    live_pos,  # [rows, H, K] int32 out: start of each live slot by recency; slot r of an incoming cache is -1 - r
+    live_death,  # [rows, H, K] int32 out: its death
+    live_count,  # [rows, H] int32 out
     T,
     H,
     K,
     HAS_CACHE: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,  # tokens from one of these rows to the next, a multiple of BLOCK
     KP: tl.constexpr,  # K rounded up to a power of two
 ):
-    """The live slots at each row, newest first: the search goes back until K are found or the segment began."""
-    i_row, i_h = tl.program_id(0), tl.program_id(1)
-    at, begin, segment = tl.load(rows + 3 * i_row), tl.load(rows + 3 * i_row + 1), tl.load(rows + 3 * i_row + 2)
-    out = (i_row.to(tl.int64) * H + i_h) * K
-    o_h = i_h.to(tl.int64) * T
-    count = 0
-    upto = at
-    while (upto > begin) & (count < K):
-        o_p = upto - TILE + tl.arange(0, TILE)
-        b_death = tl.load(life + o_h + o_p, mask=o_p >= begin, other=0)
-        m_alive = b_death >= at
-        found = tl.sum(m_alive.to(tl.int32), 0)
-        b_rank = count + found - tl.cumsum(m_alive.to(tl.int32), 0)
-        m_keep = m_alive & (b_rank < K)
-        tl.store(live_pos + out + b_rank, o_p, mask=m_keep)
-        tl.store(live_death + out + b_rank, b_death, mask=m_keep)
-        count += found
-        upto -= TILE
+    """The live slots at a segment's first row and at every SPAN tokens, each from the one before."""
+    i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    begin, finish = tl.load(segments + 3 * i_n), tl.load(segments + 3 * i_n + 1)
+    row = tl.load(segments + 3 * i_n + 2)
+    live = begin * 0
     if HAS_CACHE:
+        live = tl.load(cache_live + i_n * H + i_h)
         o_r = tl.arange(0, KP)
-        live = tl.load(cache_live + segment * H + i_h)
-        o_cache = (segment.to(tl.int64) * H + i_h) * K + o_r
-        b_death = tl.load(cache_death + o_cache, mask=o_r < live, other=0)
-        m_alive = (o_r < live) & (b_death >= at)
-        b_rank = count + tl.cumsum(m_alive.to(tl.int32), 0) - 1
-        m_keep = m_alive & (b_rank < K)
-        tl.store(live_pos + out + b_rank, -1 - o_r, mask=m_keep)
-        tl.store(live_death + out + b_rank, b_death, mask=m_keep)
-        count += tl.sum(m_alive.to(tl.int32), 0)
-    tl.store(live_count + i_row * H + i_h, tl.minimum(count, K))
+        out = (row.to(tl.int64) * H + i_h) * K + o_r
+        b_death = tl.load(cache_death + (i_n.to(tl.int64) * H + i_h) * K + o_r, mask=o_r < live, other=0)
+        tl.store(live_pos + out, -1 - o_r, mask=o_r < live)
+        tl.store(live_death + out, b_death, mask=o_r < live)
+    tl.store(live_count + row.to(tl.int64) * H + i_h, live)
+    for i_x in range((finish - begin) // SPAN):
+        tl.debug_barrier()  # this row was written by other threads
+        lo = begin + i_x * SPAN
+        extend_live(
+            life + i_h * T, live_pos, live_death, live_count, lo, lo + SPAN, row, row + SPAN // BLOCK, i_h, H, K, SPAN,
+            KP,
+        )  # fmt: skip
+        row += SPAN // BLOCK
+
+
+@triton.jit(do_not_specialize=SIZES)
+def live_table_kernel(
+    life,
+    rows,  # [n, 3]: token, first token of the segment, segment
+    live_pos,
+    live_death,
+    live_count,  # out, see `live_anchor_kernel`
+    T,
+    H,
+    K,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+    KP: tl.constexpr,
+):
+    """The live slots at the other rows, each from the nearest row that `live_anchor_kernel` wrote."""
+    i_row, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at, begin = tl.load(rows + 3 * i_row), tl.load(rows + 3 * i_row + 1)
+    anchor = begin + (at - begin) // SPAN * SPAN
+    if at > anchor:
+        back = (at - anchor + BLOCK - 1) // BLOCK
+        extend_live(
+            life + i_h * T, live_pos, live_death, live_count, anchor, at, i_row - back, i_row, i_h, H, K, SPAN, KP
+        )
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -19,6 +19,7 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -74,6 +75,32 @@ def reversed_programs() -> Iterator[None]:
         yield
     finally:
         interpreter._strict["reverse"] = False
+
+
+@contextmanager
+def loads_counted() -> Iterator[Counter[str]]:
+    """Elements that each kernel loads, masked lanes included: programs times steps times lanes."""
+    import triton.runtime.interpreter as interpreter
+
+    _patch(interpreter)
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, call = builder.create_masked_load, executor.__call__
+    counts: Counter[str] = Counter()
+    running = [""]
+
+    def counted_load(self: Any, pointers: Any, *rest: Any, **more: Any) -> Any:
+        counts[running[0]] += pointers.data.size
+        return load(self, pointers, *rest, **more)
+
+    def named_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        running[0] = self.fn.__name__
+        return call(self, *args, **kwargs)
+
+    builder.create_masked_load, executor.__call__ = counted_load, named_call
+    try:
+        yield counts
+    finally:
+        builder.create_masked_load, executor.__call__ = load, call
 
 
 def _patch(interpreter: Any) -> None:

@@ -14,7 +14,7 @@ from tests.support import triton_interpreter
 from tests.support.dla_cases import Case
 
 triton = pytest.importorskip("triton")
-from megatron_dla.kernels.dla import debug, triton_attention, triton_chunk, triton_launch  # noqa: E402
+from megatron_dla.kernels.dla import debug, triton_attention, triton_chunk, triton_launch, triton_tables  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE = Case("topics with merges", T=75, B=1, capacity=4, topic=6)
@@ -23,9 +23,10 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles of 16 tokens, blocks of 2 tiles, windows of 3 rows."""
+    """Tiles of 16 tokens, blocks of 2 tiles, windows of 3 rows; tables of live slots look 32 tokens back."""
     for name, value in (("TILE", 16), ("WIDE_TILE", 16), ("TILES", 2), ("WINDOW_ROWS", 3)):
         monkeypatch.setattr(triton_launch, name, value)
+    monkeypatch.setattr(triton_tables, "LIVE_SPAN", 32)
     yield
 
 
@@ -230,6 +231,24 @@ def test_a_program_of_dk_adds_up_whole_shares_of_a_group(heads: int) -> None:
     shares = [triton_chunk.heads_per_program(plan, tokens) for tokens in (1, 5000, 10000, 20000, 1 << 20)]
     assert all(heads % share == 0 for share in shares) and shares == sorted(shares)
     assert shares[0] % 2 == 1 and shares[-1] == heads
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counted by the interpreter")
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_no_kernel_does_more_work_a_token_in_a_longer_document(small_tiles: None, delta: bool) -> None:
+    counts = []
+    for T in (128, 256):
+        case = replace(BASE, T=T, H=1, delta=delta, topic=8)
+        x = inputs_of(case, FP32)
+        decide = {name: x[name] for name in ("k", "v", "g", "beta") if name in x}
+        rule = dict(case.rule, tau=torch.full((case.H,), case.tau, requires_grad=True), backend="triton")
+        with triton_interpreter.loads_counted() as count:
+            debug.run(x, cotangent(case, FP32), partition=partition(**decide, **rule), **rule)
+        counts.append(count)
+    short, long = counts
+    assert len(short) > 12 and short.keys() == long.keys()
+    growth = {name: long[name] / short[name] for name in short}
+    assert all(factor < 2.5 for factor in growth.values()), growth  # quadratic: towards 4
 
 
 def drop_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
