@@ -19,23 +19,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 
 from megatron_dla.errors import UserError
+from megatron_dla.resources import resource
 
 from ..dla import dla_attention, partition
 from .inputs import TAU, Inputs, Problem, make_inputs
 from .report import environment, write_json
-from .timing import Stopwatch
+from .timing import Stopwatch, seconds
 
-VOCAB, WIDTH, LAYERS, HEADS = 2048, 256, 4, 4
-DLA = {
-    "vocab_size": VOCAB, "hidden_size": WIDTH, "num_layers": LAYERS, "num_heads": HEADS, "key_dim": 32, "value_dim": 64,
-    "capacity": 8, "tau": 1.3, "ffn_hidden_size": 512, "attention_heads": HEADS, "attention_groups": HEADS,
-    "init_std": 0.02,
-}  # fmt: skip
+VOCAB = 2048
 PROMPTS, BATCHES, PADDED = (512, 4096), (1, 8, 32), (8, 512)
 CONTEXT, STEPS, REPEATS = 256, 16, 12  # of decoding: tokens before, tokens a repeat, repeats
 LENGTHS, RECURRENT = (4096, 8192, 16384), 256
+
+
+def demo_model() -> dict[str, Any]:
+    """The model section of `make demo`; its keys are fields of an export's config.json, too."""
+    return yaml.safe_load((resource("configs") / "demo_cpu.yaml").read_text())["model"]
 
 
 def exported(backbone: str) -> Any:
@@ -50,8 +52,10 @@ def exported(backbone: str) -> Any:
         for name, path in code_files().items():
             shutil.copyfile(path, directory / name)
         classes = {"AutoConfig": "configuration_dla.DLAConfig", "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM"}
-        fields = DLA | {"backbone": backbone, "num_groups": 1 if backbone == "mamba2" else HEADS}
-        (directory / "config.json").write_text(json.dumps({"model_type": "dla", "auto_map": classes, **fields}))
+        fields = {"model_type": "dla", "auto_map": classes, **demo_model(), "vocab_size": VOCAB, "backbone": backbone}
+        if backbone == "mamba2":
+            fields["num_groups"] = 1
+        (directory / "config.json").write_text(json.dumps(fields))
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=True)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 
@@ -60,8 +64,12 @@ def models() -> dict[str, Callable[[], Any]]:
     """Name -> constructor, all of 3.7M parameters or so."""
     from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
-    shared: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
-    llama = LlamaConfig(**shared, intermediate_size=512, num_attention_heads=HEADS, num_key_value_heads=HEADS)
+    demo = demo_model()
+    heads, layers = demo["attention_heads"], demo["num_layers"]
+    shared: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": demo["hidden_size"], "num_hidden_layers": layers}
+    llama = LlamaConfig(
+        **shared, intermediate_size=demo["ffn_hidden_size"], num_attention_heads=heads, num_key_value_heads=heads
+    )
     mamba2 = Mamba2Config(**shared | {"num_hidden_layers": 6}, num_heads=8, head_dim=64, state_size=64, n_groups=1)
     return {
         "dla mamba2": lambda: exported("mamba2"), "dla gdn": lambda: exported("gdn"),
@@ -92,7 +100,6 @@ def model_rates(model: Any, watch: Stopwatch) -> dict[str, float]:
         made[f"decode {batch}"] = 1e3 * STEPS * batch / min(watch.once(partial(decode, memory)) for memory in caches)
     mask = torch.ones(PADDED, dtype=torch.int64)
     whole = watch.measure(partial(prefill, *PADDED, mask)).low
-    mask = mask.clone()
     mask[0, : PADDED[1] // 3] = 0
     return made | {"padded": watch.measure(partial(prefill, *PADDED, mask)).low / whole}
 
@@ -145,7 +152,7 @@ def bench_export(args: argparse.Namespace) -> int:
         rows = {args.model: lambda: load_export(args.model, dtype=torch.float32), **rows}
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    watch, results = Stopwatch(device, args.budget), environment(device)
+    watch, results = Stopwatch(device, seconds(args.budget)), environment(device)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "export_cpu.json"
     print(f"torch {results['torch']}, one thread, processor time; tokens/s; padded: time over that of whole rows")

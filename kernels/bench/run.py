@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from typing import Any
 
@@ -16,7 +15,7 @@ from . import report, targets
 from .account import measure_ceilings
 from .methods import usable_backend
 from .sweep import Record, Sweep, run_decode, run_sweep
-from .timing import Stopwatch
+from .timing import Stopwatch, seconds
 
 LENGTHS = {"cuda": [2048 << i for i in range(7)], "cpu": [2048, 4096, 8192, 16384]}
 CONTEXTS = {"cuda": [1 << n for n in (10, 12, 14, 16, 18, 20)], "cpu": [1 << n for n in (10, 12, 14)]}
@@ -45,9 +44,7 @@ def _numbers(args: argparse.Namespace, name: str, default: Any, least: int) -> A
 def request(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What is asked for, with this device's defaults: fields of `Sweep`, and `budget_s`. Raises UserError."""
     default: dict[str, Any] = DEFAULTS[device.type]
-    budget = default["budget"] if args.budget is None else args.budget
-    if not 0 < budget < math.inf:
-        raise UserError(f"--budget {budget:g}: want seconds, more than 0")
+    budget = seconds(default["budget"] if args.budget is None else args.budget)
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed {args.seed}: want a number in [0, 2^31)")
     return {

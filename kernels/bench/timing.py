@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from megatron_dla.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,13 @@ class Timing:
 
     def __str__(self) -> str:
         return f"{self.ms:.3g} ms ({self.low:.3g}..{self.high:.3g}, {self.repeats} repeats)"
+
+
+def seconds(budget: float) -> float:
+    """`--budget`, checked. Raises UserError."""
+    if not 0 < budget < math.inf:
+        raise UserError(f"--budget {budget:g}: want seconds, more than 0")
+    return budget
 
 
 class Stopwatch:

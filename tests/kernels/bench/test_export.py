@@ -36,6 +36,13 @@ def test_every_number_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert numbers["recurrence"] > numbers["dla 64"]
 
 
+@pytest.mark.parametrize("budget", ["0", "-1", "nan"])
+def test_budget_out_of_range(budget: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "export", "--budget", budget, "--out", str(tmp_path / "new")]) == 2
+    assert f"--budget {budget}" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_softmax_is_causal_attention() -> None:
     x = export.make_inputs(export.Problem("mamba2", 40, 8, 4, heads=2), 0, dtype=torch.float64)
     scores = torch.einsum("btgd,bsgd->bts", x.q, x.k).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf)
