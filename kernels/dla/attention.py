@@ -230,7 +230,8 @@ def dla_attention(
         slot_weights: [B, T, H, capacity], readout weight of each slot by recency (0 = the open slot).
         tau: boundary threshold, float or [H]; a tensor that requires a gradient gets the straight-through one.
         partition: decisions to follow instead of taking them (recomputation, teacher forcing).
-        cu_seqlens: int [n + 1], document borders over the flattened B * T tokens; memory is empty at each.
+        cu_seqlens: int [n + 1], document borders over the flattened B * T tokens; memory is empty at each. Best on the
+            host: it is read there, and a tensor on a GPU makes the host wait.
         padding: int64 [B], tokens at the head of each row that are not part of it (k, v and q are finite there): the
             memory is empty after them, and the returned cache is that of the rows. Not with cu_seqlens or a cache.
         cache: memory before the first token; with `cu_seqlens`, one entry a document, as is the returned one.

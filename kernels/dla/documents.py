@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -13,15 +15,27 @@ def document_starts(
 ) -> Tensor:
     """bool [B, T]: True where a document begins, from cumulative lengths over the flattened B*T tokens.
 
-    With several rows, every row start begins a document, whether `cu_seqlens` names it or not.
+    With several rows, every row start begins a document, whether `cu_seqlens` names it or not. Where `cu_seqlens` is on
+    the host, the layers of a model share one transfer of the result to their device.
     """
-    starts = torch.zeros(batch * length + 1, dtype=torch.bool, device=device)
-    if cu_seqlens is not None:
-        starts[cu_seqlens.long()] = True
+    if cu_seqlens is None:
+        return torch.zeros(batch, length, dtype=torch.bool, device=device)
+    if cu_seqlens.device.type != "cpu":
+        return _starts(cu_seqlens, batch, length).to(device or cu_seqlens.device)
+    return _moved_starts(tuple(cu_seqlens.tolist()), batch, length, device).clone()
+
+
+def _starts(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+    starts = torch.zeros(batch * length + 1, dtype=torch.bool, device=cu_seqlens.device)
+    starts[cu_seqlens.long()] = True
     starts = starts[:-1].view(batch, length)
-    if cu_seqlens is not None and length:
-        starts[:, 0] = True
+    starts[:, :1] = True
     return starts
+
+
+@lru_cache(maxsize=16)  # of a batch: whole rows and parts of them
+def _moved_starts(ends: tuple[int, ...], batch: int, length: int, device: torch.device | str | None) -> Tensor:
+    return _starts(torch.tensor(ends), batch, length).to(device or "cpu")
 
 
 def begin_of_document(resets: Tensor) -> Tensor:

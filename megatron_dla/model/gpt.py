@@ -126,7 +126,7 @@ def packed_sequence(cu_seqlens: torch.Tensor | None, seq_len: int):
     """Megatron's PackedSeqParams for rows of packed documents (sbhd), or None.
 
     `cu_seqlens`: int32 [n + 1] over the flattened B * S tokens of whole rows (at every context-parallel size), every
-    row start included.
+    row start included; on the host, where every layer reads it without waiting for the device.
     """
     if cu_seqlens is None:
         return None

@@ -151,8 +151,7 @@ class PretrainTask(Task):
         return model
 
     def _pack(self, batch: Batch) -> Any:
-        cu_seqlens = batch.cu_seqlens.to(self.runtime.device) if self.config.data.reset_at_documents else None
-        return packed_sequence(cu_seqlens, self.seq_len)
+        return packed_sequence(batch.cu_seqlens if self.config.data.reset_at_documents else None, self.seq_len)
 
     def train_step(self, engine: Any, step: int) -> float:
         batches = self.loader.next_step()

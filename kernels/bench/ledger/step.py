@@ -132,7 +132,7 @@ class Step:
 
         def pack(batch: Any) -> Any:
             recording.in_micro_batch = True
-            return packed_sequence(batch.cu_seqlens.to(device) if resets else None, self.T)
+            return packed_sequence(batch.cu_seqlens if resets else None, self.T)
 
         self.engine.recording = recording
         train_step(self.engine, self.batches, self.groups, device, pack)

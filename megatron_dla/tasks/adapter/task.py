@@ -176,13 +176,13 @@ class AdapterTask(Task):
             flags = {k: None if x is None else x.to(device) for k, x in vars(batch.inputs).items()}
             return MemoryCall(MemoryInputs(**flags))
         B, T = batch.tokens.shape
-        starts = document_starts(batch.cu_seqlens.to(device), B, T, device)
+        starts = document_starts(batch.cu_seqlens, B, T, device)
         return MemoryCall(MemoryInputs(reset=starts))
 
     def _pack(self, batch: Batch | EpisodeBatch) -> Any:
         from megatron_dla.adapters.delta_mem import with_memory
 
-        return with_memory(self._call(batch), self.seq_len, batch.cu_seqlens.to(self.runtime.device))
+        return with_memory(self._call(batch), self.seq_len, batch.cu_seqlens)
 
     def train_step(self, engine: Any, step: int) -> float:
         gate_loss, calls = self.config.gate_loss, []
