@@ -64,8 +64,9 @@ class CountedEngine:
         norm.item()
         if self.clip:
             flat.mul_(1.0)
+        first, second = self.moments
         torch._fused_adamw_(
-            self.masters, self.sums, *self.moments, [], self.steps, lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1,
+            self.masters, self.sums, first, second, [], self.steps, lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1,
             eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
         for parameter, master in zip(self.parameters, self.masters, strict=True):
