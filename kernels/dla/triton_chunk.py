@@ -37,6 +37,7 @@ from .triton_local import (
     transition_kernel,
 )
 from .triton_scan import reverse_scan_kernel, state_scan_kernel
+from .triton_slots import slot_columns_kernel, slot_reverse_kernel, slot_scan_kernel
 from .triton_tables import decay_cumsum_kernel, live_anchor_kernel, live_table_kernel, tile_counts_kernel
 
 
@@ -62,6 +63,8 @@ class Tables:
     pos: Tensor  # int32 [rows, H, K]
     death: Tensor
     live: Tensor  # int32 [rows, H]
+    columns: Tensor  # int16 [blocks, H, 6, KP], see `triton_slots.py`
+    moves: Tensor  # int32 [blocks, H, 4]
 
 
 def block_decay(g: Tensor, layout: BlockLayout) -> Tensor:
@@ -78,13 +81,14 @@ def make_tables(
     """`cache`: live slots [B, H] and their deaths [B, H, K] by recency, int32."""
     T, H, K = layout.tokens, plan.H, plan.K
 
-    def new(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.int32, device=g.device)
+    def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=g.device)
 
-    rows = len(layout.rows)
+    rows, blocks = len(layout.rows), len(layout.blocks)
     tables = Tables(
         life=life, cg=block_decay(g, layout), counts=new(H, plan.block // plan.tile, T),
         pos=new(rows, H, K), death=new(rows, H, K), live=new(rows, H),
+        columns=new(blocks, H, 6, plan.slots_padded, dtype=torch.int16), moves=new(blocks, H, 4),
     )  # fmt: skip
     cache_live, cache_death = cache if cache is not None else (life, life)
     live = (tables.pos, tables.death, tables.live, T, H, K)
@@ -93,8 +97,13 @@ def make_tables(
         life, layout.segments, cache_live, cache_death, *live, HAS_CACHE=cache is not None, **spans
     )
     live_table_kernel[(rows, H)](life, layout.rows, *live, **spans)
+    if not plan.staged:
+        slot_columns_kernel[(len(layout.window_segments), H)](
+            layout.blocks, layout.window_segments, tables.pos, tables.death, tables.live, tables.columns, tables.moves,
+            H, K, KP=plan.slots_padded, num_warps=1,
+        )  # fmt: skip
     tiles = plan.block // plan.tile
-    tile_counts_kernel[(len(layout.blocks) * tiles, H)](
+    tile_counts_kernel[(blocks * tiles, H)](
         life, layout.blocks, tables.counts, T, BT=plan.tile, TILES=tiles, num_warps=4
     )
     return tables
@@ -149,18 +158,59 @@ class WindowPass:
     def scan(self, incoming: Tensor) -> tuple[Tensor, Tensor]:
         """Snapshots [rows, H, K, DK, DV] and final states [segments, H, K, DK, DV] fp32.
 
-        `incoming`: [segments, 2, H, K, DK, DV] fp32, [:, 0] filled where a segment begins with slots; overwritten.
+        `incoming`: `carry`, filled where a segment begins with slots; its scratch is overwritten.
         """
-        plan, tables, segments = self.plan, self.tables, len(self.window.segments)
-        snap, final = self.states(), self.states(torch.float32, segments)
-        dims = scan_launch(plan, self.x.v.device)
-        grid = (segments * plan.H, 1 if plan.gdn else ceil_div(plan.DK, dims["BK"]), ceil_div(plan.DV, dims["BV"]))
-        state_scan_kernel[grid](
-            self.kh, self.x.v, tables.cg, self.r_matrix, self.layout.blocks, self.window.segments, tables.pos,
-            tables.death, tables.live, incoming, snap, final, *self._sizes(), plan.K, self.window.block_lo,
-            self.window.row_lo, self.token_lo, **dims, BT=plan.tile, KP=plan.slots_padded, **plan.math(),
-        )  # fmt: skip
+        plan, tables, segments = self.plan, self.tables, self.window.segments
+        snap, final = self.states(), self.states(torch.float32, len(segments))
+        dims, grid = self.scan_launch()
+        inputs = (self.kh, self.x.v, tables.cg, self.r_matrix, self.layout.blocks, segments)
+        sizes = (plan.K, self.window.block_lo, self.window.row_lo, self.token_lo)
+        meta = dict(BT=plan.tile, KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
+        if plan.staged:
+            state_scan_kernel[grid](
+                *inputs, tables.pos, tables.death, tables.live, incoming, snap, final, self.layout.tokens, plan.H,
+                *sizes, **meta,
+            )  # fmt: skip
+        else:
+            slot_scan_kernel[grid](
+                *inputs, tables.columns, tables.moves, incoming, snap, final, *self._sizes(), *sizes, GDN=plan.gdn,
+                **meta,
+            )  # fmt: skip
         return snap, final
+
+    def reverse_scan(self, snap: Tensor, dstates: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+        """`dstates` from each block's own part to D, in place; the gradients of the states that the segments began
+        with [segments, H, K, DK, DV] fp32, and of exp(cg_C) of each block [programs, blocks, H] fp32 (Mamba-2)."""
+        plan, tables, window = self.plan, self.tables, self.window
+        dims, grid = self.scan_launch()
+        initial = self.states(torch.float32, len(window.segments))
+        dkeep = self.new(grid[1] * grid[2], self.blocks, plan.H)
+        inputs = (tables.cg, self.r_matrix, self.layout.blocks, window.segments)
+        sizes = (self.layout.tokens, plan.H, plan.K)
+        meta = dict(KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
+        if plan.staged:
+            reverse_scan_kernel[grid](
+                *inputs, tables.pos, tables.death, tables.live, dstates, carry, initial, *sizes, window.block_lo,
+                window.row_lo, **meta,
+            )  # fmt: skip
+        else:
+            slot_reverse_kernel[grid](
+                *inputs, tables.columns, tables.moves, snap, dstates, carry, initial, dkeep, *sizes, self.blocks,
+                window.block_lo, window.row_lo, GDN=plan.gdn, **meta,
+            )  # fmt: skip
+        return initial, dkeep
+
+    def carry(self) -> Tensor:
+        """Uninitialised states [segments, n, H, K, DK, DV] fp32, [:, 0] for a scan to begin with, the rest scratch."""
+        plan = self.plan
+        return self.new(len(self.window.segments), 2 if plan.staged else 1, plan.H, plan.K, plan.DK, plan.DV)
+
+    def scan_launch(self) -> tuple[dict[str, int], tuple[int, int, int]]:
+        """Launch and grid of the two scans."""
+        plan = self.plan
+        dims = plan.scan(self.x.v.device)
+        tiles = 1 if plan.gdn else ceil_div(plan.DK, dims["BK"]), ceil_div(plan.DV, dims["BV"])
+        return dims, (len(self.window.segments) * plan.H, *tiles)
 
     def output(self, snap: Tensor, o: Tensor) -> None:
         plan, x, tables = self.plan, self.x, self.tables
@@ -170,12 +220,6 @@ class WindowPass:
             tables.live, snap, o, *self._sizes(), plan.K, self.window.block_lo, self.window.row_lo, self.token_lo,
             **dims, **plan.tiled(), **plan.math(),
         )  # fmt: skip
-
-
-def scan_launch(plan: LaunchPlan, device: torch.device) -> dict[str, int]:
-    """Launch of the two scans; `STAGED` where a program goes over tiles of key dims in memory."""
-    launch = plan.launch("scan_gdn" if plan.gdn else "scan", device)
-    return {**launch, "STAGED": plan.gdn and (plan.wide or launch["BK"] < plan.DK)}
 
 
 def local_launch(plan: LaunchPlan, device: torch.device, kernel: str = "local") -> dict:
@@ -204,9 +248,8 @@ def chunk_inverse(
 
 def _incoming(work: WindowPass, states: Tensor | None, resumed: Tensor | None) -> Tensor:
     """Scan scratch with the states that the window's segments begin with."""
-    plan, window = work.plan, work.window
+    window, carry = work.window, work.carry()
     n = len(window.segments)
-    carry = work.new(n, 2, plan.H, plan.K, plan.DK, plan.DV)
     if states is not None:
         carry[:, 0] = states[window.segment_lo : window.segment_lo + n]
     if resumed is not None:
@@ -274,7 +317,7 @@ class TritonDLA(torch.autograd.Function):
             work = WindowPass(plan, layout, window, x, tables)
             snap, _ = work.scan(_incoming(work, states, carried.pop() if window.resumes else None))
             n = len(window.segments)
-            carry = work.new(n, 2, plan.H, plan.K, plan.DK, plan.DV)
+            carry = work.carry()
             if dfinal.numel():
                 carry[:, 0] = dfinal[window.segment_lo : window.segment_lo + n]
             else:
@@ -355,15 +398,7 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
         work.qt, do, tables.cg, x.lam, tables.counts, blocks, tables.death, tables.live, dstates, *sizes, **dims,
         **plan.tiled(), **math,
     )  # fmt: skip
-    dims = scan_launch(plan, do.device)
-    programs = (1 if plan.gdn else ceil_div(plan.DK, dims["BK"]), ceil_div(plan.DV, dims["BV"]))
-    initial = work.states(torch.float32, len(window.segments))
-    dkeep = work.new(programs[0] * programs[1], work.blocks, H)
-    reverse_scan_kernel[(len(window.segments) * H, *programs)](
-        tables.cg, work.r_matrix, blocks, window.segments, tables.pos, tables.death, tables.live, snap, dstates, carry,
-        initial, dkeep, T, H, K, work.blocks, window.block_lo, window.row_lo, **dims,
-        KP=plan.slots_padded, **math,
-    )  # fmt: skip
+    initial, dkeep = work.reverse_scan(snap, dstates, carry)
     dims = plan.launch("query_gradient", do.device)
     parts = ceil_div(plan.DK, dims["BK"])
     splits = H // grads.heads

@@ -21,10 +21,9 @@ WINDOW_ROWS = 64  # blocks (and segment ends) whose slot states are in memory at
 # `.sm80`: on GPUs before Hopper, where operands take up registers): (BK, BV, warps, stages) for bf16 and for operands
 # of 4 bytes, and its operation
 LAUNCH = {
-    "scan": ((64, 64, 4, 2), (64, 64, 8, 1), "forward"),
-    "scan_gdn": ((128, 64, 8, 1), (32, 32, 4, 1), "forward"),
-    "scan_gdn.sm80": ((128, 32, 8, 1), (32, 32, 4, 1), "forward"),
-    "scan_gdn.256": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
+    "slots": ((64, 256, 8, 2), (32, 128, 4, 1), "forward"),  # BV: for all slots together, here and in the next line
+    "slots_gdn": ((128, 128, 8, 2), (32, 64, 4, 1), "forward"),
+    "scan_gdn": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "output": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
     "output.v64": ((128, 64, 8, 2), (64, 64, 8, 1), "forward"),
     "output.v64.sm80": ((64, 64, 8, 2), (64, 64, 8, 1), "forward"),
@@ -100,8 +99,8 @@ class LaunchPlan:
     def slots_padded(self) -> int:
         return power_of_two(self.K, 2)
 
-    def launch(self, kernel: str, device: torch.device) -> dict[str, int]:
-        """Head dims, tiles, warps and stages of one kernel."""
+    def found(self, kernel: str, device: torch.device) -> dict[str, int]:
+        """What the table or a measured file says for these dims, dtype and GPU."""
         name = kernel
         for variant, holds in ((".256", self.DK > 128), (".v64", self.DV <= 64)):
             if holds and name + variant in LAUNCH:
@@ -109,10 +108,31 @@ class LaunchPlan:
         if f"{name}.sm80" in LAUNCH and compute_capability(device) < 90:
             name += ".sm80"
         name += ".fp32" if self.wide else ""
-        found = launch_config(name, dtype=self.dtype, dk=self.DK, dv=self.DV, capacity=self.K, device=device)
+        return launch_config(name, dtype=self.dtype, dk=self.DK, dv=self.DV, capacity=self.K, device=device)
+
+    def launch(self, kernel: str, device: torch.device) -> dict[str, int]:
+        """Head dims, tiles, warps and stages of one kernel."""
+        found = self.found(kernel, device)
         found["BK"] = min(found["BK"], power_of_two(self.DK))
         found["BV"] = min(found["BV"], power_of_two(self.DV))
         return {"DK": self.DK, "DV": self.DV, **found}
+
+    @property
+    def staged(self) -> bool:
+        """Whether the scans go slot by slot: all slots do not fit in one program, which has all key dims."""
+        fits = self.DK <= 32 if self.wide else self.DK <= 128
+        return self.gdn and not fits
+
+    def scan(self, device: torch.device) -> dict[str, int]:
+        """`launch` of the scans."""
+        if self.staged:
+            return self.launch("scan_gdn", device)
+        found = self.found("slots_gdn" if self.gdn else "slots", device)
+        columns = found["BV"] // (2 if self.K > 32 else 1)
+        found["BK"] = min(found["BK"], power_of_two(self.DK))
+        found["BV"] = min(columns // self.slots_padded, 8)
+        # told the most, the assembler does not spill to fit more programs on a multiprocessor
+        return {"DK": self.DK, "DV": self.DV, **found, "maxnreg": 255}
 
     def math(self) -> dict:
         return {"GDN": self.gdn, "DOT": self.dot, "PREC": PRECISION}

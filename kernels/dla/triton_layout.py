@@ -8,7 +8,6 @@ of blocks whose slot states are in memory at the same time, so that the workspac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,6 +60,7 @@ class BlockLayout:
     blocks_of_segment: tuple[tuple[int, int], ...]  # (first block, blocks)
     last_segments: Tensor  # int64 [B]: of each row of the batch
     windows: tuple[Window, ...]
+    window_segments: Tensor  # of all windows, see `Window`
 
 
 def make_layout(
@@ -93,7 +93,7 @@ def _layout(
             rows.append((first, begin, s))
         rows.append((end, begin, s))
     first_block.append(len(blocks))
-    windows = tuple(_windows(blocks, first_block, window_rows, device))
+    windows, window_segments = _windows(blocks, first_block, window_rows, device)
 
     def table(x: list) -> Tensor:
         return torch.tensor(x, dtype=torch.int32, device=device)
@@ -103,13 +103,14 @@ def _layout(
     counts = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))
     firsts = (*(x[0] for x in blocks), batch * length)
     return BlockLayout(
-        batch * length, block, firsts, table(blocks), table(rows), table(spans), counts, last_segments, windows
-    )
+        batch * length, block, firsts, table(blocks), table(rows), table(spans), counts, last_segments, windows,
+        window_segments,
+    )  # fmt: skip
 
 
 def _windows(
     blocks: list[tuple[int, int, int, int]], first_block: list[int], window_rows: int, device: torch.device
-) -> Iterator[Window]:
+) -> tuple[tuple[Window, ...], Tensor]:
     cuts: list[tuple[int, int, int, int]] = []
     table: list[tuple[int, int, int, int]] = []
     lo = 0
@@ -124,8 +125,8 @@ def _windows(
         cuts.append((lo, hi, begin, len(table)))
         lo = hi
     segments = torch.tensor(table, dtype=torch.int32, device=device)  # one copy to the device for all windows
-    for lo, hi, begin, end in cuts:
-        yield Window(
+    windows = tuple(
+        Window(
             block_lo=lo,
             block_hi=hi,
             row_lo=blocks[lo][2],
@@ -135,6 +136,9 @@ def _windows(
             resumes=lo > first_block[blocks[lo][3]],
             continues=hi < first_block[blocks[hi - 1][3] + 1],
         )
+        for lo, hi, begin, end in cuts
+    )
+    return windows, segments
 
 
 def to_line(death: Tensor, start: Tensor) -> Tensor:
