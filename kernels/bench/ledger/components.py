@@ -59,8 +59,12 @@ FUNCTIONS = {
 KERNELS = {
     "state_scan_kernel": SCANS,
     "reverse_scan_kernel": SCANS,
+    "slot_scan_kernel": SCANS,
+    "slot_reverse_kernel": SCANS,
     "decay_cumsum_kernel": LOCAL,
+    "live_anchor_kernel": LOCAL,
     "live_table_kernel": LOCAL,
+    "slot_columns_kernel": LOCAL,
     "tile_counts_kernel": LOCAL,
     "inverse_kernel": LOCAL,
     "local_forward_kernel": LOCAL,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .components import COMPONENTS, FUSIBLE, MIXER
+from .components import COMPONENTS, FUSIBLE, MIXER, SCANS
 from .record import Event, Recording, nbytes
 
 
@@ -59,14 +59,15 @@ def scan_programs(events: Iterable[Event]) -> dict[str, int]:
     """Kernel that walks over the blocks -> fewest programs of its launches."""
     found: dict[str, int] = {}
     for event in events:
-        if event.kind == "triton" and "scan" in event.name:
+        if event.kind == "triton" and event.component == SCANS:
             found[event.name] = min(found.get(event.name, 1 << 60), event.launch.programs)
     return found
 
 
 def snapshot_bytes(events: Iterable[Event]) -> int:
     """Slot states that the forward passes write for the output kernel."""
-    forward = [e for e in events if e.kind == "triton" and e.name == "state_scan_kernel" and not e.backward]
+    scans = ("slot_scan_kernel", "state_scan_kernel")
+    forward = [e for e in events if e.kind == "triton" and e.name in scans and not e.backward]
     return sum(nbytes(e.launch.arguments["snap"]) for e in forward if "snap" in e.launch.arguments)
 
 
