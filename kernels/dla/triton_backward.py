@@ -45,7 +45,7 @@ def read_gradient(
     b_scale = tl.full([BT], 1.0, tl.float32)
     if not GDN:
         b_scale = tl.exp(tl.load(p_g + o_t, mask=o_t < end, other=0.0))
-    for i_s in range(m):
+    for i_s in tl.range(m, num_stages=2):
         b_slot = tl.minimum(b_newer, K - 1)
         b_lam = tl.load(p_lam + o_t.to(tl.int64) * stride_lam + b_slot, mask=o_t < end, other=0.0).to(tl.float32)
         b_y = tl.zeros([BT, BK], tl.float32)
@@ -84,6 +84,7 @@ def query_gradient_kernel(
     dcg,  # [NK, H, T] fp32 out: the queries' part of the decay gradient (Mamba-2 only)
     T, H, GROUP, K, block_lo, row_lo, token_lo,
     N_TOKENS,  # of the window
+    BS: tl.constexpr,  # value dims a step where slots are read
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
     KP: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +136,7 @@ def query_gradient_kernel(
         p_s = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
         b_dq, b_dlam, b_dg = read_gradient(
             b_dq, b_dlam, b_dg, p_q, p_do, p_g, p_lam, p_s, p_death, b_newer, m, o_t, o_k, end, stride_q, stride_v,
-            H * K, K, DK, DV, BK, BV, BT, KP, GDN, DOT, PREC,
+            H * K, K, DK, DV, BK, BS, BT, KP, GDN, DOT, PREC,
         )  # fmt: skip
         m_dlam, m_dq = (o_t < end)[:, None] & (o_s < K)[None, :], (o_t < end)[:, None] & (o_k < DK)[None, :]
         o_w = i_k.to(tl.int64) * N_TOKENS + o_t.to(tl.int64) - token_lo

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.launch import ceil_div
+from ..common.launch import ceil_div, power_of_two
 from . import triton_tables
 from .autocast import without_autocast
 from .triton_backward import (
@@ -23,7 +23,7 @@ from .triton_backward import (
     value_gradient_kernel,
 )
 from .triton_forward import output_kernel
-from .triton_launch import PRECISION, LaunchPlan
+from .triton_launch import ALL_REGISTERS, PRECISION, LaunchPlan
 from .triton_layout import BlockLayout, Window
 from .triton_local import (
     dphi_kernel,
@@ -214,7 +214,7 @@ class WindowPass:
 
     def output(self, snap: Tensor, o: Tensor) -> None:
         plan, x, tables = self.plan, self.x, self.tables
-        dims = plan.launch("output", o.device)
+        dims = plan.launch("output", o.device) | (ALL_REGISTERS if plan.wide else {})
         output_kernel[(self.tiles, plan.H, ceil_div(plan.DV, dims["BV"]))](
             self.qt, x.k, x.v, tables.cg, self.at, x.lam, tables.life, tables.counts, self.layout.blocks, tables.death,
             tables.live, snap, o, *self._sizes(), plan.K, self.window.block_lo, self.window.row_lo, self.token_lo,
@@ -408,10 +408,12 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
     dat = work.new(work.tokens, H, C) if plan.gdn else x.v
     mine = grads.dlam[work.token_lo : work.token_lo + work.tokens]
     dlam = mine if parts == 1 else work.new(parts, *mine.shape)
+    # dO stays in shared memory while slots are read
+    wide = dims["BV"] if plan.wide else min(128, power_of_two(plan.DV))
     query_gradient_kernel[(work.tiles, H, parts)](
         work.qt, x.k, x.v, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, tables.death,
-        tables.live, snap, dqt, dat, dlam, rows, *sizes, work.tokens, **dims, **plan.tiled(), KP=plan.slots_padded,
-        **math,
+        tables.live, snap, dqt, dat, dlam, rows, *sizes, work.tokens, wide, **dims, **plan.tiled(),
+        KP=plan.slots_padded, **math,
     )  # fmt: skip
     if not plan.gdn:  # heads that share a query
         grads.dq[work.token_lo : work.token_lo + work.tokens] = dqt.view(work.tokens, plan.G, -1, plan.DK).sum(2)

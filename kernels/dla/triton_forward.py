@@ -127,13 +127,13 @@ def output_kernel(
         for i_s in range(m):
             b_slot = tl.minimum(b_newer, K - 1)
             b_lam = tl.load(p_lam + o_t.to(tl.int64) * stride_lam + b_slot, mask=o_t < end, other=0.0)
-            b_w = b_scale * b_lam.to(tl.float32)
+            b_y = tl.zeros([BT, BV], tl.float32)  # both operands as they lie in shared memory, the weights afterwards
             for i_k in range(0, DK, BK):
                 o_k = i_k + tl.arange(0, BK)
                 b_q = raw_rows(p_q, o_t, o_k, end, stride_q, DK)
                 b_s = load_tile(p_s + tl.cast(i_s, tl.int64) * DK * DV, o_k, o_v, DK, DV)
-                # [BT, BK] @ [BK, BV] -> [BT, BV]
-                b_o = tl.dot((b_w[:, None] * b_q.to(tl.float32)).to(DOT), b_s, b_o, input_precision=PREC)
+                b_y = tl.dot(b_q.to(DOT), b_s, b_y, input_precision=PREC)  # [BT, BK] @ [BK, BV] -> [BT, BV]
+            b_o += (b_scale * b_lam.to(tl.float32))[:, None] * b_y
             b_newer += (tl.load(p_death + i_s) > o_t).to(tl.int32)
         m_o = (o_t < end)[:, None] & (o_v < DV)[None, :]
         p_o = o + o_t.to(tl.int64)[:, None] * stride_v + i_h * DV + o_v[None, :]

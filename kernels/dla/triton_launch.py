@@ -45,6 +45,7 @@ LAUNCH = {
     "detect_gdn": ((32, 64, 8, 1), (32, 32, 8, 1), "partition"),
     "detect_gdn.256": ((32, 64, 8, 1), (32, 16, 8, 1), "partition"),
 }
+ALL_REGISTERS = {"maxnreg": 255}  # told so, the assembler does not spill to fit more programs on a multiprocessor
 
 
 def head_values(x: float | torch.Tensor, heads: int, device: torch.device) -> torch.Tensor:
@@ -131,8 +132,7 @@ class LaunchPlan:
         columns = found["BV"] // (2 if self.K > 32 else 1)
         found["BK"] = min(found["BK"], power_of_two(self.DK))
         found["BV"] = min(columns // self.slots_padded, 8)
-        # told the most, the assembler does not spill to fit more programs on a multiprocessor
-        return {"DK": self.DK, "DV": self.DV, **found, "maxnreg": 255}
+        return {"DK": self.DK, "DV": self.DV, **found, **ALL_REGISTERS}
 
     def math(self) -> dict:
         return {"GDN": self.gdn, "DOT": self.dot, "PREC": PRECISION}
