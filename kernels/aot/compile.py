@@ -218,11 +218,11 @@ def stub_driver(arch: int) -> Any:
 
 
 @contextlib.contextmanager
-def dry_run(arch: int) -> Iterator[list[Report]]:
+def dry_run(arch: int, zeroed: bool = True) -> Iterator[list[Report]]:
     """Inside, every kernel launch compiles for sm_`arch` and runs nothing; yields the reports, one a distinct kernel.
 
-    Tensors stay on the CPU; what kernels should have written is zero. A kernel that does not compile becomes a report
-    with `error`, and execution continues after the launch.
+    Tensors stay on the CPU (or on `meta`); if `zeroed`, what kernels should have written is zero. A kernel that does
+    not compile becomes a report with `error`, and execution continues after the launch.
     """
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("dry_run compiles: start the process without TRITON_INTERPRET")
@@ -255,7 +255,7 @@ def dry_run(arch: int) -> Iterator[list[Report]]:
     driver.set_active(stub_driver(arch))
     JITFunction.run = run  # type: ignore[method-assign]
     try:
-        with _ZeroedEmpty():
+        with _ZeroedEmpty() if zeroed else contextlib.nullcontext():
             yield reports
     finally:
         JITFunction.run = stock  # type: ignore[method-assign]

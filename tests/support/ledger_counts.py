@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from megatron_dla.kernels.bench.ledger.record import record
-from megatron_dla.kernels.bench.ledger.run import count, facts, ledger_config
+from megatron_dla.kernels.bench.ledger.report import facts
+from megatron_dla.kernels.bench.ledger.run import count, ledger_config
 from megatron_dla.kernels.dla import dla_attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ def main() -> None:
     found = {"launch": one_launch(), "mamba2": kernels(False), "gdn": kernels(True)}
     for path in sys.argv[1:]:
         config = ledger_config(ROOT / "configs" / f"{path}.yaml")
-        found[path] = facts(config, count(config))
+        found[path] = facts(config, count(config), None)
     print(json.dumps(found))
 
 

@@ -191,6 +191,8 @@ class _Functions(TorchFunctionMode):
             return self._rms_norm(*args, **kwargs)
         if func is F.scaled_dot_product_attention and x is not None and x.is_meta:
             return self._attention(*args, **kwargs)
+        if name == "__getitem__" and x is not None and known_values(x) is not None:
+            return self._part(func, *args)
         if name in READS_HOST and x is not None and x.is_meta:
             return self._read(name, func, x, args, kwargs)
         out = func(*args, **kwargs)
@@ -199,6 +201,13 @@ class _Functions(TorchFunctionMode):
             self.recording.add("copy", name, nbytes(out))
         elif name == "to" and x is not None and not x.is_meta and out.is_meta and x.numel() <= KNOWN_LIMIT:
             out.known_values = x.to(out.dtype)
+        return out
+
+    def _part(self, func: Any, x: Tensor, index: Any) -> Tensor:
+        out, known = func(x, index), known_values(x)
+        assert known is not None
+        with contextlib.suppress(TypeError, IndexError, RuntimeError):  # an index that is itself a meta tensor
+            out.known_values = known[index]  # type: ignore[attr-defined]
         return out
 
     def _read(self, name: str, func: Any, x: Tensor, args: tuple, kwargs: dict) -> Any:
@@ -294,7 +303,7 @@ def _compiled(arch: int, recording: Recording) -> Iterator[None]:
 
     from megatron_dla.kernels.aot.compile import dry_run
 
-    with dry_run(arch) as reports:
+    with dry_run(arch, zeroed=False) as reports:
         compiling = JITFunction.run
 
         def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:

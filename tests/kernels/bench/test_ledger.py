@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,14 @@ import torch.nn.functional as F
 
 from megatron_dla.errors import UserError
 from megatron_dla.kernels.bench.ledger import components
-from megatron_dla.kernels.bench.ledger.record import Recording, record
+from megatron_dla.kernels.bench.ledger.constants import GPUS, LAUNCH, TRITON_SHARE, Assumptions, Latencies, fingerprint
+from megatron_dla.kernels.bench.ledger.peers import PUBLISHED
+from megatron_dla.kernels.bench.ledger.predict import memory_bytes, predict_launch, resident
+from megatron_dla.kernels.bench.ledger.record import Launch, Recording, record
 from megatron_dla.kernels.bench.ledger.run import ledger_config
 from megatron_dla.kernels.bench.ledger.summary import rows
+from megatron_dla.kernels.bench.ledger.ttir import parse
+from megatron_dla.kernels.bench.ledger.walk import Cost, Pointer, Walk
 from megatron_dla.mixers import functional
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -120,6 +126,92 @@ def test_a_config_that_is_not_one_gpus_pretraining_is_refused(tmp_path: Path) ->
     with pytest.raises(UserError, match="--tokens"):
         ledger_config(ROOT / "configs" / "dla_mamba2_780m.yaml", 1)
     assert ledger_config(ROOT / "configs" / "dla_mamba2_780m.yaml", 512).data.seq_len == 512
+
+
+TOY = (ROOT / "tests" / "fixtures" / "ledger" / "toy.mlir").read_text()  # of `toy_kernel`, in Triton:
+#   if program_id < 3:
+#       for i in range(n): acc = dot(x[32, 64] bf16, y[64, 32] bf16, acc)
+#       while table[program_id] > 0: acc += exp(acc); it falls by 2
+#       store acc [32, 32] fp32
+
+
+def walk(program: int, n: int = 6, table: tuple[int, ...] = (4, 5, 6), latency: Latencies | None = None) -> Cost:
+    values = {"n": n, **{name: Pointer(name, 0) for name in ("x", "y", "table", "o")}}
+    tables = {"table": table} if table else {}
+    gpu, assumed = GPUS["h100"], Assumptions(rounds=2.5)
+    return Walk(
+        parse(TOY), values, tables, (program, 0, 0), (4, 1, 1), 4, 2, assumed, gpu.flops_a_clock, latency or Latencies()
+    ).cost
+
+
+@pytest.mark.parametrize(("program", "n", "rounds"), ((0, 6, 2), (1, 6, 3), (2, 3, 3), (0, 200, 2)))
+def test_a_walk_counts_what_a_count_by_hand_says(program: int, n: int, rounds: int) -> None:
+    cost = walk(program, n)
+    assert cost.flops == {"bf16": n * 2 * 32 * 64 * 32}
+    assert cost.loads == {"x": n * 32 * 64 * 2, "y": n * 32 * 64 * 2, "table": 4}
+    assert cost.stores == {"o": 32 * 32 * 4}
+    assert cost.special == rounds * 32 * 32 and cost.steps == n + rounds and cost.assumed == 0
+    assert cost.tensor == pytest.approx(n * 2 * 32 * 64 * 32 / (GPUS["h100"].flops_a_clock * Latencies().rate("bf16")))
+
+
+def test_a_walk_takes_the_branch_it_knows_and_assumes_what_it_does_not() -> None:
+    nothing = walk(3)
+    assert not nothing.flops and not nothing.stores and nothing.clock < 100
+    assumed = walk(0, table=())
+    assert assumed.assumed == 1 and assumed.special == 2.5 * 32 * 32
+
+
+def test_the_clock_of_a_walk_grows_with_the_chain() -> None:
+    short, long = walk(0, 10), walk(0, 110)
+    slower = walk(0, 110, latency=Latencies(dot=1000.0))
+    assert long.clock - short.clock == pytest.approx(10 * (walk(0, 20).clock - short.clock), rel=1e-6)
+    assert slower.clock > 110 * 1000 > long.clock  # each product waits for the one before
+
+
+def toy_launch(n: int = 6, programs: int = 4) -> Launch:
+    arguments = {
+        "x": torch.empty(100_000, dtype=torch.bfloat16, device="meta"), "n": n,
+        "y": torch.empty(n * 2048, dtype=torch.bfloat16, device="meta"),
+        "table": torch.empty(4, dtype=torch.int32, device="meta"), "o": torch.empty(4096, device="meta"),
+    }  # fmt: skip
+    arguments["table"].known_values = torch.tensor([4, 5, 6, 0])
+    compiled = SimpleNamespace(hash="toy", asm={"ttir": TOY}, metadata=SimpleNamespace(num_warps=4, num_stages=2))
+    report = SimpleNamespace(warps=4, registers=64, shared=20 << 10)
+    return Launch(SimpleNamespace(__name__="toy_kernel"), (programs, 1, 1), arguments, compiled, report)
+
+
+def test_a_prediction_is_made_of_the_walk_and_the_constants() -> None:
+    gpu, launch = GPUS["h100"], toy_launch()
+    assert resident(launch, gpu) == 65536 // (128 * 64) == 8
+    one = predict_launch(launch, gpu)
+    assert one.flops == 3 * 6 * 2 * 32 * 64 * 32
+    # x once a program, y once in all, as all programs read the same; the fourth program does nothing
+    assert one.memory == 3 * 24576 + 24576 + 3 * 4 + 3 * 4096
+    assert one.waves == pytest.approx(4 / 132 / 8)
+    assert one.seconds > LAUNCH and one.limit == "latency"
+    mean = sum(walk(p, 6, (4, 5, 6, 0)).clock for p in range(4)) / 4
+    assert one.seconds == pytest.approx(LAUNCH + mean / gpu.clock)
+
+
+def test_no_tensor_is_read_from_memory_twice_in_a_launch() -> None:
+    launch, cost = toy_launch(), Cost()
+    cost.loads["x"], cost.stores["x"] = 10.0, 1e9
+    assert memory_bytes(launch, cost) == 4 * 10 + 200_000
+    assert TRITON_SHARE < 1
+
+
+@pytest.mark.parametrize("op", ("gated_delta_rule", "retention"))
+def test_kernels_that_others_measured_on_an_h100_are_predicted(op: str) -> None:
+    """After a change of the constants or of the walk: `python -m megatron_dla.kernels.bench.ledger.peers`."""
+    files = [json.loads(p.read_text()) for p in sorted((ROOT / "docs" / "results").glob("ledger_peers_sm*.json"))]
+    assert files and all(found["constants"] == fingerprint() for found in files)
+    predicted = {p["gpu"]: [] for found in files for p in found["operators"]}
+    for one in (one for found in files for one in found["operators"] if one["op"] == op):
+        predicted[one["gpu"]].append(one)
+    listed = [(p.tokens, p.backward, p.ms, p.source) for p in PUBLISHED if (p.op, p.gpu) == (op, "h100")]
+    assert [(p["tokens"], p["backward"], p["ms"], p["source"]) for p in predicted["h100"]] == listed
+    for one in predicted["h100"]:
+        assert one["source"].startswith("https://") and 1 / 1.5 <= one["predicted_ms"] / one["ms"] <= 1.5
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,126 @@
+"""Every constant of the prediction, with its source. Nothing here is measured by this project unless it says so."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+NEVER = 1 << 30  # see `kernels.dla.triton_layout`
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        processors: streaming multiprocessors. clock: boost, Hz. dense: FLOP/s of dense bf16 matrix products, the peak
+            of MFU. memory: bytes/s of HBM. cache: bytes/s of L2 to all processors. shared: bytes of shared memory a
+            processor. l2: bytes.
+    """
+
+    name: str
+    processors: int
+    clock: float
+    dense: float
+    memory: float
+    cache: float
+    shared: int
+    l2: int
+
+    @property
+    def flops_a_clock(self) -> float:
+        """Of one processor, dense bf16."""
+        return self.dense / self.processors / self.clock
+
+
+# NVIDIA's data sheets: A100 SXM 80GB, H100 SXM5, H200 SXM, B200 (HGX, dense figures). Processors and clocks: the
+# architecture white papers. L2 rates: Chips and Cheese's measurements of A100 and H100 PCIe (about 5.5 TB/s at H100's
+# SXM clock); B200 scaled by processors x clock.
+GPUS = {
+    "a100": Gpu("A100 SXM 80GB", 108, 1.41e9, 312e12, 2.04e12, 4.0e12, 164 << 10, 40 << 20),
+    "h100": Gpu("H100 SXM5", 132, 1.755e9, 989e12, 3.35e12, 5.5e12, 228 << 10, 50 << 20),
+    "h200": Gpu("H200 SXM", 132, 1.755e9, 989e12, 4.8e12, 5.5e12, 228 << 10, 50 << 20),
+    "b200": Gpu("B200", 148, 1.85e9, 2250e12, 8.0e12, 7.0e12, 228 << 10, 126 << 20),
+}
+OF_ARCH = {80: "a100", 90: "h100", 100: "b200"}
+
+# Shares of a data sheet's rates that are reached. Copies and torch's elementwise kernels: 4.24 of 4.8 TB/s on an H200
+# (docs/bench.md). Triton kernels: fla's linear_attn on an H100 moves 1.34 GB in 0.609 ms (see peers.HELION). Matrix
+# products of training's sizes: 793 of 989 TFLOP/s for 8192^3 on an H200 (docs/bench.md), less for narrow ones.
+MEMORY_SHARE, TRITON_SHARE, MATRIX_SHARE = 0.85, 0.66, 0.72
+LAUNCH = 2.5e-6  # s between two kernels of a queue that never empties; estimated
+SYNC = 20e-6  # s that the GPU idles when the host reads a number back and refills the queue; estimated
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Cycles of one processor, unless it says otherwise.
+
+    memory, l2, l1: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (arXiv 2402.13499):
+    about 480 cycles to HBM, 260 to L2, 40 to L1. dot: a dependent wgmma (the same paper: 128 cycles for n = 256).
+    barrier, reduce: a barrier and a shuffle tree with its way through shared memory, estimated. alu: dependent
+    instructions, estimated.
+    l1_bytes: bytes a cycle from L1, of 128 at the peak. integer_share: of the elements of an integer tensor operation
+    that cost an instruction, as address arithmetic is shared by the elements of a vector.
+    """
+
+    memory: float = 480.0
+    l2: float = 270.0
+    l1: float = 40.0
+    dot: float = 130.0
+    barrier: float = 40.0
+    reduce: float = 70.0
+    alu: float = 10.0
+    l1_bytes: float = 64.0
+    integer_share: float = 0.2
+
+    def rate(self, label: str) -> float:
+        """Of the dense bf16 rate: mma of TF32 runs at half, three products for tf32x3, without tensor cores 1/16."""
+        share = {"bf16": 0.65, "f16": 0.65, "tf32": 0.3, "tf32x3": 0.1, "ieee": 1 / 32}
+        return share.get(label, 0.65)
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the data decides: the inputs of `dla bench kernels` have a boundary every 34 tokens (docs/bench.md).
+
+    rounds: iterations of a loop whose length the data decides (boundaries of a tile, and one). until: iterations of one
+    that has a bound but may end before, None: it runs to its bound. equal: whether two numbers are the same.
+    """
+
+    rounds: float
+    until: float | None = None
+    equal: bool = False
+
+    def loaded(self, argument: str, env: dict[str, Any]) -> Any:
+        """The number that a scalar load of this argument gives, where the ledger assumes one."""
+        if argument == "live_count":
+            return env.get("%K")
+        if argument == "live_death":
+            return NEVER
+        return None
+
+
+BOUNDARY_EVERY = 34  # tokens
+# kernel -> boundaries after which a loop with another bound ends: a shard is run again up to its second shared one
+STOPS_AFTER = {"repair_kernel": 2}
+FULL = ("capacity_kernel",)  # kernels that ask whether the cache is full, which it is
+
+
+def fingerprint() -> str:
+    """Of all constants of the prediction: predictions made with others must be made again."""
+    everything = (
+        GPUS,
+        MEMORY_SHARE,
+        TRITON_SHARE,
+        MATRIX_SHARE,
+        LAUNCH,
+        SYNC,
+        Latencies(),
+        BOUNDARY_EVERY,
+        STOPS_AFTER,
+        FULL,
+    )
+    rates = [Latencies().rate(x) for x in ("bf16", "f16", "tf32", "tf32x3", "ieee")]
+    return hashlib.sha256(repr((everything, rates)).encode()).hexdigest()[:16]
