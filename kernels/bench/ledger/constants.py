@@ -44,6 +44,7 @@ GPUS = {
     "b200": Gpu("B200", 148, 1.85e9, 2250e12, 8.0e12, 7.0e12, 228 << 10, 126 << 20),
 }
 OF_ARCH = {80: "a100", 90: "h100", 100: "b200"}
+ARCH = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}
 
 # Shares of a data sheet's rates that are reached. Copies and torch's elementwise kernels: 4.24 of 4.8 TB/s on an H200
 # (docs/bench.md). Triton kernels: fla's linear_attn on an H100 moves 1.34 GB in 0.609 ms (see peers.HELION). Matrix

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .components import PARTITION
-from .constants import GPUS, OF_ARCH, fingerprint
+from .constants import ARCH, GPUS, OF_ARCH, fingerprint
 from .predict import predict, predict_launch
 from .record import Recording, record
 
@@ -151,9 +151,8 @@ def run_operator(p: Published) -> None:
 
 def compare(p: Published) -> dict[str, Any]:
     """Published and predicted time, and the launches that the prediction is the sum of."""
-    arch = next(a for a, name in ((90, "h100"), (90, "h200"), (100, "b200")) if name == p.gpu)
     gpu = GPUS[p.gpu]
-    with record(arch) as recording, tuned_by_prediction(recording, p.gpu):
+    with record(ARCH[p.gpu]) as recording, tuned_by_prediction(recording, p.gpu):
         run_operator(p)
     seconds = [predict(e, gpu) for e in recording.events]
     launches = [
@@ -204,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, choices=(90, 100), required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
     args = parser.parse_args(argv)
-    gpus = {90: ("h100", "h200"), 100: ("b200",)}[args.arch]
+    gpus = [name for name, arch in ARCH.items() if arch == args.arch]
     found = []
     with pretended(args.arch):
         for p in PUBLISHED:

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_dla.config import RunConfig, load_config
 from megatron_dla.errors import UserError
 
-from .constants import GPUS, OF_ARCH
+from .constants import ARCH, GPUS, OF_ARCH
 from .record import Recording, record
 from .report import facts, table
 from .step import Step, one_process
@@ -49,8 +49,13 @@ def bench_ledger(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("TRITON_INTERPRET is set: launches would run in the interpreter and not be counted; unset it")
     config = ledger_config(args.config, args.tokens)
-    gpu = None if args.counts_only else GPUS[args.gpu or OF_ARCH[args.arch]]
-    found = facts(config, count(config, None if gpu is None else args.arch), gpu)
+    name = args.gpu or OF_ARCH[args.arch or 90]
+    if args.arch not in (None, ARCH[name]):
+        raise UserError(f"--arch {args.arch} --gpu {name}: this GPU is sm_{ARCH[name]}: leave one of the two out")
+    if args.counts_only:
+        found = facts(config, count(config), None)
+    else:
+        found = facts(config, count(config, ARCH[name]), GPUS[name])
     print(table(found))
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"ledger_{config.run.name}.json"

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_dla.cli import build_parser
 from megatron_dla.errors import UserError
 from megatron_dla.kernels.bench.ledger import components
 from megatron_dla.kernels.bench.ledger.constants import GPUS, LAUNCH, TRITON_SHARE, Assumptions, Latencies, fingerprint
 from megatron_dla.kernels.bench.ledger.peers import PUBLISHED
 from megatron_dla.kernels.bench.ledger.predict import memory_bytes, predict_launch, resident
 from megatron_dla.kernels.bench.ledger.record import Launch, Recording, record
-from megatron_dla.kernels.bench.ledger.run import ledger_config
+from megatron_dla.kernels.bench.ledger.run import bench_ledger, ledger_config
 from megatron_dla.kernels.bench.ledger.summary import rows
 from megatron_dla.kernels.bench.ledger.ttir import parse
 from megatron_dla.kernels.bench.ledger.walk import Cost, Pointer, Walk
@@ -126,6 +127,16 @@ def test_a_config_that_is_not_one_gpus_pretraining_is_refused(tmp_path: Path) ->
     with pytest.raises(UserError, match="--tokens"):
         ledger_config(ROOT / "configs" / "dla_mamba2_780m.yaml", 1)
     assert ledger_config(ROOT / "configs" / "dla_mamba2_780m.yaml", 512).data.seq_len == 512
+
+
+def test_a_gpu_of_another_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["bench", "ledger", str(ROOT / "configs" / "dla_mamba2_780m.yaml"), "--arch", "80", "--gpu", "h200"]
+    args = build_parser().parse_args(command)
+    with pytest.raises(UserError, match="TRITON_INTERPRET"):
+        bench_ledger(args)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="--gpu h200"):
+        bench_ledger(args)
 
 
 TOY = (ROOT / "tests" / "fixtures" / "ledger" / "toy.mlir").read_text()  # of `toy_kernel`, in Triton:
