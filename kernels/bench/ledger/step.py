@@ -1,8 +1,7 @@
 """One real training step of a config on meta tensors: the Megatron model, `train_step`, and what ZeRO does around it.
 
-DeepSpeed's engine does not run without memory, so `CountedEngine` stands for it: the operations of its ZeRO-1 step in
-bf16 are carried out on meta tensors in the order of DeepSpeed 0.19 (fp32 accumulation of gradients, norm, clipping,
-AdamW on the fp32 master weights, cast back to bf16).
+DeepSpeed's engine is not run; `CountedEngine` stands for it and carries out what its ZeRO-1 step in bf16 does: fp32
+sums of gradients, norm, clipping, AdamW on the fp32 master weights, cast back to bf16.
 """
 
 from __future__ import annotations
