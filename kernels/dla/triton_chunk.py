@@ -408,8 +408,9 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
     dat = work.new(work.tokens, H, C) if plan.gdn else x.v
     mine = grads.dlam[work.token_lo : work.token_lo + work.tokens]
     dlam = mine if parts == 1 else work.new(parts, *mine.shape)
-    # dO stays in shared memory while slots are read
-    wide = dims["BV"] if plan.wide else min(128, power_of_two(plan.DV))
+    # dO stays in shared memory while slots are read; at 64 x 64, sm_100 would spill
+    narrow = plan.wide or max(plan.DK, plan.DV) <= 64
+    wide = dims["BV"] if narrow else min(128, power_of_two(plan.DV))
     query_gradient_kernel[(work.tiles, H, parts)](
         work.qt, x.k, x.v, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, tables.death,
         tables.live, snap, dqt, dat, dlam, rows, *sizes, work.tokens, wide, **dims, **plan.tiled(),
