@@ -12,6 +12,7 @@ N = B * H, chunks n, chunk length C, slots K by recency (0 = open). All exponent
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +193,7 @@ class _Row:
     death: Tensor
     begin: Tensor
     chunk_size: int
+    scratch: Tensor | None = None
 
     @classmethod
     def of(cls, q, k, v, g, lam, beta, start, death, resets, chunk_size) -> _Row:
@@ -205,6 +207,13 @@ class _Row:
             begin = torch.cat([begin, begin[:, -1:].expand(-1, pad)], 1)
         return cls(q, k, v, g, lam, beta, start, death, begin, chunk_size)
 
+    def room(self, *shape: int) -> Tensor:
+        """Uninitialised, in the same memory at every call: new memory would cost more than what is computed in it."""
+        size = math.prod(shape)
+        if self.scratch is None or self.scratch.numel() < size:
+            self.scratch = self.v.new_empty(size)
+        return self.scratch[:size].view(shape)
+
     def windows(self) -> list[slice]:
         size = max(1, WINDOW // self.chunk_size) * self.chunk_size
         return [slice(at, min(at + size, self.start.shape[1])) for at in range(0, self.start.shape[1], size)]
@@ -214,7 +223,7 @@ class _Pass:
     """What forward and backward share of one window, rebuilt from the inputs and the saved partition."""
 
     def __init__(self, row: _Row, at: slice, slots: Tensor, slot_death: Tensor) -> None:
-        size = row.chunk_size
+        self.row, size = row, row.chunk_size
         begin = row.begin[:, at]
         self.table = slot_table(row.start[:, at], row.death[:, at], begin, at.start, size, slots, slot_death)
         q, k, v, g, lam = (chunked(x[:, at], size) for x in (row.q, row.k, row.v, row.g, row.lam))
@@ -240,8 +249,10 @@ class _Pass:
         return idx, self.lam[:, at].gather(-1, idx) * self.table.valid[:, at, None, : self.K]
 
     def queries(self, at: slice, weight: Tensor) -> Tensor:
-        """[N, m, C, K * Dk]: against the states of all slots, one after the other."""
-        return (weight[..., None] * self.local.Qt[:, at, :, None]).flatten(3)
+        """[N, m, C, K * Dk], against the states of all slots, one after the other; in `_Row.room`."""
+        Qt = self.local.Qt[:, at]
+        room = self.row.room(*weight.shape, Qt.shape[-1])
+        return torch.mul(weight[..., None], Qt[..., None, :], out=room).flatten(3)
 
     def kept(self, at: slice) -> Tensor:
         """Where the inherited states of some chunks are at their ends: [N, m, K, K] (from, to)."""
@@ -366,9 +377,11 @@ def _backward(work: _Pass, states: Tensor, do: Tensor, dfinal: Tensor, chunk_siz
         written = (V[:, at] @ dend.transpose(-1, -2)).unflatten(-1, (W, -1))  # [N, m, C, W, Dk]
         dKh[:, at] = (tokens[..., None] * written).sum(3)
         dPhi[:, at] = local.phi_gradient(S, dmoved)
-        y = (dO[:, at] @ S.flatten(2, 3).transpose(-1, -2)).unflatten(-1, (K, -1))  # dO S_i^T: [N, m, C, K, Dk]
-        dQt[:, at] = (weight[..., None] * y).sum(3)
-        dweight = (y * local.Qt[:, at, :, None]).sum(-1) * table.valid[:, at, None, :K]
+        y = work.row.room(*weight.shape, S.shape[-2])  # dO S_i^T: [N, m, C, K, Dk]
+        lanes = math.prod(weight.shape[:2])
+        torch.bmm(dO[:, at].flatten(0, 1), S.reshape(lanes, -1, S.shape[-1]).mT, out=y.view(lanes, weight.shape[2], -1))
+        dQt[:, at] = (weight[..., None, :] @ y).squeeze(-2)
+        dweight = (local.Qt[:, at, :, None] @ y.mT).squeeze(-2) * table.valid[:, at, None, :K]
         dlam[:, at].scatter_add_(-1, idx, dweight)
     dq, dk, dg, dbeta = local.backward(dAt, dQt, dKh, dPhi)
     dstates = torch.zeros_like(states)
