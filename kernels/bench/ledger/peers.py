@@ -164,10 +164,6 @@ def compare(p: Published) -> dict[str, Any]:
     return {**asdict(p), "predicted_ms": predicted, "ratio": predicted / p.ms, "launches": launches}
 
 
-# ms of forward and backward on an H200 at B = 1, H = 16, D = 128, T = 16,384: (backbone, K) -> OURS
-MEASURED = {("mamba2", 30): 28.76, ("mamba2", 15): 18.02}
-
-
 def dla_operator(
     gdn: bool, slots: int, name: str, tokens: int = 16384, heads: int = 16, dim: int = 128
 ) -> dict[str, Any]:
@@ -189,12 +185,11 @@ def dla_operator(
     for event in recording.events:
         part = "partition" if event.component == PARTITION else "backward" if event.backward else "forward"
         parts[part] += 1e3 * predict(event, GPUS[name])
-    backbone = "gdn" if gdn else "mamba2"
     return {
-        "backbone": backbone, "slots": slots, "gpu": name, "tokens": tokens, "predicted_ms": sum(parts.values()),
+        "backbone": "gdn" if gdn else "mamba2", "slots": slots, "gpu": name, "tokens": tokens,
+        "predicted_ms": sum(parts.values()),
         "parts_ms": parts, "partition_share": parts["partition"] / (parts["partition"] + parts["forward"]),
         "launches": sum(e.kind == "triton" for e in recording.events),
-        "measured_ms": MEASURED.get((backbone, slots)) if name == "h200" else None,
     }  # fmt: skip
 
 
@@ -221,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     ours = [dla_operator(*case) for case in cases]
     for one in ours:
         text = f"DLA {one['backbone']} K{one['slots']} {one['gpu']}: predicted {one['predicted_ms']:.1f} ms"
-        print(f"{text}, measured {one['measured_ms'] or '-'}, partition {one['partition_share']:.0%} of the forward")
+        print(f"{text}, partition {one['partition_share']:.0%} of the forward")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"ledger_peers_sm{args.arch}.json"
     path.write_text(json.dumps({"constants": fingerprint(), "operators": found, "dla": ours}, indent=1) + "\n")
