@@ -13,7 +13,7 @@ N = B * H, chunks n, chunk length C, slots K by recency (0 = open). All exponent
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,9 @@ from .cache import EMPTY
 from .documents import begin_of_document
 from .threshold import threshold_gradient
 
-WINDOW = 512  # tokens whose arrays are in memory at once: they stay in the cache of a CPU, whatever T is
-ELEMENTS = (
-    1 << 20
-)  # of a slot-dependent array [N, m, C, K * Dk] in memory at once: small models take many chunks a call
+# What is in memory at once, so that it stays in the cache of a CPU, whatever the sizes: tokens; elements of an array
+# [N, n, C, C], for the lanes that are worked on together; elements of one [N, m, C, K * Dk], for the chunks
+WINDOW, PAIRS, ELEMENTS = 512, 1 << 18, 1 << 18
 NEVER = 2**30  # death of a start that lives to the end
 
 
@@ -193,7 +192,7 @@ class _Row:
     death: Tensor
     begin: Tensor
     chunk_size: int
-    scratch: Tensor | None = None
+    scratch: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, q, k, v, g, lam, beta, start, death, resets, chunk_size) -> _Row:
@@ -210,9 +209,22 @@ class _Row:
     def room(self, *shape: int) -> Tensor:
         """Uninitialised, in the same memory at every call: new memory would cost more than what is computed in it."""
         size = math.prod(shape)
-        if self.scratch is None or self.scratch.numel() < size:
-            self.scratch = self.v.new_empty(size)
-        return self.scratch[:size].view(shape)
+        if not self.scratch or self.scratch[0].numel() < size:
+            self.scratch[:] = [self.v.new_empty(size)]
+        return self.scratch[0][:size].view(shape)
+
+    def groups(self) -> list[slice]:
+        """Lanes that are worked on together: on a GPU all of them."""
+        N = len(self.start)
+        many = N if self.v.is_cuda else max(1, PAIRS // (WINDOW * self.chunk_size))
+        return [slice(at, at + many) for at in range(0, N, many)]
+
+    def of_lanes(self, lanes: slice) -> _Row:
+        q, k, v, g, lam, start, death, begin = (
+            x[lanes] for x in (self.q, self.k, self.v, self.g, self.lam, self.start, self.death, self.begin)
+        )
+        beta = None if self.beta is None else self.beta[lanes]
+        return _Row(q, k, v, g, lam, beta, start, death, begin, self.chunk_size, self.scratch)
 
     def windows(self) -> list[slice]:
         size = max(1, WINDOW // self.chunk_size) * self.chunk_size
@@ -302,27 +314,15 @@ class ChunkDLA(torch.autograd.Function):
         start, death, score, lo, resets, slots, slot_death = decisions
         row = _Row.of(q, k, v, g, lam, beta, start, death, resets, chunk_size)
         slot_death = torch.where(slot_death >= start.shape[1], NEVER, slot_death).long()
-        states = states.clone()
-        outs, before = [], []
-        for at in row.windows():
-            work = _Pass(row, at, slots, slot_death)
-            before += [states, slots, slot_death]
-            S = states[:, : work.K]
-            o = (work.local.At * work.M) @ work.v
-            for chunks in work.groups():
-                _, weight = work.reads(chunks)
-                inherited, S = work.advance(chunks, S)
-                for out, queries, held in zip(
-                    o[:, chunks].unbind(1), work.queries(chunks, weight).unbind(1), inherited, strict=True
-                ):
-                    out += queries @ held.flatten(1, 2)
-            outs.append(o.flatten(1, 2))
-            states = torch.zeros_like(states)
-            states[:, : work.K] = S
-            slots, slot_death = work.table.start, work.table.death
+        outs, finals, before = [], [], []
+        for lanes in row.groups():
+            out, final, entering = _forward(row.of_lanes(lanes), states[lanes].clone(), slots[lanes], slot_death[lanes])
+            outs.append(out)
+            finals.append(final)
+            before += entering
         ctx.save_for_backward(q, k, v, g, lam, beta, tau, *before)
         ctx.decisions, ctx.chunk_size, ctx.temperature = decisions, chunk_size, temperature
-        return torch.cat(outs, 1)[:, : start.shape[1]], states
+        return torch.cat(outs)[:, : start.shape[1]], torch.cat(finals)
 
     @staticmethod
     @without_autocast
@@ -330,14 +330,14 @@ class ChunkDLA(torch.autograd.Function):
         q, k, v, g, lam, beta, tau, *before = ctx.saved_tensors
         start, death, score, lo, resets, *_ = ctx.decisions
         row = _Row.of(q, k, v, g, lam, beta, start, death, resets, ctx.chunk_size)
-        parts: list[tuple] = []
-        dstates = dfinal
-        for n, at in reversed(list(enumerate(row.windows()))):
-            states, slots, slot_death = before[3 * n : 3 * n + 3]
-            grads, dstates = _backward(_Pass(row, at, slots, slot_death), states, do[:, at], dstates, ctx.chunk_size)
-            parts.insert(0, grads)
+        groups, many = row.groups(), 3 * len(row.windows())
+        parts = [
+            _backward(row.of_lanes(lanes), before[many * i : many * (i + 1)], do[lanes], dfinal[lanes])
+            for i, lanes in enumerate(groups)
+        ]
         T = start.shape[1]
-        joined = [None if x[0] is None else torch.cat(x, 1)[:, :T] for x in zip(*parts, strict=True)]
+        joined = [None if x[0] is None else torch.cat(x)[:, :T] for x in zip(*(p[0] for p in parts), strict=True)]
+        dstates = torch.cat([p[1] for p in parts])
         dtau = None
         if ctx.needs_input_grad[7]:
             begin = begin_of_document(resets)
@@ -346,14 +346,46 @@ class ChunkDLA(torch.autograd.Function):
         return *joined, dstates, dtau, None, None, None
 
 
-def _backward(work: _Pass, states: Tensor, do: Tensor, dfinal: Tensor, chunk_size: int) -> tuple[tuple, Tensor]:
+def _forward(row: _Row, states: Tensor, slots: Tensor, slot_death: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Some lanes: out, the states after the last token, and states, slots and their deaths before each window."""
+    outs, before = [], []
+    for at in row.windows():
+        work = _Pass(row, at, slots, slot_death)
+        before += [states, slots, slot_death]
+        S = states[:, : work.K]
+        o = (work.local.At * work.M) @ work.v
+        for chunks in work.groups():
+            _, weight = work.reads(chunks)
+            inherited, S = work.advance(chunks, S)
+            for out, queries, held in zip(
+                o[:, chunks].unbind(1), work.queries(chunks, weight).unbind(1), inherited, strict=True
+            ):
+                out += queries @ held.flatten(1, 2)
+        outs.append(o.flatten(1, 2))
+        states = torch.zeros_like(states)
+        states[:, : work.K] = S
+        slots, slot_death = work.table.start, work.table.death
+    return torch.cat(outs, 1), states, before
+
+
+def _backward(row: _Row, before: list[Tensor], do: Tensor, dstates: Tensor) -> tuple[list[Tensor | None], Tensor]:
+    """Some lanes: gradients of q, k, v, g, lam, beta ([N, T, ...]) and of the states before the first token."""
+    parts: list[tuple] = []
+    for n, at in reversed(list(enumerate(row.windows()))):
+        states, slots, slot_death = before[3 * n : 3 * n + 3]
+        grads, dstates = _window_backward(_Pass(row, at, slots, slot_death), states, do[:, at], dstates)
+        parts.insert(0, grads)
+    return [None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True)], dstates
+
+
+def _window_backward(work: _Pass, states: Tensor, do: Tensor, dfinal: Tensor) -> tuple[tuple, Tensor]:
     """One window: gradients of q, k, v, g, lam, beta ([N, tokens, ...]) and of the states before it."""
     local, table, V, K = work.local, work.table, work.v, work.K
     held, S = [], states[:, :K]
     for at in work.groups():
         before, S = work.advance(at, S)
         held += before
-    dO = chunked(do, chunk_size)
+    dO = chunked(do, work.row.chunk_size)
     dlam = torch.zeros_like(work.lam)
     X = dO @ V.transpose(-1, -2)
     dAt = (X * work.M).tril()
