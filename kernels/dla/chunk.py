@@ -206,8 +206,13 @@ class _Row:
             begin = torch.cat([begin, begin[:, -1:].expand(-1, pad)], 1)
         return cls(q, k, v, g, lam, beta, start, death, begin, chunk_size)
 
-    def room(self, *shape: int) -> Tensor:
-        """Uninitialised, in the same memory at every call: new memory would cost more than what is computed in it."""
+    def room(self, *shape: int) -> Tensor | None:
+        """Uninitialised, in the same memory at every call: new memory would cost more than what is computed in it.
+
+        None where autograd records, for a second derivative.
+        """
+        if torch.is_grad_enabled():
+            return None
         size = math.prod(shape)
         if not self.scratch or self.scratch[0].numel() < size:
             self.scratch[:] = [self.v.new_empty(size)]
@@ -409,9 +414,10 @@ def _window_backward(work: _Pass, states: Tensor, do: Tensor, dfinal: Tensor) ->
         written = (V[:, at] @ dend.transpose(-1, -2)).unflatten(-1, (W, -1))  # [N, m, C, W, Dk]
         dKh[:, at] = (tokens[..., None] * written).sum(3)
         dPhi[:, at] = local.phi_gradient(S, dmoved)
-        y = work.row.room(*weight.shape, S.shape[-2])  # dO S_i^T: [N, m, C, K, Dk]
-        lanes = math.prod(weight.shape[:2])
-        torch.bmm(dO[:, at].flatten(0, 1), S.reshape(lanes, -1, S.shape[-1]).mT, out=y.view(lanes, weight.shape[2], -1))
+        m, C = weight.shape[1:3]
+        room = work.row.room(len(S) * m, C, K * S.shape[-2])
+        y = torch.bmm(dO[:, at].flatten(0, 1), S.reshape(len(S) * m, -1, S.shape[-1]).mT, out=room)
+        y = y.view(*weight.shape, -1)  # dO S_i^T: [N, m, C, K, Dk]
         dQt[:, at] = (weight[..., None, :] @ y).squeeze(-2)
         dweight = (local.Qt[:, at, :, None] @ y.mT).squeeze(-2) * table.valid[:, at, None, :K]
         dlam[:, at].scatter_add_(-1, idx, dweight)

@@ -173,3 +173,23 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
     case = Case("errors", T=20)
     with pytest.raises(ValueError, match=message):
         dla_attention(**{**case.make(), **case.rule, **change})
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_second_derivative(delta: bool) -> None:
+    """Of the torch path, whose backward is made of operations that autograd can record (gradient penalties)."""
+    torch.manual_seed(0)
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.rand(1, 20, 2, *shape, dtype=torch.float64)
+
+    q, k = (torch.nn.functional.normalize(new(4) - 0.5, dim=-1) for _ in "qk")
+    v, g, lam, beta = new(3) - 0.5, -new() * 0.1, new(3), new()
+    decided = partition(k, v, g, beta if delta else None, tau=1.2, capacity=3)
+    assert decided.start.sum() > 4 and (decided.death < 20).any()  # slots open and merge
+    inputs = [x.requires_grad_() for x in (q, k, v, g, lam, *([beta] if delta else []))]
+
+    def attend(*x: torch.Tensor) -> torch.Tensor:
+        return dla_attention(*x, tau=1.2, capacity=3, partition=decided, chunk_size=8, backend="torch")[0]
+
+    assert torch.autograd.gradgradcheck(attend, inputs, fast_mode=True)
