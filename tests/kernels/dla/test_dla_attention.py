@@ -22,6 +22,8 @@ ALL = (
 @pytest.mark.parametrize("case", ALL, ids=lambda c: c.name)
 def test_naive_materialised_torch_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk, "WINDOW", 64)  # tokens: states, slots and gradients cross windows
+    monkeypatch.setattr(chunk, "PAIRS", 3 * 64 * case.chunk_size)  # lanes in groups of three
+    monkeypatch.setattr(chunk, "ELEMENTS", 3 << 10)  # and chunks alone or a few together
     x = case.make()
     want, decided, _ = naive_attention(**x, **case.rule)
     got_partition = partition(x["k"], x["v"], x["g"], x.get("beta"), **case.rule)
