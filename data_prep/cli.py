@@ -6,7 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_dla.data_prep.sources import ReadOptions
 from megatron_dla.shard_index import MIN_TRAIN_SHARDS
+
+DEFAULT_SKIP_BAD = 0.01
 
 
 def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -64,6 +67,7 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     shards.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the choice of validation documents (default 0)"
     )
+    shards.add_argument("--dedup", action="store_true", help="keep only the first of exact copies of a document")
     shards.add_argument("--overwrite", action="store_true", help="replace existing data once the new data is complete")
     shards.set_defaults(func=_shards)
 
@@ -80,16 +84,34 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", required=True, nargs="+", type=Path, metavar="PATH",
-        help=".txt (one document per file) or .jsonl (one per line), also .gz, .xz, .zst, or directories of them",
+        help="files, directories, quoted glob patterns or saved Hugging Face datasets: .txt (one document per file), "
+        ".jsonl, .ndjson, .json (JSONL), each also with .gz, .xz, .bz2, .zst; .parquet, .arrow",
     )  # fmt: skip
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of .jsonl lines (default: text)")
+    add = parser.add_argument
+    add(
+        "--text-field", default="text", metavar="NAME",
+        help="field of JSONL lines, column of tables; a.b is field b inside a (default: text)",
+    )  # fmt: skip
+    add("--separator", default="", metavar="TEXT", help="text between the documents of a .txt file (default: none)")
+    add(
+        "--skip-bad", nargs="?", type=float, const=DEFAULT_SKIP_BAD, metavar="SHARE",
+        help="leave bad records out, and count them, while they are at most this share of all "
+        f"(default without the option: any is an error; with it: {DEFAULT_SKIP_BAD})",
+    )  # fmt: skip
+    add("--min-chars", type=int, default=0, metavar="N", help="leave out documents under N characters")
+    add("--max-chars", type=int, metavar="N", help="leave out documents above N characters")
+
+
+def _options(args: argparse.Namespace) -> ReadOptions:
+    names = ("text_field", "separator", "skip_bad", "min_chars", "max_chars")
+    return ReadOptions(**{name: getattr(args, name) for name in names})
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
     from megatron_dla.data_prep.tokenizer import train_tokenizer
 
     made = train_tokenizer(
-        args.input, args.output, args.vocab_size, text_field=args.text_field, input_sentence_size=args.max_pieces,
+        args.input, args.output, args.vocab_size, options=_options(args), input_sentence_size=args.max_pieces,
         seed=args.seed, overwrite=args.overwrite,
     )  # fmt: skip
     print(f"{made.path}: {made.vocab_size} tokens, sha256 {made.sha256}")
@@ -102,7 +124,7 @@ def _shards(args: argparse.Namespace) -> int:
     index = build_shards(
         args.input, args.tokenizer, args.output, val_fraction=args.val_fraction, val_docs=args.val_docs,
         shard_tokens=args.shard_tokens, min_train_shards=args.min_train_shards, workers=args.workers,
-        seed=args.seed, text_field=args.text_field, overwrite=args.overwrite,
+        seed=args.seed, options=_options(args), dedup=args.dedup, overwrite=args.overwrite,
     )  # fmt: skip
     for split in index.splits:
         t = index.totals(split)

@@ -22,24 +22,31 @@ from typing import Any
 import numpy as np
 
 from megatron_dla.console import progress_bar
-from megatron_dla.data_prep.sources import DocumentSource
+from megatron_dla.data_prep.readers import shown
+from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.data_prep.tokenise import Spool, token_dtype, tokenise
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
-from megatron_dla.files import file_sha256, write_bytes
+from megatron_dla.files import file_sha256, write_bytes, write_json
 from megatron_dla.shard_index import INDEX_NAME, MIN_TRAIN_SHARDS, TOKENIZER_NAME, ShardIndex, ShardInfo
 
 _BUILDING = ".building"
+REPORT_NAME = "report.json"
 SPLITS = ("train", "val")
 
 
-def _split(spool: Spool, val_fraction: float, val_docs: int | None) -> dict[str, list[int]]:
-    """Document numbers of each split, in input order. Raises DataError if no document would be left for training."""
-    n = len(spool.hashes)
-    by_hash = sorted(range(n), key=lambda i: (spool.hashes[i], i))
+def _first_copies(spool: Spool) -> list[int]:
+    """Document numbers without exact copies of an earlier document."""
+    return sorted(np.unique(np.frombuffer(spool.hashes, dtype=np.uint64), return_index=True)[1].tolist())
+
+
+def _split(spool: Spool, kept: list[int], val_fraction: float, val_docs: int | None) -> dict[str, list[int]]:
+    """The `kept` documents of each split, in input order. Raises DataError if none would be left for training."""
+    n = len(kept)
+    by_hash = sorted(kept, key=lambda i: (spool.hashes[i], i))
     if val_docs is None:
         limit = int(val_fraction * 2.0**64)
-        chosen = sum(value < limit for value in spool.hashes)
+        chosen = sum(spool.hashes[i] < limit for i in kept)
         chosen = max(chosen, 1) if val_fraction > 0 else 0
     else:
         chosen = val_docs
@@ -49,7 +56,7 @@ def _split(spool: Spool, val_fraction: float, val_docs: int | None) -> dict[str,
             "leaving none to train on; lower it, pass --val-fraction 0, or split the input into more documents"
         )
     val = set(by_hash[:chosen])
-    splits = {"train": [i for i in range(n) if i not in val], "val": sorted(val)}
+    splits = {"train": [i for i in kept if i not in val], "val": sorted(val)}
     return {name: documents for name, documents in splits.items() if documents}
 
 
@@ -108,10 +115,13 @@ def build_shards(
     min_train_shards: int = MIN_TRAIN_SHARDS,
     workers: int | None = None,
     seed: int = 0,
-    text_field: str = "text",
+    options: ReadOptions | None = None,
+    dedup: bool = False,
     overwrite: bool = False,
 ) -> ShardIndex:
     """Tokenise `inputs` into `output_dir`: `train/*.tar`, `val/*.tar`, `tokenizer.model` and, last, `index.json`.
+
+    `report.json` counts what was read, left out and why.
 
     Args:
         tokenizer_path: model file, or a directory with `tokenizer.model`.
@@ -122,6 +132,8 @@ def build_shards(
         min_train_shards: shards are made smaller to reach this number (the loader needs one shard per stream);
             a document is never split, so there are at most as many shards as documents.
         workers: processes; None is one per usable core.
+        options: how the inputs are read, see `ReadOptions`.
+        dedup: of exact copies of a document, keep the first.
         overwrite: replace an existing build. It stays in place until the new one is complete.
 
     A sample is `<key>.npy` (uint16, or uint32 above 65,536 tokens: [n_tokens], the last is eos) and `<key>.json`
@@ -143,7 +155,7 @@ def build_shards(
     if (root / INDEX_NAME).exists() and not overwrite:
         raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
     tokenizer = Tokenizer(tokenizer_path)
-    source = DocumentSource(inputs, text_field=text_field)
+    source = DocumentSource(inputs, options)
     building = root / _BUILDING
     shutil.rmtree(building, ignore_errors=True)  # left by a build that was killed
     building.mkdir(parents=True)
@@ -151,7 +163,7 @@ def build_shards(
         spool = Spool(building / "tokens")
         tokenise(source, tokenizer, spool, workers, seed)
         if not spool.n_tokens:
-            raise DataError(f"{', '.join(map(str, inputs))}: no text in these inputs")
+            raise DataError(f"{', '.join(map(shown, inputs))}: no text in these inputs")
         index = ShardIndex(
             tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id,
             dtype=token_dtype(tokenizer).name, shards=[], seed=seed, created_by=_created_by(),
@@ -160,7 +172,8 @@ def build_shards(
         tokens = np.memmap(spool.file, dtype=token_dtype(tokenizer), mode="r")
         at = np.concatenate([[0], np.cumsum(np.frombuffer(spool.n_tokens, dtype=np.int64))])
         with progress_bar(tokens.nbytes, "writing shards") as bar:
-            for split, documents in _split(spool, val_fraction, val_docs).items():
+            kept = _first_copies(spool) if dedup else list(range(len(spool.hashes)))
+            for split, documents in _split(spool, kept, val_fraction, val_docs).items():
                 (building / split).mkdir()
                 shards = _distribute(
                     documents, spool.n_tokens, shard_tokens, min_train_shards if split == "train" else 1
@@ -169,17 +182,20 @@ def build_shards(
                     path = building / split / f"{split}-{number:06d}.tar"
                     index.shards.append(_write_shard(path, split, members, spool, tokens, at))
                     bar.update(index.shards[-1].tokens * tokens.itemsize)
-        _publish(root, building, index, tokenizer)
+        copies = len(spool.hashes) - len(set(spool.hashes))
+        report = {**source.report(), "duplicates": copies, "duplicates_removed": dedup}
+        _publish(root, building, index, tokenizer, report)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    for note in _notes(source, spool, index.totals("train").shards, min_train_shards):
+    for note in _notes(source, copies, dedup, index.totals("train").shards, min_train_shards):
         print(note, file=sys.stderr)
     return index
 
 
-def _publish(root: Path, building: Path, index: ShardIndex, tokenizer: Tokenizer) -> None:
+def _publish(root: Path, building: Path, index: ShardIndex, tokenizer: Tokenizer, report: dict[str, Any]) -> None:
     """Move the finished build into place. There is no index meanwhile, so no reader mixes old and new shards."""
     model = tokenizer.path.read_bytes()
+    write_json(root / REPORT_NAME, report, indent=1)
     (root / INDEX_NAME).unlink(missing_ok=True)
     for split in SPLITS:
         for old in (root / split).glob(f"{split}-*.tar"):
@@ -208,15 +224,14 @@ def _sources(source: DocumentSource) -> list[dict[str, Any]]:
     return list(records.values())
 
 
-def _notes(source: DocumentSource, spool: Spool, train_shards: int, wanted: int) -> list[str]:
+def _notes(source: DocumentSource, copies: int, dedup: bool, train_shards: int, wanted: int) -> list[str]:
     notes = source.notes()
     if train_shards < wanted:
         notes.append(
             f"note: {train_shards} train shards, one per document, instead of --min-train-shards {wanted}: "
             f"a run on this data needs data.num_streams <= {train_shards}"
         )
-    if spool.empty:
-        notes.append(f"note: skipped {spool.empty} empty documents")
-    if copies := len(spool.hashes) - len(set(spool.hashes)):
-        notes.append(f"note: kept {copies} documents that are exact copies of another one")
+    if copies:
+        done = "removed" if dedup else "kept (--dedup removes them)"
+        notes.append(f"note: {copies} documents that are exact copies of another one were {done}")
     return notes

@@ -1,30 +1,23 @@
-"""Documents from text files: `.txt` (one document per file) and `.jsonl` (one per line).
-
-Both may be compressed (`.gz`, `.xz`, `.zst`). Directories are walked in sorted order, so the same inputs always give
-the same documents in the same order.
-"""
+"""Documents from files: what is read, what is left out and why, and the list of bad records."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import lzma
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
+from megatron_dla.data_prep.listing import Listing, SourceFile
+from megatron_dla.data_prep.readers import Problem, Record, read_records, shown
 from megatron_dla.errors import DataError
 
-FORMATS = (".txt", ".jsonl")
-COMPRESSIONS = (".gz", ".xz", ".zst")
-_BOM = b"\xef\xbb\xbf"
+_LISTED = 100  # bad records that an error or a report names; the others are counted
+_HOPELESS = 100  # reading stops where so many records come first and all of them are bad
+_STORY_END = "<|endoftext|>"
 
 
 class Document(NamedTuple):
-    """One document: its text, its source (`file` or `file:line`) and its length in bytes of UTF-8."""
+    """One document: its text, its source (`file`, or `file:number` of a line, row or story) and its bytes of UTF-8."""
 
     text: str
     source: str
@@ -32,185 +25,186 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One input file. `name`: recorded in the shards, the same on every machine. `bytes`: size on disk."""
+class ReadOptions:
+    """How inputs are read.
 
-    path: Path
-    name: str
-    input: str
-    bytes: int
+    Attributes:
+        text_field: field of JSONL lines, column of tables; a dotted path reaches nested ones.
+        separator: stands between the documents of a .txt file; empty: a file is one document.
+        skip_bad: leave bad records out while they are at most this share of all records; None: they are an error.
+        min_chars, max_chars: leave out shorter and longer documents (None: no limit).
 
+    Raises DataError for values out of range.
+    """
 
-class _ZstdReader(io.RawIOBase):
-    """Raw reader of a `.zst` file; unlike zstandard's own reader it raises on a truncated frame."""
+    text_field: str = "text"
+    separator: str = ""
+    skip_bad: float | None = None
+    min_chars: int = 0
+    max_chars: int | None = None
 
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw = raw
-        self._new: Callable[[], Any] = lambda: zstandard.ZstdDecompressor().decompressobj()
-        self._frame: Any = None
-        self._in = b""
-        self._out = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._out:
-            self._in = self._in or self._raw.read(1 << 17)
-            if not self._in:
-                if self._frame is not None:
-                    raise EOFError("the compressed data ends in the middle of a frame")
-                return 0
-            self._frame = self._frame or self._new()
-            self._out, self._in = self._frame.decompress(self._in), b""
-            if self._frame.eof:
-                self._in, self._frame = self._frame.unused_data, None
-        n = min(len(buffer), len(self._out))
-        buffer[:n], self._out = self._out[:n], self._out[n:]
-        return n
+    def __post_init__(self) -> None:
+        if not self.text_field:
+            raise DataError("text_field = '': name the field that holds the text (--text-field)")
+        if self.skip_bad is not None and not 0 <= self.skip_bad <= 1:
+            raise DataError(f"skip_bad = {self.skip_bad}: must be a share from 0 to 1 (--skip-bad)")
+        if self.min_chars < 0:
+            raise DataError(f"min_chars = {self.min_chars}: must be at least 0 (--min-chars)")
+        if self.max_chars is not None and self.max_chars < max(self.min_chars, 1):
+            least = max(self.min_chars, 1)
+            raise DataError(f"max_chars = {self.max_chars}: must be at least {least}, or not given (--max-chars)")
 
 
-def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
-    if suffix == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if suffix == ".xz":
-        return cast(BinaryIO, lzma.LZMAFile(raw))
-    if suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 17))
-    return raw
+@dataclass
+class Counts:
+    """Records by what became of them. `documents`: handed on. `blank_lines`: of JSONL files, no records."""
 
+    documents: int = 0
+    empty: int = 0
+    too_short: int = 0
+    too_long: int = 0
+    bad: int = 0
+    blank_lines: int = 0
 
-def _kind(path: Path) -> tuple[str, str] | None:
-    """(format, compression) of a file name, or None if it is neither .txt nor .jsonl."""
-    suffix = path.suffix.lower()
-    compression = suffix if suffix in COMPRESSIONS else ""
-    stem = path.with_suffix("") if compression else path
-    return (stem.suffix.lower(), compression) if stem.suffix.lower() in FORMATS else None
+    @property
+    def records(self) -> int:
+        return self.documents + self.empty + self.too_short + self.too_long + self.bad
 
 
 class DocumentSource:
     """Streams the documents of files and directories and counts the bytes read from disk.
 
-    Attributes: `files` (in reading order), `total_bytes` (on disk), `bytes_read` (of `total_bytes`, updated
-    line by line; compressed bytes for compressed files), `ignored` (files in walked directories that are
-    neither .txt nor .jsonl), `blank_lines` (skipped lines of .jsonl files).
+    Attributes: `files` (in reading order), `total_bytes` (on disk), `bytes_read` (of `total_bytes`, updated record by
+    record; compressed bytes for compressed files), `counts`, `bad` (where and what, the first ones).
 
-    Raises DataError for a missing or unreadable input, an input given twice, an unknown format or a directory without
-    documents; while iterating, for bad JSON, a missing text field, invalid UTF-8 or damaged compression.
+    Raises DataError for inputs that cannot be found or read (see `Listing`). Iterating raises at its end, with all bad
+    records and damaged files named: `documents()` does not raise, and `check()` does it later.
     """
 
-    def __init__(self, inputs: Sequence[str | os.PathLike[str]], *, text_field: str = "text") -> None:
-        if not inputs:
-            raise DataError(
-                "inputs is empty: give at least one .txt or .jsonl file or a directory of them (--input PATH)"
-            )
-        self.text_field = text_field
-        self.files: list[SourceFile] = []
-        self.ignored: list[Path] = []
-        for item in inputs:
-            self._add(Path(item))
-        seen: set[Path] = set()
-        for file in self.files:
-            real = file.path.resolve()
-            if real in seen:
-                raise DataError(f"{file.path}: given twice as input; its documents would count twice, name it once")
-            seen.add(real)
+    def __init__(self, inputs: Sequence[str | os.PathLike[str]], options: ReadOptions | None = None) -> None:
+        self.options = options or ReadOptions()
+        self.listing = Listing(inputs)
+        self.files: list[SourceFile] = self.listing.files
         self.total_bytes = sum(file.bytes for file in self.files)
+        self._reset()
+
+    def _reset(self) -> None:
         self.bytes_read = 0
-        self.blank_lines = 0
-
-    def _add(self, path: Path) -> None:
-        if path.is_file():
-            if _kind(path) is None:
-                raise DataError(f"{path}: unknown format; must be .txt or .jsonl, optionally with .gz, .xz or .zst")
-            self.files.append(SourceFile(path, path.name, path.name, path.stat().st_size))
-        elif path.is_dir():
-            root, before = path.resolve().name or "root", len(self.files)
-            for folder, subfolders, names in os.walk(path):
-                subfolders.sort()
-                for name in sorted(names):
-                    file = Path(folder) / name
-                    if _kind(file) is None or not file.is_file():
-                        self.ignored.append(file)
-                        continue
-                    shown = f"{root}/{file.relative_to(path).as_posix()}"
-                    self.files.append(SourceFile(file, shown, root, file.stat().st_size))
-            if len(self.files) == before:
-                raise DataError(f"{path}: no .txt or .jsonl file (optionally .gz, .xz, .zst) in this directory")
-        else:
-            raise DataError(f"{path}: no such file or directory; check --input")
-
-    def notes(self) -> list[str]:
-        """What was skipped so far, one line each."""
-        notes = []
-        if self.ignored:
-            first = ", ".join(str(path) for path in self.ignored[:3])
-            notes.append(f"note: ignored {len(self.ignored)} files that are neither .txt nor .jsonl: {first}...")
-        if self.blank_lines:
-            notes.append(f"note: skipped {self.blank_lines} blank lines in .jsonl files")
-        return notes
+        self.counts = Counts()
+        self.bad: list[str] = []
+        self.damaged: list[str] = []
+        self._fix = ""
+        self._stories = self._separated = self._texts = 0
 
     def __iter__(self) -> Iterator[Document]:
-        self.bytes_read = 0
-        self.blank_lines = 0
+        yield from self.documents()
+        self.check()
+
+    def documents(self) -> Iterator[Document]:
+        """The documents; bad records and damaged files are noted for `check()`."""
+        self._reset()
+        done = 0
         for file in self.files:
-            done = self.bytes_read
-            yield from self._read(file, done)
-            self.bytes_read = done + file.bytes
+            try:
+                yield from self._read(file, done)
+            except DataError as error:
+                self.damaged.append(str(error))
+            done += file.bytes
+            self.bytes_read = done
+            if self._hopeless:
+                return
+
+    @property
+    def _hopeless(self) -> bool:
+        return self.counts.bad == self.counts.records >= _HOPELESS
 
     def _read(self, file: SourceFile, done: int) -> Iterator[Document]:
-        kind = _kind(file.path)
-        assert kind is not None
-        try:
-            with open(file.path, "rb") as raw, _decompressed(raw, kind[1]) as stream:
-                if kind[0] == ".txt":
-                    yield _document(stream.read().removeprefix(_BOM), file.name, str(file.path))
-                    return
-                for number, line in enumerate(stream, 1):
-                    self.bytes_read = done + raw.tell()
-                    if not line.strip():
-                        self.blank_lines += 1
-                        continue
-                    yield self._parse(line.removeprefix(_BOM) if number == 1 else line, file, number)
-        except DataError:
-            raise
-        except ImportError as error:
-            raise DataError(f"{file.path}: reading .zst needs the zstandard package: pip install zstandard") from error
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise DataError(f"{file.path}: cannot be read ({error}); copy or compress it again") from error
-        except Exception as error:
-            # zlib.error and ZstdError share no base class with the above; anything else is a bug and is raised as is
-            if type(error).__module__.split(".")[0] not in ("zlib", "zstandard"):
-                raise
-            raise DataError(f"{file.path}: damaged compression ({error}); copy or compress it again") from error
+        if text_file := file.kind.format == ".txt":
+            self._texts += 1
+        for record in read_records(file.path, file.kind, self.options.text_field, self.options.separator):
+            self.bytes_read = done + record.position
+            if text_file:
+                self._separated += record.number > 1
+                self._stories += isinstance(record.text, str) and _STORY_END in record.text
+            if (document := self._take(record, file)) is not None:
+                yield document
+            if self._hopeless:
+                return
 
-    def _parse(self, line: bytes, file: SourceFile, number: int) -> Document:
-        where = f"{file.path}:{number}"
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
+    def _take(self, record: Record, file: SourceFile) -> Document | None:
+        text, counts, options = record.text, self.counts, self.options
+        if text is None:
+            counts.blank_lines += 1
+        elif isinstance(text, Problem):
+            counts.bad += 1
+            if len(self.bad) < _LISTED:
+                where = shown(file.path) + (f":{record.number}" if record.number else "")
+                self.bad.append(f"{where}: {text.what}")
+                self._fix = self._fix or text.fix
+        elif not text:
+            counts.empty += 1
+        elif len(text) < options.min_chars:
+            counts.too_short += 1
+        elif options.max_chars is not None and len(text) > options.max_chars:
+            counts.too_long += 1
+        else:
+            counts.documents += 1
+            name = f"{file.name}:{record.number}" if record.number else file.name
+            return Document(text, name, len(text.encode("utf-8")))
+        return None
+
+    def check(self) -> None:
+        """Raises DataError that names all damaged files and, unless they may be skipped, all bad records."""
+        if len(self.damaged) == 1 and not self.counts.bad:
+            raise DataError(self.damaged[0])
+        counts, limit = self.counts, self.options.skip_bad
+        share = counts.bad / max(counts.records, 1)
+        if self.damaged or (counts.bad and (limit is None or share > limit)):
+            rest = counts.bad - len(self.bad)
             raise DataError(
-                f"{where}: not valid UTF-8 at byte {error.start} of the line; convert it to UTF-8"
-            ) from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{where}: not a JSON object on one line ({error}); fix or remove the line") from None
-        text = record.get(self.text_field) if isinstance(record, dict) else None
-        if isinstance(text, str):
-            return _document(text, f"{file.name}:{number}", where)
-        if isinstance(record, dict) and self.text_field in record:
-            raise DataError(f"{where}: field {self.text_field!r} is {type(text).__name__}: must be a string")
-        have = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where}: no field {self.text_field!r} (found {have}); name the right one with --text-field")
+                self._headline(share)
+                + "".join(f"\n  {line}" for line in (*self.damaged, *self.bad))
+                + (f"\n  and {rest} more" if rest else "")
+                if len(self.damaged) + counts.bad > 1
+                else f"{self.bad[0]}; {self._fix}, or leave it out with --skip-bad"
+            )
 
+    def _headline(self, share: float) -> str:
+        counts, limit = self.counts, self.options.skip_bad
+        parts = [f"{len(self.damaged)} files cannot be read"] if self.damaged else []
+        if counts.bad:
+            parts.append(f"{counts.bad} of {counts.records} records are bad")
+        text = " and ".join(parts)
+        if self._hopeless:
+            return f"{text}, the first ones, and reading stopped there; {self._fix}:"
+        if self.damaged or not counts.bad:
+            return f"{text}; repair them:"
+        if limit is None:
+            return f"{text}; fix them, or leave them out with --skip-bad:"
+        return f"{text}, a share of {share:.2%}, above --skip-bad {limit:g}; fix them, or raise it:"
 
-def _document(text: bytes | str, source: str, where: str) -> Document:
-    try:
-        if isinstance(text, bytes):
-            return Document(text.decode("utf-8"), source, len(text))
-        return Document(text, source, len(text.encode("utf-8")))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not valid UTF-8 at byte {error.start}; convert it to UTF-8") from None
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: lone surrogate at character {error.start} is not valid Unicode; remove it") from None
+    def notes(self) -> list[str]:
+        """What was left out so far, one line each."""
+        notes, counts = self.listing.notes(), self.counts
+        reasons = {
+            "blank lines in JSONL files": counts.blank_lines,
+            "bad records": counts.bad,
+            "empty documents": counts.empty,
+            f"documents under {self.options.min_chars} characters": counts.too_short,
+            f"documents above {self.options.max_chars} characters": counts.too_long,
+        }
+        notes += [f"note: skipped {number} {what}" for what, number in reasons.items() if number]
+        if self._stories:
+            notes.append(
+                f"note: {self._stories} .txt documents contain {_STORY_END!r}; if it stands between documents, build "
+                f"again with --separator {_STORY_END!r}"
+            )
+        if self.options.separator and self._texts and not self._separated:
+            notes.append(f"note: --separator {self.options.separator!r} is in none of the .txt files")
+        if self.options.separator and not self._texts:
+            notes.append(f"note: --separator {self.options.separator!r} has no effect without .txt files")
+        return notes
+
+    def report(self) -> dict[str, Any]:
+        """Counts and the first bad records, for `report.json`."""
+        return {**asdict(self.counts), "bad_records": self.bad, "ignored_files": len(self.listing.ignored)}

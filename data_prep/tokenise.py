@@ -61,16 +61,12 @@ class Spool:
     n_bytes: array[int] = field(default_factory=lambda: array("q"))
     hashes: array[int] = field(default_factory=lambda: array("Q"))
     sources: list[str] = field(default_factory=list)
-    empty: int = 0
 
 
-def _chunks(source: DocumentSource, spool: Spool) -> Iterator[tuple[list[Document], int]]:
+def _chunks(source: DocumentSource) -> Iterator[tuple[list[Document], int]]:
     chunk: list[Document] = []
     size = 0
-    for document in source:
-        if not document.text:
-            spool.empty += 1
-            continue
+    for document in source.documents():
         chunk.append(document)
         size += document.n_bytes
         if size >= _CHUNK_BYTES:
@@ -109,10 +105,13 @@ def _encoded(
 
 
 def tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, workers: int, seed: int) -> None:
-    """Fill `spool` with the documents of `source`, each ending with eos; empty documents are counted and skipped."""
+    """Fill `spool` with the documents of `source`, each ending with eos.
+
+    Raises DataError, after all documents, if there were bad records or damaged files.
+    """
     itemsize = token_dtype(tokenizer).itemsize
     with open(spool.file, "wb") as out, progress_bar(source.total_bytes, "tokenising") as bar:
-        for encoded, position in _encoded(_chunks(source, spool), tokenizer, workers, seed):
+        for encoded, position in _encoded(_chunks(source), tokenizer, workers, seed):
             for tokens, n_bytes, digest, name in encoded:
                 out.write(tokens)
                 spool.n_tokens.append(len(tokens) // itemsize)
@@ -121,4 +120,5 @@ def tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, workers
                 spool.sources.append(name)
             bar.set_postfix_str(f"{len(spool.sources):,} documents", refresh=False)
             bar.update(position - bar.n)
-        bar.update(source.total_bytes - bar.n)  # empty documents at the end are part of no chunk
+        bar.update(source.total_bytes - bar.n)  # what is left out at the end is part of no chunk
+    source.check()

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from megatron_dla.console import progress_bar
-from megatron_dla.data_prep.sources import DocumentSource
+from megatron_dla.data_prep.readers import shown
+from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.errors import DataError
 from megatron_dla.files import write_bytes
 from megatron_dla.shard_index import TOKENIZER_NAME
@@ -147,7 +148,7 @@ def train_tokenizer(
     output_dir: str | os.PathLike[str],
     vocab_size: int = 4096,
     *,
-    text_field: str = "text",
+    options: ReadOptions | None = None,
     input_sentence_size: int = 500_000,
     character_coverage: float = 0.9995,
     seed: int = 0,
@@ -156,6 +157,7 @@ def train_tokenizer(
     """Train a byte-fallback BPE tokenizer on the documents of `inputs`; write `output_dir/tokenizer.model`.
 
     Args:
+        options: how the inputs are read, see `ReadOptions`.
         vocab_size: number of tokens, including 3 special ones (unk 0, bos 1, eos 2; no pad) and 256 bytes.
         input_sentence_size: train on at most this many pieces (runs of lines, up to 4,000 bytes), sampled with `seed`.
         character_coverage: share of the text's characters that get a token; the others are encoded as bytes.
@@ -175,7 +177,7 @@ def train_tokenizer(
     target = Path(output_dir) / TOKENIZER_NAME
     if target.exists() and not overwrite:
         raise DataError(f"{target}: exists, and shards may depend on it; pass --overwrite or another --output")
-    source = DocumentSource(inputs, text_field=text_field)
+    source = DocumentSource(inputs, options)
     checked: list[str] = []
 
     def pieces() -> Iterator[str]:
@@ -192,7 +194,7 @@ def train_tokenizer(
     for note in source.notes():
         print(note, file=sys.stderr)
     if not any(sentences):
-        raise DataError(f"{', '.join(map(str, inputs))}: no text in these inputs")
+        raise DataError(f"{', '.join(map(shown, inputs))}: no text in these inputs")
     # sentencepiece reports no progress
     print(
         f"training {vocab_size:,} tokens on {len(sentences):,} of {total:,} pieces of text", file=sys.stderr, flush=True

@@ -1,15 +1,60 @@
-"""Documents from files: formats, order, and errors that name the file and line."""
+"""Documents from files: formats, order, what is found through links, and errors that name the file and line."""
 
+import bz2
 import gzip
 import json
 import lzma
+import os
 import re
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_dla.data_prep.sources import DocumentSource
+from megatron_dla.data_prep import readers
+from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.errors import DataError
+
+
+def zstd(data: bytes, window_log: int = 0) -> bytes:
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # no content size in the header
+    return stream.compress(data) + stream.flush()
+
+
+PACKED = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstd}
+
+
+def lines(*texts, key="text") -> bytes:
+    return b"".join(json.dumps({"id": i, key: text}).encode() + b"\n" for i, text in enumerate(texts))
+
+
+def read(*inputs, **options):
+    return [(d.text, d.source) for d in DocumentSource(inputs, ReadOptions(**options))]
+
+
+def texts(*inputs, **options):
+    return [text for text, _ in read(*inputs, **options)]
+
+
+def save_arrow(path: Path, *tables: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as out, pa.ipc.new_stream(out, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+def save_dataset(folder: Path, *shards: list[str], **state) -> Path:
+    """The files of `datasets.Dataset.save_to_disk`."""
+    folder.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        save_arrow(folder / name, pa.table({"text": shard}))
+    files = [{"filename": name} for name in reversed(names)]  # the state's order counts, not that of the names
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_fingerprint": "0", **state}))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}, indent=2))
+    return folder
 
 
 def test_sources_read_every_format_in_sorted_order(tmp_path):
@@ -17,8 +62,7 @@ def test_sources_read_every_format_in_sorted_order(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfplain\r\n")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 2, mtime=0))
     (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(line + b"\n"))
-    frame = zstandard.ZstdCompressor().compress
-    (tmp_path / "d.jsonl.zst").write_bytes(frame(line) + frame(line))
+    (tmp_path / "d.jsonl.zst").write_bytes(zstd(line) + zstd(line))
     (tmp_path / "readme.md").write_text("ignored")
     source = DocumentSource([tmp_path])
     documents = list(source)
@@ -28,30 +72,310 @@ def test_sources_read_every_format_in_sorted_order(tmp_path):
         f"{name}/d.jsonl.zst:1", f"{name}/d.jsonl.zst:2",
     ]  # fmt: skip
     assert documents[2].text == "plain\r\n" and documents[0] == ("h\xe9\r\n", f"{name}/a.jsonl.gz:1", 5)
-    assert source.bytes_read == source.total_bytes and source.blank_lines == 1
-    assert [path.name for path in source.ignored] == ["readme.md"] and len(source.notes()) == 2
+    assert source.bytes_read == source.total_bytes and source.counts.blank_lines == 1
+    assert [path.name for path in source.listing.ignored] == ["readme.md"] and len(source.notes()) == 2
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("form", [".jsonl", ".ndjson", ".json", ".txt"])
+def test_every_text_format_in_every_compression(tmp_path, form, packed):
+    path = tmp_path / f"c4-train.00000-of-01024{form}{packed}"
+    path.write_bytes(PACKED[packed](b"one" if form == ".txt" else lines("one", "two")))
+    want = ["one"] if form == ".txt" else ["one", "two"]
+    assert texts(path) == texts(tmp_path) == want
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_zstd_with_a_long_window(tmp_path, window_log):
+    data = zstd(lines("one", "two"), window_log)
+    assert zstandard.get_frame_parameters(data).window_size == 1 << window_log
+    (tmp_path / "RC_2019-04.zst.jsonl.zst").write_bytes(data)
+    assert texts(tmp_path) == ["one", "two"]
+
+
+def test_json_files_that_are_not_lines_are_left_out_of_directories_and_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines("one"))
+    (tmp_path / "info.json").write_text(json.dumps({"text": "no"}, indent=2))
+    (tmp_path / "array.json.gz").write_bytes(gzip.compress(b'[{"text": "no"}]'))
+    source = DocumentSource([tmp_path])
+    assert [d.text for d in source] == ["one"]
+    assert sorted(path.name for path in source.listing.ignored) == ["array.json.gz", "info.json"]
+    for name in ("info.json", "array.json.gz"):
+        with pytest.raises(DataError, match=f"{name}: not JSONL"):
+            DocumentSource([tmp_path / name])
+
+
+def test_parquet_by_row_groups_and_column_name(tmp_path):
+    table = pa.table({"body": [f"row {i}" for i in range(700)], "n": list(range(700))})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=300)
+    found = read(tmp_path, text_field="body")
+    assert found == [(f"row {i}", f"{tmp_path.name}/a.parquet:{i + 1}") for i in range(700)]
+    source = DocumentSource([tmp_path], ReadOptions("body"))
+    seen = [source.bytes_read for _ in source]
+    assert seen == sorted(seen) and seen[0] < seen[-1] == source.total_bytes
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "where"),
-    [
-        ("x.jsonl", b'{"text": "a"}\n{bad\n', ":2: .*JSON"),
-        ("x.jsonl", b'{"body": "a"}\n', r":1: .*'text' .*\['body'\].*--text-field"),
-        ("x.jsonl", b'{"text": 3}\n', ":1: .*'text' is int"),
-        ("x.jsonl", b'{"text": "\\ud800"}\n', ":1: .*surrogate at character 0"),
-        ("x.jsonl", b'\n{"text": "\xff"}\n', ":2: .*UTF-8 at byte 10"),
-        ("x.txt", b"ab\xff", ": .*UTF-8 at byte 2"),
-        ("x.txt.gz", gzip.compress(b"a" * 9, mtime=0)[:-9], ": .*compress it again"),
-        ("x.jsonl.xz", b"junk", ": .*compress it again"),
-        ("x.txt.zst", zstandard.ZstdCompressor().compress(bytes(range(256)) * 999)[:-4], ": .*middle of a frame"),
-        ("x.txt.zst", b"junkjunk", ": .*compress it again"),
-        ("x.csv", b"", ": .*format"),
-    ],
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
 )
-def test_source_errors(tmp_path, name, content, where):
+def test_columns_of_every_text_type(tmp_path, kind):
+    table = pa.table({"text": pa.array(["a", "\xe9"]).cast(kind)})
+    save_arrow(tmp_path / "a.arrow", table, table.slice(1))
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+    assert texts(tmp_path) == ["a", "\xe9", "\xe9", "a", "\xe9"]
+    if kind != pa.string_view():
+        pq.write_table(table, tmp_path / "c.parquet")
+        assert texts(tmp_path / "c.parquet") == ["a", "\xe9"]
+
+
+def test_text_field_by_dotted_path(tmp_path):
+    rows = [{"data": {"text": "in", "n": 1}}, {"data": {"text": "side", "n": 2}}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    save_arrow(tmp_path / "c.arrow", pa.Table.from_pylist(rows))
+    assert texts(tmp_path, text_field="data.text") == ["in", "side"] * 3
+    (tmp_path / "a.jsonl").write_text('{"data.text": "dot", "data": {"text": "no"}}\n')
+    assert texts(tmp_path / "a.jsonl", text_field="data.text") == ["dot"]
+    for name in ("a.jsonl", "b.parquet", "c.arrow"):
+        with pytest.raises(DataError, match=rf"{name}.*'data.body'.*\['data'.*--text-field"):
+            texts(tmp_path / name, text_field="data.body")
+
+
+def test_saved_dataset_in_the_order_of_its_state(tmp_path):
+    folder = save_dataset(tmp_path / "corpus" / "ds", ["c", "d"], ["a", "b"])
+    save_arrow(folder / "cache-123.arrow", pa.table({"text": ["left over"]}))
+    assert texts(folder) == texts(tmp_path) == ["a", "b", "c", "d"]
+    (folder / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match=r"data-00001-of-00002.arrow: missing"):
+        DocumentSource([tmp_path])
+
+
+def test_saved_dataset_errors(tmp_path):
+    for split in ("train", "test"):
+        save_dataset(tmp_path / "both" / split, [split])
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match=r"both: .*train, test.*--input"):
+        DocumentSource([tmp_path / "both"])
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["test"]}')
+    assert texts(tmp_path / "both") == ["test"]
+    save_dataset(tmp_path / "selected", ["a"], _indices_data_files=[{"filename": "indices.arrow"}])
+    with pytest.raises(DataError, match=r"selected: .*flatten_indices"):
+        DocumentSource([tmp_path / "selected"])
+    (tmp_path / "selected" / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"state.json: "):
+        DocumentSource([tmp_path / "selected"])
+
+
+def test_links_are_followed_once(tmp_path):
+    for name in ("elsewhere/wiki", "corpus/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.txt").write_text(name)
+    (tmp_path / "blob").write_text("from a cache")
+    corpus = tmp_path / "corpus"
+    (corpus / "wiki").symlink_to(tmp_path / "elsewhere" / "wiki")
+    (corpus / "again").symlink_to(corpus / "a")
+    (corpus / "a" / "loop").symlink_to(corpus)
+    (corpus / "hub.txt").symlink_to(tmp_path / "blob")
+    source = DocumentSource([corpus])
+    found = [(d.text, d.source) for d in source]
+    assert sorted(text for text, _ in found) == ["corpus/a", "elsewhere/wiki", "from a cache"]
+    assert ("elsewhere/wiki", "corpus/wiki/x.txt") in found and ("from a cache", "corpus/hub.txt") in found
+    assert len(source.listing.repeated) == 2 and "a second time" in " ".join(source.notes())
+    (corpus / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone.jsonl: a link to .*nowhere"):
+        DocumentSource([corpus])
+    with pytest.raises(DataError, match=r"gone.jsonl: a link to .*nowhere"):
+        DocumentSource([corpus / "gone.jsonl"])
+
+
+def test_patterns(tmp_path):
+    for name in ("c/x/1.jsonl", "c/y/2.jsonl", "c/y/deep/3.jsonl", "c/y/4.txt", "c/odd[1].txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(lines(name) if name.endswith("l") else name.encode())
+    source = DocumentSource([tmp_path / "c" / "*" / "*.jsonl"])
+    assert [d.source for d in source] == ["c/x/1.jsonl:1", "c/y/2.jsonl:1"]
+    assert {file.input for file in source.files} == {"c/*/*.jsonl"}
+    assert texts(tmp_path / "c" / "**" / "*.jsonl") == ["c/x/1.jsonl", "c/y/2.jsonl", "c/y/deep/3.jsonl"]
+    assert sorted(texts(tmp_path / "c" / "**")) == sorted(texts(tmp_path / "c"))
+    assert texts(tmp_path / "c" / "odd[1].txt") == ["c/odd[1].txt"]  # a name, not a pattern
+    for pattern in ("c/*.parquet", "c/x*/*.txt"):
+        with pytest.raises(DataError, match="pattern"):
+            DocumentSource([tmp_path / pattern])
+    with pytest.raises(DataError, match="twice"):
+        DocumentSource([tmp_path / "c", tmp_path / "c" / "*" / "*.jsonl"])
+
+
+def test_separator_and_its_hint(tmp_path, monkeypatch):
+    stories = ["One.\n\nEnd.", " Two \xe9.", "Three."]
+    for ends in ("\n", "\r\n"):
+        (tmp_path / "s.txt").write_bytes(f"{ends}<|endoftext|>{ends}".join([*stories, ""]).encode())
+        for block in (1 << 20, 7):  # a separator may lie across two blocks
+            monkeypatch.setattr(readers, "_BLOCK", block)
+            found = read(tmp_path / "s.txt", separator="<|endoftext|>")
+            assert found == [(story, f"s.txt:{i}") for i, story in enumerate(stories, 1)]
+    source = DocumentSource([tmp_path])
+    assert len(list(source)) == 1 and "--separator '<|endoftext|>'" in " ".join(source.notes())
+    source = DocumentSource([tmp_path], ReadOptions(separator="###"))
+    assert len(list(source)) == 1 and "none of the .txt files" in " ".join(source.notes())
+
+
+def test_file_names_that_are_not_utf8_are_escaped(tmp_path):
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt"), "wb") as file:
+        file.write(b"a")
+    assert read(tmp_path) == [("a", f"{tmp_path.name}/caf\\xe9.txt")]
+    with open(os.path.join(os.fsencode(tmp_path), b"\xff.jsonl"), "wb") as file:
+        file.write(b"{}\n")
+    with pytest.raises(DataError, match=r"\\xff.jsonl:1: ") as caught:
+        read(tmp_path)
+    str(caught.value).encode()
+
+
+def test_all_bad_records_are_named_at_once(tmp_path):
+    good = lines(*["x"] * 20)
+    (tmp_path / "a.jsonl").write_bytes(good + b'{"text": null}\n{"text": 5}\n' + good)
+    (tmp_path / "b.txt").write_bytes(b"ab\xff")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(good * 50)[:-9])
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "d.parquet")
+    source = DocumentSource([tmp_path])
+    with pytest.raises(DataError) as caught:
+        list(source)
+    message = str(caught.value)
+    for where in ("a.jsonl:21: ", "a.jsonl:22: ", "b.txt: ", "c.jsonl.gz: ", "d.parquet:2: "):
+        assert where in message
+    assert "1 files" in message and "4 of " in message
+    (tmp_path / "c.jsonl.gz").unlink()
+    with pytest.raises(DataError, match="--skip-bad"):
+        texts(tmp_path)
+    source = DocumentSource([tmp_path], ReadOptions(skip_bad=0.1))
+    assert len(list(source)) == 41 and source.counts.bad == 4 and source.counts.records == 45
+    assert "skipped 4 bad records" in " ".join(source.notes()) and "a.jsonl:21" in source.report()["bad_records"][0]
+    with pytest.raises(DataError, match=r"4 of 45 .* 8.89%.* 0.08"):
+        texts(tmp_path, skip_bad=0.08)
+
+
+def test_damaged_files_are_never_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines("a"))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines(*["x"] * 9))[:-9])
+    with pytest.raises(DataError, match=r"c.jsonl.gz: "):
+        texts(tmp_path, skip_bad=1.0)
+
+
+def test_the_list_of_bad_records_is_bounded_and_a_wrong_field_stops_early(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines("x") + lines(*range(500)))
+    with pytest.raises(DataError, match="500 of 501") as caught:
+        texts(tmp_path)
+    assert len(str(caught.value).splitlines()) == 102 and "and 400 more" in str(caught.value)
+    (tmp_path / "a.jsonl").write_bytes(lines(*["x"] * 5000, key="content"))
+    for skip_bad in (None, 0.5):
+        source = DocumentSource([tmp_path], ReadOptions(skip_bad=skip_bad))
+        with pytest.raises(DataError, match="--text-field"):
+            list(source)
+        assert source.counts.records == 100
+
+
+def test_length_limits_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines("", "ab", "abc", "abcd", "\xe9" * 5))
+    source = DocumentSource([tmp_path], ReadOptions(min_chars=3, max_chars=4))
+    assert [d.text for d in source] == ["abc", "abcd"]
+    counts = source.counts
+    assert (counts.empty, counts.too_short, counts.too_long, counts.documents, counts.records) == (1, 1, 1, 2, 5)
+    assert len(source.notes()) == 3
+
+
+PARQUET = pa.BufferOutputStream()
+pq.write_table(pa.table({"text": [f"row {i}" for i in range(2000)]}), PARQUET)
+PARQUET = PARQUET.getvalue().to_pybytes()
+ARROW = pa.BufferOutputStream()
+with pa.ipc.new_stream(ARROW, pa.schema({"text": pa.string()})) as stream:
+    stream.write_table(pa.table({"text": ["x" * 50] * 99}))
+ARROW = ARROW.getvalue().to_pybytes()
+MALFORMED = [
+    ("x.jsonl", b'{"text": "a"}\n{bad\n', ":2: .*JSON"),
+    ("x.jsonl", b'{"text": "a"}\n{"text": "b"\n', ":2: .*JSON"),
+    ("x.jsonl", b'{"text": "a"}\n"b"\n', ":2: a JSON str"),
+    ("x.jsonl", b'["a"]\n', ":1: a JSON list.*jq"),
+    ("x.jsonl", b'[{"text": "a"},\n', ":1: .*JSON"),
+    ("x.jsonl", b"null\n", ":1: a JSON NoneType"),
+    ("x.jsonl", b'{"body": "a"}\n', r":1: .*'text' .*\['body'\].*--text-field"),
+    ("x.jsonl", b"{}\n", r":1: .*'text' .*\[\].*--text-field"),
+    ("x.jsonl", b'{"text": 3}\n', ":1: .*'text' is int"),
+    ("x.jsonl", b'{"text": null}\n', ":1: .*'text' is NoneType"),
+    ("x.jsonl", b'{"text": ["a"]}\n', ":1: .*'text' is list"),
+    ("x.jsonl", b'{"text": {"text": "a"}}\n', ":1: .*'text' is dict"),
+    ("x.jsonl", b'{"text": "\\ud800"}\n', ":1: .*surrogate at character 0"),
+    ("x.jsonl", b'\n{"text": "\xff"}\n', ":2: .*UTF-8 at byte 10"),
+    ("x.jsonl", b'{"text": "a"}\n\x00\x00\n', ":2: .*JSON"),
+    ("x.jsonl", b'{"text": "a\tb"}\n', ":1: .*JSON"),
+    ("x.jsonl", b'{"text": "a"} {"text": "b"}\n', ":1: .*JSON"),
+    ("x.jsonl", b'{"text": ' + b"[" * 100000 + b"\n", ":1: .*JSON"),
+    ("x.jsonl", '{"text": "a"}'.encode("utf-16"), ":1: .*UTF-8 at byte 0"),
+    ("x.ndjson", b'{"text": "a"}\n{bad\n', ":2: .*JSON"),
+    ("x.ndjson.bz2", bz2.compress(b'{"text": "a"}\n{bad\n'), ":2: .*JSON"),
+    ("x.json", b'{"text": "a"}\n{"text": 5}\n', ":2: .*'text' is int"),
+    ("x.json", b'{\n "text": "a"\n}\n', ": not JSONL.*jq"),
+    ("x.json", b'[{"text": "a"}]', ": not JSONL.*jq"),
+    ("x.json.gz", gzip.compress(b'{"text": "a"}\n{bad\n'), ":2: .*JSON"),
+    ("x.json.gz", b'{"text": "a"}\n', ": .*compress it again"),
+    ("x.txt", b"ab\xff", ": .*UTF-8 at byte 2"),
+    ("x.txt", "ab".encode("utf-16"), ": .*UTF-8 at byte 0"),
+    ("x.txt.gz", gzip.compress(b"a\xff"), ": .*UTF-8 at byte 1"),
+    ("x.txt.gz", gzip.compress(b"a" * 9, mtime=0)[:-9], ": .*compress it again"),
+    ("x.txt.gz", b"", ": .*empty"),
+    ("x.jsonl.bz2", b"", ": .*empty"),
+    ("x.jsonl.zst", b"", ": .*empty"),
+    ("x.jsonl.xz", b"", ": .*empty"),
+    ("x.txt.gz", b"junkjunk", ": .*compress it again"),
+    ("x.jsonl.gz", gzip.compress(lines("a"), mtime=0) + b"junkjunk", ": .*compress it again"),
+    ("x.jsonl.gz", gzip.compress(lines(*["a"] * 999), mtime=0)[:60], ": .*compress it again"),
+    ("x.jsonl.xz", b"junk", ": .*compress it again"),
+    ("x.jsonl.xz", lzma.compress(lines("a"))[:-5], ": .*compress it again"),
+    ("x.jsonl.bz2", b"junkjunk", ": .*compress it again"),
+    ("x.jsonl.bz2", bz2.compress(lines("a"))[:-5], ": .*compress it again"),
+    ("x.txt.zst", zstandard.ZstdCompressor().compress(bytes(range(256)) * 999)[:-4], ": .*middle of a frame"),
+    ("x.txt.zst", b"junkjunk", ": .*compress it again"),
+    ("x.jsonl.zst", zstd(lines("a")) + b"junkjunk", ": .*compress it again"),
+    ("x.jsonl.zst", zstd(lines("a", "b"), 31)[:-3], ": .*middle of a frame"),
+    ("x.parquet", b"", ": .*compress it again"),
+    ("x.parquet", b"PAR1junkPAR1", ": .*compress it again"),
+    ("x.parquet", PARQUET[:-20], ": .*compress it again"),
+    ("x.parquet", PARQUET[:100] + b"\xff" * 400 + PARQUET[500:], ": .*compress it again"),
+    ("x.parquet", lines("a"), ": .*compress it again"),
+    ("x.arrow", b"", ": .*compress it again"),
+    ("x.arrow", ARROW[: len(ARROW) // 2], ": .*compress it again"),
+    ("x.arrow", lines("a"), ": .*compress it again"),
+    ("x.csv", b"", ": .*format"),
+    ("x.gz", gzip.compress(b"a"), ": .*format"),
+    ("x", b"a", ": .*format"),
+    ("x.parquet.gz", gzip.compress(PARQUET), ": .*format"),
+]
+TABLES = [
+    ({"body": ["a"]}, r": no column 'text' .*\['body'\].*--text-field"),
+    ({"text": [1]}, ": column 'text' is int64"),
+    ({"text": [["a"]]}, ": column 'text' is list"),
+    ({"text": [{"text": "a"}]}, ": column 'text' is struct"),
+    ({"text": ["a", None]}, ":2: .*null"),
+    ({"text": [b"a", b"b", b"\xff"]}, ":3: .*UTF-8 at byte 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "where"), MALFORMED)
+def test_malformed_files(tmp_path, name, content, where):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{re.escape(name)}{where}"):
-        list(DocumentSource([tmp_path / name]))
+    with pytest.raises(DataError, match=f"{re.escape(name)}{where}") as caught:
+        texts(tmp_path / name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("form", [".parquet", ".arrow"])
+@pytest.mark.parametrize(("columns", "where"), TABLES)
+def test_malformed_tables(tmp_path, form, columns, where):
+    path = tmp_path / f"x{form}"
+    save = pq.write_table if form == ".parquet" else lambda table, path: save_arrow(path, table)
+    save(pa.table(columns), path)
+    with pytest.raises(DataError, match=f"x{form}{where}") as caught:
+        texts(path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_source_arguments(tmp_path):
@@ -59,7 +383,14 @@ def test_source_arguments(tmp_path):
     (tmp_path / "empty").mkdir()
     for inputs, key in (
         ([tmp_path / "none"], "none: .*--input"), ([], "inputs .*--input"),
-        ([tmp_path, tmp_path / "x.txt"], "x.txt: .*twice"), ([tmp_path / "empty"], "empty: no .txt or .jsonl"),
+        ([tmp_path, tmp_path / "x.txt"], "x.txt: .*twice"), ([tmp_path / "empty"], "empty: no document"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=key):
             DocumentSource(inputs)
+    for options, key in (
+        ({"text_field": ""}, "text_field = ''"), ({"skip_bad": 1.5}, "skip_bad = 1.5"),
+        ({"min_chars": -1}, "min_chars = -1"), ({"min_chars": 5, "max_chars": 4}, "max_chars = 4: .* 5"),
+        ({"max_chars": 0}, "max_chars = 0"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=key):
+            ReadOptions(**options)

@@ -1,0 +1,195 @@
+"""Finds the files of the inputs: files, directories, glob patterns, links and saved Hugging Face datasets."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_dla.data_prep.readers import Kind, holds_lines, kind_of, known_formats, shown
+from megatron_dla.errors import DataError
+
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file. `name`: recorded in the shards, the same on every machine. `bytes`: size on disk."""
+
+    path: Path
+    name: str
+    input: str
+    bytes: int
+    kind: Kind
+
+
+@dataclass
+class Listing:
+    """The files of all inputs in reading order, and what was left out of directories.
+
+    `ignored`: files that no reader takes. `repeated`: files and directories that a link names a second time.
+
+    Raises DataError for a missing or unreadable input, an input given twice, an unknown format, a link to nothing, a
+    damaged dataset, or a directory or pattern without documents.
+    """
+
+    inputs: Sequence[str | os.PathLike[str]]
+    files: list[SourceFile] = field(default_factory=list)
+    ignored: list[Path] = field(default_factory=list)
+    repeated: list[Path] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise DataError("inputs is empty: give at least one file or directory (--input PATH)")
+        for item in self.inputs:
+            try:
+                self._add(Path(item))
+            except OSError as error:
+                where = item if error.filename is None else error.filename
+                raise DataError(f"{shown(where)}: cannot be read ({error.strerror}); check --input") from error
+        seen: set[Path] = set()
+        for file in self.files:
+            real = file.path.resolve()
+            if real in seen:
+                raise DataError(
+                    f"{shown(file.path)}: given twice as input; its documents would count twice, name it once"
+                )
+            seen.add(real)
+
+    def _add(self, path: Path) -> None:
+        if path.is_file():
+            self._add_file(path, shown(path.name), shown(path.name))
+        elif path.is_dir():
+            name = shown(path.resolve().name or "root")
+            self._add_tree(path, path, name, name)
+        elif glob.has_magic(str(path)):
+            self._add_pattern(path)
+        elif path.is_symlink():
+            raise DataError(f"{shown(path)}: a link to {shown(os.readlink(path))!r}, which does not exist; restore it")
+        else:
+            raise DataError(f"{shown(path)}: no such file or directory; check --input")
+
+    def _add_pattern(self, pattern: Path) -> None:
+        found = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+        if not found:
+            raise DataError(f"{shown(pattern)}: no file or directory matches this pattern; check --input")
+        fixed = list(pattern.parts)
+        fixed = fixed[: next(i for i, part in enumerate(fixed) if glob.has_magic(part))]
+        base = Path(*fixed)
+        name = shown(base.resolve().name or "root")
+        given = f"{name}/{shown(pattern.relative_to(base))}"
+        before, inside = len(self.files), set(found)
+        for path in found:
+            if inside & set(path.parents):
+                continue  # `**` matches a directory and what is in it
+            if path.is_dir():
+                self._add_tree(path, base, name, given)
+            elif self._takes(path):
+                self._add_file(path, f"{name}/{shown(path.relative_to(base).as_posix())}", given)
+        if len(self.files) == before:
+            raise DataError(f"{shown(pattern)}: no document in what matches this pattern; must be {known_formats()}")
+
+    def _add_file(self, path: Path, name: str, given: str) -> None:
+        kind = kind_of(path)
+        if kind is None:
+            raise DataError(f"{shown(path)}: unknown format; must be {known_formats()}")
+        if kind.format == ".json" and not _is_jsonl(path, kind):
+            raise DataError(
+                f"{shown(path)}: not JSONL, an object on each line; convert it (`jq -c .` for objects, "
+                "`jq -c '.[]'` for an array)"
+            )
+        self.files.append(SourceFile(path, name, given, path.stat().st_size, kind))
+
+    def _takes(self, path: Path) -> bool:
+        """Whether a file found in a directory is to be read; otherwise it is noted as ignored."""
+        kind = kind_of(path)
+        if path.is_symlink() and not path.exists():
+            if kind is None:
+                self.ignored.append(path)
+                return False
+            raise DataError(f"{shown(path)}: a link to {shown(os.readlink(path))!r}, which does not exist; restore it")
+        if kind is None or not path.is_file() or (kind.format == ".json" and not _is_jsonl(path, kind)):
+            self.ignored.append(path)
+            return False
+        return True
+
+    def _add_tree(self, top: Path, base: Path, name: str, given: str) -> None:
+        before = len(self.files)
+        self._walk(top, base, (name, given), set(), set())
+        if len(self.files) == before:
+            raise DataError(f"{shown(top)}: no document in this directory; must be {known_formats()}")
+
+    def _walk(self, folder: Path, base: Path, names: tuple[str, str], folders: set[tuple[int, int]], files: set[Path]):
+        """Files of a directory in sorted order, then its subdirectories, through links, each once."""
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in folders:
+            self.repeated.append(folder)
+            return
+        folders.add((status.st_dev, status.st_ino))
+        entries = sorted(os.listdir(folder))
+        if _SPLITS in entries:
+            entries = [_one_split(folder)]
+        elif _STATE in entries and _INFO in entries:
+            entries = _dataset_files(folder)
+        for path in (folder / entry for entry in entries):
+            if path.is_dir() or not self._takes(path):
+                continue
+            if (real := path.resolve()) in files:
+                self.repeated.append(path)
+                continue
+            files.add(real)
+            self._add_file(path, f"{names[0]}/{shown(path.relative_to(base).as_posix())}", names[1])
+        for path in (folder / entry for entry in entries):
+            if path.is_dir():
+                self._walk(path, base, names, folders, files)
+
+    def notes(self) -> list[str]:
+        """What was left out, one line each."""
+        notes = []
+        for paths, why in ((self.ignored, "of other formats"), (self.repeated, "that links name a second time")):
+            if paths:
+                first = ", ".join(map(shown, paths[:3])) + ("..." if len(paths) > 3 else "")
+                notes.append(f"note: ignored {len(paths)} files {why}: {first}")
+        return notes
+
+
+def _is_jsonl(path: Path, kind: Kind) -> bool:
+    try:
+        return holds_lines(path, kind)
+    except Exception:  # damaged: it is read, and then the error names the damage
+        return True
+
+
+def _one_split(folder: Path) -> str:
+    splits = _json_names(folder / _SPLITS, "splits")
+    if len(splits) != 1:
+        raise DataError(
+            f"{shown(folder)}: a dataset with the splits {', '.join(splits)}; name those to read: "
+            f"--input {shown(folder / (splits or ['train'])[0])}"
+        )
+    return splits[0]
+
+
+def _dataset_files(folder: Path) -> list[str]:
+    """The arrow files of a dataset saved by `save_to_disk`, in its order. Raises DataError if one is missing."""
+    if _json_names(folder / _STATE, "_indices_data_files"):
+        raise DataError(
+            f"{shown(folder)}: this dataset was saved with a selection of its rows; save it again with "
+            "dataset.flatten_indices().save_to_disk(...)"
+        )
+    names = _json_names(folder / _STATE, "_data_files")
+    for name in names:
+        if not (folder / name).is_file():
+            raise DataError(f"{shown(folder / name)}: missing, but named in {_STATE}; copy the dataset again")
+    return names
+
+
+def _json_names(path: Path, key: str) -> list[str]:
+    try:
+        values = json.loads(path.read_bytes()).get(key) or []
+        return [value["filename"] if isinstance(value, dict) else str(value) for value in values]
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise DataError(f"{shown(path)}: not the {key} of a saved dataset ({error}); copy the dataset again") from error

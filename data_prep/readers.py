@@ -1,0 +1,297 @@
+"""Reads the records of one file: which reader a name's suffix selects, which decompression, and where the text is."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+
+from megatron_dla.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_BOM = b"\xef\xbb\xbf"
+_BLOCK = 1 << 20  # bytes read at once
+_ROWS = 256  # rows of a table decoded at once
+# the largest window that the format can ask for (zstd --ultra --long=31); memory is taken as far as it is used
+_ZSTD_WINDOW = 1 << 31
+
+
+class Problem(NamedTuple):
+    """Why a record cannot be used, and what to do about it."""
+
+    what: str
+    fix: str
+
+
+class Record(NamedTuple):
+    """A record of a file. `number`: line, row or story from 1, 0 for a whole file. `text`: None for a blank line.
+
+    `position`: bytes of the file on disk that were read so far.
+    """
+
+    number: int
+    text: str | Problem | None
+    position: int
+
+
+class _ZstdReader(io.RawIOBase):
+    """Raw reader of a `.zst` file; unlike zstandard's own reader it raises on a truncated frame."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._new: Callable[[], Any] = lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+        self._frame: Any = None
+        self._in = b""
+        self._out = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._out:
+            self._in = self._in or self._raw.read(1 << 17)
+            if not self._in:
+                if self._frame is not None:
+                    raise EOFError("the compressed data ends in the middle of a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            self._out, self._in = self._frame.decompress(self._in), b""
+            if self._frame.eof:
+                self._in, self._frame = self._frame.unused_data, None
+        n = min(len(buffer), len(self._out))
+        buffer[:n], self._out = self._out[:n], self._out[n:]
+        return n
+
+
+def _zstd(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 17))
+
+
+def _xz(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, lzma.LZMAFile(raw))
+
+
+COMPRESSIONS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    "": lambda raw: raw,
+    ".gz": lambda raw: cast(BinaryIO, gzip.GzipFile(fileobj=raw)),
+    ".xz": _xz,
+    ".bz2": lambda raw: cast(BinaryIO, bz2.BZ2File(raw)),
+    ".zst": _zstd,
+}
+
+
+class Kind(NamedTuple):
+    """What the suffixes of a file name say: its format and its compression ("" for none)."""
+
+    format: str
+    compression: str
+
+
+def kind_of(path: Path) -> Kind | None:
+    """The kind of a file by its name, or None if no reader takes it."""
+    suffix = path.suffix.lower()
+    compression = suffix if suffix in COMPRESSIONS else ""
+    form = (Path(path.stem) if compression else path).suffix.lower()
+    if form not in READERS or (compression and form in TABLES):
+        return None
+    return Kind(form, compression)
+
+
+def known_formats() -> str:
+    """The readable names, for messages."""
+    plain = [form for form in READERS if form not in TABLES]
+    packed = ", ".join(form for form in COMPRESSIONS if form)
+    return f"{', '.join(plain)} (also with {packed}), {', '.join(TABLES)}, or a dataset of save_to_disk"
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as valid text: bytes of a file name that are not UTF-8 become escapes such as `\\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_records(path: Path, kind: Kind, text_field: str, separator: str) -> Iterator[Record]:
+    """The records of one file, in order.
+
+    Raises DataError for a file that cannot be read, damaged compression, a table without the column or with
+    another type in it; a single record that is unusable has a Problem instead.
+    """
+    number = 0
+    try:
+        if kind.compression and not path.stat().st_size:  # gzip and bz2 would read an empty text
+            raise EOFError("the file is empty")
+        for record in READERS[kind.format](path, kind.compression, text_field, separator):
+            number = record.number
+            yield record
+    except DataError:
+        raise
+    except ImportError as error:
+        fix = "pip install pyarrow" if kind.format in TABLES else "pip install zstandard"
+        raise DataError(f"{shown(path)}: reading it needs another package ({error}); {fix}") from error
+    except Exception as error:
+        # zlib.error and ZstdError share no base class with the others; anything else is a bug and is raised as is
+        damaged = isinstance(error, (OSError, EOFError, lzma.LZMAError))
+        if not damaged and type(error).__module__.split(".")[0] not in ("zlib", "zstandard", "pyarrow"):
+            raise
+        after = f" after record {number}" if number else ""
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{shown(path)}: cannot be read{after} ({what}); copy or compress it again") from error
+
+
+def _read_txt(path: Path, compression: str, text_field: str, separator: str) -> Iterator[Record]:
+    with open(path, "rb") as raw, COMPRESSIONS[compression](raw) as stream:
+        if not separator:
+            yield Record(0, _utf8(stream.read().removeprefix(_BOM)), raw.tell())
+            return
+        number, held, first, mark = 0, b"", True, separator.encode()
+        while True:
+            block = stream.read(_BLOCK)
+            held += block.removeprefix(_BOM) if first else block
+            first = False
+            *stories, held = held.split(mark) if block else [*held.split(mark), b""]
+            for story in stories:
+                if story := story.strip(b"\r\n"):
+                    number += 1
+                    yield Record(number, _utf8(story), raw.tell())
+            if not block:
+                return
+
+
+def _read_lines(path: Path, compression: str, text_field: str, separator: str) -> Iterator[Record]:
+    with open(path, "rb") as raw, COMPRESSIONS[compression](raw) as stream:
+        for number, line in enumerate(stream, 1):
+            line = line.removeprefix(_BOM) if number == 1 else line
+            yield Record(number, _json_text(line, text_field) if line.strip() else None, raw.tell())
+
+
+def _json_text(line: bytes, text_field: str) -> str | Problem:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Problem(f"not valid UTF-8 at byte {error.start} of the line", "convert it to UTF-8")
+    except (ValueError, RecursionError) as error:
+        return Problem(f"not a JSON object on one line ({error})", "fix or remove the line")
+    if not isinstance(record, dict):
+        what = f"a JSON {type(record).__name__}, not an object"
+        return Problem(what, "write one object a line (`jq -c '.[]'` does that to an array)")
+    value: Any = record
+    for key in [text_field] if text_field in record else text_field.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return Problem(f"no field {text_field!r} (found {sorted(record)})", "name the right one with --text-field")
+        value = value[key]
+    if not isinstance(value, str):
+        return Problem(f"field {text_field!r} is {type(value).__name__}: must be a string", "fix or remove the line")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return Problem(f"lone surrogate at character {error.start} is not valid Unicode", "remove it")
+    return value
+
+
+def _utf8(text: bytes) -> str | Problem:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Problem(f"not valid UTF-8 at byte {error.start}", "convert it to UTF-8")
+
+
+def _read_parquet(path: Path, compression: str, text_field: str, separator: str) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    size, number = path.stat().st_size, 0
+    # buffered: a column of a row group is read in pieces, not at once
+    with pyarrow.parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False) as file:
+        column = _column(path, file.schema_arrow, text_field)
+        total = max(file.metadata.num_rows, 1)
+        for batch in file.iter_batches(_ROWS, columns=[text_field], use_threads=False):
+            for text in _cells(batch, column):
+                number += 1
+                yield Record(number, text, size * number // total)
+
+
+def _read_arrow(path: Path, compression: str, text_field: str, separator: str) -> Iterator[Record]:
+    import pyarrow
+
+    number = 0
+    # mapped: a batch may be much larger than the rows decoded at once
+    with pyarrow.memory_map(str(path)) as file:
+        magic = file.read(6)
+        file.seek(0)
+        if magic == b"ARROW1":
+            reader: Any = pyarrow.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            reader = batches = pyarrow.ipc.open_stream(file)
+        column = _column(path, reader.schema, text_field)
+        for batch in batches:
+            for start in range(0, batch.num_rows, _ROWS):
+                for text in _cells(batch.slice(start, _ROWS), column):
+                    number += 1
+                    yield Record(number, text, file.tell())
+
+
+def _column(path: Path, schema: pyarrow.Schema, text_field: str) -> list[str]:
+    """The way to the text column: one name, or those of nested structs. Raises DataError if it is not there."""
+    import pyarrow.types as is_type
+
+    names = [text_field] if text_field in schema.names else text_field.split(".")
+    kind: Any = None
+    fields: Any = schema
+    for name in names:
+        inside = fields is schema or is_type.is_struct(fields)
+        if not inside or (at := fields.get_field_index(name)) < 0:
+            raise DataError(
+                f"{shown(path)}: no column {text_field!r} (found {sorted(schema.names)}); name the right one with "
+                "--text-field"
+            )
+        kind = fields = fields.field(at).type
+    kind = kind.value_type if is_type.is_dictionary(kind) else kind
+    texts = ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary", "is_binary_view")
+    if not any(getattr(is_type, name)(kind) for name in texts):
+        raise DataError(
+            f"{shown(path)}: column {text_field!r} is {kind}: must be a string; name the right one with --text-field"
+        )
+    return names
+
+
+def _cells(batch: pyarrow.RecordBatch, column: list[str]) -> Iterator[str | Problem]:
+    import pyarrow
+    import pyarrow.compute
+
+    array = batch.column(column[0])
+    if column[1:]:
+        array = pyarrow.compute.struct_field(array, column[1:])
+    if pyarrow.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    # bytes, which are decoded one by one, so that a row with invalid text can be named
+    for cell in array.cast(pyarrow.large_binary()).to_pylist():
+        yield Problem("the text is null", "fix or remove the row") if cell is None else _utf8(cell)
+
+
+Reader = Callable[[Path, str, str, str], Iterator[Record]]
+TABLES: dict[str, Reader] = {".parquet": _read_parquet, ".arrow": _read_arrow}
+READERS: dict[str, Reader] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
+    ".json": _read_lines,
+    **TABLES,
+}
+
+
+def holds_lines(path: Path, kind: Kind) -> bool:
+    """Whether a `.json` file begins as JSONL does: an object that ends on its line. Raises what reading raises."""
+    with open(path, "rb") as raw, COMPRESSIONS[kind.compression](raw) as stream:
+        for line in stream:
+            if line := line.removeprefix(_BOM).strip():
+                return line.startswith(b"{") and line.endswith(b"}")
+    return True
