@@ -355,17 +355,20 @@ def _final_cache(
     slot = alive.long().cumsum(1) - 1  # the chronological slot that holds each inherited slot and each token
     weight = torch.cat([old > EMPTY, torch.ones_like(row, dtype=torch.bool)], 1)
     weight &= torch.cat([old, row], 1) >= begin
-    counts, infos = torch.ones_like(slot), torch.cat([final.new_zeros(N, K), _flat(part.score).to(final.dtype)], 1)
+    counts = torch.ones_like(slot)
     starts = torch.cat([old, row + before.repeat_interleave(H)[:, None]], 1)
     if cache is not None:
         source = (cache.live.view(N, 1) - K + torch.arange(K, device=device)).clamp(min=0)
         counts[:, :K] = cache.count.view(N, K).gather(1, source)
-        infos[:, :K] = cache.info.view(N, K).gather(1, source).to(final.dtype)
         starts[:, :K] = cache.start.view(N, K).gather(1, source)
     slot = torch.where(weight, slot, K)
     count = counts.new_zeros(N, K + 1).scatter_add_(1, slot, counts)[:, :K]
-    info = infos.new_zeros(N, K + 1).scatter_add_(1, slot, infos)[:, :K]
-    if part.final_info is not None:
+    if part.final_info is None:
+        infos = torch.cat([final.new_zeros(N, K), _flat(part.score).to(final.dtype)], 1)
+        if cache is not None:
+            infos[:, :K] = cache.info.view(N, K).gather(1, source).to(final.dtype)
+        info = infos.new_zeros(N, K + 1).scatter_add_(1, slot, infos)[:, :K]
+    else:
         info = part.final_info.view(N, K).to(final.dtype)
     start = torch.full_like(count, EMPTY)
     start = torch.nn.functional.pad(start, (0, 1)).scatter_(1, torch.where(alive, slot, K), starts)[:, :K]

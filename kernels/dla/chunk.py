@@ -28,6 +28,9 @@ from .threshold import threshold_gradient
 # What is in memory at once, so that it stays in the cache of a CPU, whatever the sizes: tokens; elements of an array
 # [N, n, C, C], for the lanes that are worked on together; elements of one [N, m, C, K * Dk], for the chunks
 WINDOW, PAIRS, ELEMENTS = 512, 1 << 18, 1 << 18
+# glibc returns freed memory to the system beyond twice the largest block ever freed, up to 64 MB (mallopt(3)), and all
+# temporaries would be faulted in again: free one such block, which nobody has written to
+torch.empty(31 << 20, dtype=torch.uint8)
 NEVER = 2**30  # death of a start that lives to the end
 
 

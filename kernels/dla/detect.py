@@ -19,6 +19,10 @@ up to the first boundary, from where the table goes on.
 
 from __future__ import annotations
 
+import itertools
+from functools import cached_property
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +31,8 @@ from .arrays import causal_decay, chunked, document_cumsum
 from .cache import FIRST_SCORE
 
 PAIRS = 1 << 17  # (token, start) pairs in memory at once: bounds the memory, and keeps them in the cache of a CPU
+TOGETHER = 1 << 15  # elements of the open states of all lanes, up to which many chunks are tried at once
+MANY = 8  # chunks that have to be right for trying the rest at once, too
 
 
 def _scores(inner: Tensor, norm2: Tensor) -> Tensor:
@@ -40,17 +46,70 @@ def _suffix_sums(x: Tensor) -> Tensor:
     return x.flip(-1).cumsum(-1).flip(-1)
 
 
+class _Chunk(NamedTuple):
+    """What the state that comes into a chunk meets: of C tokens in M lanes."""
+
+    v: Tensor  # [M, C, Dv]
+    write2: Tensor  # [M, C]
+    gain: Tensor  # [M, C]
+    reads: Tensor  # [M, C, Dk]
+    writes: Tensor  # [M, Dk, C]
+    Phi: Tensor  # [M, Dk, Dk], [M, 1, 1] without the delta rule
+    A: Tensor  # [M, C, C]
+    A0: Tensor  # [M, C, 1]
+    last: Tensor  # int64 [M, C + 1], the chunk's last boundary if there is one at s; -1 at C
+    tau: Tensor  # [M, 1]
+    resets: Tensor  # bool [M, C]
+    own: Tensor  # of the slot that opens with the chunk: E v [M, C, Dv], without the delta rule `inner` [M, C]
+    loss: Tensor | None  # [M, C], as beta
+    beta: Tensor | None
+
+    def enter(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [M, C] of the tokens against the state that comes in [M, Dk, Dv] as long as no slot opens, and the
+        first boundary [M], C = none.
+        """
+        if self.beta is None:
+            inner = torch.bmm(self.reads, state).mul_(self.v).sum(-1).add_(self.own)
+            grown = torch.addcmul(self.write2, self.gain, inner)
+        else:
+            read = torch.baddbmm(self.own, self.reads, state)
+            inner = (read * self.v).sum(-1)
+            grown = torch.addcmul(self.write2, self.gain, inner).addcmul_(self.loss, read.square_().sum(-1))
+            inner.mul_(self.beta)
+        norm2 = state.square().sum((1, 2), keepdim=True)  # recomputed every chunk: no drift
+        norm2 = torch.baddbmm(self.A0 * norm2, self.A, grown[..., None])
+        score = _scores(inner, norm2.squeeze(-1).mul_(self.write2))
+        C = score.shape[1]
+        fired = (score >= self.tau) | self.resets
+        return score, torch.where(fired, torch.arange(C, device=score.device), C).amin(-1)
+
+    def boundary(self, first: Tensor) -> Tensor:
+        """The last boundary [M] of a chunk whose first one is `first` [M]; -1 = none."""
+        return self.last.gather(-1, first[:, None]).squeeze(-1)
+
+    def written(self, begin: Tensor) -> Tensor:
+        """What the tokens from `begin` [M] on add to the open state that leaves the chunk."""
+        index = torch.arange(self.v.shape[1], device=begin.device)
+        return torch.bmm(self.writes * (index >= begin[:, None, None]), self.v)
+
+    def leave(self, state: Tensor, first: Tensor) -> Tensor:
+        """The open state after the chunk."""
+        begin = self.boundary(first)
+        carry = self.Phi * (begin < 0)[:, None, None]
+        state = carry * state if self.beta is None else torch.bmm(carry, state)
+        return state.add_(self.written(begin))
+
+
 class _Window:
     """Some chunks of all lanes, [Z, N, C, ...]: everything that does not depend on the state that comes in.
 
     Attributes:
         score: [Z, N, C, C], of each token against each start. after: int64 [Z, N, C + 1], the boundary after each
-            start, C = none. last: int64 [N, C + 1] of each chunk, its last boundary if there is one at s; -1 at C.
-        What `enter` and `leave` read is a tuple of Z views: indexing a tensor costs as much as a small product.
+            start, C = none. parts: the fields of `_Chunk`, [Z, N, ...].
     """
 
     def __init__(self, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, tau: Tensor, resets: Tensor) -> None:
-        self.tau, self.resets, self.delta = tau, resets, beta is not None
+        self.tau, self.resets = tau, resets
         document = resets.cumsum(-1, dtype=torch.int32)
         within = document[..., :, None] == document[..., None, :]
         cg = document_cumsum(g, within)
@@ -67,7 +126,7 @@ class _Window:
         gain = 2 * alpha
         if beta is None:
             inner = _suffix_sums(E * values)
-            self.inner0 = inner[..., 0].unbind()
+            own, loss = inner[..., 0], None
             grown = gain[..., None] * inner
             Phi = keep
         else:
@@ -84,16 +143,18 @@ class _Window:
             grown = (gain[..., None] * inner).addcmul_(loss[..., None], read2)
             inner.mul_(beta[..., None])
             Phi = torch.diag_embed(keep[..., 0].expand(*cg.shape[:-1], k.shape[-1])) - moved
-            self.EV, self.loss, self.beta = (E @ v).unbind(), loss.unbind(), beta.unbind()
-            reads = reads - left
+            own, reads = E @ v, reads - left
         norm2 = A @ grown.add_(write2[..., None]).tril_()
-        self.score = _scores(inner, norm2.mul_(write2[..., None]))
-        self.v, self.write2, self.gain, self.reads = v.unbind(), write2.unbind(), gain.unbind(), reads.unbind()
-        self.A, self.A0 = A.unbind(), enters.square().unbind()
-        self.writes, self.Phi = writes.unbind(), Phi.unbind()
-        self._link(v.shape[2])
+        # pairs s >= t have no meaning, and no norm: the root of a denormal number takes 20 times as long as one of 1
+        apart = torch.ones(2 * v.shape[2:3], dtype=v.dtype, device=v.device).triu_()
+        self.score = _scores(inner, norm2.mul_(write2[..., None]).add_(apart))
+        last, tau = self._link(v.shape[2]), tau[:, None].expand(*v.shape[:2], 1)
+        self.parts = _Chunk(
+            v, write2, gain, reads, writes, Phi, A, enters.square(), last, tau, resets, own, loss, beta
+        )  # fmt: skip
 
-    def _link(self, C: int) -> None:
+    def _link(self, C: int) -> Tensor:
+        """`_Chunk.last`."""
         self.index = torch.arange(C, device=self.score.device)
         fired = (self.score >= self.tau[:, None, None]) | self.resets[..., None]
         early = fired.to(self.score.dtype).mul_(self.index[:, None] - C).tril_(-1)  # 0 = no boundary at the token
@@ -103,29 +164,17 @@ class _Window:
         while 2 ** len(self.hops) <= C:
             self.hops.append(self.hops[-1].gather(-1, self.hops[-1]))
             last = last.gather(-1, last)
-        self.last = F.pad(last[..., :-1], (0, 1), value=-1).unbind()
+        return F.pad(last[..., :-1], (0, 1), value=-1)
 
-    def enter(self, z: int, state: Tensor) -> Tensor:
-        """Scores [N, C] of the tokens of chunk z against the state that comes in, as long as no slot opens."""
-        v, write2 = self.v[z], self.write2[z]
-        if self.delta:
-            read = torch.baddbmm(self.EV[z], self.reads[z], state)
-            inner = (read * v).sum(-1)
-            grown = torch.addcmul(write2, self.gain[z], inner).addcmul_(self.loss[z], read.square_().sum(-1))
-            inner.mul_(self.beta[z])
-        else:
-            inner = torch.bmm(self.reads[z], state).mul_(v).sum(-1).add_(self.inner0[z])
-            grown = torch.addcmul(write2, self.gain[z], inner)
-        norm2 = state.square().sum((1, 2), keepdim=True)  # recomputed every chunk: no drift
-        norm2 = torch.baddbmm(self.A0[z] * norm2, self.A[z], grown[..., None])
-        return _scores(inner, norm2.squeeze(-1).mul_(write2))
+    @cached_property
+    def chunks(self) -> list[_Chunk]:
+        # views taken at once: indexing a tensor costs as much as a small product
+        each = (itertools.repeat(None) if x is None else x.unbind() for x in self.parts)
+        return [_Chunk(*fields) for fields in zip(*each, strict=False)]
 
-    def leave(self, z: int, state: Tensor, first: Tensor) -> Tensor:
-        """The open state after chunk z whose first boundary is `first` [N] (C: none)."""
-        begin = self.last[z].gather(-1, first[:, None])[..., None]  # [N, 1, 1]
-        carry, write = self.Phi[z] * (begin < 0), self.writes[z] * (self.index >= begin)
-        state = torch.bmm(carry, state) if self.delta else carry * state
-        return torch.baddbmm(state, write, self.v[z])
+    def rest(self, z: int) -> _Chunk:
+        """The chunks from z on, as lanes: [(Z - z) * N, ...]."""
+        return _Chunk(*(None if x is None else x[z:].flatten(0, 1) for x in self.parts))
 
     def follow(self, first: Tensor, score0: Tensor) -> tuple[Tensor, Tensor]:
         """Boundaries (bool) and scores [Z, N, C] from the first boundary of each chunk [Z, N] and `enter`'s scores."""
@@ -137,6 +186,38 @@ class _Window:
         opened = F.pad(opened[..., :-1], (1, 0), value=-1)  # the start of the open slot before each token
         score = self.score.gather(-1, opened.clamp(min=0)[..., None]).squeeze(-1)
         return fired, torch.where(opened < 0, score0, score).masked_fill_(self.resets, FIRST_SCORE)
+
+
+def _pass(window: _Window, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The open state after the window; of each chunk the first boundary [Z, N], and `enter`'s scores [Z, N, C].
+
+    What leaves a chunk depends on what came in only through its last boundary, if it has one, and this is nearly always
+    the one that it would have after a boundary at its first token. Where a chunk is too small to keep a processor busy,
+    all of them are tried at once on that guess. A chunk is right if those before it guessed right.
+    """
+    (Z, N, C), few = window.resets.shape, state.numel() <= TOGETHER
+    firsts, scores, z = [], [], 0
+    while z < Z:
+        if not few or Z - z < MANY:
+            score, first = window.chunks[z].enter(state)
+            state = window.chunks[z].leave(state, first)
+            firsts.append(first[None])
+            scores.append(score[None])
+            z += 1
+            continue
+        rest = window.rest(z)
+        guess = rest.last[:, 0]
+        left = rest.written(guess).unflatten(0, (-1, N))  # [Z - z, N, Dk, Dv]
+        came = torch.cat([state[None], left[:-1]])
+        score, first = rest.enter(came.flatten(0, 1))
+        wrong = (rest.boundary(first) != guess).view(-1, N).any(1).tolist()
+        score, first = score.view(-1, N, C), first.view(-1, N)
+        done = wrong.index(True) + 1 if True in wrong else Z - z  # these met the right state
+        state = window.chunks[z + done - 1].leave(came[done - 1], first[done - 1]) if wrong[done - 1] else left[-1]
+        firsts.append(first[:done])
+        scores.append(score[:done])
+        z, few = z + done, done >= MANY
+    return state, torch.cat(firsts), torch.cat(scores)
 
 
 def detect(
@@ -168,15 +249,8 @@ def detect(
         kw, vw, gw = (x[at : at + size].contiguous() for x in (k, v, g))
         bw = None if beta is None else beta[at : at + size].contiguous()
         window = _Window(kw, vw, gw, bw, tau, document[at : at + size])
-        firsts, entering = [], []
-        for z in range(len(gw)):
-            score = window.enter(z, state)
-            fired = (score >= tau[:, None]) | window.resets[z]
-            first = torch.where(fired, window.index, chunk_size).amin(-1)
-            state = window.leave(z, state, first)
-            firsts.append(first)
-            entering.append(score)
-        start, score = window.follow(torch.stack(firsts), torch.stack(entering))
+        state, first, score = _pass(window, state)
+        start, score = window.follow(first, score)
         starts.append(start)
         scores.append(score)
     start, score = (torch.cat(x).transpose(0, 1).flatten(1)[:, :T] for x in (starts, scores))

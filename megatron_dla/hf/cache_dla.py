@@ -12,23 +12,23 @@ from .cache import Partition, SlotCache
 
 @dataclass
 class LayerMemory:
-    """One layer's memory: slots and convolution tails (DLA), or keys and values (softmax attention).
+    """One layer's memory: slots and convolution tail (DLA), or keys and values (softmax attention).
 
     Attributes:
-        slots: the K states. tails: the last W - 1 inputs of the value, query and key convolutions, [B, W - 1, C] each.
+        slots: the K states. tail: the last W - 1 inputs of the value, query and key convolutions, [B, W - 1, C].
         keys, values: [B, G, S, D], rotated keys; they grow with the context.
         decided: the partition of a pass that fills no cache, for its recomputation under gradient checkpointing: a
             boundary that rounded to the other side would give the gradient of another function.
     """
 
     slots: SlotCache | None = None
-    tails: tuple[Tensor, ...] | None = None
+    tail: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
     decided: Partition | None = None
 
     def tensors(self) -> list[Tensor]:
-        return [x for x in (*(self.tails or ()), self.keys, self.values) if x is not None]
+        return [x for x in (self.tail, self.keys, self.values) if x is not None]
 
     def select(self, index: Tensor) -> LayerMemory:
         """The sequences `index` (int64 [B']) of the batch, copied."""
@@ -38,7 +38,7 @@ class LayerMemory:
 
         return LayerMemory(
             slots=None if self.slots is None else self.slots.select(index.to(self.slots.live.device)),
-            tails=None if self.tails is None else tuple(x[index.to(x.device)] for x in self.tails),
+            tail=pick(self.tail),
             keys=pick(self.keys),
             values=pick(self.values),
         )
@@ -110,7 +110,7 @@ class DLACache:
         copy.layers = [
             LayerMemory(
                 slots=None if layer.slots is None else layer.slots.clone(),
-                tails=layer.tails,  # replaced, never written to, by a call; keys and values too
+                tail=layer.tail,  # replaced, never written to, by a call; keys and values too
                 keys=layer.keys,
                 values=layer.values,
             )

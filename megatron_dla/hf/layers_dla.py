@@ -27,6 +27,8 @@ from .functional import (
 from .layout import FP32_PARAMETERS, dla_parameters
 from .pattern import LETTERS
 
+CONVOLVED = ("value", "query", "key")  # sections of `in_proj`, next to each other, that a short convolution follows
+
 
 @dataclass
 class Step:
@@ -115,6 +117,10 @@ class DLAMixer(nn.Module):
         self.config, self.delta = config, config.backbone == "gdn"
         table = self.table(config)
         self.sizes = dict(table["in_proj.weight"].sections)
+        self.parts: dict[str, int] = {}  # the sections, those of the convolution as one
+        for name, size in self.sizes.items():
+            name = "convolved" if name in CONVOLVED else name
+            self.parts[name] = self.parts.get(name, 0) + size
         for name, spec in table.items():
             if name.endswith(".weight"):
                 setattr(self, name.removesuffix(".weight"), nn.Linear(spec.shape[1], spec.shape[0], bias=False))
@@ -147,10 +153,10 @@ class DLAMixer(nn.Module):
 
     @without_autocast
     def _project(self, x: Tensor) -> dict[str, Tensor]:
-        """The sections of `in_proj`. Not in bf16 under autocast: decisions and gradients would follow its rounding."""
+        """The parts of `in_proj`. Not in bf16 under autocast: decisions and gradients would follow its rounding."""
         dtype = self.in_proj.weight.dtype
         x = x.to(dtype) if dtype.is_floating_point else x  # of quantised weights it says nothing
-        return dict(zip(self.sizes, self.in_proj(x).split(list(self.sizes.values()), -1), strict=True))
+        return dict(zip(self.parts, self.in_proj(x).split(list(self.parts.values()), -1), strict=True))
 
     def _slots(self, part: dict[str, Tensor]) -> tuple[Tensor, SlotRule]:
         """The readout weight of each slot [B, T, H, K], and the rule by which slots open and merge."""
@@ -161,25 +167,22 @@ class DLAMixer(nn.Module):
 
     def _convolve(self, part: dict[str, Tensor], memory: LayerMemory, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key [B, T, G, Dk] and value [B, T, H, Dv] after their short convolutions."""
-        c = self.config
-        names, before = ("value", "query", "key"), memory.tails or (None, None, None)
-        raw = [part[name] for name in names]
-        done = [
-            short_convolution(
-                r, getattr(self, f"conv_{name}"), step.document, tail, getattr(self, f"conv_{name}_bias", None)
-            )
-            for name, r, tail in zip(names, raw, before, strict=True)
-        ]
+        c, raw, before = self.config, part["convolved"], memory.tail
+        weight = torch.cat([getattr(self, f"conv_{name}") for name in CONVOLVED])
+        bias = torch.cat([getattr(self, f"conv_{name}_bias") for name in CONVOLVED]) if c.conv_bias else None
+        done = short_convolution(raw, weight, step.document, before, bias)
         if step.keep:
-            memory.tails = tuple(self._tail(r, tail) for r, tail in zip(raw, before, strict=True))
-        value, query, key = done
+            memory.tail = self._tail(raw, before)
+        inner, qk = c.num_heads * c.value_dim, c.num_groups * c.key_dim
+        value, query, key = done.split([inner, qk, qk], -1)
         groups = (c.num_groups, c.key_dim)
         return query.unflatten(-1, groups), key.unflatten(-1, groups), value.unflatten(-1, (c.num_heads, c.value_dim))
 
     def _tail(self, x: Tensor, tail: Tensor | None) -> Tensor:
         """The last W - 1 inputs; a copy, since a view would keep the whole prompt's activations alive."""
         wanted = self.config.conv_kernel - 1
-        tail = x.new_zeros(x.shape[0], wanted, x.shape[2]) if tail is None else tail
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], wanted, x.shape[2])
         return torch.cat([tail[:, x.shape[1] :], x[:, max(x.shape[1] - wanted, 0) :]], 1)
 
     def _recur(self, tensors: tuple, rule: SlotRule, memory: LayerMemory, step: Step) -> Tensor:

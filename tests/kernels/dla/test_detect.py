@@ -110,6 +110,16 @@ def test_windows_of_few_chunks(delta: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize(("together", "many"), [(0, 1), (1 << 15, 1), (1 << 15, 3), (1 << 15, 50)])
+def test_chunks_at_once_and_one_by_one(delta: bool, together: int, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "TOGETHER", together)
+    monkeypatch.setattr(detect, "MANY", many)
+    for tau in (1.0, 1.3, NEVER):  # nearly all chunks have a boundary, some, one
+        for seed in range(3):
+            assert_equal(random_lanes(200, delta, tau, (0, 20, 90), seed), 8)
+
+
+@pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("cut", [1, 5, 8, 13])
 def test_a_state_is_continued(delta: bool, cut: int) -> None:
     x = random_lanes(60, delta, 1.25)
