@@ -47,7 +47,11 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     _add_input(shards)
     shards.add_argument(
-        "--tokenizer", required=True, type=Path, metavar="FILE_OR_DIR", help="tokenizer.model or its directory"
+        "--tokenizer",
+        required=True,
+        type=Path,
+        metavar="FILE_OR_DIR",
+        help="tokenizer.model of sentencepiece or a tokenizer.json, or their directory",
     )
     shards.add_argument("--output", required=True, type=Path, metavar="DIR", help="data directory to write")
     shards.add_argument(

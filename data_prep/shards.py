@@ -28,7 +28,15 @@ from megatron_dla.data_prep.tokenise import Spool, token_dtype, tokenise
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 from megatron_dla.files import file_sha256, write_bytes, write_json
-from megatron_dla.shard_index import INDEX_NAME, MIN_TRAIN_SHARDS, TOKENIZER_NAME, ShardIndex, ShardInfo
+from megatron_dla.shard_index import (
+    INDEX_NAME,
+    MIN_TRAIN_SHARDS,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    TOKENIZER_NAME,
+    ShardIndex,
+    ShardInfo,
+)
 
 _BUILDING = ".building"
 REPORT_NAME = "report.json"
@@ -119,12 +127,12 @@ def build_shards(
     dedup: bool = False,
     overwrite: bool = False,
 ) -> ShardIndex:
-    """Tokenise `inputs` into `output_dir`: `train/*.tar`, `val/*.tar`, `tokenizer.model` and, last, `index.json`.
+    """Tokenise `inputs` into `output_dir`: `train/*.tar`, `val/*.tar`, the tokenizer and, last, `index.json`.
 
     `report.json` counts what was read, left out and why.
 
     Args:
-        tokenizer_path: model file, or a directory with `tokenizer.model`.
+        tokenizer_path: `tokenizer.model` or `tokenizer.json`, or a directory with one, see `Tokenizer`.
         val_fraction: share of the documents for validation, at least one document if above 0; chosen by a hash of
             (seed, content), so exact copies of a document are in the same split.
         val_docs: number of validation documents, instead of val_fraction.
@@ -183,18 +191,22 @@ def build_shards(
                     index.shards.append(_write_shard(path, split, members, spool, tokens, at))
                     bar.update(index.shards[-1].tokens * tokens.itemsize)
         copies = len(spool.hashes) - len(set(spool.hashes))
-        report = {**source.report(), "duplicates": copies, "duplicates_removed": dedup}
+        report = {
+            **source.report(), "duplicates": copies, "duplicates_removed": dedup, "changed_by_tokenizer": spool.changed,
+        }  # fmt: skip
         _publish(root, building, index, tokenizer, report)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    for note in _notes(source, copies, dedup, index.totals("train").shards, min_train_shards):
+    for note in tokenizer.notes(spool.changed) + _notes(
+        source, copies, dedup, index.totals("train").shards, min_train_shards
+    ):
         print(note, file=sys.stderr)
     return index
 
 
 def _publish(root: Path, building: Path, index: ShardIndex, tokenizer: Tokenizer, report: dict[str, Any]) -> None:
     """Move the finished build into place. There is no index meanwhile, so no reader mixes old and new shards."""
-    model = tokenizer.path.read_bytes()
+    files = tokenizer.files()
     write_json(root / REPORT_NAME, report, indent=1)
     (root / INDEX_NAME).unlink(missing_ok=True)
     for split in SPLITS:
@@ -203,7 +215,10 @@ def _publish(root: Path, building: Path, index: ShardIndex, tokenizer: Tokenizer
     for shard in index.shards:
         (root / shard.split).mkdir(exist_ok=True)
         os.replace(building / shard.path, root / shard.path)
-    write_bytes(root / TOKENIZER_NAME, model)
+    for name in (TOKENIZER_NAME, TOKENIZER_JSON, TOKENIZER_CONFIG):
+        (root / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        write_bytes(root / name, content)
     index.save(root / INDEX_NAME)
 
 

@@ -21,7 +21,8 @@ from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 
 _CHUNK_BYTES = 1 << 18  # text per task of a worker process
-Encoded = list[tuple[bytes, int, int, str]]  # tokens, UTF-8 bytes, content hash, source: one per document
+# one per document: tokens, UTF-8 bytes, content hash, source, whether the tokens decode to another text
+Encoded = list[tuple[bytes, int, int, str, bool]]
 
 _tokenizer: Tokenizer | None = None  # set in each worker process
 
@@ -40,10 +41,12 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], seed: int) -> Encod
     dtype = token_dtype(tokenizer)
     out: Encoded = []
     for text, source, n_bytes in documents:
-        tokens = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=dtype)
+        ids = tokenizer.encode(text)
+        changed = bool(tokenizer.losses) and tokenizer.decode(ids) != text
+        tokens = np.array([*ids, tokenizer.eos_id], dtype=dtype)
         # Hash of the content, so that exact copies of a document end up in the same split.
         digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
-        out.append((tokens.tobytes(), n_bytes, int.from_bytes(digest, "big"), source))
+        out.append((tokens.tobytes(), n_bytes, int.from_bytes(digest, "big"), source, changed))
     return out
 
 
@@ -61,6 +64,7 @@ class Spool:
     n_bytes: array[int] = field(default_factory=lambda: array("q"))
     hashes: array[int] = field(default_factory=lambda: array("Q"))
     sources: list[str] = field(default_factory=list)
+    changed: int = 0
 
 
 def _chunks(source: DocumentSource) -> Iterator[tuple[list[Document], int]]:
@@ -112,12 +116,13 @@ def tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, workers
     itemsize = token_dtype(tokenizer).itemsize
     with open(spool.file, "wb") as out, progress_bar(source.total_bytes, "tokenising") as bar:
         for encoded, position in _encoded(_chunks(source), tokenizer, workers, seed):
-            for tokens, n_bytes, digest, name in encoded:
+            for tokens, n_bytes, digest, name, changed in encoded:
                 out.write(tokens)
                 spool.n_tokens.append(len(tokens) // itemsize)
                 spool.n_bytes.append(n_bytes)
                 spool.hashes.append(digest)
                 spool.sources.append(name)
+                spool.changed += changed
             bar.set_postfix_str(f"{len(spool.sources):,} documents", refresh=False)
             bar.update(position - bar.n)
         bar.update(source.total_bytes - bar.n)  # what is left out at the end is part of no chunk

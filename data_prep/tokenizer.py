@@ -1,30 +1,30 @@
-"""A lossless byte-fallback BPE tokenizer: the class that encodes and decodes, and its training."""
+"""Tokenizers: the class that encodes and decodes, and the training of a lossless byte-fallback BPE."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import random
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_dla.console import progress_bar
+from megatron_dla.data_prep.encoders import SPACE, Encoder, JsonEncoder, SentencePieceEncoder
 from megatron_dla.data_prep.readers import shown
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.errors import DataError
 from megatron_dla.files import write_bytes
-from megatron_dla.shard_index import TOKENIZER_NAME
+from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-_SPACE = "\u2581"  # sentencepiece stores every space as this character
+_RESERVED = {ord(SPACE): None, 0x2585: None}  # sentencepiece reads one as a space and drops texts with the other
 _PIECE_BYTES = 4000  # largest piece of training text; sentencepiece drops pieces above its own limit
-_WINDOW = 1 << 16  # characters encoded at once: BPE's memory grows with the length of its input
 _PROBES = (
     "", " ", "  lead", "trail  ", "a   b", "\ttab\t\t", "\n\n x\r\n\r", "\x00\x01\x1f\x7f", "<s></s><unk><0x0A>",
     "\u2581 x\u2581\u2581", "\u2585", "\ufeffe\u0301 \xe9", "\U0001f600\U0001f468\u200d\U0001f469", "12345 6.7e-8",
@@ -32,85 +32,73 @@ _PROBES = (
 
 
 class Tokenizer:
-    """A trained tokenizer. `path` is the model file or a directory that holds `tokenizer.model`.
+    """A trained tokenizer. `path` is a `tokenizer.model` of sentencepiece, a `tokenizer.json` of the package
+    `tokenizers`, or a directory that holds one of them (of both, the model).
 
-    Attributes: `vocab_size`, `eos_id` (ends every document), `bos_id` (reserved, never written by the data
-    tools), `sha256` (hex, of the model file), `path`.
+    Attributes:
+        vocab_size: above every token id. eos_id: ends every document. bos_id: never written by us (-1: none).
+        sha256: hex, of the file `path`.
+        losses: texts that decode to something else, (text, decoded), of those tried; () for the tokenizers that
+            `dla data tokenizer` makes, whose `decode(encode(text))` is `text` for every text.
+        exact_bytes: `token_bytes` of a text's tokens sum to its size, except where the text is changed.
 
-    `decode(encode(text))` returns `text` for every text. Sentencepiece alone would turn a literal U+2581 into a space;
-    here that character is always encoded as its three byte tokens. Texts are encoded in windows of at most
-    65,536 characters, cut after a line or a space where possible.
-
-    Raises DataError if the file is missing, is not a sentencepiece model, or is one that would lose text.
+    Raises DataError if the file is missing, is no tokenizer, or has no token that ends documents.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        import sentencepiece
-
         file = Path(path)
-        self.path = file / TOKENIZER_NAME if file.is_dir() else file
+        if file.is_dir():
+            names = [name for name in (TOKENIZER_NAME, TOKENIZER_JSON) if (file / name).is_file()]
+            file = file / (names or [TOKENIZER_NAME])[0]
+        self.path = file
         try:
-            model = self.path.read_bytes()
+            model = file.read_bytes()
         except OSError as error:
             raise DataError(
-                f"{self.path}: cannot read the tokenizer ({error.strerror}); train one with `dla data tokenizer`"
+                f"{file}: cannot read the tokenizer ({error.strerror}); train one with `dla data tokenizer`"
             ) from error
-        try:
-            self._sp: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise DataError(f"{self.path}: not a sentencepiece model; train one with `dla data tokenizer`") from error
+        self._encoder: Encoder = (JsonEncoder if file.suffix == ".json" else SentencePieceEncoder)(file, model)
         self.sha256: str = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._sp.get_piece_size()
-        self.eos_id: int = self._sp.eos_id()
-        self.bos_id: int = self._sp.bos_id()
-        self._marker = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        bad = next((probe for probe in _PROBES if self.decode(self.encode(probe)) != probe), None)
-        if self.eos_id < 0 or not all(self._sp.is_byte(i) for i in self._marker) or bad is not None:
-            why = f"loses text such as {bad!r}" if bad is not None else "has no end-of-document or byte tokens"
-            raise DataError(f"{self.path}: this tokenizer {why}; train a lossless one with `dla data tokenizer`")
+        self.vocab_size, self.eos_id, self.bos_id = (
+            self._encoder.vocab_size, self._encoder.eos_id, self._encoder.bos_id,
+        )  # fmt: skip
+        tried = [(probe, self.encode(probe)) for probe in _PROBES]
+        decoded = [(probe, self.decode(ids)) for probe, ids in tried]
+        self.losses = tuple((probe, text) for probe, text in decoded if probe != text)
+        sizes, lost = self.token_bytes(), dict(self.losses)
+        self.exact_bytes = all(sizes[ids].sum() == len(p.encode()) for p, ids in tried if p not in lost)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without bos or eos. Raises DataError for a lone surrogate, which is not text."""
-        ids: list[int] = []
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
                 f"lone surrogate at character {error.start} of the text is not valid Unicode; remove it"
             ) from None
-        for i, part in enumerate(text.split(_SPACE)):
-            if i:
-                ids.extend(self._marker)
-            for window in _windows(part):
-                ids.extend(self._sp.encode(window))
-        return ids
+        return self._encoder.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bos and eos decode to nothing."""
-        return str(self._sp.decode([int(i) for i in ids]))
+        return self._encoder.decode(ids)
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of each token, int32 [vocab_size], 0 for unk, bos and eos; a text's tokens sum to its size."""
-        sp = self._sp
-        sizes = np.zeros(self.vocab_size, dtype=np.int32)
-        for i in range(self.vocab_size):
-            if sp.is_byte(i):
-                sizes[i] = 1
-            elif not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
-                sizes[i] = len(sp.id_to_piece(i).replace(_SPACE, " ").encode())
-        return sizes
+        """UTF-8 bytes that each token stands for, int32 [vocab_size], 0 for unk, bos and eos."""
+        return self._encoder.token_bytes()
 
+    def files(self) -> dict[str, bytes]:
+        """{name: content} of what a directory needs to hold so that `Tokenizer(directory)` is this one."""
+        content = self.path.read_bytes()
+        if isinstance(self._encoder, JsonEncoder):
+            return {TOKENIZER_JSON: content, TOKENIZER_CONFIG: json.dumps({"eos_token": self._encoder.eos}).encode()}
+        return {TOKENIZER_NAME: content}
 
-def _windows(text: str) -> Iterator[str]:
-    start = 0
-    while len(text) - start > _WINDOW:
-        end = start + _WINDOW
-        cut = max(text.rfind("\n", start, end), text.rfind(" ", start + _WINDOW // 2, end)) + 1
-        end = cut if cut > start else end
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
+    def notes(self, changed: int) -> list[str]:
+        """What the tokenizer loses, in a line. `changed`: documents that it does not reproduce."""
+        if not self.losses:
+            return []
+        examples = ", ".join(f"{probe!r} -> {text!r}" for probe, text in self.losses[:3])
+        return [f"note: {self.path} changes some texts, {changed} of these documents among them, such as {examples}"]
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -179,20 +167,28 @@ def train_tokenizer(
         raise DataError(f"{target}: exists, and shards may depend on it; pass --overwrite or another --output")
     source = DocumentSource(inputs, options)
     checked: list[str] = []
+    reserved = 0
 
     def pieces() -> Iterator[str]:
+        nonlocal reserved
         with progress_bar(source.total_bytes, "reading text") as bar:
             for document in source:
                 for piece in _pieces(document.text):
                     if len(checked) < 1000:
                         checked.append(piece)
-                    yield piece.replace(_SPACE, "")  # training would read the character as a space
+                    usable = piece.translate(_RESERVED)
+                    reserved += len(piece) - len(usable)
+                    yield usable
                 bar.update(source.bytes_read - bar.n)
             bar.update(source.total_bytes - bar.n)
 
     sentences, total = _sample(pieces(), input_sentence_size, seed)
     for note in source.notes():
         print(note, file=sys.stderr)
+    if reserved:
+        print(
+            f"note: {reserved} characters U+2581 or U+2585 have no token and will be encoded as bytes", file=sys.stderr
+        )
     if not any(sentences):
         raise DataError(f"{', '.join(map(shown, inputs))}: no text in these inputs")
     # sentencepiece reports no progress
@@ -225,7 +221,7 @@ def _train(sentences: list[str], vocab_size: int, character_coverage: float) -> 
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            add_dummy_prefix=False, split_digits=True, allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False, required_chars=SPACE, split_digits=True, allow_whitespace_only_pieces=True,
             character_coverage=character_coverage, max_sentence_length=2 * _PIECE_BYTES, num_threads=1,
             unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=-1, minloglevel=2,
         )  # fmt: skip

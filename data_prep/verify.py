@@ -12,7 +12,7 @@ import numpy as np
 from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
-from megatron_dla.shard_index import REBUILD, TOKENIZER_NAME, ShardIndex, ShardInfo, difference
+from megatron_dla.shard_index import REBUILD, ShardIndex, ShardInfo, difference
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def verify_shards(directory: str | os.PathLike[str], *, deep: bool = True) -> Ve
     """Check a data directory: files, sizes, SHA-256, tokenizer; with `deep` also every document.
 
     `deep` checks the number of documents and tokens, the dtype, that ids are below the vocabulary size, that eos is at
-    the end of each document and nowhere else, and that the tokens' bytes sum to the size of the text.
+    the end of each document and nowhere else, and, where the tokenizer changes no text, that the tokens' bytes sum to
+    the size of the text.
 
     Raises DataError with a list of all problems (shard, expected, found) and the fix.
     """
@@ -49,14 +50,14 @@ def verify_shards(directory: str | os.PathLike[str], *, deep: bool = True) -> Ve
     problems: list[str] = []
     token_bytes: np.ndarray | None = None
     try:
-        tokenizer = Tokenizer(root / TOKENIZER_NAME)
+        tokenizer = Tokenizer(root)
         if tokenizer.sha256 != index.tokenizer_sha256:
-            problems.append(f"{TOKENIZER_NAME}: {difference('sha256', index.tokenizer_sha256, tokenizer.sha256)}")
+            problems.append(f"{tokenizer.path.name}: {difference('sha256', index.tokenizer_sha256, tokenizer.sha256)}")
         elif (tokenizer.vocab_size, tokenizer.eos_id) != (index.vocab_size, index.eos_id):
             ours, found = (index.vocab_size, index.eos_id), (tokenizer.vocab_size, tokenizer.eos_id)
-            problems.append(f"{TOKENIZER_NAME}: {difference('(vocab_size, eos_id)', ours, found)}")
+            problems.append(f"{tokenizer.path.name}: {difference('(vocab_size, eos_id)', ours, found)}")
         else:
-            token_bytes = tokenizer.token_bytes()
+            token_bytes = tokenizer.token_bytes() if tokenizer.exact_bytes and not tokenizer.losses else None
     except DataError as error:
         problems.append(str(error))
     with progress_bar(index.totals().bytes, "verifying") as bar:

@@ -15,6 +15,8 @@ from megatron_dla.files import file_sha256, write_text
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"  # beside TOKENIZER_JSON, which does not say what ends a document
 # Enough for the data.num_streams of every shipped config and for data-parallel sizes up to 64: a stream needs a shard.
 MIN_TRAIN_SHARDS = 64
 REBUILD = "rebuild with `dla data shards ... --overwrite` or copy it again"

@@ -30,6 +30,7 @@ from megatron_dla.hf.directory import (
     CONFIG,
     MAX_FILE_BYTES,
     TOKENIZER,
+    TOKENIZER_JSON,
     DirectoryWeights,
     read_config,
     tokenizer_digest,
@@ -93,8 +94,10 @@ def fresh_directory(out: Path, overwrite: bool | None, marker: str) -> Iterator[
 
 def tokenizer_file(checkpoint: Path, given: str | Path | None, layout: CheckpointLayout) -> Path:
     """The tokenizer of the run, checked against the hash in the layout (empty: of a model imported without one)."""
-    path = Path(given) if given is not None else checkpoint.resolve().parent.parent / TOKENIZER
-    path = path / TOKENIZER if path.is_dir() else path
+    path = Path(given) if given is not None else checkpoint.resolve().parent.parent
+    if path.is_dir():
+        names = [name for name in (TOKENIZER, TOKENIZER_JSON) if (path / name).is_file()]
+        path = path / (names or [TOKENIZER])[0]
     if not path.is_file():
         raise CheckpointError(f"{str(path)!r}: no tokenizer here: pass --tokenizer <data.dir>/{TOKENIZER}")
     digest = file_sha256(path)
@@ -174,7 +177,7 @@ def to_hf(
 
     Args:
         checkpoint_dir: a step_N directory, or a run directory (its newest complete checkpoint).
-        tokenizer: tokenizer.model (or its directory); default: the run's copy.
+        tokenizer: tokenizer.model or tokenizer.json (or its directory); default: the run's copy.
         dtype: `fp32` or `bf16`; default: as stored. Decay, threshold and slot parameters are fp32 always.
         overwrite: replace an earlier export. The directory appears only when it is complete.
         license: identifier of the Hugging Face hub, for the card.

@@ -18,7 +18,7 @@ from megatron_dla.errors import CheckpointError
 from megatron_dla.files import TensorWriter, file_sha256, open_tensors
 
 CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = "tokenizer.model"
+TOKENIZER, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 MAX_FILE_BYTES = 5 * 10**9
 _FINGERPRINT_ROWS = 64  # of every tensor that is hashed
 
@@ -39,7 +39,7 @@ def read_config(hf_dir: str | Path, fix: str = "fetch it again") -> dict[str, An
 
 def tokenizer_digest(hf_dir: str | Path) -> str:
     """sha256 of the directory's tokenizer.model, as shards carry it, or tokenizer.json; empty where it has neither."""
-    for name in (TOKENIZER, "tokenizer.json"):
+    for name in (TOKENIZER, TOKENIZER_JSON):
         path = Path(hf_dir) / name
         if path.is_file():
             return file_sha256(path)

@@ -1,4 +1,4 @@
-"""The sentencepiece model of a run as `tokenizer.json`: the same ids, without code of ours."""
+"""The tokenizer of a run as `tokenizer.json`: the same ids, without code of ours."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dla.data_prep.encoders import NO_PREFIX
+from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import CheckpointError
 from megatron_dla.hf.directory import TOKENIZER
 
+_PADS = ("<pad>", "<|padding|>", "<|pad|>", "[PAD]")
 _SPACE = "\u2581"  # sentencepiece stores every space as this character
 _WINDOW = 1 << 16  # characters that the data tools encode at once
 _PROBES = (
@@ -23,7 +26,7 @@ class SpecialTokens:
     """Ids for config.json and generation_config.json.
 
     Attributes:
-        eos: ends every document. pad: its own row of the embedding. size: tokens of the sentencepiece model.
+        eos: ends every document. pad: its own row of the embedding. size: tokens of the run's tokenizer.
         unused: rows of the embedding that stand for no text, pad among them.
     """
 
@@ -35,16 +38,21 @@ class SpecialTokens:
 
 def _core(sp: Any) -> Any:
     """The `tokenizers` BPE. Its pieces have plain spaces, so that a literal U+2581 is no piece and becomes bytes."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Core
 
     pieces = {sp.id_to_piece(i).replace(_SPACE, " "): i for i in range(sp.get_piece_size())}
     unk = sp.id_to_piece(sp.unk_id())
-    core = Tokenizer(models.BPE(pieces, _merges(pieces, sp), unk_token=unk, fuse_unk=True, byte_fallback=True))
+    core = Core(models.BPE(pieces, _merges(pieces, sp), unk_token=unk, fuse_unk=True, byte_fallback=True))
     # the windows of `data_prep.tokenizer`: cut after a space of the second half or a line, else anywhere
     half = _WINDOW // 2
     window = rf".{{1,{_WINDOW}}}\z|.{{{half},{_WINDOW - 1}}}[ \n]|.{{0,{half - 1}}}\n|.{{{_WINDOW}}}"
     core.pre_tokenizer = pre_tokenizers.Split(Regex(f"(?m:{window})"), "isolated")
-    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    steps = [decoders.ByteFallback(), decoders.Fuse()]
+    if sp.encode("a") != type(sp)(model_proto=sp.serialized_model_proto() + NO_PREFIX).encode("a"):
+        core.normalizer = normalizers.Prepend(" ")
+        steps.append(decoders.Strip(" ", 1, 0))
+    core.decoder = decoders.Sequence(steps)
     return core
 
 
@@ -61,33 +69,61 @@ def _merges(pieces: dict[str, int], sp: Any) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(found)]
 
 
+def _from_json(path: Path) -> Any:
+    """The tokenizer of a `tokenizer.json`, without the bos that it may put before a text: shards have none."""
+    from tokenizers import Tokenizer as Core
+    from tokenizers import processors
+
+    core = Core.from_file(str(path))
+    core.post_processor = processors.Sequence([])
+    return core
+
+
+def _pad(core: Any, size: int, rows: int, unk: str | None) -> str:
+    """A pad that no text contains: the tokenizer's own, a new one where the embedding has a row for it, or unk."""
+    special = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
+    if own := [token for token in _PADS if token in special]:
+        return own[0]
+    if size < rows and core.token_to_id("<pad>") is None:
+        return "<pad>"
+    if unk is None:
+        raise CheckpointError(f"the tokenizer has no pad and the embedding no row for one ({size} tokens, {rows} rows)")
+    return unk
+
+
 def write_tokenizer(out: Path, source: Path, rows: int) -> SpecialTokens:
-    """tokenizer.json, tokenizer_config.json and a copy of tokenizer.model.
+    """tokenizer.json and tokenizer_config.json, of a sentencepiece model also a copy of tokenizer.model.
 
     eos is special, also where it is written in a text. There is no bos: no document of the training data begins with
-    one. pad is the first of the `rows` of the embedding that the sentencepiece model leaves over, or unk, which no
-    text contains.
+    one. pad is the tokenizer's own, the first of the `rows` of the embedding that the tokenizer leaves over, or unk,
+    which no text contains.
 
     Raises:
-        CheckpointError: the ids would differ from the sentencepiece model's.
+        CheckpointError: the ids would differ from those of the shards.
     """
-    import sentencepiece
     from transformers import PreTrainedTokenizerFast
 
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(source))
-    size = sp.get_piece_size()
-    pad = "<pad>" if size < rows and sp.piece_to_id("<pad>") == sp.unk_id() else sp.id_to_piece(sp.unk_id())
+    tokenizer = Tokenizer(source)
+    size = tokenizer.vocab_size
+    if source.suffix == ".json":
+        core = _from_json(source)
+        unk, eos = getattr(core.model, "unk_token", None), core.id_to_token(tokenizer.eos_id)
+    else:
+        import sentencepiece
+
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(source))
+        core, unk, eos = _core(sp), sp.id_to_piece(sp.unk_id()), sp.id_to_piece(sp.eos_id())
+    pad = _pad(core, size, rows, unk)
     fast: Any = PreTrainedTokenizerFast(
-        tokenizer_object=_core(sp), eos_token=sp.id_to_piece(sp.eos_id()), pad_token=pad, padding_side="left",
+        tokenizer_object=core, eos_token=eos, pad_token=pad, padding_side="left",
         clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
-    marked = sp.piece_to_id([f"<0x{byte:02X}>" for byte in _SPACE.encode()])
     for probe in _PROBES:
-        parts = [sp.encode(part) for part in probe.split(_SPACE)]
-        want = parts[0] + [i for part in parts[1:] for i in (*marked, *part)]
+        want = tokenizer.encode(probe)
         got = fast.encode(probe, add_special_tokens=False, split_special_tokens=True)
-        if got != want or fast.decode(got) != probe:
+        if got != want or fast.decode(got) != tokenizer.decode(want):
             raise CheckpointError(f"{str(source)!r}: {probe!r} would get other ids in tokenizer.json")
     fast.save_pretrained(str(out))
-    shutil.copyfile(source, out / TOKENIZER)  # shards for this model are made with it
-    return SpecialTokens(sp.eos_id(), fast.pad_token_id, size, tuple(range(size, rows)))
+    if source.suffix != ".json":
+        shutil.copyfile(source, out / TOKENIZER)  # shards for this model are made with it
+    return SpecialTokens(tokenizer.eos_id, fast.pad_token_id, size, tuple(range(size, rows)))

@@ -20,7 +20,7 @@ from megatron_dla.errors import ConfigError, DataError, UserError
 from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
 from megatron_dla.model.counts import count_parameters, flops_per_token, recurrent_states
 from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence, padded_vocab
-from megatron_dla.shard_index import TOKENIZER_NAME, ShardIndex
+from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex
 from megatron_dla.training.device import Device
 from megatron_dla.training.plan import make_plan, render
 from megatron_dla.training.schedule import gate_temperature
@@ -65,7 +65,7 @@ class PretrainTask(Task):
         tokenizer = Tokenizer(data.dir)
         if tokenizer.sha256 != index.tokenizer_sha256:
             raise DataError(
-                f"vocabulary mismatch: {data.dir}/{TOKENIZER_NAME} ({tokenizer.sha256[:12]}) is not the tokenizer "
+                f"vocabulary mismatch: {tokenizer.path} ({tokenizer.sha256[:12]}) is not the tokenizer "
                 f"that the shards were made with ({index.tokenizer_sha256[:12]}): build the shards again"
             )
         for shard in index.split("train") + (index.split("val") if self.config.training.eval_every else []):
@@ -121,7 +121,8 @@ class PretrainTask(Task):
         return "" if device.planned else kernels_missing()
 
     def files(self) -> list[Path]:
-        return [Path(self.config.data.dir) / TOKENIZER_NAME]
+        paths = [Path(self.config.data.dir) / name for name in (TOKENIZER_NAME, TOKENIZER_JSON, TOKENIZER_CONFIG)]
+        return [path for path in paths if path.is_file()]
 
     def layout(self) -> CheckpointLayout:
         config = self.config

@@ -1,5 +1,6 @@
 """Tokenizer: nothing is lost, bytes add up, training repeats exactly, errors name the way out."""
 
+import json
 import random
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dla.data_prep.tokenizer import _WINDOW, Tokenizer, _pieces, _sample, train_tokenizer
+from megatron_dla.data_prep.encoders import WINDOW
+from megatron_dla.data_prep.tokenizer import Tokenizer, _pieces, _sample, train_tokenizer
 from megatron_dla.errors import DataError
 
 WORDS = [
@@ -64,7 +66,7 @@ def test_round_trip_and_bytes_of_any_text(tokenizer, text):
 
 
 def test_long_text_is_encoded_in_windows_without_loss(tokenizer):
-    for text in ("hello world\n" * 12000, "x" * (2 * _WINDOW + 5), "\u2581" * 3 + " " * (_WINDOW + 1)):
+    for text in ("hello world\n" * 12000, "x" * (2 * WINDOW + 5), "\u2581" * 3 + " " * (WINDOW + 1)):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -122,12 +124,58 @@ def test_loading_errors(tmp_path, corpus):
     with pytest.raises(DataError, match=r"tokenizer.model: .*dla data tokenizer"):
         Tokenizer(tmp_path)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(tmp_path / "lossy"), vocab_size=60, model_type="bpe", minloglevel=2
-    )
-    with pytest.raises(DataError, match=r"lossy.model: .*dla data tokenizer"):
-        Tokenizer(tmp_path / "lossy.model")
+        input=str(corpus), model_prefix=str(tmp_path / "endless"), vocab_size=60, model_type="bpe", eos_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"endless.model: .*dla data tokenizer"):
+        Tokenizer(tmp_path / "endless.model")
+    (tmp_path / "tokenizer.model").unlink()
+    for content in ("{}", "[]", "junk", '{"model": {"type": "BPE"}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(DataError, match=r"tokenizer.json: not a tokenizer.json"):
+            Tokenizer(tmp_path)
 
 
 def test_lone_surrogate_is_refused(tokenizer):
     with pytest.raises(DataError, match="character 1 "):
         tokenizer.encode("a\ud800")
+
+
+def words(path, lines):
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+def random_lines(alphabet, length, count, seed=0):
+    rng = random.Random(seed)
+    return ["".join(rng.choice(alphabet) for _ in range(length)) for _ in range(count)]
+
+
+HANZI = [chr(0x4E00 + i) for i in range(600)]
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "length", "vocab_size", "spaced"),
+    [("ACGT", 80, 320, 0), (HANZI, 100, 1000, 0), (HANZI, 100, 1000, 20_000), (["\u3042", "\u30ab"], 60, 320, 0)],
+)
+def test_text_without_spaces(tmp_path, alphabet, length, vocab_size, spaced):
+    lines = random_lines(alphabet, length, 400)
+    if spaced:
+        lines[::spaced] = [line + " " + line for line in lines[::spaced]]
+    made = train_tokenizer([words(tmp_path / "c.jsonl", lines)], tmp_path, vocab_size)
+    for text in (" ", "a b", lines[0] + " " + lines[1]):
+        assert made.decode(made.encode(text)) == text
+    assert made.losses == () and len(made.encode(" ")) == 1
+    assert len(made.encode(lines[1])) < len(lines[1].encode()) / 1.5
+
+
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("character", ["\u2585", "\u2581", "\x00", "\u2047", "<unk>", "</s>", "\t"])
+def test_characters_that_sentencepiece_reserves(tmp_path, capsys, character, share):
+    lines = [f"hello {character} w{character}orld" if i % share == 0 else f"same words {i % 9}" for i in range(500)]
+    made = train_tokenizer([words(tmp_path / "c.jsonl", lines)], tmp_path, 270 + 6 * share)
+    assert made.decode(made.encode(lines[0])) == lines[0] and made.losses == ()
+    pieces = " ".join(made.decode([i]) for i in range(259, made.vocab_size))
+    assert "el" in pieces or "wo" in pieces or "or" in pieces  # the lines were not dropped
+    noted = "U+2581 or U+2585" in capsys.readouterr().err
+    assert noted == (character in "\u2581\u2585")

@@ -12,10 +12,12 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.cli import main
+from megatron_dla.data_prep.shards import build_shards
 from megatron_dla.errors import CheckpointError, ConfigError
 from megatron_dla.hf.convert import from_hf, to_hf
 from megatron_dla.hf.verify import megatron_logits, megatron_model, verify
 from tests.support import tiny, train_workers
+from tests.support.byte_level import byte_level
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
 SIZES = {
@@ -70,10 +72,16 @@ def test_a_model_without_a_tokenizer_is_exported_with_the_one_given(tokenizer, t
     assert not (tmp_path / "small").exists()
 
 
-def test_it_is_trained_on_and_exported(ranks, tmp_path):
-    data = tiny.build_data(tmp_path / "corpus")
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_it_is_trained_on_and_exported(ranks, tmp_path, name):
     save_model(tmp_path / "model", vocab_size=304)
-    shutil.copy(data / "tokenizer.model", tmp_path / "model")
+    if name == "tokenizer.json":
+        corpus, data = tiny.write_corpus(tmp_path / "corpus"), tmp_path / "data"
+        byte_level(tmp_path / "model", [json.loads(line)["text"] for line in corpus.open()])
+        build_shards([corpus], tmp_path / "model", data, workers=1, min_train_shards=8)
+    else:
+        data = tiny.build_data(tmp_path / "corpus")
+        shutil.copy(data / name, tmp_path / "model")
     step = from_hf(tmp_path / "model", tmp_path / "tiny/checkpoints/step_0", capacity=3, tau=1.2)
     before, layout = load_merged(step)
     values = tiny.config_dict(
@@ -85,6 +93,7 @@ def test_it_is_trained_on_and_exported(ranks, tmp_path):
     after = load_merged(trained)[0]
     assert not [key for key, x in before.items() if torch.equal(x, after[key])]
     out = to_hf(trained, tmp_path / "hf_mamba2", tokenizer=data)
+    assert (out / "tokenizer.json").is_file() and (out / "tokenizer.model").is_file() == (name == "tokenizer.model")
     assert main(["convert", "verify", str(trained), str(out)]) == 0
 
 

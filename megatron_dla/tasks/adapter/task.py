@@ -32,7 +32,7 @@ from megatron_dla.hf.backbones import BackboneInfo, build_backbone, read_backbon
 from megatron_dla.hf.directory import fingerprint
 from megatron_dla.hf.load import load_tokenizer
 from megatron_dla.kernels.dla.documents import document_starts
-from megatron_dla.shard_index import TOKENIZER_NAME, ShardIndex
+from megatron_dla.shard_index import TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex
 from megatron_dla.tasks.adapter.episodes import Episode, EpisodeBatch, read_episodes
 from megatron_dla.tasks.adapter.loader import EpisodeLoader, check_lengths, held_out_batches
 from megatron_dla.training.device import Device
@@ -110,11 +110,11 @@ class AdapterTask(Task):
     def _check_documents(self) -> None:
         """The shards must hold this backbone's tokens."""
         index = ShardIndex.load(self.config.episodes.documents)
-        path = Path(self.config.backbone.dir) / TOKENIZER_NAME
-        if not path.is_file() or file_sha256(path) != index.tokenizer_sha256:
+        paths = [Path(self.config.backbone.dir) / name for name in (TOKENIZER_NAME, TOKENIZER_JSON)]
+        if index.tokenizer_sha256 not in [file_sha256(path) for path in paths if path.is_file()]:
             raise DataError(
                 f"vocabulary mismatch: episodes.documents = {self.config.episodes.documents!r} was not tokenised with "
-                f"the tokenizer.model of {self.config.backbone.dir!r}: build the shards with that one"
+                f"the tokenizer of {self.config.backbone.dir!r}: build the shards with that one"
             )
 
     def describe(self, device: Device) -> dict[str, str]:
