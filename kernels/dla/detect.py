@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,7 @@ class _Chunk(NamedTuple):
             inner = torch.bmm(self.reads, state).mul_(self.v).sum(-1).add_(self.own)
             grown = torch.addcmul(self.write2, self.gain, inner)
         else:
+            assert self.loss is not None
             read = torch.baddbmm(self.own, self.reads, state)
             inner = (read * self.v).sum(-1)
             grown = torch.addcmul(self.write2, self.gain, inner).addcmul_(self.loss, read.square_().sum(-1))
@@ -169,12 +170,13 @@ class _Window:
     @cached_property
     def chunks(self) -> list[_Chunk]:
         # views taken at once: indexing a tensor costs as much as a small product
-        each = (itertools.repeat(None) if x is None else x.unbind() for x in self.parts)
+        each: list[Any] = [itertools.repeat(None) if x is None else x.unbind() for x in self.parts]
         return [_Chunk(*fields) for fields in zip(*each, strict=False)]
 
     def rest(self, z: int) -> _Chunk:
         """The chunks from z on, as lanes: [(Z - z) * N, ...]."""
-        return _Chunk(*(None if x is None else x[z:].flatten(0, 1) for x in self.parts))
+        fields: list[Any] = [None if x is None else x[z:].flatten(0, 1) for x in self.parts]
+        return _Chunk(*fields)
 
     def follow(self, first: Tensor, score0: Tensor) -> tuple[Tensor, Tensor]:
         """Boundaries (bool) and scores [Z, N, C] from the first boundary of each chunk [Z, N] and `enter`'s scores."""
