@@ -393,7 +393,7 @@ def state_gradient_kernel(
     grad_states,  # [rows of the window, H, K, DK, DV] out: the block's own part of D
     T, H, GROUP, K, block_lo, row_lo, token_lo,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
-    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+    KP: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """(lam_i Qt)^T dO of one block and slot, one tile of [DK, DV] a program."""
     NV: tl.constexpr = (DV + BV - 1) // BV
@@ -407,13 +407,13 @@ def state_gradient_kernel(
         stride_q = (H if GDN else H // GROUP) * DK
         p_q = q + (i_h - token_lo.to(tl.int64) * H if GDN else i_h // GROUP) * DK
         p_do, p_g, p_counts = do + i_h * DV, cg + i_h * T, counts + i_h * TILES * T
-        p_death = live_death + (row.to(tl.int64) * H + i_h) * K
+        o_s = tl.arange(0, KP)
+        b_death = tl.load(live_death + (row.to(tl.int64) * H + i_h) * K + o_s, mask=o_s < i_s, other=0)
         b_ds = tl.zeros([BK, BV], tl.float32)
         for i_c in range((end - first + BT - 1) // BT):
             o_t = first + i_c * BT + tl.arange(0, BT)
             b_slot = newer_starts(p_counts, o_t, end, T, 0, i_c + 1)
-            for newer in range(i_s):
-                b_slot += (tl.load(p_death + newer) > o_t).to(tl.int32)
+            b_slot += tl.sum((b_death[None, :] > o_t[:, None]).to(tl.int32), 1)
             b_slot = tl.minimum(b_slot, K - 1)
             b_w = tl.load(lam + (o_t.to(tl.int64) * H + i_h) * K + b_slot, mask=o_t < end, other=0.0).to(tl.float32)
             if not GDN:

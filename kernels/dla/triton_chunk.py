@@ -393,10 +393,11 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
     sizes = (*work._sizes(), K, window.block_lo, window.row_lo, work.token_lo)
     blocks, math = work.layout.blocks, plan.math()
     dstates = work.states()
-    dims = plan.launch("state_gradient", do.device)
+    few = not plan.gdn and plan.K <= 32
+    dims = plan.launch("state_gradient_few" if few else "state_gradient", do.device)
     state_gradient_kernel[(work.blocks, H * K, ceil_div(plan.DK, dims["BK"]) * ceil_div(plan.DV, dims["BV"]))](
         work.qt, do, tables.cg, x.lam, tables.counts, blocks, tables.death, tables.live, dstates, *sizes, **dims,
-        **plan.tiled(), **math,
+        **plan.tiled(), KP=plan.slots_padded, **math,
     )  # fmt: skip
     initial, dkeep = work.reverse_scan(snap, dstates, carry)
     dims = plan.launch("query_gradient", do.device)

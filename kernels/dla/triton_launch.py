@@ -27,7 +27,9 @@ LAUNCH = {
     "output": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
     "output.v64": ((128, 64, 8, 2), (64, 64, 8, 1), "forward"),
     "output.v64.sm80": ((64, 64, 8, 2), (64, 64, 8, 1), "forward"),
-    "state_gradient": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
+    "state_gradient": ((128, 128, 8, 2), (64, 64, 8, 1), "backward"),
+    "state_gradient_few": ((128, 128, 4, 2), (64, 64, 8, 1), "backward"),  # Mamba-2 with at most 32 slots
+    "state_gradient_few.sm80": ((128, 128, 8, 2), (64, 64, 8, 1), "backward"),
     "query_gradient": ((64, 32, 8, 1), (32, 32, 8, 1), "backward"),
     "query_gradient.sm80": ((32, 32, 8, 1), (64, 64, 8, 1), "backward"),
     "query_gradient.256": ((32, 64, 8, 1), (32, 64, 8, 1), "backward"),
