@@ -1,30 +1,32 @@
 """Text to tokenised WebDataset shards, in two passes.
 
-The first pass tokenises the documents in worker processes into one spool file, in input order. With all sizes known,
+The first pass tokenises the documents in worker processes into a spool on disk, in input order. With all sizes known,
 the second one distributes them over splits and shards. The result depends on the inputs, the tokenizer, the seed and
-the requested sizes, not on the number of workers, and is identical byte for byte each time. During the build the
-output directory also holds the spool, which is about as large as the shards.
+the requested sizes, not on the number of workers or on interruptions, and is identical byte for byte each time. During
+the build, and after one that was stopped, `OUTPUT/.building` holds the spool, about as large as the shards, and the
+shards written so far; the same command goes on from there.
 """
 
 from __future__ import annotations
 
-import heapq
 import io
 import json
-import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_dla.console import progress_bar
+from megatron_dla.data_prep.layout import Layout, assign, choose_validation, mark_copies
 from megatron_dla.data_prep.readers import shown
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
-from megatron_dla.data_prep.tokenise import Spool, token_dtype, tokenise
+from megatron_dla.data_prep.spool import Spool
+from megatron_dla.data_prep.tokenise import token_dtype, tokenise
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 from megatron_dla.files import file_sha256, write_bytes, write_json
@@ -38,72 +40,87 @@ from megatron_dla.shard_index import (
     ShardInfo,
 )
 
-_BUILDING = ".building"
+_BUILDING, _WRITTEN = ".building", "shards.jsonl"
 REPORT_NAME = "report.json"
 SPLITS = ("train", "val")
 
 
-def _first_copies(spool: Spool) -> list[int]:
-    """Document numbers without exact copies of an earlier document."""
-    return sorted(np.unique(np.frombuffer(spool.hashes, dtype=np.uint64), return_index=True)[1].tolist())
+class _Writer:
+    """Writes shards from a spool; those that an interrupted build of the same layout has written are kept.
+
+    `layout_key`: what the layout depends on besides the spool.
+    """
+
+    def __init__(self, spool: Spool, source: DocumentSource, layout_key: list[Any]) -> None:
+        self.spool, self.source = spool, source
+        self.records = spool.records()
+        self.log = spool.path(_WRITTEN)
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        key = json.dumps(layout_key)
+        if not lines or lines[0] != key:
+            lines = [key]
+        self.done: dict[str, ShardInfo] = {}
+        for line in lines[1:]:
+            try:
+                shard = ShardInfo(**json.loads(line))
+            except ValueError:  # the process was killed while it wrote the line
+                break
+            self.done[shard.path] = shard
+        lines = [key, *(json.dumps(asdict(shard)) for shard in self.done.values())]
+        self.log.write_text("".join(f"{line}\n" for line in lines))
+
+    def write(self, layout: Layout) -> Iterator[ShardInfo]:
+        """The shards in order, each written or found."""
+        at = 0
+        with open(self.log, "a") as log, open(self.spool.path("tokens"), "rb") as tokens:
+            for split, sizes in layout.sizes.items():
+                (self.spool.folder / split).mkdir(exist_ok=True)
+                for number, size in enumerate(sizes.tolist()):
+                    path = self.spool.folder / split / f"{split}-{number:06d}.tar"
+                    shard = self._found(f"{split}/{path.name}")
+                    if shard is None:
+                        shard = self._write(path, split, np.array(layout.members[at : at + size]), tokens.fileno())
+                        log.write(json.dumps(asdict(shard)) + "\n")
+                        log.flush()
+                    at += size
+                    yield shard
+
+    def _found(self, name: str) -> ShardInfo | None:
+        shard = self.done.get(name)
+        return None if shard is None or shard.file_problem(self.spool.folder, checksum=False) else shard
+
+    def _write(self, path: Path, split: str, members: np.ndarray, tokens: int) -> ShardInfo:
+        records = self.records[members]
+        _write_shard(path, self._documents(records, tokens))
+        return ShardInfo(
+            name=path.name, split=split, bytes=path.stat().st_size, sha256=file_sha256(path), documents=len(records),
+            tokens=int(records["n_tokens"].sum()), text_bytes=int(records["n_bytes"].sum()),
+        )  # fmt: skip
+
+    def _documents(self, records: np.ndarray, file: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        dtype = self.spool.dtype
+        for start, n_tokens, n_bytes, _, number, record in records.tolist():
+            content = os.pread(file, n_tokens * dtype.itemsize, start * dtype.itemsize)
+            source = self.source.name(number, record)
+            yield np.frombuffer(content, dtype), {"source": source, "n_tokens": n_tokens, "n_bytes": n_bytes}
 
 
-def _split(spool: Spool, kept: list[int], val_fraction: float, val_docs: int | None) -> dict[str, list[int]]:
-    """The `kept` documents of each split, in input order. Raises DataError if none would be left for training."""
-    n = len(kept)
-    by_hash = sorted(kept, key=lambda i: (spool.hashes[i], i))
-    if val_docs is None:
-        limit = int(val_fraction * 2.0**64)
-        chosen = sum(spool.hashes[i] < limit for i in kept)
-        chosen = max(chosen, 1) if val_fraction > 0 else 0
-    else:
-        chosen = val_docs
-    if chosen >= n:
-        raise DataError(
-            f"val_fraction = {val_fraction}, val_docs = {val_docs}: {chosen} of {n} documents would be for validation, "
-            "leaving none to train on; lower it, pass --val-fraction 0, or split the input into more documents"
-        )
-    val = set(by_hash[:chosen])
-    splits = {"train": [i for i in kept if i not in val], "val": sorted(val)}
-    return {name: documents for name, documents in splits.items() if documents}
-
-
-def _distribute(documents: list[int], n_tokens: Sequence[int], shard_tokens: int, min_shards: int) -> list[list[int]]:
-    """Assign each document, in order, to the shard with the fewest tokens so far: shards of similar size."""
-    total = sum(n_tokens[i] for i in documents)
-    count = min(max(math.ceil(total / shard_tokens), min_shards, 1), len(documents))
-    shards: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0, shard) for shard in range(count)]
-    for i in documents:
-        size, shard = heap[0]
-        shards[shard].append(i)
-        heapq.heapreplace(heap, (size + n_tokens[i], shard))
-    return shards
-
-
-def _write_shard(
-    path: Path, split: str, documents: list[int], spool: Spool, tokens: np.ndarray, at: np.ndarray
-) -> ShardInfo:
+def _write_shard(path: Path, documents: Iterator[tuple[np.ndarray, dict[str, Any]]]) -> None:
     import webdataset as wds
 
     with open(path, "wb") as file:
         # with the time of the build, two builds of the same data would differ
         with wds.TarWriter(file, encoder=False, mtime=0) as writer:
-            for number, i in enumerate(documents):
-                record = {"source": spool.sources[i], "n_tokens": spool.n_tokens[i], "n_bytes": spool.n_bytes[i]}
+            for number, (tokens, record) in enumerate(documents):
                 writer.write(
                     {
                         "__key__": f"{path.stem}-{number:06d}",
-                        "npy": _npy(tokens[at[i] : at[i + 1]]),
+                        "npy": _npy(tokens),
                         "json": json.dumps(record, ensure_ascii=False).encode(),
                     }
                 )
         file.flush()
         os.fsync(file.fileno())
-    return ShardInfo(
-        name=path.name, split=split, bytes=path.stat().st_size, sha256=file_sha256(path), documents=len(documents),
-        tokens=sum(spool.n_tokens[i] for i in documents), text_bytes=sum(spool.n_bytes[i] for i in documents),
-    )  # fmt: skip
 
 
 def _npy(tokens: np.ndarray) -> bytes:
@@ -144,6 +161,9 @@ def build_shards(
         dedup: of exact copies of a document, keep the first.
         overwrite: replace an existing build. It stays in place until the new one is complete.
 
+    A build that was stopped, or failed, goes on where it was if it is called again with the same inputs, tokenizer,
+    seed and reading options (`skip_bad` may differ); after changes of some files, from the first of them.
+
     A sample is `<key>.npy` (uint16, or uint32 above 65,536 tokens: [n_tokens], the last is eos) and `<key>.json`
     (`source`, `n_tokens`, `n_bytes`). Empty documents are skipped. Raises DataError for inputs that cannot be
     read, bad arguments, an existing index without `overwrite`, or if no document would be left for training.
@@ -164,59 +184,76 @@ def build_shards(
         raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
     tokenizer = Tokenizer(tokenizer_path)
     source = DocumentSource(inputs, options)
-    building = root / _BUILDING
-    shutil.rmtree(building, ignore_errors=True)  # left by a build that was killed
-    building.mkdir(parents=True)
+    spool = _spool(root / _BUILDING, source, tokenizer, seed)
     try:
-        spool = Spool(building / "tokens")
-        tokenise(source, tokenizer, spool, workers, seed)
-        if not spool.n_tokens:
-            raise DataError(f"{', '.join(map(shown, inputs))}: no text in these inputs")
+        _tokenise(source, tokenizer, spool, workers, seed)
+        records = spool.records()
+        copies, count = mark_copies(records, spool.folder)
+        left_out = copies if dedup else None
+        validation = choose_validation(records, left_out, val_fraction, val_docs)
+        layout = assign(records, left_out, validation, spool.folder, shard_tokens, min_train_shards)
+        writer = _Writer(spool, source, [val_fraction, val_docs, dedup, shard_tokens, min_train_shards])
         index = ShardIndex(
             tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id,
-            dtype=token_dtype(tokenizer).name, shards=[], seed=seed, created_by=_created_by(),
-            sources=_sources(source),
+            dtype=spool.dtype.name, shards=[], seed=seed, created_by=_created_by(), sources=_sources(source),
         )  # fmt: skip
-        tokens = np.memmap(spool.file, dtype=token_dtype(tokenizer), mode="r")
-        at = np.concatenate([[0], np.cumsum(np.frombuffer(spool.n_tokens, dtype=np.int64))])
-        with progress_bar(tokens.nbytes, "writing shards") as bar:
-            kept = _first_copies(spool) if dedup else list(range(len(spool.hashes)))
-            for split, documents in _split(spool, kept, val_fraction, val_docs).items():
-                (building / split).mkdir()
-                shards = _distribute(
-                    documents, spool.n_tokens, shard_tokens, min_train_shards if split == "train" else 1
-                )
-                for number, members in enumerate(shards):
-                    path = building / split / f"{split}-{number:06d}.tar"
-                    index.shards.append(_write_shard(path, split, members, spool, tokens, at))
-                    bar.update(index.shards[-1].tokens * tokens.itemsize)
-        copies = len(spool.hashes) - len(set(spool.hashes))
+        with progress_bar(spool.tokens * spool.dtype.itemsize, "writing shards") as bar:
+            for shard in writer.write(layout):
+                index.shards.append(shard)
+                bar.update(shard.tokens * spool.dtype.itemsize)
         report = {
-            **source.report(), "duplicates": copies, "duplicates_removed": dedup, "changed_by_tokenizer": spool.changed,
+            **source.report(), "duplicates": count, "duplicates_removed": dedup, "changed_by_tokenizer": spool.changed,
         }  # fmt: skip
-        _publish(root, building, index, tokenizer, report)
+        _publish(root, spool.folder, index, tokenizer, report)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-    for note in tokenizer.notes(spool.changed) + _notes(
-        source, copies, dedup, index.totals("train").shards, min_train_shards
-    ):
+        spool.close()
+    shutil.rmtree(spool.folder)
+    notes = _notes(source, count, dedup, index.totals("train").shards, min_train_shards)
+    for note in tokenizer.notes(spool.changed) + notes:
         print(note, file=sys.stderr)
     return index
+
+
+def _spool(folder: Path, source: DocumentSource, tokenizer: Tokenizer, seed: int) -> Spool:
+    options = source.options
+    plan = {
+        "format": 1, "tokenizer": tokenizer.sha256, "eos": tokenizer.eos_id, "seed": seed,
+        "text_field": options.text_field, "separator": options.separator, "min_chars": options.min_chars,
+        "max_chars": options.max_chars,
+    }  # fmt: skip
+    inputs = [[file.name, file.bytes, file.path.stat().st_mtime_ns] for file in source.files]
+    return Spool(folder, token_dtype(tokenizer), plan, inputs)
+
+
+def _tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, workers: int, seed: int) -> None:
+    try:
+        tokenise(source, tokenizer, spool, workers, seed)
+        if not spool.documents:
+            raise DataError(f"{', '.join(map(shown, source.listing.inputs))}: no text in these inputs")
+    except DataError as error:
+        if not spool.documents:
+            shutil.rmtree(spool.folder)  # nothing to go on from
+            raise
+        kept = f"the tokens of the other documents are kept in {spool.folder} for the next try"
+        raise DataError(f"{error}\n  {kept}") from error
 
 
 def _publish(root: Path, building: Path, index: ShardIndex, tokenizer: Tokenizer, report: dict[str, Any]) -> None:
     """Move the finished build into place. There is no index meanwhile, so no reader mixes old and new shards."""
     files = tokenizer.files()
-    write_json(root / REPORT_NAME, report, indent=1)
     (root / INDEX_NAME).unlink(missing_ok=True)
+    write_json(root / REPORT_NAME, report, indent=1)
+    new = {shard.path for shard in index.shards}
     for split in SPLITS:
         for old in (root / split).glob(f"{split}-*.tar"):
-            old.unlink()
+            if f"{split}/{old.name}" not in new:
+                old.unlink()
     for shard in index.shards:
         (root / shard.split).mkdir(exist_ok=True)
         os.replace(building / shard.path, root / shard.path)
     for name in (TOKENIZER_NAME, TOKENIZER_JSON, TOKENIZER_CONFIG):
-        (root / name).unlink(missing_ok=True)
+        if name not in files:
+            (root / name).unlink(missing_ok=True)
     for name, content in files.items():
         write_bytes(root / name, content)
     index.save(root / INDEX_NAME)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 from megatron_dla.data_prep.listing import Listing, SourceFile
@@ -17,11 +18,12 @@ _STORY_END = "<|endoftext|>"
 
 
 class Document(NamedTuple):
-    """One document: its text, its source (`file`, or `file:number` of a line, row or story) and its bytes of UTF-8."""
+    """One document: its text, its bytes of UTF-8, and where it is from: see `DocumentSource.name`."""
 
     text: str
-    source: str
     n_bytes: int
+    file: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,38 @@ class Counts:
         return self.documents + self.empty + self.too_short + self.too_long + self.bad
 
 
+@dataclass
+class Progress:
+    """What was read so far, and what was found there.
+
+    Attributes:
+        file, record: files read to their end, and records read of the next one.
+        bad, damaged: where and what, of records (the first ones) and of files. fix: of the first bad record.
+        texts: .txt files begun. separated: of their documents, those after a separator. stories: those that contain
+            the end of a story.
+    """
+
+    file: int = 0
+    record: int = 0
+    counts: Counts = field(default_factory=Counts)
+    bad: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    fix: str = ""
+    texts: int = 0
+    separated: int = 0
+    stories: int = 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """From what `dataclasses.asdict` made of it."""
+        return cls(**{**values, "counts": Counts(**values["counts"])})
+
+
 class DocumentSource:
     """Streams the documents of files and directories and counts the bytes read from disk.
 
     Attributes: `files` (in reading order), `total_bytes` (on disk), `bytes_read` (of `total_bytes`, updated record by
-    record; compressed bytes for compressed files), `counts`, `bad` (where and what, the first ones).
+    record; compressed bytes for compressed files), `progress`, `counts` (its counts).
 
     Raises DataError for inputs that cannot be found or read (see `Listing`). Iterating raises at its end, with all bad
     records and damaged files named: `documents()` does not raise, and `check()` does it later.
@@ -86,46 +115,51 @@ class DocumentSource:
         self.listing = Listing(inputs)
         self.files: list[SourceFile] = self.listing.files
         self.total_bytes = sum(file.bytes for file in self.files)
-        self._reset()
-
-    def _reset(self) -> None:
         self.bytes_read = 0
-        self.counts = Counts()
-        self.bad: list[str] = []
-        self.damaged: list[str] = []
-        self._fix = ""
-        self._stories = self._separated = self._texts = 0
+        self.progress = Progress()
+
+    @property
+    def counts(self) -> Counts:
+        return self.progress.counts
+
+    def name(self, file: int, number: int) -> str:
+        """The source of a document as shards record it: `file`, or `file:number` of a line, row or story."""
+        return f"{self.files[file].name}:{number}" if number else self.files[file].name
 
     def __iter__(self) -> Iterator[Document]:
         yield from self.documents()
         self.check()
 
-    def documents(self) -> Iterator[Document]:
-        """The documents; bad records and damaged files are noted for `check()`."""
-        self._reset()
-        done = 0
-        for file in self.files:
+    def documents(self, after: Progress | None = None) -> Iterator[Document]:
+        """The documents `after` some (None: all); bad records and damaged files are noted for `check()`."""
+        self.progress = after or Progress()
+        done = sum(file.bytes for file in self.files[: self.progress.file])
+        for file in self.files[self.progress.file :]:
             try:
                 yield from self._read(file, done)
             except DataError as error:
-                self.damaged.append(str(error))
+                self.progress.damaged.append(str(error))
             done += file.bytes
             self.bytes_read = done
             if self._hopeless:
                 return
+            self.progress.file, self.progress.record = self.progress.file + 1, 0
 
     @property
     def _hopeless(self) -> bool:
         return self.counts.bad == self.counts.records >= _HOPELESS
 
     def _read(self, file: SourceFile, done: int) -> Iterator[Document]:
-        if text_file := file.kind.format == ".txt":
-            self._texts += 1
-        for record in read_records(file.path, file.kind, self.options.text_field, self.options.separator):
+        at, skip = self.progress, self.progress.record
+        text_file = file.kind.format == ".txt"
+        at.texts += text_file and not skip
+        records = read_records(file.path, file.kind, self.options.text_field, self.options.separator)
+        for record in islice(records, skip, None):
             self.bytes_read = done + record.position
+            at.record += 1
             if text_file:
-                self._separated += record.number > 1
-                self._stories += isinstance(record.text, str) and _STORY_END in record.text
+                at.separated += record.number > 1
+                at.stories += isinstance(record.text, str) and _STORY_END in record.text
             if (document := self._take(record, file)) is not None:
                 yield document
             if self._hopeless:
@@ -137,10 +171,10 @@ class DocumentSource:
             counts.blank_lines += 1
         elif isinstance(text, Problem):
             counts.bad += 1
-            if len(self.bad) < _LISTED:
+            if len(self.progress.bad) < _LISTED:
                 where = shown(file.path) + (f":{record.number}" if record.number else "")
-                self.bad.append(f"{where}: {text.what}")
-                self._fix = self._fix or text.fix
+                self.progress.bad.append(f"{where}: {text.what}")
+                self.progress.fix = self.progress.fix or text.fix
         elif not text:
             counts.empty += 1
         elif len(text) < options.min_chars:
@@ -149,35 +183,34 @@ class DocumentSource:
             counts.too_long += 1
         else:
             counts.documents += 1
-            name = f"{file.name}:{record.number}" if record.number else file.name
-            return Document(text, name, len(text.encode("utf-8")))
+            return Document(text, len(text.encode("utf-8")), self.progress.file, record.number)
         return None
 
     def check(self) -> None:
         """Raises DataError that names all damaged files and, unless they may be skipped, all bad records."""
-        if len(self.damaged) == 1 and not self.counts.bad:
-            raise DataError(self.damaged[0])
+        if len(self.progress.damaged) == 1 and not self.counts.bad:
+            raise DataError(self.progress.damaged[0])
         counts, limit = self.counts, self.options.skip_bad
         share = counts.bad / max(counts.records, 1)
-        if self.damaged or (counts.bad and (limit is None or share > limit)):
-            rest = counts.bad - len(self.bad)
+        if self.progress.damaged or (counts.bad and (limit is None or share > limit)):
+            rest = counts.bad - len(self.progress.bad)
             raise DataError(
                 self._headline(share)
-                + "".join(f"\n  {line}" for line in (*self.damaged, *self.bad))
+                + "".join(f"\n  {line}" for line in (*self.progress.damaged, *self.progress.bad))
                 + (f"\n  and {rest} more" if rest else "")
-                if len(self.damaged) + counts.bad > 1
-                else f"{self.bad[0]}; {self._fix}, or leave it out with --skip-bad"
+                if len(self.progress.damaged) + counts.bad > 1
+                else f"{self.progress.bad[0]}; {self.progress.fix}, or leave it out with --skip-bad"
             )
 
     def _headline(self, share: float) -> str:
         counts, limit = self.counts, self.options.skip_bad
-        parts = [f"{len(self.damaged)} files cannot be read"] if self.damaged else []
+        parts = [f"{len(self.progress.damaged)} files cannot be read"] if self.progress.damaged else []
         if counts.bad:
             parts.append(f"{counts.bad} of {counts.records} records are bad")
         text = " and ".join(parts)
         if self._hopeless:
-            return f"{text}, the first ones, and reading stopped there; {self._fix}:"
-        if self.damaged or not counts.bad:
+            return f"{text}, the first ones, and reading stopped there; {self.progress.fix}:"
+        if self.progress.damaged or not counts.bad:
             return f"{text}; repair them:"
         if limit is None:
             return f"{text}; fix them, or leave them out with --skip-bad:"
@@ -194,17 +227,17 @@ class DocumentSource:
             f"documents above {self.options.max_chars} characters": counts.too_long,
         }
         notes += [f"note: skipped {number} {what}" for what, number in reasons.items() if number]
-        if self._stories:
+        if stories := self.progress.stories:
             notes.append(
-                f"note: {self._stories} .txt documents contain {_STORY_END!r}; if it stands between documents, build "
-                f"again with --separator {_STORY_END!r}"
+                f"note: {stories} .txt documents contain {_STORY_END!r}; if it stands between documents, build again "
+                f"with --separator {_STORY_END!r}"
             )
-        if self.options.separator and self._texts and not self._separated:
+        if self.options.separator and self.progress.texts and not self.progress.separated:
             notes.append(f"note: --separator {self.options.separator!r} is in none of the .txt files")
-        if self.options.separator and not self._texts:
+        if self.options.separator and not self.progress.texts:
             notes.append(f"note: --separator {self.options.separator!r} has no effect without .txt files")
         return notes
 
     def report(self) -> dict[str, Any]:
         """Counts and the first bad records, for `report.json`."""
-        return {**asdict(self.counts), "bad_records": self.bad, "ignored_files": len(self.listing.ignored)}
+        return {**asdict(self.counts), "bad_records": self.progress.bad, "ignored_files": len(self.listing.ignored)}

@@ -1,28 +1,26 @@
-"""Tokenise documents in worker processes into one spool file, in input order for every worker count."""
+"""Tokenise documents in worker processes into a spool, in input order for every worker count."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import multiprocessing
-from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_dla.console import progress_bar
-from megatron_dla.data_prep.sources import Document, DocumentSource
+from megatron_dla.data_prep.sources import Document, DocumentSource, Progress
+from megatron_dla.data_prep.spool import COMMIT_S, Encoded, Spool
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 
 _CHUNK_BYTES = 1 << 18  # text per task of a worker process
-# one per document: tokens, UTF-8 bytes, content hash, source, whether the tokens decode to another text
-Encoded = list[tuple[bytes, int, int, str, bool]]
+Position = tuple[int, Progress]  # bytes read, and what was found, up to a document
 
 _tokenizer: Tokenizer | None = None  # set in each worker process
 
@@ -40,13 +38,13 @@ def _encode_in_worker(documents: list[Document], seed: int) -> Encoded:
 def _encode(tokenizer: Tokenizer, documents: list[Document], seed: int) -> Encoded:
     dtype = token_dtype(tokenizer)
     out: Encoded = []
-    for text, source, n_bytes in documents:
+    for text, n_bytes, file, number in documents:
         ids = tokenizer.encode(text)
         changed = bool(tokenizer.losses) and tokenizer.decode(ids) != text
         tokens = np.array([*ids, tokenizer.eos_id], dtype=dtype)
         # Hash of the content, so that exact copies of a document end up in the same split.
         digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
-        out.append((tokens.tobytes(), n_bytes, int.from_bytes(digest, "big"), source, changed))
+        out.append((tokens.tobytes(), n_bytes, int.from_bytes(digest, "big"), file, number, changed))
     return out
 
 
@@ -55,34 +53,21 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-@dataclass
-class Spool:
-    """Tokenised documents in input order. The tokens are in `file`; the lists have one entry per document."""
-
-    file: Path
-    n_tokens: array[int] = field(default_factory=lambda: array("q"))
-    n_bytes: array[int] = field(default_factory=lambda: array("q"))
-    hashes: array[int] = field(default_factory=lambda: array("Q"))
-    sources: list[str] = field(default_factory=list)
-    changed: int = 0
-
-
-def _chunks(source: DocumentSource) -> Iterator[tuple[list[Document], int]]:
+def _chunks(source: DocumentSource, after: Progress) -> Iterator[tuple[list[Document], Position]]:
     chunk: list[Document] = []
     size = 0
-    for document in source.documents():
+    for document in source.documents(after):
         chunk.append(document)
         size += document.n_bytes
         if size >= _CHUNK_BYTES:
-            yield chunk, source.bytes_read
+            yield chunk, (source.bytes_read, copy.deepcopy(source.progress))
             chunk, size = [], 0
-    if chunk:
-        yield chunk, source.bytes_read
+    yield chunk, (source.bytes_read, source.progress)
 
 
 def _encoded(
-    chunks: Iterable[tuple[list[Document], int]], tokenizer: Tokenizer, workers: int, seed: int
-) -> Iterator[tuple[Encoded, int]]:
+    chunks: Iterable[tuple[list[Document], Position]], tokenizer: Tokenizer, workers: int, seed: int
+) -> Iterator[tuple[Encoded, Position]]:
     """Encode chunks in order, keeping at most 3 * workers + 1 of them in memory."""
     if workers == 1:
         for documents, position in chunks:
@@ -91,7 +76,7 @@ def _encoded(
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(str(tokenizer.path),)
     )
-    waiting: deque[tuple[Future[Encoded], int]] = deque()
+    waiting: deque[tuple[Future[Encoded], Position]] = deque()
     try:
         for documents, position in chunks:
             waiting.append((pool.submit(_encode_in_worker, documents, seed), position))
@@ -109,21 +94,19 @@ def _encoded(
 
 
 def tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, workers: int, seed: int) -> None:
-    """Fill `spool` with the documents of `source`, each ending with eos.
+    """Fill `spool` with the documents of `source` that it does not have yet, each ending with eos.
 
     Raises DataError, after all documents, if there were bad records or damaged files.
     """
-    itemsize = token_dtype(tokenizer).itemsize
-    with open(spool.file, "wb") as out, progress_bar(source.total_bytes, "tokenising") as bar:
-        for encoded, position in _encoded(_chunks(source), tokenizer, workers, seed):
-            for tokens, n_bytes, digest, name, changed in encoded:
-                out.write(tokens)
-                spool.n_tokens.append(len(tokens) // itemsize)
-                spool.n_bytes.append(n_bytes)
-                spool.hashes.append(digest)
-                spool.sources.append(name)
-                spool.changed += changed
-            bar.set_postfix_str(f"{len(spool.sources):,} documents", refresh=False)
-            bar.update(position - bar.n)
-        bar.update(source.total_bytes - bar.n)  # what is left out at the end is part of no chunk
+    with progress_bar(source.total_bytes, "tokenising") as bar:
+        try:
+            chunks = _chunks(source, copy.deepcopy(spool.progress))
+            for encoded, (bytes_read, progress) in _encoded(chunks, tokenizer, workers, seed):
+                spool.add(encoded, progress)
+                spool.commit(due=COMMIT_S)
+                bar.set_postfix_str(f"{spool.documents:,} documents", refresh=False)
+                bar.update(bytes_read - bar.n)
+        finally:
+            spool.commit()
+        bar.update(source.total_bytes - bar.n)
     source.check()

@@ -48,7 +48,9 @@ def build(base, out, **options):
 
 
 def tree(root):
-    return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}
+    """Files and contents, without those of an unfinished build."""
+    files = {file.relative_to(root): file for file in sorted(root.rglob("*")) if file.is_file()}
+    return {str(name): file.read_bytes() for name, file in files.items() if name.parts[0] != ".building"}
 
 
 def test_shards_hold_every_document_once(base, tmp_path):

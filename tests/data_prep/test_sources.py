@@ -32,7 +32,11 @@ def lines(*texts, key="text") -> bytes:
 
 
 def read(*inputs, **options):
-    return [(d.text, d.source) for d in DocumentSource(inputs, ReadOptions(**options))]
+    return named(DocumentSource(inputs, ReadOptions(**options)))
+
+
+def named(source):
+    return [(d.text, source.name(d.file, d.number)) for d in source]
 
 
 def texts(*inputs, **options):
@@ -65,13 +69,14 @@ def test_sources_read_every_format_in_sorted_order(tmp_path):
     (tmp_path / "d.jsonl.zst").write_bytes(zstd(line) + zstd(line))
     (tmp_path / "readme.md").write_text("ignored")
     source = DocumentSource([tmp_path])
-    documents = list(source)
+    documents = named(source)
     name = tmp_path.name
-    assert [d.source for d in documents] == [
+    assert [place for _, place in documents] == [
         f"{name}/a.jsonl.gz:1", f"{name}/a.jsonl.gz:2", f"{name}/b.txt", f"{name}/c.jsonl.xz:1",
         f"{name}/d.jsonl.zst:1", f"{name}/d.jsonl.zst:2",
     ]  # fmt: skip
-    assert documents[2].text == "plain\r\n" and documents[0] == ("h\xe9\r\n", f"{name}/a.jsonl.gz:1", 5)
+    assert documents[2][0] == "plain\r\n" and next(iter(source)) == ("h\xe9\r\n", 5, 0, 1)
+    assert len(list(source)) == 6
     assert source.bytes_read == source.total_bytes and source.counts.blank_lines == 1
     assert [path.name for path in source.listing.ignored] == ["readme.md"] and len(source.notes()) == 2
 
@@ -178,7 +183,7 @@ def test_links_are_followed_once(tmp_path):
     (corpus / "a" / "loop").symlink_to(corpus)
     (corpus / "hub.txt").symlink_to(tmp_path / "blob")
     source = DocumentSource([corpus])
-    found = [(d.text, d.source) for d in source]
+    found = named(source)
     assert sorted(text for text, _ in found) == ["corpus/a", "elsewhere/wiki", "from a cache"]
     assert ("elsewhere/wiki", "corpus/wiki/x.txt") in found and ("from a cache", "corpus/hub.txt") in found
     assert len(source.listing.repeated) == 2 and "a second time" in " ".join(source.notes())
@@ -194,7 +199,7 @@ def test_patterns(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(lines(name) if name.endswith("l") else name.encode())
     source = DocumentSource([tmp_path / "c" / "*" / "*.jsonl"])
-    assert [d.source for d in source] == ["c/x/1.jsonl:1", "c/y/2.jsonl:1"]
+    assert [place for _, place in named(source)] == ["c/x/1.jsonl:1", "c/y/2.jsonl:1"]
     assert {file.input for file in source.files} == {"c/*/*.jsonl"}
     assert texts(tmp_path / "c" / "**" / "*.jsonl") == ["c/x/1.jsonl", "c/y/2.jsonl", "c/y/deep/3.jsonl"]
     assert sorted(texts(tmp_path / "c" / "**")) == sorted(texts(tmp_path / "c"))

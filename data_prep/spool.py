@@ -1,0 +1,170 @@
+"""Tokenised documents on disk, in input order, of a build that may be stopped and go on.
+
+`tokens` holds the ids, `documents` a record for each document, `plan.json` what the build depends on, and
+`progress.jsonl` a line for each commit: how much of the two files is valid, and where reading goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_dla.data_prep.sources import Progress
+from megatron_dla.errors import DataError
+from megatron_dla.files import write_json, write_text
+
+COMMIT_S = 10.0
+DOCUMENT = np.dtype(
+    [
+        ("start", "<u8"),  # in tokens
+        ("n_tokens", "<u8"),
+        ("n_bytes", "<u8"),  # of UTF-8 text
+        ("hash", "<u8"),
+        ("file", "<u4"),
+        ("number", "<u8"),
+    ]
+)
+# one per document: tokens, UTF-8 bytes, content hash, file, number, whether the tokens decode to another text
+Encoded = list[tuple[bytes, int, int, int, int, bool]]
+_PLAN, _LOG, _LOCK = "plan.json", "progress.jsonl", "lock"
+
+
+class Spool:
+    """The tokens and records of a build in `folder`.
+
+    Attributes:
+        documents, tokens: how many are there. changed: documents that the tokenizer does not reproduce.
+        progress: what of the inputs is in the spool.
+
+    Args:
+        plan: everything that the spool depends on but the inputs. inputs: [name, size, time] of each file. A spool of
+            the same plan is continued, from the first file that differs; any other is thrown away, with a note.
+
+    Raises DataError if another process builds in `folder`.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype[Any], plan: dict[str, Any], inputs: list[list[Any]]) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.documents = self.tokens = self.changed = 0
+        self.progress = Progress()
+        self._committed = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder / _LOCK)
+        try:
+            self._resume(plan, inputs)
+            self._files = [self._open("tokens", self.tokens * dtype.itemsize), self._open("documents", self._size())]
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _size(self) -> int:
+        return self.documents * DOCUMENT.itemsize
+
+    def _resume(self, plan: dict[str, Any], inputs: list[list[Any]]) -> None:
+        new = {"plan": plan, "inputs": inputs}
+        old = _read_plan(self.folder / _PLAN)
+        lines = []
+        if old is not None and old["plan"] == plan:
+            pairs = zip(old["inputs"], inputs, strict=False)
+            lines = self._valid_lines(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        elif old is not None:
+            changed = sorted(key for key in plan if old["plan"].get(key) != plan[key])
+            print(f"note: starting over, with another {', '.join(changed)} than the unfinished build", file=sys.stderr)
+        if lines:
+            last = json.loads(lines[-1])
+            self.documents, self.tokens, self.changed = last["documents"], last["tokens"], last["changed"]
+            self.progress = Progress.from_dict(last["progress"])
+            print(f"note: going on after {self.documents:,} documents of the unfinished build", file=sys.stderr)
+        write_text(self.folder / _LOG, "".join(lines))
+        write_json(self.folder / _PLAN, new)
+
+    def _valid_lines(self, same: int) -> list[str]:
+        """The commits that hold only records of the first `same` files, as far as the files have their data."""
+        sizes = [path.stat().st_size if path.exists() else 0 for path in (self.path("tokens"), self.path("documents"))]
+        kept = []
+        log = self.folder / _LOG
+        for line in log.read_text().splitlines(keepends=True) if log.exists() else []:
+            try:
+                commit = json.loads(line)
+            except ValueError:  # the process was killed while it wrote the line
+                break
+            at = commit["progress"]
+            whole = commit["tokens"] * self.dtype.itemsize <= sizes[0]
+            if (at["file"] + (at["record"] > 0) > same) or not whole:
+                break
+            if commit["documents"] * DOCUMENT.itemsize <= sizes[1]:
+                kept.append(line)
+        return kept
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _open(self, name: str, size: int) -> BinaryIO:
+        file = open(self.path(name), "ab")  # noqa: SIM115 (closed by close())
+        file.truncate(size)
+        return file
+
+    def add(self, encoded: Encoded, progress: Progress) -> None:
+        """Add documents; `progress` is what of the inputs is in the spool then."""
+        rows = np.empty(len(encoded), DOCUMENT)
+        sizes = np.array([len(document[0]) // self.dtype.itemsize for document in encoded], dtype=np.uint64)
+        rows["n_tokens"], rows["start"] = sizes, self.tokens + np.cumsum(sizes) - sizes
+        for column, name in enumerate(("n_bytes", "hash", "file", "number"), 1):
+            rows[name] = [document[column] for document in encoded]
+        self._files[0].write(b"".join(document[0] for document in encoded))
+        self._files[1].write(rows.tobytes())
+        self.tokens += int(sizes.sum())
+        self.documents += len(encoded)
+        self.changed += sum(document[5] for document in encoded)
+        self.progress = progress
+
+    def commit(self, *, due: float = 0.0) -> None:
+        """Keep what was added so far. `due`: seconds that must have passed since the last commit."""
+        if time.monotonic() - self._committed < due:
+            return
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        sizes = {"documents": self.documents, "tokens": self.tokens, "changed": self.changed}
+        with open(self.folder / _LOG, "a") as log:
+            log.write(json.dumps({**sizes, "progress": asdict(self.progress)}) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+        self._committed = time.monotonic()
+
+    def records(self) -> np.ndarray:
+        """The records, DOCUMENT [documents], mapped from the file."""
+        self._files[1].flush()
+        return np.memmap(self.path("documents"), dtype=DOCUMENT, mode="r", shape=(self.documents,))
+
+    def close(self) -> None:
+        for file in (*self._files, self._lock):
+            file.close()
+
+
+def _lock(path: Path) -> BinaryIO:
+    import fcntl
+
+    file = open(path, "wb")  # noqa: SIM115 (held until the build ends)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise DataError(f"{path}: another process builds in this directory; wait for it, or stop it") from error
+    return file
+
+
+def _read_plan(path: Path) -> dict[str, Any] | None:
+    try:
+        plan = json.loads(path.read_text())
+        return plan if isinstance(plan, dict) and {"plan", "inputs"} <= plan.keys() else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,265 @@
+"""A build that is killed goes on where it was, with the bytes of an undisturbed one; the layout needs little memory."""
+
+import heapq
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+
+from megatron_dla.data_prep import layout, shards, spool, tokenise
+from megatron_dla.data_prep.shards import build_shards
+from megatron_dla.data_prep.sources import ReadOptions
+from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
+from megatron_dla.errors import DataError
+
+WORDS = ["alpha", "beta", "\xe9t\xe9", "42", "tab\t", "\n"]
+FORK = multiprocessing.get_context("fork")
+
+
+def write(path, n, seed=0, bad=()):
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for i in range(n):
+            text = None if i in bad else f"{i % 50} " + " ".join(rng.choice(WORDS) for _ in range(rng.randrange(1, 60)))
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    for name in "abc":
+        write(root / f"{name}.jsonl", 150, seed=ord(name))
+    (root / "d.txt").write_text("the end")
+    train_tokenizer([root / "a.jsonl"], root / "tok", 290)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    monkeypatch.setattr(tokenise, "COMMIT_S", 0)
+    monkeypatch.setattr(tokenise, "_CHUNK_BYTES", 1500)
+    monkeypatch.setattr(layout, "_BLOCK", 64)
+    monkeypatch.setattr(layout, "_BUCKET", 100)
+
+
+def build(corpus, out, **options):
+    inputs = [corpus / name for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.txt")]
+    return build_shards(
+        inputs, corpus / "tok", out,
+        **{"workers": 1, "shard_tokens": 500, "min_train_shards": 8, "val_fraction": 0.1, **options},
+    )  # fmt: skip
+
+
+def tree(root):
+    files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items()}
+
+
+def killed(corpus, out, owner, name, calls, **options):
+    """Whether a build was killed at the nth call of a function, before it did anything (negative: after)."""
+    real, left = getattr(owner, name), [abs(calls)]
+
+    def function(*args, **kwargs):
+        left[0] -= 1
+        if not left[0] and calls > 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    def child():
+        setattr(owner, name, function)
+        build(corpus, out, **options)
+
+    process = FORK.Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    build(corpus, out)
+    return tree(out)
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [(spool.Spool, "add", 3), (spool.Spool, "add", 5), (spool.Spool, "commit", 4), (spool.Spool, "commit", -2)],
+        [(spool.json, "dumps", 12), (os, "fsync", 11)],
+        [(layout, "_sorted_by_shard", 1), (shards, "mark_copies", -1), (shards, "assign", -1)],
+        [(shards, "_npy", 9), (shards, "_write_shard", -4), (shards, "file_sha256", 9), (shards, "_npy", 60)],
+        [(os, "replace", 5), (os, "replace", 4), (shards, "write_bytes", 1), (shards.ShardIndex, "save", 1)],
+        [(spool.Spool, "add", 20), (shards, "_write_shard", 7), (os, "replace", 8)],
+    ],
+)
+def test_a_killed_build_goes_on_with_the_same_bytes(corpus, undisturbed, tmp_path, kills):
+    for owner, name, calls in kills:
+        assert killed(corpus, tmp_path, owner, name, calls)
+        assert not (tmp_path / "index.json").exists()
+    build(corpus, tmp_path)
+    assert tree(tmp_path) == undisturbed
+
+
+def test_what_was_read_ahead_is_not_lost(corpus, undisturbed, tmp_path, monkeypatch):
+    """Worker processes let reading run ahead of the spool."""
+
+    def encoded(chunks, tokenizer, workers, seed):
+        for documents, position in list(chunks):
+            yield tokenise._encode(tokenizer, documents, seed), position
+
+    monkeypatch.setattr(tokenise, "_encoded", encoded)
+    assert killed(corpus, tmp_path, spool.Spool, "add", 5) and killed(corpus, tmp_path, spool.Spool, "add", 9)
+    build(corpus, tmp_path)
+    assert tree(tmp_path) == undisturbed
+
+
+def test_kills_while_existing_data_is_replaced(corpus, undisturbed, tmp_path):
+    build(corpus, tmp_path, seed=1, shard_tokens=200)
+    before = tree(tmp_path)
+    assert killed(corpus, tmp_path, shards, "_write_shard", 3, overwrite=True)
+    after = tree(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert killed(corpus, tmp_path, os, "replace", 6, overwrite=True)
+    build(corpus, tmp_path, overwrite=True)
+    assert tree(tmp_path) == undisturbed
+
+
+def test_a_file_that_changed_is_read_again_with_those_after_it(corpus, tmp_path, monkeypatch):
+    copy = tmp_path / "corpus"
+    copy.mkdir()
+    for path in corpus.iterdir():
+        (copy / path.name).symlink_to(path)
+    for name in "bc":
+        (copy / f"{name}.jsonl").unlink()
+        write(copy / f"{name}.jsonl", 150, seed=ord(name))
+    assert killed(copy, tmp_path / "out", spool.Spool, "add", 30)  # in c.jsonl
+    write(copy / "b.jsonl", 160, seed=9)
+    encoded = count_encoded(monkeypatch)
+    build(copy, tmp_path / "out")
+    assert 310 <= len(encoded) < 340
+    build(copy, tmp_path / "fresh")
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def count_encoded(monkeypatch):
+    real, texts = Tokenizer.encode, []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: texts.append(text) or real(self, text))
+    monkeypatch.setattr(tokenise, "Tokenizer", Tokenizer)
+    return texts
+
+
+def test_bad_records_cost_no_work(corpus, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "corpus"
+    copy.mkdir()
+    for path in corpus.iterdir():
+        (copy / path.name).symlink_to(path)
+    (copy / "c.jsonl").unlink()
+    write(copy / "c.jsonl", 100, bad=(7, 99))
+    with pytest.raises(DataError, match=r"c.jsonl:8: (.|\n)*c.jsonl:100: (.|\n)*\.building"):
+        build(copy, tmp_path / "out")
+    encoded = count_encoded(monkeypatch)
+    build(copy, tmp_path / "out", options=ReadOptions(skip_bad=0.1))
+    assert len(encoded) < 30  # those that a tokenizer is tried with
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["bad"] == 2
+    build(copy, tmp_path / "fresh", options=ReadOptions(skip_bad=0.1))
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_other_settings_start_over_and_other_sizes_do_not(corpus, undisturbed, tmp_path, monkeypatch, capsys):
+    assert killed(corpus, tmp_path, shards, "_write_shard", 9)
+    encoded = count_encoded(monkeypatch)
+    assert killed(corpus, tmp_path, shards, "_write_shard", 5, shard_tokens=900)
+    build(corpus, tmp_path, shard_tokens=700)
+    assert len(encoded) < 30 and "going on after 451 documents" in capsys.readouterr().err
+    build(corpus, tmp_path / "fresh", shard_tokens=700)
+    fresh = tree(tmp_path / "fresh")
+    assert {name: content for name, content in tree(tmp_path).items() if not name.startswith("fresh")} == fresh
+    assert killed(corpus, tmp_path, spool.Spool, "add", 5, seed=1, overwrite=True)
+    build(corpus, tmp_path, overwrite=True)
+    assert "starting over, with another seed" in capsys.readouterr().err
+    assert {name: content for name, content in tree(tmp_path).items() if not name.startswith("fresh")} == undisturbed
+
+
+def test_damaged_remains_are_not_trusted(corpus, undisturbed, tmp_path):
+    assert killed(corpus, tmp_path, spool.Spool, "add", 9)
+    building = tmp_path / ".building"
+    (building / "tokens").write_bytes((building / "tokens").read_bytes()[:100])  # less than was committed
+    assert killed(corpus, tmp_path, spool.Spool, "add", 9)
+    with open(building / "progress.jsonl", "a") as log:
+        log.write('{"documents": 5')
+    assert killed(corpus, tmp_path, spool.Spool, "add", 9)
+    (building / "plan.json").write_text("[")
+    build(corpus, tmp_path)
+    assert tree(tmp_path) == undisturbed
+
+
+def test_two_builds_of_one_directory(corpus, tmp_path):
+    held = spool.Spool(tmp_path / ".building", np.dtype("<u2"), {}, [])
+    with pytest.raises(DataError, match="another process"):
+        build(corpus, tmp_path)
+    held.close()
+    build(corpus, tmp_path)
+
+
+def random_records(n, seed):
+    rng = np.random.default_rng(seed)
+    records = np.zeros(n, dtype=spool.DOCUMENT)
+    records["hash"] = rng.integers(0, 2**64, n, dtype=np.uint64)
+    records["hash"][rng.integers(0, n, n // 4)] = records["hash"][rng.integers(0, n, n // 4)]
+    records["n_tokens"] = rng.integers(1, 300, n)
+    return records
+
+
+def naive(records, dedup, val_fraction, val_docs, shard_tokens, least):
+    """Documents of each shard by split: lists in memory."""
+    hashes, seen, kept = records["hash"].tolist(), set(), []
+    for i, value in enumerate(hashes):
+        if not (dedup and value in seen):
+            kept.append(i)
+        seen.add(value)
+    chosen = sum(hashes[i] < int(val_fraction * 2.0**64) for i in kept)
+    chosen = val_docs if val_docs is not None else max(chosen, 1) if val_fraction > 0 else 0
+    val = set(sorted(kept, key=lambda i: (hashes[i], i))[:chosen])
+    out = {}
+    for split, documents, at_least in (("train", [i for i in kept if i not in val], least), ("val", sorted(val), 1)):
+        total = sum(int(records["n_tokens"][i]) for i in documents)
+        shards = [[] for _ in range(min(max(math.ceil(total / shard_tokens), at_least, 1), len(documents)))]
+        heap = [(0, shard) for shard in range(len(shards))]
+        for i in documents:
+            size, shard = heap[0]
+            shards[shard].append(i)
+            heapq.heapreplace(heap, (size + int(records["n_tokens"][i]), shard))
+        if shards:
+            out[split] = shards
+    return out, len(hashes) - len(set(hashes))
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+@pytest.mark.parametrize(
+    ("val_fraction", "val_docs"), [(0.1, None), (0, None), (1e-12, None), (0.5, None), (0.1, 0), (0.1, 1), (0.1, 37)]
+)
+@pytest.mark.parametrize("n", [3, 64, 65, 700])
+def test_layout_is_that_of_lists_in_memory(tmp_path, dedup, val_fraction, val_docs, n):
+    records = random_records(n, seed=n)
+    if val_docs is not None and val_docs >= n:
+        with pytest.raises(DataError, match=f"val_docs = {val_docs}"):
+            layout.choose_validation(records, None, val_fraction, val_docs)
+        return
+    copies, count = layout.mark_copies(records, tmp_path)
+    left_out = copies if dedup else None
+    validation = layout.choose_validation(records, left_out, val_fraction, val_docs)
+    made = layout.assign(records, left_out, validation, tmp_path, 500, 8)
+    want, want_count = naive(records, dedup, val_fraction, val_docs, 500, 8)
+    assert count == want_count and list(made.sizes) == list(want)
+    assert [size for sizes in made.sizes.values() for size in sizes] == [len(s) for part in want.values() for s in part]
+    assert made.members.tolist() == [i for part in want.values() for shard in part for i in shard]
