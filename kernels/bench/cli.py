@@ -10,7 +10,7 @@ from typing import Any
 def add_bench_parser(subparsers: Any) -> None:
     """Add `bench` and its actions to an argparse subparsers object; `func(args)` gives the exit code."""
     parser = subparsers.add_parser("bench", help="measure speed and memory on this machine")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{kernels,export,ledger}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{kernels,export,ledger,gpu}")
     text = (
         "Time DLA beside PyTorch's attention and fla's linear ones in one run, with memory and the share of the "
         "floating-point and traffic floor. On a CPU: the chunkwise path against the token recurrence; exit code 1 "
@@ -28,6 +28,7 @@ def add_bench_parser(subparsers: Any) -> None:
         "--budget", type=float, metavar="S", help="seconds of repeats a measurement (default: 0.5; CPU: 1.5)"
     )
     kernels.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
+    kernels.add_argument("--decode-only", action="store_true", help="time one token on caches of long contexts, only")
     kernels.add_argument(
         "--tune", action="store_true", help="CUDA only: find and write this GPU's launch configurations"
     )
@@ -55,8 +56,21 @@ def add_bench_parser(subparsers: Any) -> None:
     ledger.add_argument("--arch", type=int, choices=(80, 90, 100), help="compile for sm_ARCH (default: 90)")
     ledger.add_argument("--gpu", choices=("a100", "h100", "h200", "b200"), help="default: the architecture's")
     ledger.add_argument("--counts-only", action="store_true", help="compile nothing and predict nothing: seconds")
+    ledger.add_argument(
+        "--measure", action="store_true", help="on a CUDA device: run the step, and print measured times"
+    )
     ledger.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
     ledger.set_defaults(func=_ledger)
+    text = (
+        "Everything that a GPU is needed for, in under nine minutes: each stage in a process of its own and under its "
+        "own time limit, with the results of the finished ones on disk. Exit code 1 where a stage failed."
+    )
+    gpu = actions.add_parser("gpu", help="all checks and measurements of a GPU", description=text)
+    gpu.add_argument("--stages", nargs="+", metavar="NAME", help="only these (default: all, in the order of the table)")
+    gpu.add_argument("--limit", type=float, default=535.0, metavar="S", help="seconds for all of them (default: 535)")
+    gpu.add_argument("--seed", type=int, help="of the random inputs (default: the time; it is printed)")
+    gpu.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
+    gpu.set_defaults(func=_gpu)
 
 
 def _kernels(args: argparse.Namespace) -> int:
@@ -69,6 +83,12 @@ def _export(args: argparse.Namespace) -> int:
     from .export import bench_export
 
     return bench_export(args)
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    from .gpu import bench_gpu
+
+    return bench_gpu(args)
 
 
 def _ledger(args: argparse.Namespace) -> int:

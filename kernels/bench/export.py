@@ -40,8 +40,8 @@ def demo_model() -> dict[str, Any]:
     return yaml.safe_load((resource("configs") / "demo_cpu.yaml").read_text())["model"]
 
 
-def exported(backbone: str) -> Any:
-    """A model with random weights, run from the files that `dla convert to-hf` writes."""
+def exported(backbone: str, model: dict[str, Any] | None = None) -> Any:
+    """A model with random weights, run from the files that `dla convert to-hf` writes; `model` as `demo_model`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_dla.hf.code_files import code_files
@@ -52,7 +52,8 @@ def exported(backbone: str) -> Any:
         for name, path in code_files().items():
             shutil.copyfile(path, directory / name)
         classes = {"AutoConfig": "configuration_dla.DLAConfig", "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM"}
-        fields = {"model_type": "dla", "auto_map": classes, **demo_model(), "vocab_size": VOCAB, "backbone": backbone}
+        fields = {"model_type": "dla", "auto_map": classes, "vocab_size": VOCAB, **(model or demo_model())}
+        fields["backbone"] = backbone
         if backbone == "mamba2":
             fields["num_groups"] = 1
         (directory / "config.json").write_text(json.dumps(fields))

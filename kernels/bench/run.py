@@ -97,7 +97,7 @@ def bench_kernels(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, sweep: Sweep, facts: dict[str, Any], name: str) -> int:
     begin, device = time.monotonic(), sweep.device
-    stem = f"kernels_{gpu_slug(facts['gpu']) if device.type == 'cuda' else 'cpu'}"
+    stem = f"{'decode' if args.decode_only else 'kernels'}_{gpu_slug(facts['gpu']) if device.type == 'cuda' else 'cpu'}"
     partial = args.out / f"{stem}.partial.json"  # what is left of a run that was stopped
     verdicts: list[tuple[bool, str]] = []
 
@@ -118,10 +118,11 @@ def _measure(args: argparse.Namespace, sweep: Sweep, facts: dict[str, Any], name
         report.write_json(partial, results())
 
     print(report.header())
-    run_sweep(sweep, show)
-    contexts = [c for c in CONTEXTS[device.type] if c <= 8 * max(sweep.lengths)]
+    if not args.decode_only:
+        run_sweep(sweep, show)
+    contexts = [c for c in CONTEXTS[device.type] if args.decode_only or c <= 8 * max(sweep.lengths)]
     run_decode(sweep, contexts, show)
-    if device.type == "cpu":
+    if device.type == "cpu" and not args.decode_only:
         targets.look_again(sweep)
         sweep.records += targets.recurrence_records(sweep, show)
         verdicts = targets.check_targets(sweep.records, sweep.lengths)
@@ -131,6 +132,8 @@ def _measure(args: argparse.Namespace, sweep: Sweep, facts: dict[str, Any], name
     partial.unlink(missing_ok=True)
     print(f"wrote {path} ({time.monotonic() - begin:.0f} s)")
     title = f"{name}, torch {facts['torch']}, {facts['date'][:10]}, H = {sweep.heads}, B = 1"
+    if args.decode_only:
+        return 0
     plot = report.draw(args.out / f"{stem}.png", sweep.records, title)
     print(f"wrote {plot}" if plot else "plot left out: matplotlib is not installed")
     return 0 if all(passed for passed, _ in verdicts) else 1

@@ -19,6 +19,7 @@ def add_smoke_parser(subparsers: Any) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--out", type=Path, default=Path("runs/smoke"), metavar="DIR", help="default: runs/smoke")
     parser.add_argument("--seed", type=int, help="of the random inputs (default: the time; it is printed)")
+    parser.add_argument("--kernels-only", action="store_true", help="leave training, export and generation out")
     parser.add_argument("--keep", action="store_true", help="keep the model and its data if all stages pass")
     parser.set_defaults(func=_smoke)
 
@@ -26,4 +27,4 @@ def add_smoke_parser(subparsers: Any) -> None:
 def _smoke(args: argparse.Namespace) -> int:
     from megatron_dla.smoke.run import smoke
 
-    return smoke(args.device, args.out, seed=args.seed, keep=args.keep)
+    return smoke(args.device, args.out, seed=args.seed, keep=args.keep, kernels_only=args.kernels_only)

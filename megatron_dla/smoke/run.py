@@ -22,7 +22,9 @@ TRAINING = "training, a few dozen steps"
 EXPORT = "export to Hugging Face and back, equal logits"
 
 
-def smoke(device: str | None, out: Path, *, seed: int | None = None, keep: bool = False) -> int:
+def smoke(
+    device: str | None, out: Path, *, seed: int | None = None, keep: bool = False, kernels_only: bool = False
+) -> int:
     """Run all stages and write `out`/smoke_<device>.json. Returns 0 if nothing failed, else 1.
 
     Raises:
@@ -36,7 +38,7 @@ def smoke(device: str | None, out: Path, *, seed: int | None = None, keep: bool 
     seed = int(time.time()) % 2**31 if seed is None else seed
     work = out / f"work-{time.strftime('%Y%m%d-%H%M%S')}-{seed}"
     work.mkdir(parents=True)
-    stages = Stages(total=9)
+    stages = Stages(total=6 if kernels_only else 9)
     threads = torch.get_num_threads()
     if where.type == "cpu":
         torch.set_num_threads(1)  # the checks are many small operations
@@ -50,16 +52,17 @@ def smoke(device: str | None, out: Path, *, seed: int | None = None, keep: bool 
     stages.run("kernels: decoding against the full pass", checker.decoding)
     stages.run("Triton kernels on a GPU", lambda: _triton(where, backend))
     torch.set_num_threads(threads)
-    model = ModelSmoke(where.type, RECIPES[where.type], work.resolve(), seed, stages)
-    stages.run(TRAINING, model.train)
-    stages.run(EXPORT, model.export, needs=TRAINING)
-    stages.run("generation, constant cache", model.generate, needs=EXPORT)
+    if not kernels_only:
+        model = ModelSmoke(where.type, RECIPES[where.type], work.resolve(), seed, stages)
+        stages.run(TRAINING, model.train)
+        stages.run(EXPORT, model.export, needs=TRAINING)
+        stages.run("generation, constant cache", model.generate, needs=EXPORT)
     passed = stages.summary()
     seconds = round(time.monotonic() - begin, 1)
     record: dict[str, Any] = {**facts, "seed": seed, "backend": backend, "wall_s": seconds, "passed": passed}
     path = write_json(out / f"smoke_{where.type}.json", {**record, "stages": stages.as_dicts()})
     print(f"{seconds:.0f} s in total; wrote {path}")
-    if passed and not keep:
+    if kernels_only or (passed and not keep):
         shutil.rmtree(work, ignore_errors=True)
     else:
         print(f"the model and its data are in {work}")

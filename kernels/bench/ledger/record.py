@@ -92,6 +92,11 @@ class Recording:
         component = component or components.OTHER
         self.events.append(Event(kind, name, component, backward, nbytes, flops, launch, self.in_micro_batch))
 
+    def component(self, kernel: str = "") -> str:
+        """Component of what runs now; of a launch of a Triton kernel, by its name."""
+        found, _ = self._where()
+        return (components.of_kernel(kernel, found) if kernel else found) or components.OTHER
+
     def _where(self) -> tuple[str | None, bool]:
         """Component of what runs now: by the call stack, and in autograd's C++ nodes by that of their forward."""
         found = components.component_of()
@@ -266,7 +271,7 @@ def record(compile_for: int | None = None) -> Iterator[Recording]:
 
 
 @contextlib.contextmanager
-def _patched_launches(run: Callable[..., Any]) -> Iterator[None]:
+def patched_launches(run: Callable[..., Any]) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     stock = JITFunction.run
@@ -291,7 +296,7 @@ def _not_compiled(recording: Recording) -> Iterator[None]:
     active = driver._active
     driver.set_active(stub_driver(90))
     try:
-        with _patched_launches(run):
+        with patched_launches(run):
             yield
     finally:
         driver._active = active
@@ -313,5 +318,5 @@ def _compiled(arch: int, recording: Recording) -> Iterator[None]:
             recording.add("triton", self.__name__, argument_bytes(launch.arguments), launch=launch)
             return kernel
 
-        with _patched_launches(run):
+        with patched_launches(run):
             yield

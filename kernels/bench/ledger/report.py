@@ -85,20 +85,23 @@ def facts(config: RunConfig, recording: Recording, gpu: Gpu | None) -> dict[str,
 
 def table(found: dict[str, Any]) -> str:
     """One line a component, then one a kernel."""
-    guess = found.get("predicted")
+    guess, seen = found.get("predicted"), found.get("measured")
     head = f"{'':24s} {'launches':>8s} {'triton':>7s} {'syncs':>6s} {'copies':>6s} {'TFLOP':>8s} {'GB':>8s}"
-    lines = [head + (f" {'predicted ms':>13s}" if guess else "")]
+    times = {title: part["ms"] for title, part in (("predicted ms", guess), ("measured ms", seen)) if part}
+    lines = [head + "".join(f" {title:>13s}" for title in times)]
     for name, row in [*found["components"].items(), ("sum", found["total"])]:
         line = (
             f"{name:24s} {row['launches']:8d} {row['triton']:7d} {row['syncs']:6d} {row['copies']:6d} "
             f"{row['flops'] / 1e12:8.2f} {row['bytes'] / 1e9:8.2f}"
         )
-        if guess:
-            line += f" {sum(guess['ms'].values()) if name == 'sum' else guess['ms'].get(name, 0.0):13.2f}"
+        for ms in times.values():
+            line += f" {sum(ms.values()) if name == 'sum' else ms.get(name, 0.0):13.2f}"
         lines.append(line)
     lines += [f"{name.replace('_', ' ')}: {_text(value)}" for name, value in found["quantities"].items()]
     if guess:
         lines += ["", *kernel_lines(found["kernels"]), "", conclusion(guess)]
+    if seen:
+        lines.append(measured_conclusion(seen))
     return "\n".join(lines)
 
 
@@ -127,4 +130,14 @@ def conclusion(guess: dict[str, Any]) -> str:
         f"predicted on one {guess['gpu']}: {guess['micro_batch_ms']:.0f} ms a micro batch, "
         f"{guess['step_ms'] / 1e3:.2f} s a step of {guess['micro_batches_a_step']}, "
         f"{guess['tokens_per_s']:,.0f} tokens/s, MFU {guess['mfu']:.1%}"
+    )
+
+
+def measured_conclusion(seen: dict[str, Any]) -> str:
+    """What `measure` found, in words."""
+    memory = "" if seen["peak_bytes"] is None else f", {seen['peak_bytes'] / 1e9:.1f} GB at most"
+    mfu = "" if seen["mfu"] is None else f", MFU {seen['mfu']:.1%}"
+    return (
+        f"measured on {seen['device']} (torch {seen['torch']}): {seen['step_ms']:.0f} ms a micro batch with its "
+        f"update, {seen['tokens_per_s']:,.0f} tokens/s{mfu}{memory}"
     )

@@ -1,4 +1,4 @@
-"""`dla bench ledger`: record the step of a config, print the table, write the JSON."""
+"""`dla bench ledger`: record the step of a config, on a GPU also measure it, print the table, write the JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from megatron_dla.config import RunConfig, load_config
 from megatron_dla.errors import UserError
@@ -46,6 +48,8 @@ def count(config: RunConfig, compile_for: int | None = None) -> Recording:
 
 def bench_ledger(args: argparse.Namespace) -> int:
     """Exit code 0. Raises UserError for a config that cannot be counted."""
+    if args.measure and not torch.cuda.is_available():
+        raise UserError("--measure: no CUDA device on this machine: leave it out")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("TRITON_INTERPRET is set: launches would run in the interpreter and not be counted; unset it")
     config = ledger_config(args.config, args.tokens)
@@ -56,6 +60,10 @@ def bench_ledger(args: argparse.Namespace) -> int:
         found = facts(config, count(config), None)
     else:
         found = facts(config, count(config, ARCH[name]), GPUS[name])
+    if args.measure:
+        from .measure import measure
+
+        found["measured"] = measure(config, torch.device("cuda"))
     print(table(found))
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"ledger_{config.run.name}.json"

@@ -1,4 +1,6 @@
-"""One real training step of a config on meta tensors: the Megatron model, `train_step`, and what ZeRO does around it.
+"""One real training step of a config: the Megatron model, `train_step`, and what ZeRO does around it.
+
+On meta tensors to be counted, on a device to be measured.
 
 DeepSpeed's engine is not run; `CountedEngine` stands for it and carries out what its ZeRO-1 step in bf16 does: fp32
 sums of gradients, norm, clipping, AdamW on the fp32 master weights, cast back to bf16.
@@ -20,6 +22,7 @@ from megatron_dla.config import RunConfig
 
 from .record import Recording
 
+META = torch.device("meta")
 DOCUMENTS = 8  # documents of equal length in a row, where the config resets at documents
 
 
@@ -31,10 +34,10 @@ class CountedEngine:
     def __init__(self, model: nn.Module, accumulation: int, clip: float) -> None:
         self.module, self.micro, self.accumulation, self.clip = model, 0, accumulation, clip
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.sums = [torch.zeros(p.shape, device="meta") for p in self.parameters]
-        self.masters = [torch.zeros(p.shape, device="meta") for p in self.parameters]
-        self.moments = [[torch.zeros(p.shape, device="meta") for p in self.parameters] for _ in range(2)]
-        self.steps = [torch.ones((), device="meta") for _ in self.parameters]
+        self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
+        self.sums = [torch.zeros_like(p) for p in self.masters]
+        self.moments = [[torch.zeros_like(p) for p in self.masters] for _ in range(2)]
+        self.steps = [torch.ones((), device=p.device) for p in self.masters]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.module(*args, **kwargs)
@@ -72,11 +75,20 @@ class CountedEngine:
             parameter.copy_(master)
 
 
-@contextlib.contextmanager
-def one_process() -> Iterator[Any]:
-    """Megatron's groups of one process whose collectives do nothing, and `meta` as the current device."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+def _start_distributed(device: torch.device) -> None:
+    """A group of one process; for meta tensors, of collectives that do nothing."""
+    if device.type == "meta":
+        from torch.testing._internal.distributed.fake_pg import FakeStore
 
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@contextlib.contextmanager
+def one_process(device: torch.device = META) -> Iterator[Any]:
+    """Megatron's groups of one process on `device`."""
     from megatron_dla.parallel.groups import process_groups
 
     if dist.is_initialized():
@@ -85,54 +97,56 @@ def one_process() -> Iterator[Any]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    device = torch.cuda.current_device
+    _start_distributed(device)
+    current = torch.cuda.current_device
     try:
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         model_parallel_cuda_manual_seed(0)
-        torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment, return-value]
+        if device.type == "meta":
+            torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
         yield process_groups()
     finally:
-        torch.cuda.current_device = device
+        torch.cuda.current_device = current
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
-def packed_batch(rows: int, tokens: int, documents: int = DOCUMENTS) -> Any:
-    """A micro batch of `rows` rows of equal documents."""
+def packed_batch(rows: int, tokens: int, vocabulary: int, documents: int = DOCUMENTS) -> Any:
+    """A micro batch of `rows` equal rows of equal documents of random tokens."""
     from megatron_dla.data.packing import make_batch, pack_row
 
-    window = np.ones(tokens + 1, dtype=np.int64)
+    window = np.random.default_rng(0).integers(1, vocabulary, tokens + 1)
     window[[tokens * (i + 1) // documents - 1 for i in range(documents - 1)]] = 0
     return make_batch([pack_row(window, 0)] * rows, list(range(rows)))
 
 
 class Step:
-    """The model of a config on meta tensors and one optimizer step of it."""
+    """The model of a config on a device and one optimizer step of it."""
 
-    def __init__(self, config: RunConfig, groups: Any, micro_batches: int = 1) -> None:
+    def __init__(self, config: RunConfig, groups: Any, micro_batches: int = 1, device: torch.device = META) -> None:
         from megatron_dla.model.gpt import build_model
         from megatron_dla.tasks.pretrain import ASSUMED_VOCABULARY
 
-        self.config, self.groups, self.T = config, groups, config.data.seq_len
+        self.config, self.groups, self.device, self.T = config, groups, device, config.data.seq_len
         self.vocabulary = ASSUMED_VOCABULARY
         model = build_model(
-            config.model, config.parallel, vocab_size=self.vocabulary, seq_len=self.T, seed=None, dtype=torch.bfloat16,
-            device="meta", backend="triton", recompute=config.training.recompute,
+            config.model, config.parallel, vocab_size=self.vocabulary, seq_len=self.T, dtype=torch.bfloat16,
+            seed=None if device.type == "meta" else config.run.seed, device=device.type,
+            backend="torch" if device.type == "cpu" else "triton", recompute=config.training.recompute,
         )  # fmt: skip
         self.engine = CountedEngine(model.train(), micro_batches, config.optimizer.clip_grad)
-        self.batches = [packed_batch(config.training.micro_batch_size, self.T)] * micro_batches
+        self.batches = [packed_batch(config.training.micro_batch_size, self.T, self.vocabulary)] * micro_batches
 
     def run(self, recording: Recording) -> None:
         """One `train_step`, recorded."""
         from megatron_dla.model.gpt import packed_sequence
         from megatron_dla.training.step import train_step
 
-        device, resets = torch.device("meta"), self.config.data.reset_at_documents
+        resets = self.config.data.reset_at_documents
 
         def pack(batch: Any) -> Any:
             recording.in_micro_batch = True
             return packed_sequence(batch.cu_seqlens if resets else None, self.T)
 
         self.engine.recording = recording
-        train_step(self.engine, self.batches, self.groups, device, pack)
+        train_step(self.engine, self.batches, self.groups, self.device, pack)
