@@ -31,11 +31,14 @@ from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 from megatron_dla.files import file_sha256, write_bytes, write_json
 from megatron_dla.shard_index import (
+    ENDS,
     INDEX_NAME,
     MIN_TRAIN_SHARDS,
+    RECORDS,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
     TOKENIZER_NAME,
+    TOKENS,
     ShardIndex,
     ShardInfo,
 )
@@ -91,34 +94,30 @@ class _Writer:
 
     def _write(self, path: Path, split: str, members: np.ndarray, tokens: int) -> ShardInfo:
         records = self.records[members]
-        _write_shard(path, self._documents(records, tokens))
+        _write_shard(path, *self._content(records, tokens))
         return ShardInfo(
             name=path.name, split=split, bytes=path.stat().st_size, sha256=file_sha256(path), documents=len(records),
             tokens=int(records["n_tokens"].sum()), text_bytes=int(records["n_bytes"].sum()),
         )  # fmt: skip
 
-    def _documents(self, records: np.ndarray, file: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        dtype = self.spool.dtype
-        for start, n_tokens, n_bytes, _, number, record in records.tolist():
-            content = os.pread(file, n_tokens * dtype.itemsize, start * dtype.itemsize)
-            source = self.source.name(number, record)
-            yield np.frombuffer(content, dtype), {"source": source, "n_tokens": n_tokens, "n_bytes": n_bytes}
+    def _content(self, records: np.ndarray, file: int) -> tuple[np.ndarray, np.ndarray, dict[str, list[Any]]]:
+        """Tokens, the end of each document in them, and the documents' sources and sizes."""
+        size = self.spool.dtype.itemsize
+        where = zip((records["start"] * size).tolist(), (records["n_tokens"] * size).tolist(), strict=True)
+        content = b"".join(os.pread(file, length, start) for start, length in where)
+        names = map(self.source.name, records["file"].tolist(), records["number"].tolist())
+        columns = {"sources": list(names), "n_bytes": records["n_bytes"].tolist()}
+        return np.frombuffer(content, self.spool.dtype), np.cumsum(records["n_tokens"].astype(np.int64)), columns
 
 
-def _write_shard(path: Path, documents: Iterator[tuple[np.ndarray, dict[str, Any]]]) -> None:
+def _write_shard(path: Path, tokens: np.ndarray, ends: np.ndarray, columns: dict[str, list[Any]]) -> None:
     import webdataset as wds
 
     with open(path, "wb") as file:
         # with the time of the build, two builds of the same data would differ
         with wds.TarWriter(file, encoder=False, mtime=0) as writer:
-            for number, (tokens, record) in enumerate(documents):
-                writer.write(
-                    {
-                        "__key__": f"{path.stem}-{number:06d}",
-                        "npy": _npy(tokens),
-                        "json": json.dumps(record, ensure_ascii=False).encode(),
-                    }
-                )
+            sample = {TOKENS: _npy(tokens), ENDS: _npy(ends), RECORDS: json.dumps(columns, ensure_ascii=False).encode()}
+            writer.write({"__key__": path.stem, **sample})
         file.flush()
         os.fsync(file.fileno())
 
@@ -164,8 +163,9 @@ def build_shards(
     A build that was stopped, or failed, goes on where it was if it is called again with the same inputs, tokenizer,
     seed and reading options (`skip_bad` may differ); after changes of some files, from the first of them.
 
-    A sample is `<key>.npy` (uint16, or uint32 above 65,536 tokens: [n_tokens], the last is eos) and `<key>.json`
-    (`source`, `n_tokens`, `n_bytes`). Empty documents are skipped. Raises DataError for inputs that cannot be
+    A shard holds one sample, named like the file: `tokens.npy` (uint16, or uint32 above 65,536 tokens: [n_tokens], eos
+    ends each document), `ends.npy` (int64 [documents], where each ends) and `records.json` (`sources` and `n_bytes`, of
+    each document). Empty documents are skipped. Raises DataError for inputs that cannot be
     read, bad arguments, an existing index without `overwrite`, or if no document would be left for training.
     """
     if not 0 <= val_fraction < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,29 +75,28 @@ def verify_shards(directory: str | os.PathLike[str], *, deep: bool = True) -> Ve
 
 
 def _problems(root: Path, index: ShardIndex, shard: ShardInfo, token_bytes: np.ndarray | None, deep: bool) -> list[str]:
-    from megatron_dla.data.shards import ShardReader, read_samples  # imports torch, which the rest does without
+    from megatron_dla.data.shards import ShardReader, read_records  # imports torch, which the rest does without
 
     if problem := shard.file_problem(root, checksum=True):
         return [problem]
     if not deep:
         return []
     try:
-        documents = ShardReader(index, shard.split, verify="none", root=root).read(shard)
-        records = [json.loads(sample["json"]) for sample in read_samples(root / shard.path)]
-        sizes = [(record["n_tokens"], record["n_bytes"]) for record in records]
+        documents = ShardReader(index, shard.split, verify="none", root=root).read(shard).split()
+        sizes = [int(record["n_bytes"]) for record in read_records((root / shard.path).read_bytes())]
     except (DataError, KeyError, TypeError, ValueError) as error:
         return [f"{type(error).__name__}: {error}"]
+    if len(sizes) != len(documents):
+        return [difference("records", len(documents), len(sizes))]
     problems = []
-    for number, (tokens, (n_tokens, n_bytes)) in enumerate(zip(documents, sizes, strict=True)):
+    for number, (tokens, n_bytes) in enumerate(zip(documents, sizes, strict=True)):
         name = f"document {number}"
-        if len(tokens) != n_tokens:
-            problems.append(f"{name}: {difference('n_tokens', n_tokens, len(tokens))}")
         if (top := int(tokens.max())) >= index.vocab_size:
             problems.append(f"{name}: token {top} is not below vocab_size {index.vocab_size}")
         elif token_bytes is not None and (found := int(token_bytes[tokens].sum())) != n_bytes:
             problems.append(f"{name}: {difference('n_bytes', n_bytes, found)} as the sum over its tokens")
         if (inside := np.flatnonzero(tokens[:-1] == index.eos_id)).size:
             problems.append(f"{name}: eos {index.eos_id} at token {inside[0]}, before the end")
-    if (total := sum(size[1] for size in sizes)) != shard.text_bytes:
+    if (total := sum(sizes)) != shard.text_bytes:
         problems.append(difference("text_bytes", shard.text_bytes, total))
     return problems

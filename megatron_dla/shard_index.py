@@ -12,7 +12,9 @@ from typing import Any
 from megatron_dla.errors import DataError
 from megatron_dla.files import file_sha256, write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)  # 1: shards with a sample for each document
+TOKENS, ENDS, RECORDS = "tokens.npy", "ends.npy", "records.json"  # the members of a shard, after its key
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
@@ -94,10 +96,10 @@ class ShardIndex:
         except (OSError, ValueError) as error:
             raise DataError(f"{file}: not a readable index ({error}); {REBUILD}") from error
         version = raw.get("format_version") if isinstance(raw, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in _READABLE:
             raise DataError(
-                f"{file}: format_version = {version!r}, but this megatron-dla reads {FORMAT_VERSION}; use the "
-                "version that wrote it, or rebuild with `dla data shards ... --overwrite`"
+                f"{file}: format_version = {version!r}, but this megatron-dla reads {FORMAT_VERSION} and older; use "
+                "the version that wrote it, or rebuild with `dla data shards ... --overwrite`"
             )
         try:
             index = cls(**{**raw, "shards": [ShardInfo(**shard) for shard in raw["shards"]]})

@@ -1,24 +1,47 @@
-"""Reads one shard at a time: checked against the index, read with webdataset, in an order fixed by seed and epoch.
+"""Reads one shard at a time: checked against the index, in an order fixed by seed and epoch.
 
-webdataset itself repeats one shard order every epoch, shuffles with global generators, does not notice
-flipped payload bytes and can stop early at a truncated file; so the order and the checks are implemented here.
+A shard is a WebDataset tar with one sample: all tokens, where each document ends, and a record of the documents'
+sources. Shards of index format 1 have a sample for each document, and are read as well. webdataset itself repeats one
+shard order every epoch, shuffles with global generators, does not notice flipped payload bytes and can stop early at a
+truncated file; so order, checks and reading are implemented here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
+import tarfile
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from megatron_dla.errors import DataError
-from megatron_dla.shard_index import REBUILD, ShardIndex, ShardInfo, difference
+from megatron_dla.shard_index import ENDS, REBUILD, TOKENS, ShardIndex, ShardInfo, difference
 
 Verify = Literal["sha256", "size", "none"]
 _checked: set[tuple[str, int, int, str]] = set()  # (path, size, mtime, sha256) that this process has verified
+
+
+class Documents(NamedTuple):
+    """The documents of a shard: `tokens` uint16 or uint32 [n_tokens], each document ending with eos, and `ends` int64
+    [documents], where each ends in `tokens`."""
+
+    tokens: np.ndarray
+    ends: np.ndarray
+
+    def split(self) -> list[np.ndarray]:
+        """The tokens of each document, views of `tokens`."""
+        ends = self.ends.tolist()
+        return [self.tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def ordered(self, order: np.ndarray) -> Documents:
+        """The documents in another order, copied; `order`: int64 [documents]."""
+        parts = self.split()
+        ends = np.cumsum(np.diff(self.ends, prepend=0)[order])
+        return Documents(np.concatenate([parts[i] for i in order.tolist()]), ends)
 
 
 def permutation(n: int, *key: object) -> np.ndarray:
@@ -65,55 +88,82 @@ class ShardReader:
         """Order of a shard's documents in an epoch, int64 [documents]."""
         return permutation(shard.documents, "documents", seed, epoch, shard.path)
 
-    def read(self, shard: ShardInfo) -> list[np.ndarray]:
-        """All documents of a shard in stored order, each uint16 or uint32 [n_tokens] ending with eos.
+    def read(self, shard: ShardInfo) -> Documents:
+        """All documents of a shard in stored order.
 
         Raises DataError, naming the shard, if it is missing, differs from the index in size, checksum,
         documents or tokens, or contains anything but token arrays.
         """
         path = self.root / shard.path
-        if self.verify != "none":
-            self._check_file(path, shard)
         try:
-            documents = read_tokens(path)
-        except Exception as error:  # tarfile, webdataset and numpy raise many types for damaged bytes
+            status, content = path.stat(), path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); {REBUILD}") from error
+        if self.verify != "none" and len(content) != shard.bytes:
+            raise _mismatch(path, "bytes", shard.bytes, len(content))
+        if self.verify == "sha256":
+            key = (str(path.resolve()), status.st_size, status.st_mtime_ns, shard.sha256)
+            if key not in _checked and (digest := _sha256(content)) != shard.sha256:
+                raise _mismatch(path, "sha256", shard.sha256, digest)
+            _checked.add(key)
+        try:
+            documents = read_documents(content)
+        except Exception as error:  # tarfile and numpy raise many types for damaged bytes
             raise DataError(f"{path}: damaged shard ({type(error).__name__}: {error}); {REBUILD}") from error
-        if len(documents) != shard.documents:
-            raise _mismatch(path, "documents", shard.documents, len(documents))
-        if (tokens := sum(len(document) for document in documents)) != shard.tokens:
-            raise _mismatch(path, "tokens", shard.tokens, tokens)
-        for number, document in enumerate(documents):
-            if (kind := f"{document.ndim}-d {document.dtype}") != (want := f"1-d {self.index.dtype}"):
-                raise _mismatch(path, f"document {number}", want, kind)
-            if not len(document) or document[-1] != self.index.eos_id:
-                raise DataError(f"{path}: document {number} does not end with eos {self.index.eos_id}; {REBUILD}")
+        self._check(path, shard, documents)
         return documents
 
-    def _check_file(self, path: Path, shard: ShardInfo) -> None:
-        key = None
-        if self.verify == "sha256" and path.is_file():
-            stat = path.stat()
-            key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, shard.sha256)
-        if problem := shard.file_problem(self.root, checksum=key is not None and key not in _checked):
-            raise DataError(f"{path}: {problem}; {REBUILD}")
-        if key is not None:
-            _checked.add(key)
+    def _check(self, path: Path, shard: ShardInfo, documents: Documents) -> None:
+        tokens, ends = documents
+        if len(ends) != shard.documents:
+            raise _mismatch(path, "documents", shard.documents, len(ends))
+        if len(tokens) != shard.tokens:
+            raise _mismatch(path, "tokens", shard.tokens, len(tokens))
+        if (kind := f"{tokens.ndim}-d {tokens.dtype}") != (want := f"1-d {self.index.dtype}"):
+            raise _mismatch(path, "tokens", want, kind)
+        if np.any(np.diff(ends, prepend=0) < 1) or ends[-1] != len(tokens):
+            raise DataError(f"{path}: the documents do not end where their tokens do; {REBUILD}")
+        if (wrong := np.flatnonzero(tokens[ends - 1] != self.index.eos_id)).size:
+            raise DataError(f"{path}: document {wrong[0]} does not end with eos {self.index.eos_id}; {REBUILD}")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _mismatch(path: Path, what: str, expected: object, found: object) -> DataError:
     return DataError(f"{path}: {difference(what, expected, found)}; {REBUILD}")
 
 
-def read_samples(path: Path) -> list[dict[str, bytes]]:
-    """The raw samples of a tar file: `__key__`, `npy`, `json`. Raises whatever webdataset and tarfile raise."""
-    import webdataset as wds
+def _members(content: bytes) -> dict[str, memoryview]:
+    """{name: content} of a tar file."""
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            found[member.name] = memoryview(content)[member.offset_data : member.offset_data + member.size]
+            if len(found[member.name]) != member.size:
+                raise EOFError(f"{member.name} is cut off")
+    return found
 
-    pipeline = wds.DataPipeline(
-        wds.SimpleShardList([str(path.absolute())]), wds.tarfile_to_samples(handler=wds.reraise_exception)
-    )
-    return list(pipeline)
+
+def _array(content: memoryview) -> np.ndarray:
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def read_tokens(path: Path) -> list[np.ndarray]:
-    """The token arrays of a tar file, unchecked."""
-    return [np.load(io.BytesIO(sample["npy"]), allow_pickle=False) for sample in read_samples(path)]
+def read_documents(content: bytes) -> Documents:
+    """The documents of a tar file, unchecked. Raises whatever tarfile and numpy raise."""
+    members = {name: part for name, part in _members(content).items() if name.endswith(".npy")}
+    fields = {name.partition(".")[2]: part for name, part in members.items()}
+    if TOKENS in fields:
+        return Documents(_array(fields[TOKENS]), _array(fields[ENDS]).astype(np.int64))
+    documents = [_array(part) for part in members.values()]
+    return Documents(np.concatenate(documents), np.cumsum([len(document) for document in documents]))
+
+
+def read_records(content: bytes) -> list[dict[str, Any]]:
+    """`source` and `n_bytes` (of text) of each document in a tar file. Raises whatever tarfile and json raise."""
+    records = [json.loads(bytes(part)) for name, part in _members(content).items() if name.endswith(".json")]
+    if len(records) == 1 and "sources" in records[0]:
+        columns = records[0]
+        return [{"source": s, "n_bytes": n} for s, n in zip(columns["sources"], columns["n_bytes"], strict=True)]
+    return records

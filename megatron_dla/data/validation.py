@@ -71,7 +71,7 @@ def _windows(reader: ShardReader, seq_len: int) -> Iterator[np.ndarray]:
     """Windows of seq_len + 1 tokens that overlap by one; the last may be shorter, but has at least two."""
     held = np.empty(0, dtype=np.int64)
     for shard in reader.shards:
-        held = np.concatenate([held, *reader.read(shard)])
+        held = np.concatenate([held, reader.read(shard).tokens])
         start = 0
         while len(held) - start > seq_len:
             yield held[start : start + seq_len + 1]

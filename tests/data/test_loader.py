@@ -1,18 +1,22 @@
 """Loader: one global order at every data-parallel size, exact resume, each document once per epoch, damage raises."""
 
+import io
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 
-from megatron_dla import shard_index as index_module
 from megatron_dla.data import ShardReader, TokenLoader, TokenStream, validation_batches
 from megatron_dla.data import shards as shards_module
 from megatron_dla.data_prep.shards import build_shards
 from megatron_dla.data_prep.tokenizer import train_tokenizer
+from megatron_dla.data_prep.verify import verify_shards
 from megatron_dla.errors import DataError
+from megatron_dla.files import file_sha256
 from megatron_dla.shard_index import ShardIndex
 
 T, ROWS, STREAMS, EOS = 16, 8, 4, 2
@@ -70,6 +74,37 @@ def test_global_rows_do_not_depend_on_the_number_of_ranks(made, size):
     assert torch.equal(global_steps(ranks(made, 1), 40), global_steps(ranks(made, size, micro_batch_size=2), 40))
 
 
+def rewrite_as_format_1(data):
+    """A sample for each document, as earlier versions wrote them."""
+    index = ShardIndex.load(data)
+    for i, shard in enumerate(index.shards):
+        path = data / shard.path
+        content = path.read_bytes()
+        documents, records = shards_module.read_documents(content).split(), shards_module.read_records(content)
+        with wds.TarWriter(str(path), encoder=False, mtime=0) as writer:
+            for number, (tokens, record) in enumerate(zip(documents, records, strict=True)):
+                npy = io.BytesIO()
+                np.save(npy, tokens)
+                record["n_tokens"] = len(tokens)
+                sample = {"npy": npy.getvalue(), "json": json.dumps(record).encode()}
+                writer.write({"__key__": f"{path.stem}-{number:06d}", **sample})
+        index.shards[i] = replace(shard, bytes=path.stat().st_size, sha256=file_sha256(path))
+    index.format_version = 1
+    index.save(data)
+
+
+def test_shards_of_format_1_give_the_same_rows_and_states(made, data):
+    rewrite_as_format_1(data)
+    verify_shards(data)
+    old, new = loader(data), loader(made)
+    for _ in range(40):
+        assert torch.equal(global_steps([old], 1), global_steps([new], 1))
+        assert old.state_dict()["streams"] == new.state_dict()["streams"]
+    resumed = loader(data)
+    resumed.load_state_dict(old.state_dict())
+    assert torch.equal(global_steps([resumed], 5), global_steps([new], 5))
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (4, 2), (2, 1)])
 def test_resume_at_any_step_equals_uninterrupted(made, before, after):
     total = 40  # over two epochs
@@ -101,7 +136,7 @@ def test_resume_reads_one_shard_a_stream(made, monkeypatch):
 
 def test_every_document_once_an_epoch_and_another_order_in_the_next(made):
     reader = ShardReader(made, "train")
-    stored = sorted(tuple(document.tolist()) for shard in reader.shards for document in reader.read(shard))
+    stored = sorted(tuple(document.tolist()) for shard in reader.shards for document in reader.read(shard).split())
     orders = []
     streams = [TokenStream(reader, j, STREAMS, seq_len=T, seed=0) for j in range(STREAMS)]
     for epoch in range(2):
@@ -148,7 +183,7 @@ def damage_flip(path):
 
 
 def damage_truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 // 512 * 512])
+    path.write_bytes(path.read_bytes()[:1024])
 
 
 @pytest.mark.parametrize(
@@ -170,8 +205,8 @@ def test_damaged_shard_raises_and_is_named(data, damage, verify, what):
 
 def test_checksum_is_computed_once_per_process_and_again_after_a_change(data, monkeypatch):
     calls = []
-    real = index_module.file_sha256
-    monkeypatch.setattr(index_module, "file_sha256", lambda path: calls.append(path.name) or real(path))
+    real = shards_module._sha256
+    monkeypatch.setattr(shards_module, "_sha256", lambda content: calls.append(1) or real(content))
     reader = ShardReader(data, "train")
     for _ in range(3):
         reader.read(reader.shards[0])
@@ -224,7 +259,7 @@ def test_states_that_do_not_fit(made, data):
 @pytest.mark.parametrize("max_rows", [None, 5])
 def test_validation_is_one_pass_of_equal_length_on_every_rank(made, max_rows):
     reader = ShardReader(made, "val")
-    tokens = np.concatenate([document for shard in reader.shards for document in reader.read(shard)]).astype(np.int64)
+    tokens = np.concatenate([reader.read(shard).tokens for shard in reader.shards]).astype(np.int64)
     count = -(-(len(tokens) - 1) // T)
     assert count > 6 and (len(tokens) - 1) % T, "the text should make an incomplete last row"
     for size in (1, 2, 4):

@@ -58,16 +58,16 @@ def test_shards_hold_every_document_once(base, tmp_path):
     tokenizer = Tokenizer(tmp_path)
     found = {}
     for shard in index.shards:
-        samples = wds.WebDataset([str(tmp_path / shard.path)], shardshuffle=False)
-        for number, sample in enumerate(samples):
-            assert sample["__key__"] == f"{shard.name.removesuffix('.tar')}-{number:06d}"
-            tokens = np.load(io.BytesIO(sample["npy"]))
-            record = json.loads(sample["json"])
-            assert tokens.dtype == np.uint16 and tokens[-1] == tokenizer.eos_id
-            assert len(tokens) == record["n_tokens"]
-            text = tokenizer.decode(tokens[:-1].tolist())
-            assert len(text.encode()) == record["n_bytes"]
-            found[record["source"]] = text
+        (sample,) = wds.WebDataset([str(tmp_path / shard.path)], shardshuffle=False)
+        assert sample["__key__"] == shard.name.removesuffix(".tar")
+        tokens, ends = (np.load(io.BytesIO(sample[name])) for name in ("tokens.npy", "ends.npy"))
+        records = json.loads(sample["records.json"])
+        assert tokens.dtype == np.uint16 and (tokens[ends - 1] == tokenizer.eos_id).all() and ends[-1] == shard.tokens
+        for start, end, source, n_bytes in zip([0, *ends], ends, records["sources"], records["n_bytes"], strict=False):
+            text = tokenizer.decode(tokens[start : end - 1].tolist())
+            assert len(text.encode()) == n_bytes
+            found[source] = text
+        assert len(ends) == len(records["sources"]) == len(records["n_bytes"]) == shard.documents
     assert found == {f"d.jsonl:{i}": text for i, text in enumerate(texts(60), 1)}
     assert index.splits == ["train", "val"] and index.totals().documents == 60
     assert index.totals("val").documents >= 1 and index.totals("train").shards >= 8
