@@ -9,18 +9,18 @@ import os
 import sys
 from pathlib import Path
 
-from . import delta_mem, dla
+from . import delta_mem, dla, fused
 from .compile import ARCHS, compile_all, failures, table
 
 
 def exercise(name: str) -> None:
     """Every launch of one configuration, of whichever operator has it."""
-    operator = delta_mem if name.startswith(delta_mem.PREFIX) else dla
+    operator = next((x for x in (delta_mem, fused) if name.startswith(x.PREFIX)), dla)
     operator.exercise(name)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile the kernels of DLA and δ-mem; 0: all fit, 1: some do not, 2: cannot tell."""
+    """Compile the kernels of DLA, its mixer's and δ-mem's; 0: all fit, 1: some do not, 2: cannot tell."""
     parser = argparse.ArgumentParser(prog="python -m megatron_dla.kernels.aot", description=main.__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--config", help="only the configurations whose name contains this")
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it", file=sys.stderr)
         return 2
-    every = {arch: dla.names(arch) + delta_mem.names(arch) for arch in args.arch}
+    every = {arch: dla.names(arch) + delta_mem.names(arch) + fused.names(arch) for arch in args.arch}
     names = [(arch, name) for arch in args.arch for name in every[arch] if (args.config or "") in name]
     if not names:
         print(f"no configuration contains {args.config!r}", file=sys.stderr)

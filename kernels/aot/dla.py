@@ -92,7 +92,7 @@ def shipped() -> tuple[Config, ...]:
         delta, heads, groups = model["backbone"] == "gdn", model["num_heads"], model["num_groups"]
         one = Config(
             path.stem, BF16, model["key_dim"], model["value_dim"], delta, model["capacity"], heads, groups,
-            mixed=delta, learned=model.get("tau_mode") == "learned",
+            learned=model.get("tau_mode") == "learned",
             # enough blocks for shards of the partition, and as many heads a program of dk as at full length
             tokens=2048 if delta else 4352,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dla.kernels.dla import Partition, SlotCache
 from megatron_dla.kernels.dla.documents import document_starts
-from megatron_dla.mixers.functional import SlotRule, short_convolution
+from megatron_dla.mixers.functional import SlotRule
 from megatron_dla.mixers.recurrence import Inputs, attend, decide
 from megatron_dla.parallel.neighbours import Neighbours, halo, receive_states, send_states
 
@@ -42,19 +42,20 @@ class Chain:
         """Document starts of whole rows, bool [B, S]."""
         return None if cu_seqlens is None else document_starts(cu_seqlens, batch, length * self.ranks.size, device)
 
-    def convolve(
-        self, xs: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], starts: Tensor | None
-    ) -> list[Tensor]:
-        """Short convolutions of [B, T, C] each over whole rows, with one halo exchange for all of them."""
-        width, sizes = weights[0].shape[1] - 1, [x.shape[-1] for x in xs]
+    def with_halo(
+        self, part: dict[str, Tensor], width: int, starts: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None, int]:
+        """The projections with `width` tokens of the rank before in front of value, query and key [B, T, C], which one
+        exchange brings; the document starts of these tokens, bool [B, width + T]; and `width`.
+        """
+        names = ("value", "query", "key")
+        xs = [part[name] for name in names]
         x = torch.cat(xs, -1)
         x = torch.cat([halo(x, width, self.ranks), x], 1)
-        document = None
         if starts is not None:
             first = self.ranks.rank * xs[0].shape[1]
-            document = torch.nn.functional.pad(starts.long().cumsum(1), (width, 0))[:, first : first + x.shape[1]]
-        parts = zip(x.split(sizes, -1), weights, biases, strict=True)
-        return [short_convolution(part, weight, document, bias=bias)[:, width:] for part, weight, bias in parts]
+            starts = torch.nn.functional.pad(starts, (width, 0))[:, first : first + x.shape[1]]
+        return part | dict(zip(names, x.split([x.shape[-1] for x in xs], -1), strict=True)), starts, width
 
     def attend(
         self,

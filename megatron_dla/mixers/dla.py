@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from megatron_dla.kernels.dla import Partition
 from megatron_dla.kernels.dla.documents import document_starts
 from megatron_dla.kernels.dla.soft import soft_attention
-from megatron_dla.mixers import functional
+from megatron_dla.mixers import around, functional
 from megatron_dla.mixers.chain import Chain
 from megatron_dla.mixers.decisions import Decisions
 from megatron_dla.mixers.functional import SlotRule
@@ -157,16 +157,20 @@ class DLAMixer(MegatronModule):
         if self.shared_groups:
             part |= self._shared_query_key(hidden_states)
         gate = part.pop("gate").unflatten(-1, (self.heads, -1))
-        out = self._core(part, None if packed_seq_params is None else packed_seq_params.cu_seqlens_q)
-        out = self._norm(out.unflatten(-1, (self.heads, -1)), gate)
+        out, value = self._core(part, None if packed_seq_params is None else packed_seq_params.cu_seqlens_q)
+        out = self._norm(out.unflatten(-1, (self.heads, -1)), gate, value)
         return self.out_proj(out.flatten(2).transpose(0, 1).to(hidden_states.dtype))
 
-    def _norm(self, out: Tensor, gate: Tensor) -> Tensor:
-        """The gated norm of this rank's tokens, [B, S, H, Dv]."""
+    def _norm(self, out: Tensor, gate: Tensor, value: Tensor | None) -> Tensor:
+        """The gated norm of this rank's tokens, [B, S, H, Dv]; with a value, after Mamba-2's skip."""
         eps, gate_first = self.model.norm_eps, not self.delta
+        D = None if self.delta else self.D
         if self.model.gated_norm == "head":
             weight = sum_gradient(self.norm, self.tp)
-            return functional.gated_head_norm(out, gate, weight, eps, gate_first=gate_first)
+            return around.gated_head_norm(
+                out, gate, weight, eps, self.backend, gate_first=gate_first, value=value, D=None if value is None else D
+            )
+        out = around.with_skip(out, value, D)
         mean = {"mean": self._mean_over_ranks} if self.shared_groups else {}
         return functional.gated_group_norm(out, gate, self.norm, eps, groups=self.groups, gate_first=gate_first, **mean)
 
@@ -178,42 +182,47 @@ class DLAMixer(MegatronModule):
         sums = sum_over(square[..., 0] * place, self.tp)  # [B, S, groups]
         return sums[..., mine, None, None] * (groups / size)
 
-    def _core(self, part: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
-        """Convolution and recurrence: the projections [B, S, local size] -> [B, S, H Dv]."""
+    def _core(self, part: dict[str, Tensor], cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Convolution and recurrence: the projections [B, S, local size] -> [B, S, H Dv], and the values of a skip that
+        is still to be added."""
         if self.exchange is not None:
             units = [self.groups if name in ("query", "key") else self.heads for name in part]
             part = dict(zip(part, self.exchange.to_heads(list(part.values()), units), strict=True))
+        recomputed = self.selective and self.training and torch.is_grad_enabled()
+        if not recomputed and self.exchange is None:
+            out, value = self._recur(part, cu_seqlens)
+            return out.flatten(2), value
 
         def run(*tensors: Tensor) -> Tensor:
-            return self._recur(dict(zip(part, tensors, strict=True)), cu_seqlens)
+            out, value = self._recur(dict(zip(part, tensors, strict=True)), cu_seqlens)
+            return around.with_skip(out, value, None if value is None else self._local(self.D)).flatten(2)
 
-        if self.selective and self.training and torch.is_grad_enabled():
-            out = checkpoint(run, False, *part.values())
-        else:
-            out = run(*part.values())
-        return out if self.exchange is None else self.exchange.to_tokens(out)
+        out = checkpoint(run, False, *part.values()) if recomputed else run(*part.values())
+        return (out if self.exchange is None else self.exchange.to_tokens(out)), None
 
-    def _recur(self, part: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
-        """[B, S, local heads * Dv] of whole rows of this rank's heads (chain: of its tokens of all heads)."""
+    def _recur(self, part: dict[str, Tensor], cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[B, S, H, Dv] of whole rows of this rank's heads (chain: of its tokens of all heads), and a skip's values."""
         B, S = part["value"].shape[:2]
-        conv, m = functional.short_convolution, self.model
-        xs = [part[name] for name in ("value", "query", "key")]
-        shared = (self._local(self._shared(weight), self.groups) for weight in (self.conv_query, self.conv_key))
-        weights = [self._local(self.conv_value), *shared]
-        biases: list[Tensor | None] = [None] * 3
-        if m.conv_bias:
-            shared = (self._local(self._shared(x), self.groups) for x in (self.conv_query_bias, self.conv_key_bias))
-            biases = [self._local(self.conv_value_bias), *shared]
+        halo, starts, device = 0, None, part["value"].device
         if self.chain is not None:
-            starts = self.chain.documents(cu_seqlens, B, S, xs[0].device)
-            xs = self.chain.convolve(xs, weights, biases, starts)
+            starts = self.chain.documents(cu_seqlens, B, S, device)
+            part, borders, halo = self.chain.with_halo(part, self.model.conv_kernel - 1, starts)
         else:
-            starts = None if cu_seqlens is None else document_starts(cu_seqlens, B, S, xs[0].device)
-            document = None if starts is None else starts.cumsum(1)
-            convolved = zip(xs, weights, biases, strict=True)
-            xs = [conv(x, weight, document, bias=bias) for x, weight, bias in convolved]
-        value, query, key = (x.unflatten(-1, (-1, n)) for x, n in zip(xs, (m.value_dim, *2 * [m.key_dim]), strict=True))
-        return self._mix(query, key, value, part, cu_seqlens, starts).flatten(2)
+            borders = starts = None if cu_seqlens is None else document_starts(cu_seqlens, B, S, device)
+        inputs, value = self._inputs(part, borders, halo)
+        return self._mix(inputs, cu_seqlens, starts), value
+
+    def _inputs(self, part: dict[str, Tensor], starts: Tensor | None, halo: int) -> tuple[Inputs, Tensor | None]:
+        """`around.recurrence_inputs` with this mixer's parameters."""
+        local = self._local
+        shared = [local(self._shared(weight), self.groups) for weight in (self.conv_query, self.conv_key)]
+        biases: list[Tensor | None] = [None] * 3
+        if self.model.conv_bias:
+            by_group = (local(self._shared(x), self.groups) for x in (self.conv_query_bias, self.conv_key_bias))
+            biases = [local(self.conv_value_bias), *by_group]
+        gates = (local(x) for x in (self.A_log, self.dt_bias, self.slot_scale, self.slot_bias))
+        parameters = around.Parameters([local(self.conv_value), *shared], biases, *gates)
+        return around.recurrence_inputs(part, parameters, self.model, starts, halo, self.backend)
 
     def _local(self, weight: Tensor, units: int | None = None) -> Tensor:
         """The heads (or groups) of this context-parallel rank, of a parameter of the tensor-parallel rank."""
@@ -244,39 +253,28 @@ class DLAMixer(MegatronModule):
     def _shared(self, weight: Tensor) -> Tensor:
         return self._my_group(sum_gradient(weight, self.tp)) if self.shared_groups else weight
 
-    def _mix(self, query: Tensor, key: Tensor, value: Tensor, part: dict[str, Tensor], cu_seqlens, starts) -> Tensor:
+    def _mix(self, inputs: Inputs, cu_seqlens: Tensor | None, starts: Tensor | None) -> Tensor:
         """The recurrence: [B, S, H, Dv]."""
-        local = self._local
-        weights, rule = self._slots(part)
-        beta, write = None, value
-        scalars = local(self.A_log), local(self.dt_bias)
-        if self.delta:
-            query, key, g, beta = functional.gdn_inputs(query, key, part["step"], part["strength"], *scalars)
-        else:
-            write, g = functional.mamba2_inputs(value, part["step"], *scalars)
-        inputs = Inputs(query, key, write, g, weights, beta)
+        rule = self._rule()
         if self.chain is not None:
-            out = self.chain.attend(inputs, rule, starts, self._partition)
+            return self.chain.attend(inputs, rule, starts, self._partition)
+        decided = self._partition(0, lambda: decide(inputs, rule, cu_seqlens))
+        if self.training and self.gate_temperature is not None:
+            out, _ = soft_attention(
+                *inputs, tau=rule.tau, temperature=self.gate_temperature, partition=decided, cu_seqlens=cu_seqlens
+            )
         else:
-            decided = self._partition(0, lambda: decide(inputs, rule, cu_seqlens))
-            if self.training and self.gate_temperature is not None:
-                out, _ = soft_attention(
-                    *inputs, tau=rule.tau, temperature=self.gate_temperature, partition=decided, cu_seqlens=cu_seqlens
-                )
-            else:
-                out, _ = attend(inputs, rule, decided, cu_seqlens)
-        return out if self.delta else out + local(self.D)[:, None].to(value.dtype) * value
+            out, _ = attend(inputs, rule, decided, cu_seqlens)
+        return out
 
-    def _slots(self, part: dict[str, Tensor]) -> tuple[Tensor, SlotRule]:
-        """The readout weight of each slot [B, S, H, K], and the rule by which slots open and merge."""
-        m, local = self.model, self._local
-        raw = part["slot"].unflatten(-1, (-1, m.capacity))
-        weights = functional.slot_weights(raw, local(self.slot_scale), local(self.slot_bias))
+    def _rule(self) -> SlotRule:
+        """How slots open and merge."""
+        m = self.model
         tau: float | Tensor = m.tau
         if m.tau_mode == "learned":
-            tau = functional.clamp_tau(local(self.tau))
+            tau = functional.clamp_tau(self._local(self.tau))
             tau = tau if torch.is_grad_enabled() else tau.requires_grad_()  # a recomputation will need Partition.lo
-        return weights, SlotRule(tau, m.capacity, m.merge, self.backend)
+        return SlotRule(tau, m.capacity, m.merge, self.backend)
 
     def _partition(self, first_head: int, compute: Callable[[], Partition]) -> Partition:
         """The computed partition of the heads from `first_head` on, or the kept one where this pass is recomputed."""

@@ -99,14 +99,15 @@ def test_a_process_that_interprets_is_refused() -> None:
 
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
-def test_dla_kernels_fit(arch: int, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+def test_kernels_fit(arch: int, pytestconfig: pytest.Config, tmp_path: Path) -> None:
     done = run("-m", "megatron_dla.kernels.aot", "--arch", str(arch), "--json", str(tmp_path / "reports"))
     if cache := getattr(pytestconfig, "cache", None):  # none with -p no:cacheprovider
         table = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("["))
         cache.mkdir("aot").joinpath(f"sm_{arch}.txt").write_text(table)  # shown at the session's end
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     compiled = {one["name"] for one in json.loads((tmp_path / "reports").read_text())}
-    sources = (path.read_text() for path in (ROOT / "kernels" / "dla").glob("triton_*.py"))
+    paths = (path for operator in ("dla", "fused") for path in (ROOT / "kernels" / operator).glob("triton_*.py"))
+    sources = (path.read_text() for path in paths)
     kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
     assert len(kernels) > 20 and kernels - compiled == set()
 

@@ -106,11 +106,14 @@ def perturb(model: torch.nn.Module, section: ModelSection) -> None:
             p += 0.05 * tag.shard(torch.cat(pieces, tag.dim), rank, size).to(p.dtype)
 
 
-def run_layer(section: ModelSection, parallel: ParallelSection, letter: str, documents: list[int], seed: int):
-    """One TransformerLayer in float64: (output [S, B, hidden], input gradient, {key: gradient}), whole tensors."""
+def run_layer(
+    section: ModelSection, parallel: ParallelSection, letter: str, documents: list[int], seed: int,
+    dtype: torch.dtype = torch.float64, recompute: str = "none",
+):  # fmt: skip
+    """One TransformerLayer: (output [S, B, hidden], input gradient, {key: gradient}), whole tensors."""
     tensor = parallel.tensor_model_parallel_size
     lay_out(tensor, parallel.context_parallel_size)
-    config = transformer_config(section, parallel, torch.float64, True)
+    config = transformer_config(section, parallel, dtype, True, recompute)
     groups = process_groups()
     spec = layer_spec(section, letter, cp_scheme=parallel.cp_scheme)
     layer = build_module(spec, config=config, layer_number=1, pg_collection=groups)
@@ -119,8 +122,8 @@ def run_layer(section: ModelSection, parallel: ParallelSection, letter: str, doc
     perturb(layer, section)
     S, B = 48, 2
     gen = torch.Generator().manual_seed(seed)
-    full = torch.randn(S, B, section.hidden_size, generator=gen, dtype=torch.float64)
-    cotangent = torch.randn(full.shape, generator=gen, dtype=torch.float64)
+    full = torch.randn(S, B, section.hidden_size, generator=gen, dtype=torch.float64).to(dtype)
+    cotangent = torch.randn(full.shape, generator=gen, dtype=torch.float64).to(dtype)
     packed = packed_sequence(torch.tensor(documents, dtype=torch.int32) if documents else None, S)
     owners = [groups.cp] + ([groups.tp] if parallel.sequence_parallel else [])  # who holds which part of the sequence
     mine = [full, cotangent]
@@ -162,6 +165,29 @@ def layer_parity(section: ModelSection, parallel: ParallelSection, letter: str, 
     named = [{"output": o, "input gradient": i} | g for o, i, g in (got, want)]
     assert all(float(g.abs().max()) > 0 for g in named[1].values()), "a gradient is zero: the test sees nothing there"
     return errors(*named)
+
+
+def fused_parity(section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int, recompute: str):
+    """Errors of a DLA layer whose passes around the recurrence are the fused kernels, against torch in float64."""
+    from megatron_dla.mixers import around
+    from tests.support import triton_interpreter
+
+    triton_interpreter.use_interpreter()
+    want = run_layer(section, ALONE, "D", documents, seed)
+    chosen, launches = around.uses_kernels, []
+
+    def always(x: torch.Tensor, backend: str) -> bool:
+        launches.append(x.dtype)
+        return chosen(x, "triton")
+
+    around.uses_kernels = always
+    try:
+        got = run_layer(section, parallel, "D", documents, seed, torch.float32, recompute)
+    finally:
+        around.uses_kernels = chosen
+    assert launches and set(launches) == {torch.float32}
+    named = [{"output": o, "input gradient": i} | g for o, i, g in (got, want)]
+    return errors(*({k: x.double() for k, x in one.items()} for one in named))
 
 
 def run_model(section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int):

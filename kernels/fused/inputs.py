@@ -1,0 +1,189 @@
+"""`recurrence_inputs`: the fused passes from a mixer's projections to its recurrence, as one autograd function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..common.launch import ceil_div, on_device, power_of_two
+from .triton_inputs import inputs_backward_kernel, inputs_forward_kernel
+
+TILE = 4096  # elements of a forward tile
+BACKWARD_TILE = 2048
+TILES = 8  # a program of the backward pass
+VALUE_COLUMNS = 128  # of a program, where a head's values need not be in one
+SLOT_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one mixer's local part: H heads of DV, G query/key groups of DK, K slots, W taps.
+
+    halo: tokens before the first, whose values, queries and keys are inputs of the convolutions only.
+    """
+
+    heads: int
+    groups: int
+    value_dim: int
+    key_dim: int
+    capacity: int
+    width: int
+    halo: int = 0
+    gdn: bool = False
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Of value, query, key, step, strength (Gated DeltaNet) and slot."""
+        keys, heads = self.groups * self.key_dim, self.heads
+        return heads * self.value_dim, keys, keys, heads, heads * self.gdn, heads * self.capacity
+
+    def parameters(self, biased: bool) -> list[int]:
+        """Sizes of the sums of one program, in the order of `partial`."""
+        value, keys = self.columns[:2]
+        slots = self.heads * self.capacity
+        convolutions = [n * self.width for n in (value, keys, keys)]
+        return convolutions + [self.heads] * 2 + [slots] * 2 + ([value, keys, keys] if biased else [])
+
+    def blocks(self, elements: int) -> dict[str, int]:
+        bv = power_of_two(self.value_dim)
+        if self.gdn:  # else a head's values are one program's, which sums the gradient of dt
+            bv = min(bv, VALUE_COLUMNS)
+        bk = power_of_two(self.key_dim)
+        return {"BT": max(elements // max(bv, bk, SLOT_COLUMNS), 4), "BV": bv, "BK": bk, "BS": SLOT_COLUMNS}
+
+    def units(self, blocks: dict[str, int]) -> int:
+        values = self.heads * ceil_div(self.value_dim, blocks["BV"])
+        return values + 2 * self.groups + ceil_div(self.heads * self.capacity, blocks["BS"])
+
+    def constants(self) -> dict[str, int]:
+        return {
+            "H": self.heads, "G": self.groups, "DV": self.value_dim, "DK": self.key_dim, "K": self.capacity,
+            "W": self.width, "HALO": self.halo, "GDN": self.gdn,
+        }  # fmt: skip
+
+
+def _strides(xs: list[Tensor]) -> list[int]:
+    return [n for x in xs for n in x.stride()[:2]]
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _RecurrenceInputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shape: Shape, starts: Tensor | None, sections: int, *tensors: Tensor):
+        xs, parameters = [_dense_rows(x) for x in tensors[:sections]], [x.contiguous() for x in tensors[sections:]]
+        ctx.shape, ctx.starts, ctx.sections = shape, starts, sections
+        ctx.save_for_backward(*xs, *parameters)
+        arguments = _arguments(shape, xs, parameters, starts)
+        value = arguments[0]
+        B, T, H = value.shape[0], value.shape[1], shape.heads
+
+        def new(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(B, T, *sizes, dtype=dtype, device=value.device)
+
+        low = value.dtype
+        write = new(H, shape.value_dim, dtype=low)
+        out = write if shape.gdn else torch.empty_like(write)
+        query, key = (new(shape.groups, shape.key_dim, dtype=low) for _ in range(2))
+        g, weights = new(H), new(H, shape.capacity)
+        beta = new(H) if shape.gdn else g
+        blocks = shape.blocks(TILE)
+        grid = shape.units(blocks), ceil_div(T, blocks["BT"]), B
+        with on_device(value):
+            inputs_forward_kernel[grid](
+                *arguments, out, write, query, key, g, beta, weights, T, *_strides(arguments[:6]), _scale(shape),
+                **shape.constants(), HAS_STARTS=starts is not None, HAS_BIAS=len(parameters) > 7, **blocks, num_warps=4,
+            )  # fmt: skip
+        return (query, key, write, g, weights, beta) if shape.gdn else (query, key, write, g, weights, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None):  # type: ignore[override]
+        shape, starts, saved = ctx.shape, ctx.starts, ctx.saved_tensors
+        xs, parameters = list(saved[: ctx.sections]), list(saved[ctx.sections :])
+        arguments = _arguments(shape, xs, parameters, starts)
+        value, biased = arguments[0], len(parameters) > 7
+        B, T, halo = value.shape[0], value.shape[1], shape.halo
+        wanted = [(shape.groups, shape.key_dim)] * 2 + [(shape.heads, shape.value_dim), (shape.heads,)]
+        wanted += [(shape.heads, shape.capacity)]
+        dense = [
+            torch.zeros(B, T, *sizes, dtype=value.dtype, device=value.device) if x is None else x.contiguous()
+            for x, sizes in zip(gradients, wanted, strict=False)
+        ]
+        d_query, d_key, d_write, d_g, d_weights = dense
+        last = gradients[5]
+        has_out = shape.gdn or last is not None
+        if shape.gdn and last is None:
+            last = torch.zeros_like(d_g)
+        last = d_g if last is None else last.contiguous()
+        packed = torch.empty(halo + T, B, sum(shape.columns), dtype=value.dtype, device=value.device).transpose(0, 1)
+        # rows that do not begin at a multiple of 16 elements are read element by element, with an address for each
+        aligned = all(n % 16 == 0 for n in _strides([*arguments[:3], packed]))
+        blocks = shape.blocks(BACKWARD_TILE if aligned else BACKWARD_TILE // 2)
+        programs = ceil_div(halo + T, TILES * blocks["BT"])
+        sizes = shape.parameters(biased)
+        partial = torch.empty(B * programs, sum(sizes), dtype=torch.float32, device=value.device)
+        dxs = list(packed.split(shape.columns, -1))
+        inner = [x[:, halo:] for x in dxs]
+        grid = shape.units(blocks), programs, B
+        with on_device(value):
+            inputs_backward_kernel[grid](
+                *arguments, last, d_write, d_query, d_key, d_g, last, d_weights, *inner, partial, T,
+                *_strides(arguments[:6]), *inner[0].stride()[:2], _scale(shape), **shape.constants(),
+                HAS_STARTS=starts is not None, HAS_BIAS=biased, HAS_OUT=has_out, TOTAL=sum(sizes), TILES=TILES,
+                BW=power_of_two(shape.width, 2), **blocks, num_warps=8,
+            )  # fmt: skip
+        sums = partial.sum(0).split(sizes)
+        dparameters = [s.view_as(x).to(x.dtype) for s, x in zip(sums, parameters, strict=True)]
+        dxs = [*dxs[:3], *inner[3:]]
+        if not shape.gdn:
+            del dxs[4]
+        return None, None, None, *dxs, *dparameters
+
+
+def _scale(shape: Shape) -> float:
+    return shape.key_dim**-0.5 if shape.gdn else 1.0
+
+
+def _arguments(shape: Shape, xs: list[Tensor], parameters: list[Tensor], starts: Tensor | None) -> list[Tensor]:
+    """Inputs of both kernels in their order; what is not used is some other tensor."""
+    value, query, key = (x[:, shape.halo :] for x in xs[:3])
+    strength = xs[4] if shape.gdn else xs[3]
+    biases = parameters[7:] or parameters[:3]
+    flags = value if starts is None else starts.contiguous().view(torch.uint8)
+    return [value, query, key, xs[3], strength, xs[-1], *parameters[:3], *biases, *parameters[3:7], flags]
+
+
+def recurrence_inputs(
+    sections: dict[str, Tensor],
+    convolutions: list[Tensor],
+    biases: list[Tensor | None],
+    gates: list[Tensor],
+    shape: Shape,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `mixers.functional` computes with `short_convolution`, `slot_weights` and `mamba2_inputs` or `gdn_inputs`.
+
+    All is fp32 between the projections and the results; a gradient that autograd would take of a gradient is refused.
+
+    Args:
+        sections: `value` [B, halo + T, H Dv], `query` and `key` [B, halo + T, G Dk], `step` [B, T, H], with Gated
+            DeltaNet `strength` [B, T, H], and `slot` [B, T, H K], of one dtype (bf16, fp16 or fp32); any strides.
+        convolutions, biases: weights [C, W] of value, query and key, and their biases [C], all or none.
+        gates: `A_log`, `dt_bias` [H], `slot_scale`, `slot_bias` [H, K], fp32.
+        starts: bool [B, halo + T], True where a document begins; None: a row is one document.
+
+    Returns:
+        q, k [B, T, G, Dk], v [B, T, H, Dv] in the dtype of the sections; in fp32 g [B, T, H], slot weights
+        [B, T, H, K]; beta fp32 [B, T, H] with Gated DeltaNet, else the values [B, T, H, Dv] that dt has not multiplied.
+    """
+    names = ["value", "query", "key", "step", *(["strength"] if shape.gdn else []), "slot"]
+    given = [x for x in biases if x is not None]
+    xs = [sections[name] for name in names]
+    return _RecurrenceInputs.apply(shape, starts, len(xs), *xs, *convolutions, *gates, *given)

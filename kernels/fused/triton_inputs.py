@@ -1,0 +1,367 @@
+"""Kernels from a mixer's projections to the inputs of its recurrence: convolutions, SiLU, gates and slot weights.
+
+A program owns some tokens of one unit: a head of the values, a query/key group, or some columns of the slot weights.
+Everything is fp32 between a load and a store. The backward pass reads the projections again and computes the
+convolutions anew; gradients of parameters are summed over a program's tokens, and over the programs afterwards, in an
+order that does not change. Names: BT = tokens a tile, HALO = tokens before the first, whose outputs are not wanted.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PLAIN, WRITE, UNIT = (tl.constexpr(n) for n in range(3))  # after the SiLU: nothing, times dt (Mamba-2), L2 norm
+
+
+@triton.jit
+def log1p_exp(x):
+    """log(1 + exp(x)) for x <= 0, with all digits where it is small."""
+    z = tl.exp(x)
+    series = z * (1 - z * (0.5 - z * (1 / 3 - z * (0.25 - z * (0.2 - z / 6)))))
+    return tl.where(z < 0.0625, series, tl.log(1 + z))
+
+
+@triton.jit
+def softplus(x):
+    return tl.maximum(x, 0.0) + log1p_exp(-tl.abs(x))
+
+
+@triton.jit
+def load_wide(x, o_t, stride, o_c, m):
+    """[BT, BD] in fp32 of rows o_t that are `stride` apart, zero where masked."""
+    return tl.load(x + o_t.to(tl.int64)[:, None] * stride + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(x, o_t, stride, o_c, b_x, m):
+    tl.store(x + o_t.to(tl.int64)[:, None] * stride + o_c[None, :], b_x.to(x.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def convolved(
+    x, weight, bias, starts, o_t, o_c, m_c, T, stride,
+    W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Causal convolution at tokens o_t of one row, [BT, BD], before the SiLU; tokens of other documents are zero."""
+    b_y = tl.zeros([o_t.shape[0], o_c.shape[0]], tl.float32)
+    m_t = (o_t >= 0) & (o_t < T)
+    for back in tl.static_range(W):
+        if HAS_STARTS and back > 0:
+            m_t = m_t & (tl.load(starts + o_t - (back - 1), mask=m_t, other=1) == 0)
+        m_t = m_t & (o_t - back >= -HALO)
+        b_w = tl.load(weight + o_c * W + (W - 1 - back), mask=m_c, other=0.0).to(tl.float32)
+        b_y += load_wide(x, o_t - back, stride, o_c, m_t[:, None] & m_c[None, :]) * b_w[None, :]
+    if HAS_BIAS:
+        b_y += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    return b_y
+
+
+@triton.jit
+def unit_length(b_y):
+    """1 / max(|y|, 1e-6) and whether |y| is above that, [BT]."""
+    b_length = tl.sqrt(tl.sum(b_y * b_y, 1))
+    return 1 / tl.maximum(b_length, 1e-6), b_length > 1e-6
+
+
+@triton.jit
+def forward_values(
+    value, step, strength, weight, bias, A_log, dt_bias, starts, out_value, out_write, out_g, out_beta, row, i_h, o_v,
+    first_columns, o_t, T, value_t, step_t, strength_t,
+    H: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Columns o_v of one head; with its first columns also what has one number a head."""
+    m_t, m_c, o_c = o_t < T, o_v < DV, i_h * DV + o_v
+    m = m_t[:, None] & m_c[None, :]
+    b_y = convolved(value, weight, bias, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS, HAS_BIAS)
+    b_y = b_y * tl.sigmoid(b_y)
+    b_dt = tl.load(step + o_t.to(tl.int64) * step_t + i_h, mask=m_t, other=0.0).to(tl.float32)
+    b_dt = softplus(b_dt + tl.load(dt_bias + i_h))
+    if GDN:
+        store_rows(out_write + row * H * DV, o_t, H * DV, o_c, b_y, m)
+    else:
+        store_rows(out_value + row * H * DV, o_t, H * DV, o_c, b_y, m)
+        store_rows(out_write + row * H * DV, o_t, H * DV, o_c, b_y * b_dt[:, None], m)
+    if first_columns:
+        o_h = (row + o_t) * H + i_h
+        tl.store(out_g + o_h, -tl.exp(tl.load(A_log + i_h)) * b_dt, mask=m_t)
+        if GDN:
+            b_r = tl.load(strength + o_t.to(tl.int64) * strength_t + i_h, mask=m_t, other=0.0).to(tl.float32)
+            tl.store(out_beta + o_h, tl.sigmoid(b_r), mask=m_t)
+
+
+@triton.jit
+def forward_keys(
+    x, weight, bias, starts, out, i_g, o_t, T, stride, scale,
+    G: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Queries or keys of one group."""
+    o_k = tl.arange(0, BK)
+    m_c, o_c = o_k < DK, i_g * DK + o_k
+    b_y = convolved(x, weight, bias, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, HAS_BIAS)
+    b_y = b_y * tl.sigmoid(b_y)
+    if GDN:
+        b_y *= (unit_length(b_y)[0] * scale)[:, None]
+    store_rows(out, o_t, G * DK, o_c, b_y, (o_t < T)[:, None] & m_c[None, :])
+
+
+@triton.jit
+def forward_slots(slot, slot_scale, slot_bias, out, o_c, o_t, T, stride, C: tl.constexpr):
+    m_c = o_c < C
+    m = (o_t < T)[:, None] & m_c[None, :]
+    b_scale, b_bias = tl.load(slot_scale + o_c, mask=m_c, other=0.0), tl.load(slot_bias + o_c, mask=m_c, other=0.0)
+    b_y = load_wide(slot, o_t, stride, o_c, m)
+    store_rows(out, o_t, C, o_c, softplus(b_scale[None, :] * b_y + b_bias[None, :]), m)
+
+
+@triton.jit(do_not_specialize=["T"])
+def inputs_forward_kernel(
+    value,  # [B, HALO + T, H * DV], from the first token after the halo on, as query and key
+    query, key,  # [B, HALO + T, G * DK]
+    step, strength,  # [B, T, H]; strength only with GDN
+    slot,  # [B, T, H * K]
+    w_value, w_query, w_key,  # [C, W]
+    b_value, b_query, b_key,  # [C], or unused
+    A_log, dt_bias,  # [H]
+    slot_scale, slot_bias,  # [H * K]
+    starts,  # uint8 [B, HALO + T], or unused
+    out_value,  # [B, T, H * DV] out; unused with GDN, where `out_write` has the values
+    out_write, out_query, out_key,
+    out_g, out_beta,  # fp32 [B, T, H]
+    out_weights,  # fp32 [B, T, H * K]
+    T, value_b, value_t, query_b, query_t, key_b, key_t, step_b, step_t, strength_b, strength_t, slot_b, slot_t,
+    scale,  # of a query, with GDN
+    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+    HALO: tl.constexpr, GDN: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    SUBS: tl.constexpr = (DV + BV - 1) // BV
+    i_u, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
+    row = i_b * T
+    starts += i_b * (HALO + T) + HALO
+    if i_u < H * SUBS:
+        forward_values(
+            value + i_b * value_b, step + i_b * step_b, strength + i_b * strength_b, w_value, b_value, A_log, dt_bias,
+            starts, out_value, out_write, out_g, out_beta, row, i_u // SUBS, (i_u % SUBS) * BV + tl.arange(0, BV),
+            i_u % SUBS == 0, o_t, T, value_t, step_t, strength_t, H, DV, W, HALO, GDN, HAS_STARTS, HAS_BIAS,
+        )  # fmt: skip
+    elif i_u < H * SUBS + G:
+        forward_keys(
+            query + i_b * query_b, w_query, b_query, starts, out_query + row * G * DK, i_u - H * SUBS, o_t, T, query_t,
+            scale, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS,
+        )  # fmt: skip
+    elif i_u < H * SUBS + 2 * G:
+        forward_keys(
+            key + i_b * key_b, w_key, b_key, starts, out_key + row * G * DK, i_u - H * SUBS - G, o_t, T, key_t, 1.0,
+            G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS,
+        )  # fmt: skip
+    else:
+        o_c = (i_u - H * SUBS - 2 * G) * BS + tl.arange(0, BS)
+        forward_slots(slot + i_b * slot_b, slot_scale, slot_bias, out_weights + row * H * K, o_c, o_t, T, slot_t, H * K)
+
+
+@triton.jit
+def before_silu(
+    x, weight, bias, starts, dy, dwrite, step, b_dt_bias, o_t, o_c, m_c, T, stride, step_t, C, scale,
+    MODE: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DY: tl.constexpr,
+):  # fmt: skip
+    """Gradient of `convolved` at tokens o_t [BT, BD], zero outside of 0 to T, and that of dt [BT] (WRITE)."""
+    m_t = (o_t >= 0) & (o_t < T)
+    m = m_t[:, None] & m_c[None, :]
+    b_pre = convolved(x, weight, bias, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, HAS_BIAS)
+    b_sigmoid = tl.sigmoid(b_pre)
+    b_y = b_pre * b_sigmoid
+    b_dy = tl.zeros_like(b_y)
+    b_ddt = tl.zeros([o_t.shape[0]], tl.float32)
+    if HAS_DY:
+        b_dy += load_wide(dy, o_t, C, o_c, m)
+    if MODE == WRITE:
+        b_dt = tl.load(step + o_t.to(tl.int64) * step_t, mask=m_t, other=0.0).to(tl.float32)
+        b_dwrite = load_wide(dwrite, o_t, C, o_c, m)
+        b_ddt += tl.sum(b_dwrite * b_y, 1)
+        b_dy += b_dwrite * softplus(b_dt + b_dt_bias)[:, None]
+    if MODE == UNIT:
+        b_inverse, b_free = unit_length(b_y)
+        b_unit = b_y * b_inverse[:, None]
+        b_along = tl.where(b_free, tl.sum(b_dy * b_unit, 1), 0.0)
+        b_dy = (b_dy - b_unit * b_along[:, None]) * (b_inverse * scale)[:, None]
+    return b_dy * b_sigmoid * (1 + b_pre * (1 - b_sigmoid)), b_ddt
+
+
+@triton.jit
+def section_backward(
+    x, weight, bias, starts, dy, dwrite, step, b_dt_bias, dx, b_dw, b_db, o_t, o_c, m_c, T, stride, step_t, dx_t, C,
+    scale,
+    MODE: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DY: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Stores dx of the tokens o_t; returns the sums for weight [BW, BD] and bias [BD] with theirs, and ddt [BT]."""
+    m_t = (o_t >= -HALO) & (o_t < T)
+    m = m_t[:, None] & m_c[None, :]
+    b_x = load_wide(x, o_t, stride, o_c, m)
+    b_dx = tl.zeros_like(b_x)
+    b_ddt = tl.zeros([o_t.shape[0]], tl.float32)
+    for ahead in tl.static_range(W):
+        if HAS_STARTS and ahead > 0:
+            m_t = m_t & (tl.load(starts + o_t + ahead, mask=m_t & (o_t + ahead < T), other=1) == 0)
+        b_dpre, b_more = before_silu(
+            x, weight, bias, starts, dy, dwrite, step, b_dt_bias, o_t + ahead, o_c, m_c, T, stride, step_t, C, scale,
+            MODE, W, HALO, HAS_STARTS, HAS_BIAS, HAS_DY,
+        )  # fmt: skip
+        if ahead == 0:
+            b_ddt += b_more
+            b_db += tl.sum(b_dpre, 0)
+        b_dpre = tl.where(m_t[:, None], b_dpre, 0.0)
+        b_w = tl.load(weight + o_c * W + (W - 1 - ahead), mask=m_c, other=0.0).to(tl.float32)
+        b_dx += b_dpre * b_w[None, :]
+        b_tap = tl.arange(0, BW) == W - 1 - ahead
+        b_dw += tl.where(b_tap[:, None], tl.sum(b_dpre * b_x, 0)[None, :], 0.0)
+    store_rows(dx, o_t, dx_t, o_c, b_dx, m)
+    return b_dw, b_db, b_ddt
+
+
+@triton.jit
+def store_parameters(partial, bias_at, weight_at, b_dw, b_db, o_c, m_c, W: tl.constexpr, BW: tl.constexpr,
+                     HAS_BIAS: tl.constexpr):  # fmt: skip
+    o_w = tl.arange(0, BW)
+    p_w = partial + weight_at + o_c[None, :] * W + o_w[:, None]
+    tl.store(p_w, b_dw, mask=(o_w < W)[:, None] & m_c[None, :])
+    if HAS_BIAS:
+        tl.store(partial + bias_at + o_c, b_db, mask=m_c)
+
+
+@triton.jit
+def backward_values(
+    value, step, strength, weight, bias, A_log, dt_bias, starts, d_out, d_write, d_g, d_beta, dvalue, dstep, dstrength,
+    partial, row, i_h, o_v, first_columns, first, T, value_t, step_t, strength_t, d_t,
+    H: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, AT_HEAD: tl.constexpr,
+    AT_BIAS: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    m_c, o_c = o_v < DV, i_h * DV + o_v
+    b_dw, b_db = tl.zeros([BW, BV], tl.float32), tl.zeros([BV], tl.float32)
+    b_dA, b_dbias = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+    b_dt_bias, b_A = tl.load(dt_bias + i_h), -tl.exp(tl.load(A_log + i_h))
+    # Gated DeltaNet's values are not multiplied by dt: the gradient of what is written is theirs
+    dy = d_write if GDN else d_out
+    for i in range(TILES):
+        o_t = first + i * BT + tl.arange(0, BT)
+        b_dw, b_db, b_ddt = section_backward(
+            value, weight, bias, starts, dy + row * H * DV, d_write + row * H * DV, step + i_h, b_dt_bias, dvalue, b_dw,
+            b_db, o_t, o_c, m_c, T, value_t, step_t, d_t, H * DV, 1.0,
+            PLAIN if GDN else WRITE, W, HALO, HAS_STARTS, HAS_BIAS, HAS_OUT, BW,
+        )  # fmt: skip
+        if first_columns:
+            m_t = (o_t >= 0) & (o_t < T)
+            o_h, o_in = (row + o_t) * H + i_h, o_t.to(tl.int64) * d_t + i_h
+            b_step = tl.load(step + o_t.to(tl.int64) * step_t + i_h, mask=m_t, other=0.0).to(tl.float32) + b_dt_bias
+            b_dg = tl.load(d_g + o_h, mask=m_t, other=0.0) * b_A
+            b_dA += b_dg * softplus(b_step)
+            b_dstep = (b_ddt + b_dg) * tl.sigmoid(b_step)
+            b_dbias += tl.where(m_t, b_dstep, 0.0)
+            tl.store(dstep + o_in, b_dstep.to(dstep.dtype.element_ty), mask=m_t)
+            if GDN:
+                b_r = tl.load(strength + o_t.to(tl.int64) * strength_t + i_h, mask=m_t, other=0.0).to(tl.float32)
+                b_beta = tl.sigmoid(b_r)
+                b_dr = tl.load(d_beta + o_h, mask=m_t, other=0.0) * b_beta * (1 - b_beta)
+                tl.store(dstrength + o_in, b_dr.to(dstrength.dtype.element_ty), mask=m_t)
+    store_parameters(partial, AT_BIAS, 0, b_dw, b_db, o_c, m_c, W, BW, HAS_BIAS)
+    if first_columns:
+        tl.store(partial + AT_HEAD + i_h, tl.sum(b_dA, 0))
+        tl.store(partial + AT_HEAD + H + i_h, tl.sum(b_dbias, 0))
+
+
+@triton.jit
+def backward_keys(
+    x, weight, bias, starts, dy, dx, partial, i_g, first, T, stride, d_t, scale,
+    G: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, AT: tl.constexpr, AT_BIAS: tl.constexpr, TILES: tl.constexpr,
+    BT: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    o_k = tl.arange(0, BK)
+    m_c, o_c = o_k < DK, i_g * DK + o_k
+    b_dw, b_db = tl.zeros([BW, BK], tl.float32), tl.zeros([BK], tl.float32)
+    for i in range(TILES):
+        b_dw, b_db, _ = section_backward(
+            x, weight, bias, starts, dy, dy, x, 0.0, dx, b_dw, b_db, first + i * BT + tl.arange(0, BT), o_c, m_c, T,
+            stride, stride, d_t, G * DK, scale,
+            UNIT if GDN else PLAIN, W, HALO, HAS_STARTS, HAS_BIAS, True, BW,
+        )  # fmt: skip
+    store_parameters(partial, AT_BIAS, AT, b_dw, b_db, o_c, m_c, W, BW, HAS_BIAS)
+
+
+@triton.jit
+def backward_slots(
+    slot, slot_scale, slot_bias, d_weights, dslot, partial, o_c, first, T, stride, d_t,
+    C: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    m_c = o_c < C
+    b_scale, b_bias = tl.load(slot_scale + o_c, mask=m_c, other=0.0), tl.load(slot_bias + o_c, mask=m_c, other=0.0)
+    b_dscale, b_dbias = tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32)
+    for i in range(TILES):
+        o_t = first + i * BT + tl.arange(0, BT)
+        m = ((o_t >= 0) & (o_t < T))[:, None] & m_c[None, :]
+        b_x = load_wide(slot, o_t, stride, o_c, m)
+        b_d = load_wide(d_weights, o_t, C, o_c, m) * tl.sigmoid(b_scale[None, :] * b_x + b_bias[None, :])
+        b_dscale += tl.sum(b_d * b_x, 0)
+        b_dbias += tl.sum(b_d, 0)
+        store_rows(dslot, o_t, d_t, o_c, b_d * b_scale[None, :], m)
+    tl.store(partial + o_c, b_dscale, mask=m_c)
+    tl.store(partial + C + o_c, b_dbias, mask=m_c)
+
+
+@triton.jit(do_not_specialize=["T"])
+def inputs_backward_kernel(
+    value, query, key, step, strength, slot, w_value, w_query, w_key, b_value, b_query, b_key, A_log, dt_bias,
+    slot_scale, slot_bias, starts,  # as in the forward kernel
+    d_out,  # gradient of `out_value` [B, T, H * DV], or unused
+    d_write, d_query, d_key, d_g, d_beta, d_weights,
+    dvalue, dquery, dkey, dstep, dstrength, dslot,  # out: as the inputs, with common strides
+    partial,  # fp32 [B * programs, TOTAL] out: w_value, w_query, w_key, A_log, dt_bias, slot_scale, slot_bias, biases
+    T, value_b, value_t, query_b, query_t, key_b, key_t, step_b, step_t, strength_b, strength_t, slot_b, slot_t,
+    d_b, d_t, scale,
+    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+    HALO: tl.constexpr, GDN: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr,
+    TOTAL: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    BS: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    SUBS: tl.constexpr = (DV + BV - 1) // BV
+    CV: tl.constexpr = H * DV
+    CK: tl.constexpr = G * DK
+    AT_HEAD: tl.constexpr = (CV + 2 * CK) * W  # where A_log begins in `partial`
+    AT_SLOT: tl.constexpr = AT_HEAD + 2 * H
+    AT_BIAS: tl.constexpr = AT_SLOT + 2 * H * K
+    i_u, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * TILES * BT - HALO
+    row = i_b * T
+    starts += i_b * (HALO + T) + HALO
+    partial += (i_b * tl.num_programs(1) + tl.program_id(1)) * TOTAL
+    if i_u < H * SUBS:
+        backward_values(
+            value + i_b * value_b, step + i_b * step_b, strength + i_b * strength_b, w_value, b_value, A_log, dt_bias,
+            starts, d_out, d_write, d_g, d_beta, dvalue + i_b * d_b, dstep + i_b * d_b, dstrength + i_b * d_b, partial,
+            row, i_u // SUBS, (i_u % SUBS) * BV + tl.arange(0, BV), i_u % SUBS == 0, first, T, value_t, step_t,
+            strength_t, d_t, H, DV, BV, W, HALO, GDN, HAS_STARTS, HAS_BIAS, HAS_OUT, AT_HEAD, AT_BIAS, TILES, BT, BW,
+        )  # fmt: skip
+    elif i_u < H * SUBS + G:
+        backward_keys(
+            query + i_b * query_b, w_query, b_query, starts, d_query + row * CK, dquery + i_b * d_b, partial,
+            i_u - H * SUBS, first, T, query_t, d_t, scale, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, CV * W,
+            AT_BIAS + CV, TILES, BT, BW,
+        )  # fmt: skip
+    elif i_u < H * SUBS + 2 * G:
+        backward_keys(
+            key + i_b * key_b, w_key, b_key, starts, d_key + row * CK, dkey + i_b * d_b, partial, i_u - H * SUBS - G,
+            first, T, key_t, d_t, 1.0, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, (CV + CK) * W, AT_BIAS + CV + CK,
+            TILES, BT, BW,
+        )  # fmt: skip
+    else:
+        o_c = (i_u - H * SUBS - 2 * G) * BS + tl.arange(0, BS)
+        backward_slots(
+            slot + i_b * slot_b, slot_scale, slot_bias, d_weights + row * H * K, dslot + i_b * d_b, partial + AT_SLOT,
+            o_c, first, T, slot_t, d_t, H * K, BS, TILES, BT,
+        )  # fmt: skip

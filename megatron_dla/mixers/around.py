@@ -1,0 +1,115 @@
+"""What a mixer computes around its recurrence: in torch, or on a GPU in fused kernels. Which one is decided here."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_dla.kernels.dla.attention import kernels_missing
+from megatron_dla.mixers import functional
+from megatron_dla.mixers.recurrence import Inputs
+
+if TYPE_CHECKING:
+    from megatron_dla.config import ModelSection
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A mixer's parameters before its recurrence, as this rank has them.
+
+    convolutions: weights [C, W] of value, query and key. biases: theirs [C], all or none. The others are fp32: A_log
+    and dt_bias [H], slot_scale and slot_bias [H, K].
+    """
+
+    convolutions: list[Tensor]
+    biases: list[Tensor | None]
+    A_log: Tensor
+    dt_bias: Tensor
+    slot_scale: Tensor
+    slot_bias: Tensor
+
+
+def uses_kernels(x: Tensor, backend: str) -> bool:
+    """Whether the fused kernels take x: as `dla_attention` chooses `triton`, but with any head dims.
+
+    They round once where torch rounds after every operation, and have no second derivatives.
+    """
+    asked = backend == "triton" or (backend == "auto" and x.is_cuda)
+    return asked and x.dtype in DTYPES and not kernels_missing()
+
+
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"megatron_dla.kernels.fused.{name}")  # needs triton
+
+
+def recurrence_inputs(
+    part: dict[str, Tensor], p: Parameters, m: ModelSection, starts: Tensor | None, halo: int, backend: str
+) -> tuple[Inputs, Tensor | None]:
+    """Convolutions, gates and slot weights.
+
+    Args:
+        part: the projections `value`, `query`, `key` [B, halo + T, C], `step`, `strength` (Gated DeltaNet) and `slot`
+            [B, T, C] of this rank's heads and groups.
+        starts: bool [B, halo + T], True where a document begins; None: a row is one document.
+        halo: tokens before the first, which only the convolutions see.
+
+    Returns:
+        the recurrence's inputs, and on the Mamba-2 backbone the values [B, T, H, Dv] of the skip, else None.
+    """
+    delta = m.backbone == "gdn"
+    if not uses_kernels(part["value"], backend):
+        return _in_torch(part, p, m, starts, halo)
+    kernels = _kernels("inputs")
+    heads, groups = p.A_log.shape[0], part["query"].shape[-1] // m.key_dim
+    shape = kernels.Shape(
+        heads, groups, m.value_dim, m.key_dim, m.capacity, p.convolutions[0].shape[1], halo=halo, gdn=delta
+    )
+    gates = [p.A_log, p.dt_bias, p.slot_scale, p.slot_bias]
+    *inputs, last = kernels.recurrence_inputs(part, p.convolutions, p.biases, gates, shape, starts)
+    q, k, v, g, weights = inputs
+    return (Inputs(q, k, v, g, weights, last), None) if delta else (Inputs(q, k, v, g, weights, None), last)
+
+
+def _in_torch(
+    part: dict[str, Tensor], p: Parameters, m: ModelSection, starts: Tensor | None, halo: int
+) -> tuple[Inputs, Tensor | None]:
+    document = None if starts is None else starts.cumsum(1)
+    convolved = zip(("value", "query", "key"), p.convolutions, p.biases, strict=True)
+    xs = [functional.short_convolution(part[name], w, document, bias=b)[:, halo:] for name, w, b in convolved]
+    value, query, key = (x.unflatten(-1, (-1, n)) for x, n in zip(xs, (m.value_dim, *2 * [m.key_dim]), strict=True))
+    raw = part["slot"].unflatten(-1, (-1, m.capacity))
+    weights = functional.slot_weights(raw, p.slot_scale, p.slot_bias)
+    if m.backbone == "gdn":
+        query, key, g, beta = functional.gdn_inputs(query, key, part["step"], part["strength"], p.A_log, p.dt_bias)
+        return Inputs(query, key, value, g, weights, beta), None
+    write, g = functional.mamba2_inputs(value, part["step"], p.A_log, p.dt_bias)
+    return Inputs(query, key, write, g, weights, None), value
+
+
+def with_skip(out: Tensor, value: Tensor | None, D: Tensor | None) -> Tensor:
+    """out + D * value, [B, T, H, Dv]; D [H]. Without a value: out."""
+    return out if value is None or D is None else out + D[:, None].to(value.dtype) * value
+
+
+def gated_head_norm(
+    out: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    backend: str,
+    *,
+    gate_first: bool,
+    value: Tensor | None = None,
+    D: Tensor | None = None,
+) -> Tensor:
+    """`functional.gated_head_norm` of `with_skip(out, value, D)`."""
+    if uses_kernels(out, backend):
+        return _kernels("norm").gated_norm(out, gate, weight, eps, gate_first=gate_first, skip=value, D=D)
+    return functional.gated_head_norm(with_skip(out, value, D), gate, weight, eps, gate_first=gate_first)
