@@ -47,9 +47,13 @@ OF_ARCH = {80: "a100", 90: "h100", 100: "b200"}
 ARCH = {"a100": 80, "h100": 90, "h200": 90, "b200": 100}
 
 # Shares of a data sheet's rates that are reached. Copies and torch's elementwise kernels: 4.24 of 4.8 TB/s on an H200
-# (docs/bench.md). Triton kernels: fla's linear_attn on an H100 moves 1.34 GB in 0.609 ms (see peers.HELION). Matrix
-# products of training's sizes: 793 of 989 TFLOP/s for 8192^3 on an H200 (docs/bench.md), less for narrow ones.
-MEMORY_SHARE, TRITON_SHARE, MATRIX_SHARE = 0.85, 0.66, 0.72
+# (docs/bench.md). Matrix products of training's sizes: 793 of 989 TFLOP/s for 8192^3 on an H200 (docs/bench.md), less
+# for narrow ones.
+MEMORY_SHARE, MATRIX_SHARE = 0.85, 0.72
+# Bytes a clock that a processor's Triton programs move from and to HBM: a load waits for about 480 clocks, so what is
+# in flight limits it before the memory does. fla's linear_attn on an H100 moves 1.34 GB in 0.609 ms (see peers.HELION);
+# simple GLA takes an H200, with 1.43 times the memory rate, as long as an H100 (docs/bench.md).
+BYTES_A_CLOCK = 9.5
 LAUNCH = 2.5e-6  # s between two kernels of a queue that never empties; estimated
 SYNC = 20e-6  # s that the GPU idles when the host reads a number back and refills the queue; estimated
 
@@ -78,8 +82,7 @@ class Latencies:
 
     def rate(self, label: str) -> float:
         """Of the dense bf16 rate: mma of TF32 runs at half, three products for tf32x3, without tensor cores 1/16."""
-        share = {"bf16": 0.65, "f16": 0.65, "tf32": 0.3, "tf32x3": 0.1, "ieee": 1 / 32}
-        return share.get(label, 0.65)
+        return {"bf16": 0.65, "f16": 0.65, "tf32": 0.3, "tf32x3": 0.1, "ieee": 1 / 32}[label]
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def fingerprint() -> str:
     everything = (
         GPUS,
         MEMORY_SHARE,
-        TRITON_SHARE,
+        BYTES_A_CLOCK,
         MATRIX_SHARE,
         LAUNCH,
         SYNC,

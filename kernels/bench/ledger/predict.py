@@ -15,13 +15,13 @@ from torch import Tensor
 
 from .constants import (
     BOUNDARY_EVERY,
+    BYTES_A_CLOCK,
     FULL,
     LAUNCH,
     MATRIX_SHARE,
     MEMORY_SHARE,
     STOPS_AFTER,
     SYNC,
-    TRITON_SHARE,
     Assumptions,
     Gpu,
     Latencies,
@@ -145,7 +145,7 @@ def predict_launch(launch: Launch, gpu: Gpu, latency: Latencies | None = None) -
     moved = memory_bytes(launch, cost)
     asked = sum(cost.loads.values()) + sum(cost.stores.values())
     limits = {
-        "memory": moved / (gpu.memory * TRITON_SHARE),
+        "memory": moved / min(gpu.memory * MEMORY_SHARE, gpu.processors * gpu.clock * BYTES_A_CLOCK),
         "cache": asked * programs / gpu.cache,
         "work": share * work / gpu.clock,
         "latency": rounds * cost.clock / gpu.clock,
