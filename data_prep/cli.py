@@ -1,4 +1,4 @@
-"""`dla data tokenizer | shards | verify`."""
+"""`dla data tokenizer | shards | merge | verify`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.data_prep.sources import ReadOptions
-from megatron_dla.shard_index import MIN_TRAIN_SHARDS
+from megatron_dla.shard_index import MIN_TRAIN_SHARDS, ShardIndex
 
 DEFAULT_SKIP_BAD = 0.01
 
 
 def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add `dla data` with its commands; `args.func(args)` returns the exit code and may raise DataError."""
-    data = subparsers.add_parser("data", help="train a tokenizer, tokenise text into shards, verify shards")
-    commands = data.add_subparsers(dest="data_command", required=True, metavar="tokenizer|shards|verify")
+    data = subparsers.add_parser("data", help="train a tokenizer, tokenise text into shards, merge and verify shards")
+    commands = data.add_subparsers(dest="data_command", required=True, metavar="tokenizer|shards|merge|verify")
 
     tokenizer = commands.add_parser(
         "tokenizer",
@@ -71,9 +71,25 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     shards.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the choice of validation documents (default 0)"
     )
+    shards.add_argument(
+        "--part", type=_part, default=(0, 1), metavar="I/N",
+        help="read only every Nth input file, from the Ith on (0 to N-1), so that N machines build a part each for "
+        "`dla data merge`",
+    )  # fmt: skip
     shards.add_argument("--dedup", action="store_true", help="keep only the first of exact copies of a document")
     shards.add_argument("--overwrite", action="store_true", help="replace existing data once the new data is complete")
     shards.set_defaults(func=_shards)
+
+    merge = commands.add_parser(
+        "merge",
+        help="join data directories that were built apart",
+        description="Join data directories of one tokenizer, built with --part for instance, into OUTPUT. Shards are "
+        "hard links where the file system allows it.",
+    )
+    merge.add_argument("parts", nargs="+", type=Path, metavar="DIR", help="data directories, in the order to keep")
+    merge.add_argument("--output", required=True, type=Path, metavar="DIR", help="data directory to write")
+    merge.add_argument("--overwrite", action="store_true", help="replace existing data")
+    merge.set_defaults(func=_merge)
 
     verify = commands.add_parser(
         "verify",
@@ -106,6 +122,13 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     add("--max-chars", type=int, metavar="N", help="leave out documents above N characters")
 
 
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be I/N with I from 0 to N-1, such as 0/8")
+    return int(number), int(count)
+
+
 def _options(args: argparse.Namespace) -> ReadOptions:
     names = ("text_field", "separator", "skip_bad", "min_chars", "max_chars")
     return ReadOptions(**{name: getattr(args, name) for name in names})
@@ -128,15 +151,26 @@ def _shards(args: argparse.Namespace) -> int:
     index = build_shards(
         args.input, args.tokenizer, args.output, val_fraction=args.val_fraction, val_docs=args.val_docs,
         shard_tokens=args.shard_tokens, min_train_shards=args.min_train_shards, workers=args.workers,
-        seed=args.seed, options=_options(args), dedup=args.dedup, overwrite=args.overwrite,
+        seed=args.seed, options=_options(args), dedup=args.dedup, part=args.part, overwrite=args.overwrite,
     )  # fmt: skip
+    _print_totals(args.output, index)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from megatron_dla.data_prep.merge import merge_shards
+
+    _print_totals(args.output, merge_shards(args.parts, args.output, overwrite=args.overwrite))
+    return 0
+
+
+def _print_totals(directory: Path, index: ShardIndex) -> None:
     for split in index.splits:
         t = index.totals(split)
         print(
-            f"{args.output / split}: {t.shards} shards, {t.documents:,} documents, {t.tokens:,} tokens, "
+            f"{directory / split}: {t.shards} shards, {t.documents:,} documents, {t.tokens:,} tokens, "
             f"{t.text_bytes / t.tokens:.2f} bytes of text per token"
         )
-    return 0
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -141,6 +141,7 @@ def build_shards(
     seed: int = 0,
     options: ReadOptions | None = None,
     dedup: bool = False,
+    part: tuple[int, int] = (0, 1),
     overwrite: bool = False,
 ) -> ShardIndex:
     """Tokenise `inputs` into `output_dir`: `train/*.tar`, `val/*.tar`, the tokenizer and, last, `index.json`.
@@ -158,6 +159,7 @@ def build_shards(
         workers: processes; None is one per usable core.
         options: how the inputs are read, see `ReadOptions`.
         dedup: of exact copies of a document, keep the first.
+        part: (i, n): read only the files i, i + n, i + 2n, ... of the inputs; the parts can be merged (`merge_shards`).
         overwrite: replace an existing build. It stays in place until the new one is complete.
 
     A build that was stopped, or failed, goes on where it was if it is called again with the same inputs, tokenizer,
@@ -183,7 +185,7 @@ def build_shards(
     if (root / INDEX_NAME).exists() and not overwrite:
         raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
     tokenizer = Tokenizer(tokenizer_path)
-    source = DocumentSource(inputs, options)
+    source = DocumentSource(inputs, options, part)
     spool = _spool(root / _BUILDING, source, tokenizer, seed)
     try:
         _tokenise(source, tokenizer, spool, workers, seed)

@@ -106,14 +106,25 @@ class DocumentSource:
     Attributes: `files` (in reading order), `total_bytes` (on disk), `bytes_read` (of `total_bytes`, updated record by
     record; compressed bytes for compressed files), `progress`, `counts` (its counts).
 
-    Raises DataError for inputs that cannot be found or read (see `Listing`). Iterating raises at its end, with all bad
-    records and damaged files named: `documents()` does not raise, and `check()` does it later.
+    Args:
+        part: (i, n): only every nth file, from the ith on.
+
+    Raises DataError for inputs that cannot be found or read (see `Listing`) and a part without files. Iterating raises
+    at its end, with all bad records and damaged files named: `documents()` does not raise, and `check()` does it later.
     """
 
-    def __init__(self, inputs: Sequence[str | os.PathLike[str]], options: ReadOptions | None = None) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[str | os.PathLike[str]],
+        options: ReadOptions | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
         self.options = options or ReadOptions()
         self.listing = Listing(inputs)
-        self.files: list[SourceFile] = self.listing.files
+        self.files: list[SourceFile] = self.listing.files[part[0] :: part[1]]
+        if not self.files:
+            found = len(self.listing.files)
+            raise DataError(f"part = {part[0]}/{part[1]}: the inputs are {found} files; use at most {found} parts")
         self.total_bytes = sum(file.bytes for file in self.files)
         self.bytes_read = 0
         self.progress = Progress()

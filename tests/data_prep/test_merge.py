@@ -1,0 +1,152 @@
+"""Parts built apart make one data directory; a large index is read quickly."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dla.cli import main
+from megatron_dla.data import TokenLoader
+from megatron_dla.data_prep import merge
+from megatron_dla.data_prep.verify import verify_shards
+from megatron_dla.shard_index import ShardIndex, ShardInfo
+from tests.data_prep.test_sources import lines
+
+ROOT = Path(__file__).parents[2]
+
+
+def dla(*words):
+    return main(["data", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "text").mkdir()
+    for i in range(5):
+        texts = [f"Document {i} {j}. " + "one two three four " * (j % 5) for j in range(30)]
+        (root / "text" / f"{i}.jsonl").write_bytes(lines(*texts, *[f"copy {j}" for j in range(4)]))
+    assert dla("tokenizer", "--input", root / "text", "--output", root / "tok", "--vocab-size", 290) == 0
+    for i in range(3):
+        assert dla("shards", *arguments(root), "--output", root / f"part{i}", "--part", f"{i}/3") == 0
+    assert dla("shards", *arguments(root), "--output", root / "whole") == 0
+    return root
+
+
+def arguments(root):
+    sizes = ("--min-train-shards", 2, "--val-fraction", 0.2, "--workers", 1)
+    return ("--input", root / "text", "--tokenizer", root / "tok", *sizes)
+
+
+def documents(data):
+    """{split: {source}}, from the records of its shards."""
+    from megatron_dla.data.shards import read_records
+
+    found = {}
+    for shard in ShardIndex.load(data).shards:
+        records = read_records((data / shard.path).read_bytes())
+        found.setdefault(shard.split, []).extend(record["source"] for record in records)
+    return {split: sorted(sources) for split, sources in found.items()}
+
+
+def test_parts_hold_each_document_of_the_whole_in_its_split(corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    capsys.readouterr()
+    assert dla("merge", *(corpus / f"part{i}" for i in range(3)), "--output", out) == 0
+    assert "170 documents" not in capsys.readouterr().out.splitlines()[0]  # two splits
+    assert documents(out) == documents(corpus / "whole")
+    assert verify_shards(out).documents == 170
+    report = json.loads((out / "report.json").read_text())
+    assert (report["documents"], report["parts"]) == (170, 3)
+    assert os.stat(out / "train/train-000000.tar").st_nlink == 2
+    loader = TokenLoader(out, seq_len=8, global_batch_size=4, micro_batch_size=4, num_streams=4)
+    loader.next_step()
+    assert dla("merge", corpus / "part0", "--output", out) == 2 and "--overwrite" in capsys.readouterr().err
+    assert dla("merge", corpus / "part0", "--output", out, "--overwrite") == 0
+    assert verify_shards(out).documents == 68
+
+
+def test_parts_on_another_file_system_are_copied(corpus, tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(merge.os, "link", no_links)
+    assert dla("merge", corpus / "part0", corpus / "part1", "--output", tmp_path) == 0
+    assert os.stat(tmp_path / "train/train-000000.tar").st_nlink == 1
+    verify_shards(tmp_path)
+
+
+def test_merge_errors(corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(corpus / "part0", tmp_path / "other")
+    index = json.loads((tmp_path / "other/index.json").read_text())
+    cases = [
+        ((corpus / "part0", tmp_path / "none"), "none"), ((corpus / "part0", corpus / "part0"), "part0: given twice"),
+        ((out,), "out: "),
+    ]  # fmt: skip
+    (tmp_path / "other/index.json").write_text(json.dumps({**index, "tokenizer_sha256": "00"}))
+    cases.append(((corpus / "part0", tmp_path / "other"), "tokenizer_sha256 = '00'"))
+    shutil.copytree(corpus / "part1", tmp_path / "short")
+    (tmp_path / "short/train/train-000001.tar").write_bytes(b"")
+    cases.append(((corpus / "part0", tmp_path / "short"), "short/train/train-000001.tar: expected bytes"))
+    for parts, words in cases:
+        capsys.readouterr()
+        assert dla("merge", *parts, "--output", out) == 2
+        shown = capsys.readouterr().err
+        assert words in shown and len(shown.splitlines()) == 1 and not out.exists()
+    assert dla("shards", *arguments(corpus), "--output", out, "--part", "5/6") == 2
+    assert "5 files" in capsys.readouterr().err
+    for part in ("3/3", "a", "1", "-1/3"):
+        with pytest.raises(SystemExit):
+            dla("shards", *arguments(corpus), "--output", out, f"--part={part}")
+
+
+def test_the_slurm_array_builds_parts_and_merges_them(corpus, tmp_path):
+    """With an srun that runs its command."""
+    srun = tmp_path / "bin/srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
+    environment = {
+        **os.environ, "PATH": f"{srun.parent}:{os.environ['PATH']}", "DLA_PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_COUNT": "2",
+    }  # fmt: skip
+
+    def submit(*words, task="0"):
+        script = [str(ROOT / "slurm/data.sbatch"), *map(str, words)]
+        return subprocess.run(["bash", *script], env={**environment, "SLURM_ARRAY_TASK_ID": task}, capture_output=True)
+
+    out = tmp_path / "out"
+    for task in ("0", "1", "1"):  # the last one is requeued
+        assert submit("build", out, *arguments(corpus), task=task).returncode == 0
+    assert submit("merge", out).returncode == 0
+    assert documents(out) == documents(corpus / "whole")
+    assert submit("build").returncode == 2
+
+
+def test_an_index_of_100_000_shards_is_read_quickly(tmp_path):
+    shard = {"split": "train", "bytes": 2_600_000, "documents": 20_000, "tokens": 10**7, "text_bytes": 4 * 10**7}
+    index = ShardIndex(
+        tokenizer_sha256="0" * 64, vocab_size=32_000, eos_id=2, dtype="uint16", seed=0, created_by="test",
+        shards=[ShardInfo(name=f"train-{i:06d}.tar", sha256=f"{i:064x}", **shard) for i in range(100_000)],
+    )  # fmt: skip
+    index.save(tmp_path)
+    code = (
+        "import resource, sys, time\n"
+        "from megatron_dla.shard_index import ShardIndex\n"
+        "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()\n"
+        "index = ShardIndex.load(sys.argv[1])\n"
+        "assert index.totals('train').tokens == 10**12 and len(index.fingerprint) == 64\n"
+        "print(time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    seconds, megabytes = map(float, result.stdout.split())
+    assert seconds < 5 and megabytes < 500, (seconds, megabytes)
