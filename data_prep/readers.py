@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
 import json
-import lzma
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,7 +75,15 @@ def _zstd(raw: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 17))
 
 
+def _bz2(raw: BinaryIO) -> BinaryIO:
+    import bz2  # a Python that was built without it reads the other formats
+
+    return cast(BinaryIO, bz2.BZ2File(raw))
+
+
 def _xz(raw: BinaryIO) -> BinaryIO:
+    import lzma
+
     return cast(BinaryIO, lzma.LZMAFile(raw))
 
 
@@ -85,7 +91,7 @@ COMPRESSIONS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     "": lambda raw: raw,
     ".gz": lambda raw: cast(BinaryIO, gzip.GzipFile(fileobj=raw)),
     ".xz": _xz,
-    ".bz2": lambda raw: cast(BinaryIO, bz2.BZ2File(raw)),
+    ".bz2": _bz2,
     ".zst": _zstd,
 }
 
@@ -135,12 +141,13 @@ def read_records(path: Path, kind: Kind, text_field: str, separator: str) -> Ite
     except DataError:
         raise
     except ImportError as error:
-        fix = "pip install pyarrow" if kind.format in TABLES else "pip install zstandard"
-        raise DataError(f"{shown(path)}: reading it needs another package ({error}); {fix}") from error
+        known = {"pyarrow": "pip install 'megatron-dla[data]'", "zstandard": "pip install zstandard"}
+        fix = known.get((error.name or "").split(".")[0], "use a Python that has it")
+        raise DataError(f"{shown(path)}: {error}, which reading it needs; {fix}") from error
     except Exception as error:
-        # zlib.error and ZstdError share no base class with the others; anything else is a bug and is raised as is
-        damaged = isinstance(error, (OSError, EOFError, lzma.LZMAError))
-        if not damaged and type(error).__module__.split(".")[0] not in ("zlib", "zstandard", "pyarrow"):
+        # the packages' errors share no base class with the others; anything else is a bug and is raised as is
+        packages = ("zlib", "_lzma", "zstandard", "pyarrow")
+        if not isinstance(error, (OSError, EOFError)) and type(error).__module__.split(".")[0] not in packages:
             raise
         after = f" after record {number}" if number else ""
         what = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import REBUILD, ShardIndex, ShardInfo, difference
+
+if TYPE_CHECKING:
+    from megatron_dla.data.shards import Documents
 
 
 @dataclass(frozen=True)
@@ -82,21 +86,43 @@ def _problems(root: Path, index: ShardIndex, shard: ShardInfo, token_bytes: np.n
     if not deep:
         return []
     try:
-        documents = ShardReader(index, shard.split, verify="none", root=root).read(shard).split()
-        sizes = [int(record["n_bytes"]) for record in read_records((root / shard.path).read_bytes())]
+        documents = ShardReader(index, shard.split, verify="none", root=root).read(shard)
+        records = read_records((root / shard.path).read_bytes())
+        n_bytes = np.array([int(record["n_bytes"]) for record in records], dtype=np.int64)
     except (DataError, KeyError, TypeError, ValueError) as error:
         return [f"{type(error).__name__}: {error}"]
-    if len(sizes) != len(documents):
-        return [difference("records", len(documents), len(sizes))]
-    problems = []
-    for number, (tokens, n_bytes) in enumerate(zip(documents, sizes, strict=True)):
-        name = f"document {number}"
-        if (top := int(tokens.max())) >= index.vocab_size:
-            problems.append(f"{name}: token {top} is not below vocab_size {index.vocab_size}")
-        elif token_bytes is not None and (found := int(token_bytes[tokens].sum())) != n_bytes:
-            problems.append(f"{name}: {difference('n_bytes', n_bytes, found)} as the sum over its tokens")
-        if (inside := np.flatnonzero(tokens[:-1] == index.eos_id)).size:
-            problems.append(f"{name}: eos {index.eos_id} at token {inside[0]}, before the end")
-    if (total := sum(sizes)) != shard.text_bytes:
+    if len(records) != len(documents.ends):
+        return [difference("records", len(documents.ends), len(records))]
+    problems = [f"document {i}: {problem}" for i, problem in _in_documents(documents, n_bytes, index, token_bytes)]
+    if (total := int(n_bytes.sum())) != shard.text_bytes:
         problems.append(difference("text_bytes", shard.text_bytes, total))
     return problems
+
+
+def _in_documents(
+    documents: Documents, n_bytes: np.ndarray, index: ShardIndex, token_bytes: np.ndarray | None
+) -> list[tuple[int, str]]:
+    """(number, problem), the first of each kind in a document, sorted by document."""
+    tokens, ends = documents
+    starts = ends - np.diff(ends, prepend=0)
+
+    def firsts(positions: np.ndarray) -> list[tuple[int, int, int]]:
+        """(document, position in it, token) of the first position in each document."""
+        found, first = np.unique(np.searchsorted(ends, positions, side="right"), return_index=True)
+        at = positions[first]
+        return list(zip(found.tolist(), (at - starts[found]).tolist(), tokens[at].tolist(), strict=True))
+
+    large = firsts(np.flatnonzero(tokens >= index.vocab_size))
+    problems = [(i, f"token {token} is not below vocab_size {index.vocab_size}") for i, _, token in large]
+    is_end = tokens == index.eos_id
+    is_end[ends - 1] = False
+    inside = firsts(np.flatnonzero(is_end))
+    problems += [(i, f"eos {index.eos_id} at token {at}, before the end") for i, at, _ in inside]
+    if token_bytes is not None:
+        sums = np.add.reduceat(token_bytes[np.minimum(tokens, index.vocab_size - 1)].astype(np.int64), starts)
+        wrong = np.setdiff1d(np.flatnonzero(sums != n_bytes), [i for i, *_ in large])
+        problems += [
+            (i, f"{difference('n_bytes', int(n_bytes[i]), int(sums[i]))} as the sum over its tokens")
+            for i in wrong.tolist()
+        ]
+    return sorted(problems)

@@ -27,7 +27,7 @@ class DataSection:
     """Tokenised WebDataset shards, as `dla data shards` writes them."""
 
     dir: str = ""
-    """Directory that holds index.json, tokenizer.model, train/ and val/."""
+    """Directory that `dla data shards` or `dla data merge` wrote."""
     seq_len: PositiveInt = 2048
     """Tokens a row. A document cut at a row's end continues in the next row with an empty memory."""
     num_streams: PositiveInt = 8

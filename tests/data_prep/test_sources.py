@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import re
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -381,6 +382,19 @@ def test_malformed_tables(tmp_path, form, columns, where):
     with pytest.raises(DataError, match=f"x{form}{where}") as caught:
         texts(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "fix"),
+    [("a.parquet", "pyarrow", r"megatron-dla\[data\]"), ("a.jsonl.zst", "zstandard", "pip install zstandard"),
+     ("a.jsonl.bz2", "bz2", "Python"), ("a.jsonl.xz", "lzma", "Python")],
+)  # fmt: skip
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, module, fix):
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"{module}.parquet", raising=False)
+    with pytest.raises(DataError, match=f"{name}: .*{module}.*{fix}"):
+        texts(tmp_path / name)
 
 
 def test_source_arguments(tmp_path):
