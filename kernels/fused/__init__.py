@@ -1,6 +1,6 @@
 """Fused passes of a DLA mixer on a GPU: everything between its projections and its recurrence, and the gated norm.
 
-One kernel and its backward pass each, in place of fla's causal_conv1d, l2norm and gated norms, because
+Own kernels in place of fla's causal_conv1d, l2norm and gated norms, because
 
 - fla 0.6.0 times tiles and warps in a run's first steps, and they decide the order of the sums over tokens: two runs
   would differ in the gradients of the weights;

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.launch import ceil_div, on_device, power_of_two
-from .triton_inputs import inputs_backward_kernel, inputs_forward_kernel
+from .triton_inputs import convolution_backward_kernel, inputs_backward_kernel, inputs_forward_kernel
 
 TILE = 4096  # elements of a forward tile
 BACKWARD_TILE = 2048
-TILES = 8  # a program of the backward pass
+SPAN = 256  # tokens a program of the backward pass
 VALUE_COLUMNS = 128  # of a program, where a head's values need not be in one
 SLOT_COLUMNS = 64
+COLUMNS = 128  # of a program of the convolutions' backward pass
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,17 @@ class Shape:
 
     def parameters(self, biased: bool) -> list[int]:
         """Sizes of the sums of one program, in the order of `partial`."""
-        value, keys = self.columns[:2]
-        slots = self.heads * self.capacity
-        convolutions = [n * self.width for n in (value, keys, keys)]
-        return convolutions + [self.heads] * 2 + [slots] * 2 + ([value, keys, keys] if biased else [])
+        channels = list(self.columns[:3])
+        gates = [self.heads] * 2 + [self.heads * self.capacity] * 2
+        return gates + [n * self.width for n in channels] + (channels if biased else [])
 
     def blocks(self, elements: int) -> dict[str, int]:
         bv = power_of_two(self.value_dim)
         if self.gdn:  # else a head's values are one program's, which sums the gradient of dt
             bv = min(bv, VALUE_COLUMNS)
         bk = power_of_two(self.key_dim)
-        return {"BT": max(elements // max(bv, bk, SLOT_COLUMNS), 4), "BV": bv, "BK": bk, "BS": SLOT_COLUMNS}
+        tokens = max(elements // max(bv, bk, SLOT_COLUMNS), 4)
+        return {"BT": min(tokens, SPAN), "BV": bv, "BK": bk, "BS": SLOT_COLUMNS}
 
     def units(self, blocks: dict[str, int]) -> int:
         values = self.heads * ceil_div(self.value_dim, blocks["BV"])
@@ -62,7 +63,7 @@ class Shape:
     def constants(self) -> dict[str, int]:
         return {
             "H": self.heads, "G": self.groups, "DV": self.value_dim, "DK": self.key_dim, "K": self.capacity,
-            "W": self.width, "HALO": self.halo, "GDN": self.gdn,
+            "GDN": self.gdn,
         }  # fmt: skip
 
 
@@ -98,7 +99,8 @@ class _RecurrenceInputs(torch.autograd.Function):
         with on_device(value):
             inputs_forward_kernel[grid](
                 *arguments, out, write, query, key, g, beta, weights, T, *_strides(arguments[:6]), _scale(shape),
-                **shape.constants(), HAS_STARTS=starts is not None, HAS_BIAS=len(parameters) > 7, **blocks, num_warps=4,
+                **shape.constants(), W=shape.width, HALO=shape.halo, HAS_STARTS=starts is not None,
+                HAS_BIAS=len(parameters) > 7, **blocks, num_warps=4,
             )  # fmt: skip
         return (query, key, write, g, weights, beta) if shape.gdn else (query, key, write, g, weights, out)
 
@@ -123,24 +125,44 @@ class _RecurrenceInputs(torch.autograd.Function):
             last = torch.zeros_like(d_g)
         last = d_g if last is None else last.contiguous()
         packed = torch.empty(halo + T, B, sum(shape.columns), dtype=value.dtype, device=value.device).transpose(0, 1)
+        dxs = list(packed.split(shape.columns, -1))
+        inner = [x[:, halo:] for x in dxs]
+        channels = sum(shape.columns[:3])
+        dpre = torch.empty(B, T, channels, dtype=value.dtype, device=value.device)
+        sizes, programs = shape.parameters(biased), ceil_div(halo + T, SPAN)
+        partial = torch.empty(B * programs, sum(sizes), dtype=torch.float32, device=value.device)
+        common = dict(
+            W=shape.width,
+            HALO=halo,
+            HAS_STARTS=starts is not None,
+            HAS_BIAS=biased,
+            TOTAL=sum(sizes),
+            num_warps=4,
+            maxnreg=255,  # told so, the assembler does not spill to fit more programs on a multiprocessor
+        )
         # rows that do not begin at a multiple of 16 elements are read element by element, with an address for each
         aligned = all(n % 16 == 0 for n in _strides([*arguments[:3], packed]))
         blocks = shape.blocks(BACKWARD_TILE if aligned else BACKWARD_TILE // 2)
-        programs = ceil_div(halo + T, TILES * blocks["BT"])
-        sizes = shape.parameters(biased)
-        partial = torch.empty(B * programs, sum(sizes), dtype=torch.float32, device=value.device)
-        dxs = list(packed.split(shape.columns, -1))
-        inner = [x[:, halo:] for x in dxs]
-        grid = shape.units(blocks), programs, B
+        block = min(BACKWARD_TILE // COLUMNS, SPAN)
+        units = sum(ceil_div(n, COLUMNS) for n in shape.columns[:3])
         with on_device(value):
-            inputs_backward_kernel[grid](
-                *arguments, last, d_write, d_query, d_key, d_g, last, d_weights, *inner, partial, T,
-                *_strides(arguments[:6]), *inner[0].stride()[:2], _scale(shape), **shape.constants(),
-                HAS_STARTS=starts is not None, HAS_BIAS=biased, HAS_OUT=has_out, TOTAL=sum(sizes), TILES=TILES,
-                BW=power_of_two(shape.width, 2), **blocks, num_warps=8,
+            inputs_backward_kernel[(shape.units(blocks), programs, B)](
+                *arguments, last, d_write, d_query, d_key, d_g, last, d_weights, dpre, *inner[3:], partial, T,
+                *_strides(arguments[:6]), *inner[0].stride()[:2], _scale(shape), HAS_OUT=has_out,
+                TILES=SPAN // blocks["BT"], **shape.constants(), **common, **blocks,
+            )  # fmt: skip
+            convolution_backward_kernel[(units, programs, B)](
+                *arguments[:3], *arguments[6:9], arguments[-1], dpre, *inner[:3], partial, T, *_strides(arguments[:3]),
+                *inner[0].stride()[:2], CV=shape.columns[0], CK=shape.columns[1], AT=sum(sizes[:4]),
+                TILES=SPAN // block, BT=block, BC=COLUMNS, BW=power_of_two(shape.width, 2), **common,
             )  # fmt: skip
         sums = partial.sum(0).split(sizes)
-        dparameters = [s.view_as(x).to(x.dtype) for s, x in zip(sums, parameters, strict=True)]
+        gates, others = parameters[3:7], parameters[:3] + parameters[7:]
+        dgates, dothers = (
+            [s.view_as(x).to(x.dtype) for s, x in zip(some, xs, strict=True)]
+            for some, xs in ((sums[:4], gates), (sums[4:], others))
+        )
+        dparameters = dothers[:3] + dgates + dothers[3:]
         dxs = [*dxs[:3], *inner[3:]]
         if not shape.gdn:
             del dxs[4]

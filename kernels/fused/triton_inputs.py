@@ -1,17 +1,16 @@
 """Kernels from a mixer's projections to the inputs of its recurrence: convolutions, SiLU, gates and slot weights.
 
 A program owns some tokens of one unit: a head of the values, a query/key group, or some columns of the slot weights.
-Everything is fp32 between a load and a store. The backward pass reads the projections again and computes the
-convolutions anew; gradients of parameters are summed over a program's tokens, and over the programs afterwards, in an
-order that does not change. Names: BT = tokens a tile, HALO = tokens before the first, whose outputs are not wanted.
+Everything is fp32 between a load and a store. The backward pass computes the convolutions anew, and has two kernels:
+one back to the SiLU, token by token, and one through the convolutions. Gradients of parameters are summed over a
+program's tokens, and over the programs afterwards, in an order that does not change. Names: BT = tokens a tile,
+TILES = tiles a program, HALO = tokens before the first, whose outputs are not wanted.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-PLAIN, WRITE, UNIT = (tl.constexpr(n) for n in range(3))  # after the SiLU: nothing, times dt (Mamba-2), L2 norm
 
 
 @triton.jit
@@ -45,13 +44,15 @@ def convolved(
 ):  # fmt: skip
     """Causal convolution at tokens o_t of one row, [BT, BD], before the SiLU; tokens of other documents are zero."""
     b_y = tl.zeros([o_t.shape[0], o_c.shape[0]], tl.float32)
-    m_t = (o_t >= 0) & (o_t < T)
+    m_t = o_t < T
+    b_cut = o_t < -HALO  # no token: whether a document begins between the tap and here
     for back in tl.static_range(W):
         if HAS_STARTS and back > 0:
-            m_t = m_t & (tl.load(starts + o_t - (back - 1), mask=m_t, other=1) == 0)
-        m_t = m_t & (o_t - back >= -HALO)
+            b_cut = b_cut | (tl.load(starts + o_t - (back - 1), mask=m_t & (o_t - back >= -HALO), other=0) != 0)
+        m = (m_t & (o_t - back >= -HALO))[:, None] & m_c[None, :]
         b_w = tl.load(weight + o_c * W + (W - 1 - back), mask=m_c, other=0.0).to(tl.float32)
-        b_y += load_wide(x, o_t - back, stride, o_c, m_t[:, None] & m_c[None, :]) * b_w[None, :]
+        # masked after the load, which need not wait for the document starts
+        b_y += tl.where(b_cut[:, None], 0.0, load_wide(x, o_t - back, stride, o_c, m)) * b_w[None, :]
     if HAS_BIAS:
         b_y += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     return b_y
@@ -164,101 +165,37 @@ def inputs_forward_kernel(
 
 
 @triton.jit
-def before_silu(
-    x, weight, bias, starts, dy, dwrite, step, b_dt_bias, o_t, o_c, m_c, T, stride, step_t, C, scale,
-    MODE: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DY: tl.constexpr,
-):  # fmt: skip
-    """Gradient of `convolved` at tokens o_t [BT, BD], zero outside of 0 to T, and that of dt [BT] (WRITE)."""
-    m_t = (o_t >= 0) & (o_t < T)
-    m = m_t[:, None] & m_c[None, :]
-    b_pre = convolved(x, weight, bias, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, HAS_BIAS)
+def through_silu(b_dy, b_pre):
     b_sigmoid = tl.sigmoid(b_pre)
-    b_y = b_pre * b_sigmoid
-    b_dy = tl.zeros_like(b_y)
-    b_ddt = tl.zeros([o_t.shape[0]], tl.float32)
-    if HAS_DY:
-        b_dy += load_wide(dy, o_t, C, o_c, m)
-    if MODE == WRITE:
-        b_dt = tl.load(step + o_t.to(tl.int64) * step_t, mask=m_t, other=0.0).to(tl.float32)
-        b_dwrite = load_wide(dwrite, o_t, C, o_c, m)
-        b_ddt += tl.sum(b_dwrite * b_y, 1)
-        b_dy += b_dwrite * softplus(b_dt + b_dt_bias)[:, None]
-    if MODE == UNIT:
-        b_inverse, b_free = unit_length(b_y)
-        b_unit = b_y * b_inverse[:, None]
-        b_along = tl.where(b_free, tl.sum(b_dy * b_unit, 1), 0.0)
-        b_dy = (b_dy - b_unit * b_along[:, None]) * (b_inverse * scale)[:, None]
-    return b_dy * b_sigmoid * (1 + b_pre * (1 - b_sigmoid)), b_ddt
-
-
-@triton.jit
-def section_backward(
-    x, weight, bias, starts, dy, dwrite, step, b_dt_bias, dx, b_dw, b_db, o_t, o_c, m_c, T, stride, step_t, dx_t, C,
-    scale,
-    MODE: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DY: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
-    """Stores dx of the tokens o_t; returns the sums for weight [BW, BD] and bias [BD] with theirs, and ddt [BT]."""
-    m_t = (o_t >= -HALO) & (o_t < T)
-    m = m_t[:, None] & m_c[None, :]
-    b_x = load_wide(x, o_t, stride, o_c, m)
-    b_dx = tl.zeros_like(b_x)
-    b_ddt = tl.zeros([o_t.shape[0]], tl.float32)
-    for ahead in tl.static_range(W):
-        if HAS_STARTS and ahead > 0:
-            m_t = m_t & (tl.load(starts + o_t + ahead, mask=m_t & (o_t + ahead < T), other=1) == 0)
-        b_dpre, b_more = before_silu(
-            x, weight, bias, starts, dy, dwrite, step, b_dt_bias, o_t + ahead, o_c, m_c, T, stride, step_t, C, scale,
-            MODE, W, HALO, HAS_STARTS, HAS_BIAS, HAS_DY,
-        )  # fmt: skip
-        if ahead == 0:
-            b_ddt += b_more
-            b_db += tl.sum(b_dpre, 0)
-        b_dpre = tl.where(m_t[:, None], b_dpre, 0.0)
-        b_w = tl.load(weight + o_c * W + (W - 1 - ahead), mask=m_c, other=0.0).to(tl.float32)
-        b_dx += b_dpre * b_w[None, :]
-        b_tap = tl.arange(0, BW) == W - 1 - ahead
-        b_dw += tl.where(b_tap[:, None], tl.sum(b_dpre * b_x, 0)[None, :], 0.0)
-    store_rows(dx, o_t, dx_t, o_c, b_dx, m)
-    return b_dw, b_db, b_ddt
-
-
-@triton.jit
-def store_parameters(partial, bias_at, weight_at, b_dw, b_db, o_c, m_c, W: tl.constexpr, BW: tl.constexpr,
-                     HAS_BIAS: tl.constexpr):  # fmt: skip
-    o_w = tl.arange(0, BW)
-    p_w = partial + weight_at + o_c[None, :] * W + o_w[:, None]
-    tl.store(p_w, b_dw, mask=(o_w < W)[:, None] & m_c[None, :])
-    if HAS_BIAS:
-        tl.store(partial + bias_at + o_c, b_db, mask=m_c)
+    return b_dy * b_sigmoid * (1 + b_pre * (1 - b_sigmoid))
 
 
 @triton.jit
 def backward_values(
-    value, step, strength, weight, bias, A_log, dt_bias, starts, d_out, d_write, d_g, d_beta, dvalue, dstep, dstrength,
+    value, step, strength, weight, bias, A_log, dt_bias, starts, d_out, d_write, d_g, d_beta, dpre, dstep, dstrength,
     partial, row, i_h, o_v, first_columns, first, T, value_t, step_t, strength_t, d_t,
-    H: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
-    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, AT_HEAD: tl.constexpr,
-    AT_BIAS: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+    C, H: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     m_c, o_c = o_v < DV, i_h * DV + o_v
-    b_dw, b_db = tl.zeros([BW, BV], tl.float32), tl.zeros([BV], tl.float32)
     b_dA, b_dbias = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
     b_dt_bias, b_A = tl.load(dt_bias + i_h), -tl.exp(tl.load(A_log + i_h))
-    # Gated DeltaNet's values are not multiplied by dt: the gradient of what is written is theirs
-    dy = d_write if GDN else d_out
     for i in range(TILES):
         o_t = first + i * BT + tl.arange(0, BT)
-        b_dw, b_db, b_ddt = section_backward(
-            value, weight, bias, starts, dy + row * H * DV, d_write + row * H * DV, step + i_h, b_dt_bias, dvalue, b_dw,
-            b_db, o_t, o_c, m_c, T, value_t, step_t, d_t, H * DV, 1.0,
-            PLAIN if GDN else WRITE, W, HALO, HAS_STARTS, HAS_BIAS, HAS_OUT, BW,
-        )  # fmt: skip
+        m_t = o_t < T
+        m = m_t[:, None] & m_c[None, :]
+        b_pre = convolved(value, weight, bias, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS, HAS_BIAS)
+        b_dy = load_wide(d_write + row * H * DV, o_t, H * DV, o_c, m)
+        b_step = tl.load(step + o_t.to(tl.int64) * step_t + i_h, mask=m_t, other=0.0).to(tl.float32) + b_dt_bias
+        b_ddt = tl.zeros([BT], tl.float32)
+        if not GDN:  # what is written is dt times the value
+            b_ddt += tl.sum(b_dy * b_pre * tl.sigmoid(b_pre), 1)
+            b_dy *= softplus(b_step)[:, None]
+            if HAS_OUT:
+                b_dy += load_wide(d_out + row * H * DV, o_t, H * DV, o_c, m)
+        store_rows(dpre, o_t, C, o_c, through_silu(b_dy, b_pre), m)
         if first_columns:
-            m_t = (o_t >= 0) & (o_t < T)
             o_h, o_in = (row + o_t) * H + i_h, o_t.to(tl.int64) * d_t + i_h
-            b_step = tl.load(step + o_t.to(tl.int64) * step_t + i_h, mask=m_t, other=0.0).to(tl.float32) + b_dt_bias
             b_dg = tl.load(d_g + o_h, mask=m_t, other=0.0) * b_A
             b_dA += b_dg * softplus(b_step)
             b_dstep = (b_ddt + b_dg) * tl.sigmoid(b_step)
@@ -269,29 +206,31 @@ def backward_values(
                 b_beta = tl.sigmoid(b_r)
                 b_dr = tl.load(d_beta + o_h, mask=m_t, other=0.0) * b_beta * (1 - b_beta)
                 tl.store(dstrength + o_in, b_dr.to(dstrength.dtype.element_ty), mask=m_t)
-    store_parameters(partial, AT_BIAS, 0, b_dw, b_db, o_c, m_c, W, BW, HAS_BIAS)
     if first_columns:
-        tl.store(partial + AT_HEAD + i_h, tl.sum(b_dA, 0))
-        tl.store(partial + AT_HEAD + H + i_h, tl.sum(b_dbias, 0))
+        tl.store(partial + i_h, tl.sum(b_dA, 0))
+        tl.store(partial + H + i_h, tl.sum(b_dbias, 0))
 
 
 @triton.jit
 def backward_keys(
-    x, weight, bias, starts, dy, dx, partial, i_g, first, T, stride, d_t, scale,
-    G: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
-    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, AT: tl.constexpr, AT_BIAS: tl.constexpr, TILES: tl.constexpr,
-    BT: tl.constexpr, BW: tl.constexpr,
+    x, weight, bias, starts, dy, dpre, i_g, first, T, stride, scale,
+    C, G: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     o_k = tl.arange(0, BK)
     m_c, o_c = o_k < DK, i_g * DK + o_k
-    b_dw, b_db = tl.zeros([BW, BK], tl.float32), tl.zeros([BK], tl.float32)
     for i in range(TILES):
-        b_dw, b_db, _ = section_backward(
-            x, weight, bias, starts, dy, dy, x, 0.0, dx, b_dw, b_db, first + i * BT + tl.arange(0, BT), o_c, m_c, T,
-            stride, stride, d_t, G * DK, scale,
-            UNIT if GDN else PLAIN, W, HALO, HAS_STARTS, HAS_BIAS, True, BW,
-        )  # fmt: skip
-    store_parameters(partial, AT_BIAS, AT, b_dw, b_db, o_c, m_c, W, BW, HAS_BIAS)
+        o_t = first + i * BT + tl.arange(0, BT)
+        m = (o_t < T)[:, None] & m_c[None, :]
+        b_pre = convolved(x, weight, bias, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, HAS_BIAS)
+        b_dy = load_wide(dy, o_t, G * DK, o_c, m)
+        if GDN:
+            b_y = b_pre * tl.sigmoid(b_pre)
+            b_inverse, b_free = unit_length(b_y)
+            b_unit = b_y * b_inverse[:, None]
+            b_along = tl.where(b_free, tl.sum(b_dy * b_unit, 1), 0.0)
+            b_dy = (b_dy - b_unit * b_along[:, None]) * (b_inverse * scale)[:, None]
+        store_rows(dpre, o_t, C, o_c, through_silu(b_dy, b_pre), m)
 
 
 @triton.jit
@@ -304,7 +243,7 @@ def backward_slots(
     b_dscale, b_dbias = tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32)
     for i in range(TILES):
         o_t = first + i * BT + tl.arange(0, BT)
-        m = ((o_t >= 0) & (o_t < T))[:, None] & m_c[None, :]
+        m = (o_t < T)[:, None] & m_c[None, :]
         b_x = load_wide(slot, o_t, stride, o_c, m)
         b_d = load_wide(d_weights, o_t, C, o_c, m) * tl.sigmoid(b_scale[None, :] * b_x + b_bias[None, :])
         b_dscale += tl.sum(b_d * b_x, 0)
@@ -320,48 +259,115 @@ def inputs_backward_kernel(
     slot_scale, slot_bias, starts,  # as in the forward kernel
     d_out,  # gradient of `out_value` [B, T, H * DV], or unused
     d_write, d_query, d_key, d_g, d_beta, d_weights,
-    dvalue, dquery, dkey, dstep, dstrength, dslot,  # out: as the inputs, with common strides
-    partial,  # fp32 [B * programs, TOTAL] out: w_value, w_query, w_key, A_log, dt_bias, slot_scale, slot_bias, biases
+    dpre,  # [B, T, H * DV + 2 * G * DK] out: of what the convolutions gave
+    dstep, dstrength, dslot,  # out: as the inputs, with common strides
+    partial,  # fp32 [B * programs, TOTAL] out: A_log, dt_bias, slot_scale, slot_bias, and the convolutions' after them
     T, value_b, value_t, query_b, query_t, key_b, key_t, step_b, step_t, strength_b, strength_t, slot_b, slot_t,
     d_b, d_t, scale,
     H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
     HALO: tl.constexpr, GDN: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr,
-    TOTAL: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-    BS: tl.constexpr, BW: tl.constexpr,
+    TOTAL: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     SUBS: tl.constexpr = (DV + BV - 1) // BV
     CV: tl.constexpr = H * DV
     CK: tl.constexpr = G * DK
-    AT_HEAD: tl.constexpr = (CV + 2 * CK) * W  # where A_log begins in `partial`
-    AT_SLOT: tl.constexpr = AT_HEAD + 2 * H
-    AT_BIAS: tl.constexpr = AT_SLOT + 2 * H * K
+    C: tl.constexpr = CV + 2 * CK
     i_u, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1) * TILES * BT - HALO
+    first = tl.program_id(1) * TILES * BT
     row = i_b * T
     starts += i_b * (HALO + T) + HALO
     partial += (i_b * tl.num_programs(1) + tl.program_id(1)) * TOTAL
+    dpre += row * C
     if i_u < H * SUBS:
         backward_values(
             value + i_b * value_b, step + i_b * step_b, strength + i_b * strength_b, w_value, b_value, A_log, dt_bias,
-            starts, d_out, d_write, d_g, d_beta, dvalue + i_b * d_b, dstep + i_b * d_b, dstrength + i_b * d_b, partial,
-            row, i_u // SUBS, (i_u % SUBS) * BV + tl.arange(0, BV), i_u % SUBS == 0, first, T, value_t, step_t,
-            strength_t, d_t, H, DV, BV, W, HALO, GDN, HAS_STARTS, HAS_BIAS, HAS_OUT, AT_HEAD, AT_BIAS, TILES, BT, BW,
+            starts, d_out, d_write, d_g, d_beta, dpre, dstep + i_b * d_b, dstrength + i_b * d_b, partial, row,
+            i_u // SUBS, (i_u % SUBS) * BV + tl.arange(0, BV), i_u % SUBS == 0, first, T, value_t, step_t, strength_t,
+            d_t, C, H, DV, W, HALO, GDN, HAS_STARTS, HAS_BIAS, HAS_OUT, TILES, BT,
         )  # fmt: skip
     elif i_u < H * SUBS + G:
         backward_keys(
-            query + i_b * query_b, w_query, b_query, starts, d_query + row * CK, dquery + i_b * d_b, partial,
-            i_u - H * SUBS, first, T, query_t, d_t, scale, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, CV * W,
-            AT_BIAS + CV, TILES, BT, BW,
+            query + i_b * query_b, w_query, b_query, starts, d_query + row * CK, dpre + CV, i_u - H * SUBS, first, T,
+            query_t, scale, C, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, TILES, BT,
         )  # fmt: skip
     elif i_u < H * SUBS + 2 * G:
         backward_keys(
-            key + i_b * key_b, w_key, b_key, starts, d_key + row * CK, dkey + i_b * d_b, partial, i_u - H * SUBS - G,
-            first, T, key_t, d_t, 1.0, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, (CV + CK) * W, AT_BIAS + CV + CK,
-            TILES, BT, BW,
+            key + i_b * key_b, w_key, b_key, starts, d_key + row * CK, dpre + CV + CK, i_u - H * SUBS - G, first, T,
+            key_t, 1.0, C, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, TILES, BT,
         )  # fmt: skip
     else:
         o_c = (i_u - H * SUBS - 2 * G) * BS + tl.arange(0, BS)
         backward_slots(
-            slot + i_b * slot_b, slot_scale, slot_bias, d_weights + row * H * K, dslot + i_b * d_b, partial + AT_SLOT,
+            slot + i_b * slot_b, slot_scale, slot_bias, d_weights + row * H * K, dslot + i_b * d_b, partial + 2 * H,
             o_c, first, T, slot_t, d_t, H * K, BS, TILES, BT,
+        )  # fmt: skip
+
+
+@triton.jit
+def backward_section(
+    x, weight, starts, dpre, dx, dw, db, o_c, C, first, T, stride, d_t, row_t,
+    W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, TILES: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Some columns of value, query or key; `row_t`: between rows of dpre."""
+    m_c, o_w = o_c < C, tl.arange(0, BW)
+    b_dw, b_db = tl.zeros([BW, BC], tl.float32), tl.zeros([BC], tl.float32)
+    for i in range(TILES):
+        o_t = first + i * BT + tl.arange(0, BT)
+        m = (o_t < T)[:, None] & m_c[None, :]
+        b_x = load_wide(x, o_t, stride, o_c, m)
+        b_dx = tl.zeros_like(b_x)
+        b_cut = o_t >= T
+        for ahead in tl.static_range(W):
+            m_t = (o_t + ahead >= 0) & (o_t + ahead < T)
+            if HAS_STARTS and ahead > 0:
+                b_cut = b_cut | (tl.load(starts + o_t + ahead, mask=o_t + ahead < T, other=0) != 0)
+            b_dpre = load_wide(dpre, o_t + ahead, row_t, o_c, m_t[:, None] & m_c[None, :])
+            if ahead == 0:
+                b_db += tl.sum(b_dpre, 0)
+            b_dpre = tl.where(b_cut[:, None], 0.0, b_dpre)
+            b_w = tl.load(weight + o_c * W + (W - 1 - ahead), mask=m_c, other=0.0).to(tl.float32)
+            b_dx += b_dpre * b_w[None, :]
+            b_dw += tl.where((o_w == W - 1 - ahead)[:, None], tl.sum(b_dpre * b_x, 0)[None, :], 0.0)
+        store_rows(dx, o_t, d_t, o_c, b_dx, m)
+    tl.store(dw + o_c[None, :] * W + o_w[:, None], b_dw, mask=(o_w < W)[:, None] & m_c[None, :])
+    if HAS_BIAS:
+        tl.store(db + o_c, b_db, mask=m_c)
+
+
+@triton.jit(do_not_specialize=["T"])
+def convolution_backward_kernel(
+    value, query, key, w_value, w_query, w_key, starts,  # as in the forward kernel
+    dpre,  # [B, T, CV + 2 * CK]
+    dvalue, dquery, dkey,  # [B, HALO + T, C] out, from the first token after the halo on, with common strides
+    partial,  # fp32 [B * programs, TOTAL] out: from AT on w_value, w_query, w_key [C, W] and the biases [C]
+    T, value_b, value_t, query_b, query_t, key_b, key_t, d_b, d_t,
+    CV: tl.constexpr, CK: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TOTAL: tl.constexpr, AT: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Through the convolutions: each of `BC` columns of one section."""
+    NV: tl.constexpr = (CV + BC - 1) // BC
+    NK: tl.constexpr = (CK + BC - 1) // BC
+    C: tl.constexpr = CV + 2 * CK
+    i_u, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * TILES * BT - HALO
+    starts += i_b * (HALO + T) + HALO
+    dpre += i_b * T * C
+    dw = partial + (i_b * tl.num_programs(1) + tl.program_id(1)) * TOTAL + AT
+    db, o_c = dw + C * W, tl.arange(0, BC)
+    if i_u < NV:
+        backward_section(
+            value + i_b * value_b, w_value, starts, dpre, dvalue + i_b * d_b, dw, db, i_u * BC + o_c, CV, first, T,
+            value_t, d_t, C, W, HALO, HAS_STARTS, HAS_BIAS, TILES, BT, BC, BW,
+        )  # fmt: skip
+    elif i_u < NV + NK:
+        backward_section(
+            query + i_b * query_b, w_query, starts, dpre + CV, dquery + i_b * d_b, dw + CV * W, db + CV,
+            (i_u - NV) * BC + o_c, CK, first, T, query_t, d_t, C, W, HALO, HAS_STARTS, HAS_BIAS, TILES, BT, BC, BW,
+        )  # fmt: skip
+    else:
+        backward_section(
+            key + i_b * key_b, w_key, starts, dpre + CV + CK, dkey + i_b * d_b, dw + (CV + CK) * W, db + CV + CK,
+            (i_u - NV - NK) * BC + o_c, CK, first, T, key_t, d_t, C, W, HALO, HAS_STARTS, HAS_BIAS, TILES, BT, BC, BW,
         )  # fmt: skip

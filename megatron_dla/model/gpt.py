@@ -18,7 +18,8 @@ def padded_vocab(vocab_size: int, multiple: int) -> int:
 def transformer_config(
     section: ModelSection, parallel: ParallelSection, dtype: torch.dtype, on_cpu: bool, recompute: str = "none"
 ):
-    """Megatron's TransformerConfig; every fusion is off (they need Transformer Engine or Apex)."""
+    """Megatron's TransformerConfig. Its fusions are off, as they need Transformer Engine or Apex, but for SwiGLU on a
+    GPU, which `torch.compile` makes one kernel each way."""
     compat.install()
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -43,7 +44,7 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=not on_cpu,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_dla import compat
 from megatron_dla.config import RunConfig
 
-from .record import Recording
+from .record import Recording, nbytes
 
 META = torch.device("meta")
 DOCUMENTS = 8  # documents of equal length in a row, where the config resets at documents
@@ -120,6 +120,28 @@ def packed_batch(rows: int, tokens: int, vocabulary: int, documents: int = DOCUM
     return make_batch([pack_row(window, 0)] * rows, list(range(rows)))
 
 
+@contextlib.contextmanager
+def compiled_swiglu(recording: Recording) -> Iterator[None]:
+    """Megatron's `torch.compile`d SwiGLU as what it is on CUDA: one kernel each way."""
+    from megatron.core.fusions import fused_bias_swiglu as fused
+
+    def swiglu(y: Tensor) -> Tensor:
+        out = y.new_empty(*y.shape[:-1], y.shape[-1] // 2)
+        recording.add("op", "swiglu", nbytes(y) + nbytes(out))
+        return out
+
+    def swiglu_back(g: Tensor, y: Tensor) -> Tensor:
+        recording.add("op", "swiglu_backward", nbytes(g) + 2 * nbytes(y))
+        return torch.empty_like(y)
+
+    stock = fused.swiglu, fused.swiglu_back
+    fused.swiglu, fused.swiglu_back = swiglu, swiglu_back
+    try:
+        yield
+    finally:
+        fused.swiglu, fused.swiglu_back = stock
+
+
 class Step:
     """The model of a config on a device and one optimizer step of it."""
 
@@ -149,4 +171,5 @@ class Step:
             return packed_sequence(batch.cu_seqlens if resets else None, self.T)
 
         self.engine.recording = recording
-        train_step(self.engine, self.batches, self.groups, self.device, pack)
+        with compiled_swiglu(recording) if self.device.type == "meta" else contextlib.nullcontext():
+            train_step(self.engine, self.batches, self.groups, self.device, pack)

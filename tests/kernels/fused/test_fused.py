@@ -16,7 +16,7 @@ from megatron_dla.kernels.fused.norm import gated_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-LIMIT = {FP32: 2e-6, BF16: 2.5e-3, FP16: 4e-4}  # relative RMS error
+LIMIT = {FP32: 2e-6, BF16: 3e-3, FP16: 4e-4}  # relative RMS error
 Results = list[torch.Tensor]
 
 
@@ -25,9 +25,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, programs and columns of a head in a few dozen tokens."""
     for module in (inputs, norm):
         monkeypatch.setattr(module, "TILE", 16 * 64)
-        monkeypatch.setattr(module, "BACKWARD_TILE", 16 * 64)
-        monkeypatch.setattr(module, "TILES", 2)
+        monkeypatch.setattr(module, "BACKWARD_TILE", 8 * 64)
+    monkeypatch.setattr(norm, "TILES", 2)
+    monkeypatch.setattr(inputs, "SPAN", 16)
     monkeypatch.setattr(inputs, "VALUE_COLUMNS", 16)
+    monkeypatch.setattr(inputs, "COLUMNS", 64)
 
 
 def random(seed: int) -> Callable[..., torch.Tensor]:
