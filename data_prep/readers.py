@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20  # bytes read at once
-_ROWS = 256  # rows of a table decoded at once
+_ROWS, _ROWS_BYTES = 256, 1 << 22  # of a table decoded at once: rows at most, and bytes about
 # the largest window that the format can ask for (zstd --ultra --long=31); memory is taken as far as it is used
 _ZSTD_WINDOW = 1 << 31
 
@@ -219,10 +219,15 @@ def _read_parquet(path: Path, compression: str, text_field: str, separator: str)
     with pyarrow.parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False) as file:
         column = _column(path, file.schema_arrow, text_field)
         total = max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(_ROWS, columns=[text_field], use_threads=False):
-            for text in _cells(batch, column):
-                number += 1
-                yield Record(number, text, size * number // total)
+        for group in range(file.num_row_groups):
+            info = file.metadata.row_group(group)
+            parts = [info.column(i) for i in range(info.num_columns)]
+            stored = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == ".".join(column))
+            rows = _rows_at_once(stored, info.num_rows)
+            for batch in file.iter_batches(rows, row_groups=[group], columns=[text_field], use_threads=False):
+                for text in _cells(batch, column):
+                    number += 1
+                    yield Record(number, text, size * number // total)
 
 
 def _read_arrow(path: Path, compression: str, text_field: str, separator: str) -> Iterator[Record]:
@@ -240,10 +245,15 @@ def _read_arrow(path: Path, compression: str, text_field: str, separator: str) -
             reader = batches = pyarrow.ipc.open_stream(file)
         column = _column(path, reader.schema, text_field)
         for batch in batches:
-            for start in range(0, batch.num_rows, _ROWS):
-                for text in _cells(batch.slice(start, _ROWS), column):
+            rows = _rows_at_once(batch.nbytes, batch.num_rows)
+            for start in range(0, batch.num_rows, rows):
+                for text in _cells(batch.slice(start, rows), column):
                     number += 1
                     yield Record(number, text, file.tell())
+
+
+def _rows_at_once(n_bytes: int, rows: int) -> int:
+    return max(1, min(_ROWS, _ROWS_BYTES * rows // max(n_bytes, 1)))
 
 
 def _column(path: Path, schema: pyarrow.Schema, text_field: str) -> list[str]:

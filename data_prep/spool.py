@@ -21,7 +21,7 @@ from megatron_dla.data_prep.sources import Progress
 from megatron_dla.errors import DataError
 from megatron_dla.files import write_json, write_text
 
-COMMIT_S = 10.0
+COMMIT_S = 5.0
 DOCUMENT = np.dtype(
     [
         ("start", "<u8"),  # in tokens

@@ -121,6 +121,21 @@ def test_parquet_by_row_groups_and_column_name(tmp_path):
     assert seen == sorted(seen) and seen[0] < seen[-1] == source.total_bytes
 
 
+def test_few_long_rows_are_decoded_at_once(tmp_path, monkeypatch):
+    rows = [f"{i} " + "x" * 5000 for i in range(90)]
+    pq.write_table(pa.table({"text": rows, "n": rows}), tmp_path / "a.parquet", row_group_size=50, use_dictionary=False)
+    save_arrow(tmp_path / "b.arrow", pa.table({"text": rows}))
+    real, sizes = readers._cells, []
+    monkeypatch.setattr(readers, "_cells", lambda batch, column: sizes.append(batch.num_rows) or real(batch, column))
+    monkeypatch.setattr(readers, "_ROWS_BYTES", 20_000)
+    monkeypatch.setattr(readers, "_ROWS", 30)
+    for name in ("a.parquet", "b.arrow"):
+        sizes.clear()
+        assert texts(tmp_path / name) == rows and 1 < max(sizes) <= 4
+    monkeypatch.setattr(readers, "_ROWS_BYTES", 100)
+    assert texts(tmp_path) == rows * 2 and sizes[-1] == 1
+
+
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
 )
