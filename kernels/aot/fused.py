@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dla.kernels.fused.inputs import Shape, recurrence_inputs
+from megatron_dla.kernels.fused.loss import cross_entropy
 from megatron_dla.kernels.fused.norm import gated_norm
 
 from .dla import shipped
@@ -67,4 +68,7 @@ def exercise(name: str) -> None:
     gate = torch.zeros(1, T, shape.heads, shape.value_dim, dtype=dtype, requires_grad=True)
     weight = torch.zeros(shape.value_dim, dtype=dtype, requires_grad=True)
     y = gated_norm(results[2], gate, weight, 1e-5, gate_first=not shape.gdn, skip=skip, D=D)
-    torch.autograd.backward([y, *results], [torch.zeros_like(x) for x in (y, *results)])
+    logits = torch.zeros(1, T, 1000, dtype=dtype, requires_grad=True)
+    losses = cross_entropy(logits, torch.zeros(1, T, dtype=torch.int64))
+    ends = [y, losses, *results]
+    torch.autograd.backward(ends, [torch.zeros_like(x) for x in ends])

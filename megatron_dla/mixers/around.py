@@ -45,7 +45,8 @@ def uses_kernels(x: Tensor, backend: str) -> bool:
     return asked and x.dtype in DTYPES and not kernels_missing()
 
 
-def _kernels(name: str) -> ModuleType:
+def kernels(name: str) -> ModuleType:
+    """A module of `kernels/fused`, for where `uses_kernels` says so."""
     return importlib.import_module(f"megatron_dla.kernels.fused.{name}")  # needs triton
 
 
@@ -66,13 +67,13 @@ def recurrence_inputs(
     delta = m.backbone == "gdn"
     if not uses_kernels(part["value"], backend):
         return _in_torch(part, p, m, starts, halo)
-    kernels = _kernels("inputs")
+    fused = kernels("inputs")
     heads, groups = p.A_log.shape[0], part["query"].shape[-1] // m.key_dim
-    shape = kernels.Shape(
+    shape = fused.Shape(
         heads, groups, m.value_dim, m.key_dim, m.capacity, p.convolutions[0].shape[1], halo=halo, gdn=delta
     )
     gates = [p.A_log, p.dt_bias, p.slot_scale, p.slot_bias]
-    *inputs, last = kernels.recurrence_inputs(part, p.convolutions, p.biases, gates, shape, starts)
+    *inputs, last = fused.recurrence_inputs(part, p.convolutions, p.biases, gates, shape, starts)
     q, k, v, g, weights = inputs
     return (Inputs(q, k, v, g, weights, last), None) if delta else (Inputs(q, k, v, g, weights, None), last)
 
@@ -111,5 +112,5 @@ def gated_head_norm(
 ) -> Tensor:
     """`functional.gated_head_norm` of `with_skip(out, value, D)`."""
     if uses_kernels(out, backend):
-        return _kernels("norm").gated_norm(out, gate, weight, eps, gate_first=gate_first, skip=value, D=D)
+        return kernels("norm").gated_norm(out, gate, weight, eps, gate_first=gate_first, skip=value, D=D)
     return functional.gated_head_norm(with_skip(out, value, D), gate, weight, eps, gate_first=gate_first)

@@ -81,11 +81,10 @@ def build_model(
     the caller initialises it too (`adapters.delta_mem.initialise_memories`), after the weights.
     """
     config = transformer_config(section, parallel, dtype, device == "cpu", recompute)
-    from megatron.core.models.gpt import GPTModel
-
     from megatron_dla.mixers.rotary import rotary_frequencies
     from megatron_dla.mixers.softmax import ContiguousRotary
     from megatron_dla.model.init import initialise, tag_megatron_parameters
+    from megatron_dla.model.language_model import LanguageModel
     from megatron_dla.model.parameters import model_parameters
     from megatron_dla.model.spec import block_spec
     from megatron_dla.parallel.groups import process_groups
@@ -97,7 +96,7 @@ def build_model(
         from megatron_dla.adapters.delta_mem import add_memories, initialise_memories
 
         add_memories(block, delta_mem)
-    model = GPTModel(
+    model = LanguageModel(
         config,
         block,
         vocab_size=vocabulary,
@@ -105,6 +104,7 @@ def build_model(
         position_embedding_type="rope" if rotary_layers else "none",
         share_embeddings_and_output_weights=section.tie_embeddings,
         pg_collection=groups,
+        backend=backend,
     )
     if rotary_layers:
         m, rotary = section, model.rotary_pos_emb

@@ -101,9 +101,10 @@ def _activations(config: RunConfig, vocab_size: int, element: int) -> dict[str, 
     chunks = config.data.seq_len / CHUNK / (context if parallel.cp_scheme == "chain" else 1)
     heads = m.num_heads // tensor / (context if parallel.cp_scheme == "heads" else 1)
     states = max(recurrent_states(m, letter) for letter in letters) * m.key_dim * m.value_dim  # of one layer at a time
+    wide = 0 if training.device == "cuda" else 8  # the torch path keeps them, and their exponentials, in fp32
     return {
         "activations": tokens * kept,
-        "logits": tokens * vocab_size / tensor * (element + 8),
+        "logits": tokens * vocab_size / tensor * (element + wide),
         "slot states": training.micro_batch_size * chunks * heads * states * 4,
     }
 

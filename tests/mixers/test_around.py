@@ -40,6 +40,13 @@ def test_a_layer_with_fused_passes(ranks, name: str) -> None:
         check(errors, 1e-4)
 
 
+def test_a_model_with_fused_passes_and_loss(ranks) -> None:
+    """Over two vocabulary parts, one layer."""
+    section = dataclasses.replace(BASE, num_layers=1)
+    for errors in ranks(2).run(workers.fused_model_parity, section, TENSOR, DOCUMENTS, 21):
+        check(errors, 1e-4)
+
+
 def test_the_choice_follows_backend_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     low, wide = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.float64)
     assert around.uses_kernels(low, "triton") and not around.uses_kernels(wide, "triton")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 
@@ -167,13 +170,13 @@ def layer_parity(section: ModelSection, parallel: ParallelSection, letter: str, 
     return errors(*named)
 
 
-def fused_parity(section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int, recompute: str):
-    """Errors of a DLA layer whose passes around the recurrence are the fused kernels, against torch in float64."""
+@contextlib.contextmanager
+def fused_kernels() -> Iterator[None]:
+    """The fused kernels, in Triton's interpreter, wherever a GPU would use them."""
     from megatron_dla.mixers import around
     from tests.support import triton_interpreter
 
     triton_interpreter.use_interpreter()
-    want = run_layer(section, ALONE, "D", documents, seed)
     chosen, launches = around.uses_kernels, []
 
     def always(x: torch.Tensor, backend: str) -> bool:
@@ -182,19 +185,37 @@ def fused_parity(section: ModelSection, parallel: ParallelSection, documents: li
 
     around.uses_kernels = always
     try:
-        got = run_layer(section, parallel, "D", documents, seed, torch.float32, recompute)
+        yield
     finally:
         around.uses_kernels = chosen
     assert launches and set(launches) == {torch.float32}
+
+
+def fused_parity(section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int, recompute: str):
+    """Errors of a DLA layer whose passes around the recurrence are the fused kernels, against torch in float64."""
+    want = run_layer(section, ALONE, "D", documents, seed)
+    with fused_kernels():
+        got = run_layer(section, parallel, "D", documents, seed, torch.float32, recompute)
     named = [{"output": o, "input gradient": i} | g for o, i, g in (got, want)]
     return errors(*({k: x.double() for k, x in one.items()} for one in named))
 
 
-def run_model(section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int):
-    """The whole model in float64 with a random cotangent on the token losses: (losses, {key: gradient})."""
+def fused_model_parity(section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int):
+    """Errors of a whole model with the fused kernels and their loss, against torch in float64."""
+    want_loss, want = run_model(section, ALONE, documents, seed)
+    with fused_kernels():
+        got_loss, got = run_model(section, parallel, documents, seed, torch.float32)
+    return errors({"loss": got_loss.double()} | {k: x.double() for k, x in got.items()}, {"loss": want_loss} | want)
+
+
+def run_model(
+    section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int,
+    dtype: torch.dtype = torch.float64,
+):  # fmt: skip
+    """The whole model with a random cotangent on the token losses: (losses, {key: gradient})."""
     lay_out(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
     S, B, vocab = 48, 2, 200
-    model = build_model(section, parallel, vocab_size=vocab, seq_len=S, seed=seed, dtype=torch.float64)
+    model = build_model(section, parallel, vocab_size=vocab, seq_len=S, seed=seed, dtype=dtype)
     perturb(model, section)
     gen = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab, (B, S + 1), generator=gen)

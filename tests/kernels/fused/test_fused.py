@@ -10,7 +10,7 @@ from megatron_dla.mixers import functional
 from tests.support import triton_interpreter
 
 pytest.importorskip("triton")
-from megatron_dla.kernels.fused import inputs, norm
+from megatron_dla.kernels.fused import inputs, loss, norm
 from megatron_dla.kernels.fused.inputs import Shape, recurrence_inputs
 from megatron_dla.kernels.fused.norm import gated_norm
 
@@ -213,6 +213,31 @@ def test_gated_norm(gate_first: bool, skip: bool, dtype: torch.dtype) -> None:
     want, low = run(case.in_torch, [x.double() for x in leaves], dtype), run(case.in_torch, leaves, dtype)
     names = ["y", "dout", "dgate", "dweight", "dskip", "dD"][: len(want)]
     check(names, run(case.fused, leaves, dtype), want, low, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(loss, "BLOCK", 16)
+    randn = random(6)
+    logits, labels = (4 * randn(3, 5, 37)).to(dtype), torch.arange(15, device=DEVICE).view(3, 5) * 2
+    logits[0, 0] += 300.0  # exp overflows
+
+    def stock(leaves: list[torch.Tensor]) -> tuple[torch.Tensor]:
+        wide = leaves[0].double() if leaves[0].dtype == torch.float64 else leaves[0].float()
+        return (torch.nn.functional.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none").view(3, 5),)
+
+    want, low = run(stock, [logits.double()], FP32), run(stock, [logits], FP32)
+    got = run(lambda leaves: (loss.cross_entropy(leaves[0].clone(), labels),), [logits], FP32)
+    check(["loss", "dlogits"], got, want, low, dtype)
+
+
+def test_the_loss_is_differentiated_once() -> None:
+    """Its gradient is where the logits were."""
+    logits = random(7)(4, 9).requires_grad_()
+    losses = loss.cross_entropy(logits.clone(), torch.arange(4, device=DEVICE)).sum()
+    losses.backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        losses.backward()
 
 
 @pytest.mark.parametrize("case", [replace(CASES["mamba2"], dtype=BF16), NormCase()], ids=["inputs", "norm"])
