@@ -39,6 +39,29 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     tokenizer.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     tokenizer.set_defaults(func=_tokenizer)
 
+    _add_shards(commands)
+    merge = commands.add_parser(
+        "merge",
+        help="join data directories that were built apart",
+        description="Join data directories of one tokenizer, built with --part for instance, into OUTPUT. Shards are "
+        "hard links where the file system allows it.",
+    )
+    merge.add_argument("parts", nargs="+", type=Path, metavar="DIR", help="data directories, in the order to keep")
+    merge.add_argument("--output", required=True, type=Path, metavar="DIR", help="data directory to write")
+    merge.add_argument("--overwrite", action="store_true", help="replace existing data")
+    merge.set_defaults(func=_merge)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check shards against their index",
+        description="Check sizes, checksums, the tokenizer and every document; list all damaged or missing shards.",
+    )
+    verify.add_argument("directory", type=Path, metavar="DIR", help="data directory")
+    verify.add_argument("--fast", action="store_true", help="check sizes and checksums only, not the tokens")
+    verify.set_defaults(func=_verify)
+
+
+def _add_shards(commands: argparse._SubParsersAction[Any]) -> None:
     shards = commands.add_parser(
         "shards",
         help="tokenise text into WebDataset shards with a checksummed index",
@@ -79,26 +102,6 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     shards.add_argument("--dedup", action="store_true", help="keep only the first of exact copies of a document")
     shards.add_argument("--overwrite", action="store_true", help="replace existing data once the new data is complete")
     shards.set_defaults(func=_shards)
-
-    merge = commands.add_parser(
-        "merge",
-        help="join data directories that were built apart",
-        description="Join data directories of one tokenizer, built with --part for instance, into OUTPUT. Shards are "
-        "hard links where the file system allows it.",
-    )
-    merge.add_argument("parts", nargs="+", type=Path, metavar="DIR", help="data directories, in the order to keep")
-    merge.add_argument("--output", required=True, type=Path, metavar="DIR", help="data directory to write")
-    merge.add_argument("--overwrite", action="store_true", help="replace existing data")
-    merge.set_defaults(func=_merge)
-
-    verify = commands.add_parser(
-        "verify",
-        help="check shards against their index",
-        description="Check sizes, checksums, the tokenizer and every document; list all damaged or missing shards.",
-    )
-    verify.add_argument("directory", type=Path, metavar="DIR", help="data directory")
-    verify.add_argument("--fast", action="store_true", help="check sizes and checksums only, not the tokens")
-    verify.set_defaults(func=_verify)
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:

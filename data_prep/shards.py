@@ -170,17 +170,8 @@ def build_shards(
     each document). Empty documents are skipped. Raises DataError for inputs that cannot be
     read, bad arguments, an existing index without `overwrite`, or if no document would be left for training.
     """
-    if not 0 <= val_fraction < 1:
-        raise DataError(f"val_fraction = {val_fraction}: must be in [0, 1)")
-    if not 0 <= seed < 2**63:
-        raise DataError(f"seed = {seed}: must be in [0, 2^63)")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    for name, value, least in (
-        ("shard_tokens", shard_tokens, 1), ("min_train_shards", min_train_shards, 1), ("workers", workers, 1),
-        ("val_docs", val_docs or 0, 0),
-    ):  # fmt: skip
-        if value < least:
-            raise DataError(f"{name} = {value}: must be at least {least}")
+    _check_arguments(val_fraction, val_docs, shard_tokens, min_train_shards, workers, seed)
     root = Path(output_dir)
     if (root / INDEX_NAME).exists() and not overwrite:
         raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
@@ -214,6 +205,21 @@ def build_shards(
     for note in tokenizer.notes(spool.changed) + notes:
         print(note, file=sys.stderr)
     return index
+
+
+def _check_arguments(
+    val_fraction: float, val_docs: int | None, shard_tokens: int, min_train_shards: int, workers: int, seed: int
+) -> None:
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction = {val_fraction}: must be in [0, 1)")
+    if not 0 <= seed < 2**63:
+        raise DataError(f"seed = {seed}: must be in [0, 2^63)")
+    for name, value, least in (
+        ("shard_tokens", shard_tokens, 1), ("min_train_shards", min_train_shards, 1), ("workers", workers, 1),
+        ("val_docs", val_docs or 0, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise DataError(f"{name} = {value}: must be at least {least}")
 
 
 def _spool(folder: Path, source: DocumentSource, tokenizer: Tokenizer, seed: int) -> Spool:

@@ -196,6 +196,11 @@ def train_tokenizer(
         f"training {vocab_size:,} tokens on {len(sentences):,} of {total:,} pieces of text", file=sys.stderr, flush=True
     )
     model = _train(sentences, vocab_size, character_coverage)
+    return _write(target, model, checked)
+
+
+def _write(target: Path, model: bytes, checked: list[str]) -> Tokenizer:
+    """Write a model that reproduces the texts `checked`. Raises DataError, and writes nothing, if it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{TOKENIZER_NAME}.{os.getpid()}.new")
     try:

@@ -11,6 +11,7 @@ import yaml
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.cli import main
 from megatron_dla.config import AdapterRunConfig
+from megatron_dla.data_prep.shards import build_shards
 from megatron_dla.evaluation.recall import ProfileTask, write_stories
 from megatron_dla.hf.load import load_backbone, load_tokenizer
 from megatron_dla.serving.hf_model import attach
@@ -19,6 +20,7 @@ from megatron_dla.tasks.adapter.episodes import collate, read_episodes
 from megatron_dla.tasks.adapter.two_pass import answer_loss
 from tests.support import adapter_workers, tiny
 from tests.support.adapter_workers import backbone, config_dict
+from tests.support.byte_level import byte_level
 from tests.support.distributed import Ranks
 
 
@@ -114,6 +116,21 @@ def test_documents_train_an_adapter_that_is_validated_on_episodes(data, ranks, t
         for key in {"loss", "gate", "val_loss"} & mine.keys():
             assert mine[key] == pytest.approx(theirs[key], rel=2e-5), key
     assert main(["plot", str(tmp_path / "one")]) == 0 and (tmp_path / "one" / "plots" / "training.png").is_file()
+
+
+def test_documents_of_a_tokenizer_json(data, tmp_path, capsys) -> None:
+    corpus, shards = tiny.write_corpus(tmp_path / "corpus"), tmp_path / "shards"
+    backbone(tmp_path / "llama", rows=304)
+    byte_level(tmp_path / "llama", [json.loads(line)["text"] for line in corpus.open()])
+    build_shards([corpus], tmp_path / "llama", shards, workers=1, min_train_shards=8)
+    documents = {"train": "", "valid": "", "documents": str(shards), "num_streams": 4}
+    sections = {"backbone": {"dir": str(tmp_path / "llama")}, "episodes": documents, "training": {"eval_every": 0}}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config_dict(data, tmp_path, **sections)))
+    assert main(["train", str(path), "--dry-run"]) == 0
+    byte_level(tmp_path / "llama", ["another text"])
+    assert main(["train", str(path), "--dry-run"]) == 2
+    assert "vocabulary mismatch: episodes.documents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("parallel", [{"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}, {}], ids=str)
