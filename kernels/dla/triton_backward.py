@@ -34,60 +34,26 @@ def pair_weight_gradient(b_dlam, b_x, p_life, b_newer, b_alive, o_p, end, K, KP:
     return b_dlam
 
 
-@triton.jit
-def read_gradient(
-    b_dq, b_dlam, b_dg, p_q, p_do, p_g, p_lam, p_s, p_death, b_newer, m, o_t, o_k, end, stride_q, stride_v, stride_lam,
-    K, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr,
-    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """What reading the m slots before the block adds to dQ [BT, BK], dlam [BT, KP] and the decay gradient [BT]."""
-    o_s = tl.arange(0, KP)
-    b_scale = tl.full([BT], 1.0, tl.float32)
-    if not GDN:
-        b_scale = tl.exp(tl.load(p_g + o_t, mask=o_t < end, other=0.0))
-    for i_s in tl.range(m, num_stages=2):
-        b_slot = tl.minimum(b_newer, K - 1)
-        b_lam = tl.load(p_lam + o_t.to(tl.int64) * stride_lam + b_slot, mask=o_t < end, other=0.0).to(tl.float32)
-        b_y = tl.zeros([BT, BK], tl.float32)
-        for i_v in range(0, DV, BV):
-            o_v = i_v + tl.arange(0, BV)
-            b_do = raw_rows(p_do, o_t, o_v, end, stride_v, DV)
-            b_s = load_tile_t(p_s + tl.cast(i_s, tl.int64) * DK * DV, o_k, o_v, DK, DV)
-            b_y = tl.dot(b_do.to(DOT), b_s, b_y, input_precision=PREC)  # [BT, BV] @ [BV, BK] -> [BT, BK]
-        b_q = raw_rows(p_q, o_t, o_k, end, stride_q, DK)
-        b_dw = b_scale * tl.sum(b_y * b_q.to(tl.float32), 1)
-        b_dg += b_lam * b_dw
-        b_dq += (b_lam * b_scale)[:, None] * b_y
-        b_dlam += tl.where(o_s[None, :] == b_slot[:, None], b_dw[:, None], 0.0)
-        b_newer += (tl.load(p_death + i_s) > o_t).to(tl.int32)
-    return b_dq, b_dlam, b_dg
-
-
 @triton.jit(do_not_specialize=SIZES)
-def query_gradient_kernel(
+def slot_query_gradient_kernel(
     q,  # [T, G, DK] (Mamba-2) or Qt [T, H, DK]
-    k,
-    v,  # [T, H, DV]
     do,  # [T, H, DV]
     cg,
-    at,  # [T, H, BT] (Gated DeltaNet only)
     lam,  # [T, H, K]
-    life,
     counts,
     blocks,
     live_death,
     live_count,
     snap,  # [rows of the window, H, K, DK, DV]
     dq,  # [tokens of the window, H, DK] fp32 out: dq of each head (Mamba-2), or dQt
-    dat,  # [T, H, BT] fp32 out: dAt (Gated DeltaNet only)
-    dlam,  # [NK, tokens of the window, H, K] out
+    dlam,  # [NK, tokens of the window, H, K] fp32 out
     dcg,  # [NK, H, T] fp32 out: the queries' part of the decay gradient (Mamba-2 only)
     T, H, GROUP, K, block_lo, row_lo, token_lo,
     N_TOKENS,  # of the window
-    BS: tl.constexpr,  # value dims a step where slots are read
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
     KP: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
+    """What reading the slots before the block adds to dQ, dlam and the decay gradient."""
     i_t, i_c = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_k = tl.program_id(2)
     first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
@@ -97,8 +63,81 @@ def query_gradient_kernel(
         i_h = tl.program_id(1).to(tl.int64)  # in the branch: read before it, sm_80 spills with one head
         o_t = first + i_c * BT + tl.arange(0, BT)
         o_s, o_k = tl.arange(0, KP), i_k * BK + tl.arange(0, BK)
-        stride_q, stride_v = (H if GDN else H // GROUP) * DK, H * DV
+        p_lam = lam + (o_t.to(tl.int64) * H + i_h) * K
+        p_death = live_death + (row.to(tl.int64) * H + i_h) * K
+        p_s = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+        b_scale = tl.full([BT], 1.0, tl.float32)
+        if not GDN:
+            b_scale = tl.exp(tl.load(cg + i_h * T + o_t, mask=o_t < end, other=0.0))
+        b_newer = newer_starts(counts + i_h * TILES * T, o_t, end, T, 0, i_c + 1)
+        b_slot = tl.minimum(b_newer, K - 1)
+        b_lam = tl.load(p_lam + b_slot, mask=o_t < end, other=0.0).to(tl.float32)
         i_g = i_h - skip if GDN else i_h // GROUP
+        b_q = raw_rows(q + i_g * DK, o_t, o_k, end, (H if GDN else H // GROUP) * DK, DK)
+        p_do = do + i_h * DV
+        b_do = raw_rows(p_do, o_t, tl.arange(0, BV), end, H * DV, DV)
+        b_dq = tl.zeros([BT, BK], tl.float32)
+        b_dlam = tl.zeros([BT, KP], tl.float32)
+        b_dg = tl.zeros([BT], tl.float32)
+        for i_s in range(tl.load(live_count + row * H + i_h)):
+            b_newer += (tl.load(p_death + i_s) > o_t).to(tl.int32)
+            b_next = tl.minimum(b_newer, K - 1)
+            b_lam_next = tl.load(p_lam + b_next, mask=o_t < end, other=0.0).to(tl.float32)  # early, for its latency
+            b_y = tl.zeros([BT, BK], tl.float32)
+            for i_v in range(0, DV, BV):
+                o_v = i_v + tl.arange(0, BV)
+                if DV > BV:
+                    b_do = raw_rows(p_do, o_t, o_v, end, H * DV, DV)
+                b_s = load_tile_t(p_s + tl.cast(i_s, tl.int64) * DK * DV, o_k, o_v, DK, DV)
+                b_y = tl.dot(b_do.to(DOT), b_s, b_y, input_precision=PREC)  # [BT, BV] @ [BV, BK] -> [BT, BK]
+            b_dw = b_scale * tl.sum(b_y * b_q.to(tl.float32), 1)
+            b_dg += b_lam * b_dw
+            b_dq += (b_lam * b_scale)[:, None] * b_y
+            b_dlam += tl.where(o_s[None, :] == b_slot[:, None], b_dw[:, None], 0.0)
+            b_slot, b_lam = b_next, b_lam_next
+        o_w = i_k.to(tl.int64) * N_TOKENS + o_t.to(tl.int64) - token_lo
+        p_dlam = dlam + (o_w[:, None] * H + i_h) * K + o_s[None, :]
+        tl.store(p_dlam, b_dlam, mask=(o_t < end)[:, None] & (o_s < K)[None, :])
+        if not GDN:
+            tl.store(dcg + (i_k * H + i_h) * T + o_t, b_dg, mask=o_t < end)
+        p_dq = dq + (o_t.to(tl.int64) * H + i_h - skip)[:, None] * DK + o_k[None, :]
+        tl.store(p_dq, b_dq, mask=(o_t < end)[:, None] & (o_k < DK)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def query_gradient_kernel(
+    q,  # [T, G, DK] (Mamba-2 only)
+    k,
+    v,  # [T, H, DV]
+    do,  # [T, H, DV]
+    cg,
+    at,  # [T, H, BT] (Gated DeltaNet only)
+    lam,  # [T, H, K]
+    life,
+    counts,
+    blocks,
+    read_dlam,  # [PARTS, tokens of the window, H, K] fp32: what `slot_query_gradient_kernel` found
+    dq,  # [tokens of the window, H, DK] fp32 in, out: dq of each head (Mamba-2 only)
+    dat,  # [T, H, BT] fp32 out: dAt (Gated DeltaNet only)
+    dlam,  # [tokens of the window, H, K] out
+    dcg,  # [H, T] fp32 out: the queries' part of the decay gradient (Mamba-2 only)
+    T, H, GROUP, K, block_lo, row_lo, token_lo,
+    N_TOKENS,  # of the window
+    PARTS: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    KP: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """The pairs inside the block: dAt or their part of dQ, and all of dlam."""
+    i_t, i_c = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_k = tl.program_id(2)
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    skip = token_lo.to(tl.int64) * H
+    if first + i_c * BT < end:
+        i_h = tl.program_id(1).to(tl.int64)  # in the branch: read before it, sm_80 spills with one head
+        o_t = first + i_c * BT + tl.arange(0, BT)
+        o_s, o_k = tl.arange(0, KP), i_k * BK + tl.arange(0, BK)
+        stride_q, stride_v = H // GROUP * DK, H * DV
+        i_g = i_h // GROUP
         p_q, p_k, p_v, p_do = q + i_g * DK, k + i_g * DK, v + i_h * DV, do + i_h * DV
         p_at, p_lam = at + (i_h - skip) * BT, lam + i_h * K
         p_g, p_counts, p_life = cg + i_h * T, counts + i_h * TILES * T, life + i_h * T
@@ -129,23 +168,20 @@ def query_gradient_kernel(
                 # [BT, BT] @ [BT, BK] -> [BT, BK]
                 b_dq = tl.dot((b_dat * b_decay).to(DOT), b_k.to(DOT), b_dq, input_precision=PREC)
             b_newer += b_count
-        if i_k > 0:
-            b_dg = tl.zeros([BT], tl.float32)
-        m = tl.load(live_count + row * H + i_h)
-        p_death = live_death + (row.to(tl.int64) * H + i_h) * K
-        p_s = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
-        b_dq, b_dlam, b_dg = read_gradient(
-            b_dq, b_dlam, b_dg, p_q, p_do, p_g, p_lam, p_s, p_death, b_newer, m, o_t, o_k, end, stride_q, stride_v,
-            H * K, K, DK, DV, BK, BS, BT, KP, GDN, DOT, PREC,
-        )  # fmt: skip
-        m_dlam, m_dq = (o_t < end)[:, None] & (o_s < K)[None, :], (o_t < end)[:, None] & (o_k < DK)[None, :]
-        o_w = i_k.to(tl.int64) * N_TOKENS + o_t.to(tl.int64) - token_lo
-        p_dlam = dlam + (o_w[:, None] * H + i_h) * K + o_s[None, :]
-        tl.store(p_dlam, b_dlam.to(dlam.dtype.element_ty), mask=m_dlam)
+        m_dq = (o_t < end)[:, None] & (o_k < DK)[None, :]
+        o_w = o_t.to(tl.int64) - token_lo
+        if i_k == 0:
+            m_dlam = (o_t < end)[:, None] & (o_s < K)[None, :]
+            o_dlam = (o_w[:, None] * H + i_h) * K + o_s[None, :]
+            for part in tl.static_range(PARTS):
+                p_read = read_dlam + part * N_TOKENS.to(tl.int64) * H * K
+                b_dlam += tl.load(p_read + o_dlam, mask=m_dlam, other=0.0)
+            tl.store(dlam + o_dlam, b_dlam.to(dlam.dtype.element_ty), mask=m_dlam)
         if not GDN:
-            tl.store(dcg + (i_k * H + i_h) * T + o_t, b_dg, mask=o_t < end)
-        p_dq = dq + (o_t.to(tl.int64) * H + tl.program_id(1) - skip)[:, None] * DK + o_k[None, :]
-        tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_dq)
+            if i_k == 0:
+                tl.store(dcg + i_h * T + o_t, b_dg, mask=o_t < end)
+            p_dq = dq + (o_w * H + i_h)[:, None] * DK + o_k[None, :]
+            tl.store(p_dq, b_dq + tl.load(p_dq, mask=m_dq, other=0.0), mask=m_dq)
 
 
 @triton.jit

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.launch import ceil_div, power_of_two
+from ..common.launch import ceil_div
 from . import triton_tables
 from .autocast import without_autocast
 from .triton_backward import (
     decay_gradient_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
+    slot_query_gradient_kernel,
     state_gradient_kernel,
     value_gradient_kernel,
 )
@@ -400,28 +401,13 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
         **plan.tiled(), KP=plan.slots_padded, **math,
     )  # fmt: skip
     initial, dkeep = work.reverse_scan(snap, dstates, carry)
-    dims = plan.launch("query_gradient", do.device)
-    parts = ceil_div(plan.DK, dims["BK"])
-    splits = H // grads.heads
-    rows = work.new(parts, H, T)
-    dqt = work.new(work.tokens, H, plan.DK)
-    dkh = work.new(work.tokens, H, plan.DK) if plan.gdn else grads.dk
     dat = work.new(work.tokens, H, C) if plan.gdn else x.v
-    mine = grads.dlam[work.token_lo : work.token_lo + work.tokens]
-    dlam = mine if parts == 1 else work.new(parts, *mine.shape)
-    # dO stays in shared memory while slots are read; at 64 x 64, sm_100 would spill
-    narrow = plan.wide or max(plan.DK, plan.DV) <= 64
-    wide = dims["BV"] if narrow else min(128, power_of_two(plan.DV))
-    query_gradient_kernel[(work.tiles, H, parts)](
-        work.qt, x.k, x.v, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, tables.death,
-        tables.live, snap, dqt, dat, dlam, rows, *sizes, work.tokens, wide, **dims, **plan.tiled(),
-        KP=plan.slots_padded, **math,
-    )  # fmt: skip
+    dqt, rows = _query_gradient(work, snap, do, grads, dat)
     if not plan.gdn:  # heads that share a query
         grads.dq[work.token_lo : work.token_lo + work.tokens] = dqt.view(work.tokens, plan.G, -1, plan.DK).sum(2)
-    if parts > 1:
-        mine.copy_(dlam.sum(0))
     dims = plan.launch("key_gradient", do.device)
+    splits = H // grads.heads
+    dkh = work.new(work.tokens, H, plan.DK) if plan.gdn else grads.dk
     parts = ceil_div(plan.DK, dims["BK"])
     cols, ends = (work.new(parts, H, T) for _ in range(2))
     key_gradient_kernel[(work.tiles, splits, parts)](
@@ -442,6 +428,30 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
         BLOCK=plan.block, num_warps=4,
     )  # fmt: skip
     return initial
+
+
+def _query_gradient(work: WindowPass, snap: Tensor, do: Tensor, grads: Gradients, dat: Tensor) -> tuple[Tensor, Tensor]:
+    """dlam, and into `dat` dAt; returns dq of each head, or dQt, and the queries' parts of the decay gradient."""
+    plan, x, tables, window = work.plan, work.x, work.tables, work.window
+    T, H, K = work.layout.tokens, plan.H, plan.K
+    sizes = (*work._sizes(), K, window.block_lo, window.row_lo, work.token_lo, work.tokens)
+    meta = dict(KP=plan.slots_padded, **plan.tiled(), **plan.math(), **ALL_REGISTERS)
+    blocks = work.layout.blocks
+    dims = plan.launch("slot_query_gradient", do.device)
+    parts = ceil_div(plan.DK, dims["BK"])
+    dqt, dlam = work.new(work.tokens, H, plan.DK), work.new(parts, work.tokens, H, K)
+    rows = work.new(parts + 1, H, T)
+    slot_query_gradient_kernel[(work.tiles, H, parts)](
+        work.qt, do, tables.cg, x.lam, tables.counts, blocks, tables.death, tables.live, snap, dqt, dlam, rows, *sizes,
+        **dims, **meta,
+    )  # fmt: skip
+    mine = grads.dlam[work.token_lo : work.token_lo + work.tokens]
+    dims = plan.launch("query_gradient", do.device)
+    query_gradient_kernel[(work.tiles, H, 1 if plan.gdn else ceil_div(plan.DK, dims["BK"]))](
+        x.q, x.k, x.v, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, dlam, dqt, dat, mine,
+        rows[parts], *sizes, PARTS=parts, **dims, **meta,
+    )  # fmt: skip
+    return dqt, rows
 
 
 def _local_backward(

@@ -30,8 +30,11 @@ LAUNCH = {
     "state_gradient": ((128, 128, 8, 2), (64, 64, 8, 1), "backward"),
     "state_gradient_few": ((128, 128, 4, 2), (64, 64, 8, 1), "backward"),  # Mamba-2 with at most 32 slots
     "state_gradient_few.sm80": ((128, 128, 8, 2), (64, 64, 8, 1), "backward"),
-    "query_gradient": ((64, 32, 8, 1), (32, 32, 8, 1), "backward"),
-    "query_gradient.sm80": ((32, 32, 8, 1), (64, 64, 8, 1), "backward"),
+    "slot_query_gradient": ((64, 128, 4, 2), (32, 32, 8, 1), "backward"),
+    "slot_query_gradient.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "backward"),
+    "slot_query_gradient.256": ((64, 64, 4, 2), (32, 32, 8, 1), "backward"),
+    "query_gradient": ((128, 32, 8, 1), (32, 32, 8, 1), "backward"),
+    "query_gradient.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "backward"),
     "query_gradient.256": ((32, 64, 8, 1), (32, 64, 8, 1), "backward"),
     "key_gradient": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
     "key_gradient.v64": ((64, 32, 8, 1), (64, 64, 8, 1), "backward"),
