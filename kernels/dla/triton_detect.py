@@ -6,7 +6,8 @@ state at token s is column masking (l >= s). So a chunk costs one vectorised rou
 
 Shards of a segment may be run at the same time from an empty state (`detect_kernel`) and corrected afterwards
 (`repair_kernel`): runs that share one boundary have the same open state from there on, and the same summed scores from
-the next boundary on. So a shard is run again, from its true incoming state, only up to its second shared boundary.
+the next boundary on. So a shard is run again, from the state that the one before it ends with, only up to its second
+shared boundary. Where it has none, that was not the true end for the next shard: `repair_rest_kernel` goes on from it.
 """
 
 from __future__ import annotations
@@ -312,13 +313,13 @@ def detect_kernel(
     infos,  # [shards, H] fp32: likewise, summed scores of the open slot
     fresh,  # [shards, H] int32: 1 where nothing is open at the start
     starts, scores, sums, blocks,
-    shards,  # [n, 2]: first block, blocks
+    shards,  # [n, 3]: first block, blocks, whether the shard before is of the same segment
     T, H, GROUP,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first_block, n_blocks = tl.load(shards + 2 * i_n), tl.load(shards + 2 * i_n + 1)
+    first_block, n_blocks = tl.load(shards + 3 * i_n), tl.load(shards + 3 * i_n + 1)
     i_nh = i_n.to(tl.int64) * H + i_h
     empty = tl.load(fresh + i_nh)
     info = tl.load(infos + i_nh)
@@ -335,46 +336,99 @@ def detect_kernel(
     tl.store(infos + i_nh, info)
 
 
+@triton.jit
+def run_again(
+    k, v, beta, cg, inv, effect, pairs, k2, written, tau, p_s, starts, scores, sums, blocks, first_block, n_blocks,
+    enough,  # shared boundaries after which to stop
+    info, T, H, GROUP, i_h,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """Blocks of a shard from the state in `p_s`, in place; returns (summed scores at the end, boundaries shared)."""
+    threshold = tl.load(tau + i_h)
+    i_b = first_block * 0
+    shared = i_b
+    while (i_b < n_blocks) & (shared < enough):
+        first, end = tl.load(blocks + 4 * (first_block + i_b)), tl.load(blocks + 4 * (first_block + i_b) + 1)
+        info, now = detect_chunk(
+            k + i_h // GROUP * DK, v + i_h * DV, beta + i_h, cg + i_h * T, inv + i_h * BT, effect + i_h * BT,
+            pairs + i_h * BT, k2 + i_h * T, written + i_h * T, p_s, starts + i_h * T, scores + i_h * T, sums + i_h * T,
+            first, end, threshold, info, i_b * 0, (H // GROUP) * DK, H * DV, H, DK, DV, BK, BV, BT, GDN, PREC,
+        )  # fmt: skip
+        # a first shared boundary in an earlier chunk: any boundary since is the second
+        o_t = first + tl.arange(0, BT)
+        opened = tl.sum(tl.load(starts + i_h * T + o_t, mask=o_t < end, other=0).to(tl.int32), 0)
+        shared = tl.where(shared > 0, shared + opened, now)
+        i_b += 1
+    return info, shared
+
+
 @triton.jit(do_not_specialize=[*SIZES, "H"])  # with H = 1 known, more is held in registers
 def repair_kernel(
+    k, v, beta, cg, inv, effect, pairs, k2, written, tau,
+    state,  # [shards, H, DK, DV] fp32: the open state at each shard's end; out: at the next one's, where they disagree
+    infos,  # [shards, H] fp32: likewise, summed scores of the open slot
+    starts, scores, sums, blocks, shards,
+    agreed,  # [shards, H] int32 out: whether the shard ends as in its first run
+    ends,  # [shards, H] fp32 out: where it does not, its summed scores
+    T, H, GROUP,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """Run every shard but a segment's first again, from the end of the one before, until it agrees with itself."""
+    i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first_block, n_blocks = tl.load(shards + 3 * i_n), tl.load(shards + 3 * i_n + 1)
+    i_nh = i_n.to(tl.int64) * H + i_h
+    agrees = 1 - tl.load(shards + 3 * i_n + 2)
+    if agrees == 0:
+        i_last = i_nh - H
+        info, shared = run_again(
+            k, v, beta, cg, inv, effect, pairs, k2, written, tau, state + i_last * DK * DV, starts, scores, sums,
+            blocks, first_block, n_blocks, 2, tl.load(infos + i_last), T, H, GROUP, i_h, DK, DV, BK, BV, BT, GDN, PREC,
+        )  # fmt: skip
+        tl.store(ends + i_nh, info)
+        agrees = (shared >= 2).to(tl.int32)
+    tl.store(agreed + i_nh, agrees)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "H"])  # with H = 1 known, more is held in registers
+def repair_rest_kernel(
     k, v, beta, cg, inv, effect, pairs, k2, written, tau, state, infos, starts, scores, sums, blocks, shards,
+    agreed,  # [shards, H] int32, see `repair_kernel`; out: whether the next shard began with the right state
+    ends,
     segment_shards,  # [n, 2]: first shard, shards of each segment
     T, H, GROUP,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """Run every shard but a segment's first again from its true incoming state, until it agrees with itself."""
+    """Run those shards once more, one after another, that `repair_kernel` did not begin with their true state."""
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first_shard, n_shards = tl.load(segment_shards + 2 * i_n), tl.load(segment_shards + 2 * i_n + 1)
-    threshold = tl.load(tau + i_h)
     for s in range(1, n_shards):
         shard = first_shard + s
         i_nh = shard.to(tl.int64) * H + i_h
-        i_last = i_nh - H  # the shard before, which this one continues
-        first_block, n_blocks = tl.load(shards + 2 * shard), tl.load(shards + 2 * shard + 1)
-        info = tl.load(infos + i_last)
-        i_b = 0
-        shared = 0
-        while (i_b < n_blocks) & (shared < 2):
-            first, end = tl.load(blocks + 4 * (first_block + i_b)), tl.load(blocks + 4 * (first_block + i_b) + 1)
-            info, now = detect_chunk(
-                k + i_h // GROUP * DK, v + i_h * DV, beta + i_h, cg + i_h * T, inv + i_h * BT, effect + i_h * BT,
-                pairs + i_h * BT, k2 + i_h * T, written + i_h * T, state + i_last * DK * DV, starts + i_h * T,
-                scores + i_h * T, sums + i_h * T, first, end, threshold, info, i_b * 0, (H // GROUP) * DK, H * DV, H,
-                DK, DV, BK, BV, BT, GDN, PREC,
-            )  # fmt: skip
-            # a first shared boundary in an earlier chunk: any boundary since is the second
-            o_t = first + tl.arange(0, BT)
-            opened = tl.sum(tl.load(starts + i_h * T + o_t, mask=o_t < end, other=0).to(tl.int32), 0)
-            shared = tl.where(shared > 0, shared + opened, now)
-            i_b += 1
-        if shared < 2:  # the two runs of this shard never agreed: its end is what was carried here, for the next shard
-            for i_k in range(0, DK, BK):
-                for i_v in range(0, DV, BV):
-                    o_k, o_v = i_k + tl.arange(0, BK), i_v + tl.arange(0, BV)
-                    o_tile = o_k[:, None] * DV + o_v[None, :]
-                    m_s = (o_k < DK)[:, None] & (o_v < DV)[None, :]
-                    b_s = tl.load(state + i_last * DK * DV + o_tile, mask=m_s, other=0.0)
-                    tl.store(state + i_nh * DK * DV + o_tile, b_s, mask=m_s)
-            tl.store(infos + i_nh, info)
-        tl.debug_barrier()
+        i_last = i_nh - H
+        before, mine = tl.load(agreed + i_last), tl.load(agreed + i_nh)
+        if (before == 0) | (mine == 0):
+            info = tl.load(ends + i_nh)
+            if before == 0:
+                # where the second run ended on its own, its end is lost: go on to the shard's
+                enough = tl.where(mine > 0, 2, 2**30)
+                info, shared = run_again(
+                    k, v, beta, cg, inv, effect, pairs, k2, written, tau, state + i_last * DK * DV, starts, scores,
+                    sums, blocks, tl.load(shards + 3 * shard), tl.load(shards + 3 * shard + 1), enough,
+                    tl.load(infos + i_last), T, H, GROUP, i_h, DK, DV, BK, BV, BT, GDN, PREC,
+                )  # fmt: skip
+                mine = (shared >= enough).to(tl.int32)
+            if mine == 0:  # its end is what was carried here
+                for i_k in range(0, DK, BK):
+                    for i_v in range(0, DV, BV):
+                        o_k, o_v = i_k + tl.arange(0, BK), i_v + tl.arange(0, BV)
+                        o_tile = o_k[:, None] * DV + o_v[None, :]
+                        m_s = (o_k < DK)[:, None] & (o_v < DV)[None, :]
+                        b_s = tl.load(state + i_last * DK * DV + o_tile, mask=m_s, other=0.0)
+                        tl.store(state + i_nh * DK * DV + o_tile, b_s, mask=m_s)
+                tl.store(infos + i_nh, info)
+            tl.debug_barrier()  # all have read it
+            tl.store(agreed + i_nh, mine)
+            tl.debug_barrier()

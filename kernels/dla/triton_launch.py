@@ -46,8 +46,9 @@ LAUNCH = {
     "local": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "local.sm80": ((32, 16, 8, 1), (32, 16, 8, 1), "forward"),
     "detect_pairs": ((64, 64, 4, 1), (64, 64, 8, 1), "partition"),
-    "detect": ((64, 64, 8, 1), (32, 32, 8, 1), "partition"),
-    "detect_gdn": ((32, 64, 8, 1), (32, 32, 8, 1), "partition"),
+    "detect": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
+    "detect_gdn": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
+    "repair_rest": ((32, 16, 8, 1), (32, 16, 8, 1), "partition"),
     "detect_gdn.256": ((32, 64, 8, 1), (32, 16, 8, 1), "partition"),
 }
 ALL_REGISTERS = {"maxnreg": 255}  # told so, the assembler does not spill to fit more programs on a multiprocessor

@@ -12,11 +12,11 @@ from . import triton_launch
 from .cache import Partition, SlotCache
 from .triton_capacity import capacity_kernel
 from .triton_chunk import block_decay, chunk_inverse
-from .triton_detect import detect_kernel, detect_pairs_kernel, repair_kernel
-from .triton_launch import PRECISION, LaunchPlan, head_values
+from .triton_detect import detect_kernel, detect_pairs_kernel, repair_kernel, repair_rest_kernel
+from .triton_launch import ALL_REGISTERS, PRECISION, LaunchPlan, head_values
 from .triton_layout import NEVER, BlockLayout, make_layout
 
-PROGRAMS = 132  # as many as a large GPU has processors: fewer segments x heads than this are cut into shards
+PROGRAMS = 264  # two for each processor of a large GPU: segments are cut into shards up to this number in all
 SHARD_BLOCKS = 32  # least blocks a shard: a shard is run again for about two slots' tokens
 
 
@@ -24,19 +24,20 @@ SHARD_BLOCKS = 32  # least blocks a shard: a shard is run again for about two sl
 def _shards(
     spans: tuple[tuple[int, int], ...], heads: int, shard_blocks: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """int32 [n, 2]: first block and blocks of every shard; first shard and shards of every segment.
+    """int32 [n, 3]: first block and blocks of every shard, and whether it continues the one before it; [n, 2]: first
+    shard and shards of every segment.
 
     `spans`: first block and blocks of every segment. Cached: a copy to the device waits for the device.
     """
     if shard_blocks is None:
-        wanted = ceil_div(PROGRAMS, heads * len(spans))
+        wanted = max(1, PROGRAMS // (heads * len(spans)))
         shard_blocks = max(SHARD_BLOCKS, ceil_div(max(n for _, n in spans), wanted))
-    shards: list[tuple[int, int]] = []
+    shards: list[tuple[int, int, int]] = []
     of_segment: list[tuple[int, int]] = []
     for first, n in spans:
         cuts = range(first, first + n, shard_blocks)
         of_segment.append((len(shards), len(cuts)))
-        shards += [(at, min(shard_blocks, first + n - at)) for at in cuts]
+        shards += [(at, min(shard_blocks, first + n - at), int(at > first)) for at in cuts]
     tables = (torch.tensor(x, dtype=torch.int32, device=device) for x in (shards, of_segment))
     return next(tables), next(tables)
 
@@ -102,9 +103,12 @@ def triton_partition(
         meta |= plan.launch("detect_gdn" if gdn else "detect", device)
         detect_kernel[(len(shards), H)](*args, fresh, starts, scores, sums, layout.blocks, shards, *sizes, **meta)
         if len(shards) > len(of_segment):
-            repair_kernel[(len(of_segment), H)](
-                *args, starts, scores, sums, layout.blocks, shards, of_segment, *sizes, **meta
-            )
+            agreed, ends = torch.empty_like(fresh), torch.empty_like(infos)
+            args = (*args, starts, scores, sums, layout.blocks, shards, agreed, ends)
+            meta |= ALL_REGISTERS
+            repair_kernel[(len(shards), H)](*args, *sizes, **meta)
+            meta |= plan.launch("repair_rest", device)
+            repair_rest_kernel[(len(of_segment), H)](*args, of_segment, *sizes, **meta)
         return _capacity(plan, layout, starts, scores, sums, cache, B, want_lo)
 
 

@@ -103,6 +103,8 @@ class Assumptions:
             return env.get("%K")
         if argument == "live_death":
             return NEVER
+        if argument == "agreed":  # a shard that is run again meets its first run
+            return 1
         return None
 
 
