@@ -43,6 +43,7 @@ class Config:
     cached: bool = False
     documents: tuple[int, ...] = ()
     tokens: int = 256
+    tau: float = 1.2  # one slot: above 2, which no score reaches
     mixed: bool = False  # fp32 queries and keys beside 16-bit values, as after an L2 norm in fp32
     archs: tuple[int, ...] = ALL
 
@@ -57,6 +58,7 @@ OTHERS = (
     Config("mamba2-bf16-128", BF16, 128, 128, False, learned=True, tokens=4352),
     Config("gdn-fp32-128", FP32, 128, 128, True, archs=HOPPER),
     Config("mamba2-bf16-96x160-odd", BF16, 96, 160, False, tokens=250, archs=HOPPER),
+    Config("gdn-bf16-64-K1", BF16, 64, 64, True, capacity=1, tau=3.0, archs=HOPPER),
     Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, cached=True, tokens=2048, archs=HOPPER),
     Config("mamba2-bf16-64-K15", BF16, 64, 64, False, capacity=15),
     Config("mamba2-bf16-128x64-K64-cache", BF16, 128, 64, False, capacity=64, cached=True, archs=HOPPER),
@@ -153,7 +155,7 @@ def exercise(name: str, backend: str = "triton") -> None:
     """Every launch of the configuration `name`."""
     config = next(c for c in configs() if c.name == name)
     x = _inputs(config)
-    tau: Any = torch.full((config.heads,), 1.2, requires_grad=True) if config.learned else 1.2
+    tau: Any = torch.full((config.heads,), config.tau, requires_grad=True) if config.learned else config.tau
     ends = torch.tensor([0, *config.documents, config.tokens], dtype=torch.int32) if config.documents else None
     shape = (1, config.heads, config.capacity, config.key_dim, config.value_dim)
     memory = SlotCache.empty(*shape) if config.cached else None

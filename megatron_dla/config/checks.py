@@ -37,6 +37,11 @@ def softmax_layers(model: ModelSection) -> int:
     return sum(LETTERS[letter].softmax for letter in layer_letters(model))
 
 
+def opens_slots(model: ModelSection) -> bool:
+    """Whether a layer of the model keeps slots."""
+    return any(LETTERS[letter].slots for letter in layer_letters(model))
+
+
 def head_counts(model: ModelSection, softmax_only: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """Key -> value of the numbers of heads, and of key groups, of the pattern's mixers."""
     found = layer_letters(model)
@@ -143,6 +148,10 @@ def check_tau(tau: TauSection, model: ModelSection) -> None:
     """The annealed soft gate."""
     if tau.gate == "annealed" and model.tau_mode != "learned":
         raise ConfigError("tau.gate = annealed needs model.tau_mode = learned (a fixed tau has no gradient)")
+    if tau.gate == "annealed" and not opens_slots(model):
+        raise ConfigError(
+            f"tau.gate = annealed with model.pattern = {model.pattern}: no layer opens slots; use tau.gate=hard"
+        )
     if tau.temperature_end > tau.temperature_start:
         raise ConfigError(
             f"tau.temperature_end = {tau.temperature_end}: must be at most tau.temperature_start = "
@@ -186,7 +195,7 @@ def check_context_parallel(
 
 def check_chain(model: ModelSection, size: int, seq_len: int) -> None:
     """Limits of the chain, which sends the slot memory from rank to rank."""
-    if model.tau_mode != "fixed":
+    if model.tau_mode != "fixed" and opens_slots(model):
         raise ConfigError(
             f"parallel.cp_scheme = chain with model.tau_mode = {model.tau_mode}: the threshold has no gradient through "
             "a slot memory that another rank sent; use parallel.cp_scheme=heads or model.tau_mode=fixed"

@@ -95,6 +95,7 @@ class DLAMixer(nn.Module):
     """
 
     table = staticmethod(dla_parameters)
+    delta: bool | None = None  # Gated DeltaNet's recurrence, else Mamba-2's; None: what the config says
 
     in_proj: nn.Linear
     out_proj: nn.Linear
@@ -114,7 +115,9 @@ class DLAMixer(nn.Module):
 
     def __init__(self, config: DLAConfig, letter: str = "D") -> None:
         super().__init__()
-        self.config, self.delta = config, config.backbone == "gdn"
+        self.config = config
+        if self.delta is None:
+            self.delta = config.backbone == "gdn"
         table = self.table(config)
         self.sizes = dict(table["in_proj.weight"].sections)
         self.parts: dict[str, int] = {}  # the sections, those of the convolution as one

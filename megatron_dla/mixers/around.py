@@ -32,8 +32,8 @@ class Parameters:
     biases: list[Tensor | None]
     A_log: Tensor
     dt_bias: Tensor
-    slot_scale: Tensor
-    slot_bias: Tensor
+    slot_scale: Tensor | None = None
+    slot_bias: Tensor | None = None
 
 
 def uses_kernels(x: Tensor, backend: str) -> bool:
@@ -51,22 +51,22 @@ def kernels(name: str) -> ModuleType:
 
 
 def recurrence_inputs(
-    part: dict[str, Tensor], p: Parameters, m: ModelSection, starts: Tensor | None, halo: int, backend: str
+    part: dict[str, Tensor], p: Parameters, m: ModelSection, starts: Tensor | None, halo: int, backend: str, *, delta: bool
 ) -> tuple[Inputs, Tensor | None]:
-    """Convolutions, gates and slot weights.
+    """Convolutions, gates and slot weights; those of a plain backbone, whose projections have no `slot`, are 1.
 
     Args:
         part: the projections `value`, `query`, `key` [B, halo + T, C], `step`, `strength` (Gated DeltaNet) and `slot`
             [B, T, C] of this rank's heads and groups.
         starts: bool [B, halo + T], True where a document begins; None: a row is one document.
         halo: tokens before the first, which only the convolutions see.
+        delta: Gated DeltaNet, else Mamba-2.
 
     Returns:
         the recurrence's inputs, and on the Mamba-2 backbone the values [B, T, H, Dv] of the skip, else None.
     """
-    delta = m.backbone == "gdn"
-    if not uses_kernels(part["value"], backend):
-        return _in_torch(part, p, m, starts, halo)
+    if "slot" not in part or not uses_kernels(part["value"], backend):
+        return _in_torch(part, p, m, starts, halo, delta)
     fused = kernels("inputs")
     heads, groups = p.A_log.shape[0], part["query"].shape[-1] // m.key_dim
     shape = fused.Shape(
@@ -79,15 +79,17 @@ def recurrence_inputs(
 
 
 def _in_torch(
-    part: dict[str, Tensor], p: Parameters, m: ModelSection, starts: Tensor | None, halo: int
+    part: dict[str, Tensor], p: Parameters, m: ModelSection, starts: Tensor | None, halo: int, delta: bool
 ) -> tuple[Inputs, Tensor | None]:
     document = None if starts is None else starts.cumsum(1)
     convolved = zip(("value", "query", "key"), p.convolutions, p.biases, strict=True)
     xs = [functional.short_convolution(part[name], w, document, bias=b)[:, halo:] for name, w, b in convolved]
     value, query, key = (x.unflatten(-1, (-1, n)) for x, n in zip(xs, (m.value_dim, *2 * [m.key_dim]), strict=True))
-    raw = part["slot"].unflatten(-1, (-1, m.capacity))
-    weights = functional.slot_weights(raw, p.slot_scale, p.slot_bias)
-    if m.backbone == "gdn":
+    if p.slot_scale is None or p.slot_bias is None:
+        weights = torch.ones(*value.shape[:3], 1, dtype=p.A_log.dtype, device=value.device)
+    else:
+        weights = functional.slot_weights(part["slot"].unflatten(-1, (-1, m.capacity)), p.slot_scale, p.slot_bias)
+    if delta:
         query, key, g, beta = functional.gdn_inputs(query, key, part["step"], part["strength"], p.A_log, p.dt_bias)
         return Inputs(query, key, value, g, weights, beta), None
     write, g = functional.mamba2_inputs(value, part["step"], p.A_log, p.dt_bias)

@@ -57,6 +57,7 @@ class DLAMixer(MegatronModule):
     """
 
     table = staticmethod(dla_parameters)
+    delta: bool | None = None  # Gated DeltaNet's recurrence, else Mamba-2's; None: what the config says
     reports_boundaries = True  # counted in the boundary rate of a run
 
     conv_value: nn.Parameter
@@ -99,7 +100,8 @@ class DLAMixer(MegatronModule):
         self.heads = model.num_heads // size
         self.shared_groups = model.num_groups % size != 0  # fewer groups than ranks: replicated
         self.groups = 1 if self.shared_groups else model.num_groups // size
-        self.delta = model.backbone == "gdn"
+        if self.delta is None:
+            self.delta = model.backbone == "gdn"
         self.boundaries: Tensor | None = None  # boundary counts since the last `take_boundary_rate`, [H local]
         self.tokens = torch.zeros(0)
         self.gate_temperature: float | None = None  # soft gates in training, set by the trainer each step; None = hard
@@ -220,9 +222,11 @@ class DLAMixer(MegatronModule):
         if self.model.conv_bias:
             by_group = (local(self._shared(x), self.groups) for x in (self.conv_query_bias, self.conv_key_bias))
             biases = [local(self.conv_value_bias), *by_group]
-        gates = (local(x) for x in (self.A_log, self.dt_bias, self.slot_scale, self.slot_bias))
+        slots = [local(self.slot_scale), local(self.slot_bias)] if "slot" in part else []
+        gates = [local(self.A_log), local(self.dt_bias), *slots]
         parameters = around.Parameters([local(self.conv_value), *shared], biases, *gates)
-        return around.recurrence_inputs(part, parameters, self.model, starts, halo, self.backend)
+        delta = bool(self.delta)
+        return around.recurrence_inputs(part, parameters, self.model, starts, halo, self.backend, delta=delta)
 
     def _local(self, weight: Tensor, units: int | None = None) -> Tensor:
         """The heads (or groups) of this context-parallel rank, of a parameter of the tensor-parallel rank."""

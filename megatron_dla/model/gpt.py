@@ -142,7 +142,7 @@ def packed_sequence(cu_seqlens: torch.Tensor | None, seq_len: int):
     )
 
 
-def dla_mixers(model: torch.nn.Module) -> list:
+def slot_mixers(model: torch.nn.Module) -> list:
     """The mixers that open slots, in layer order."""
     from megatron_dla.mixers.dla import DLAMixer
 

@@ -16,11 +16,13 @@ from megatron_dla.mixers.norms import HeadNorm, RMSNorm
 from megatron_dla.mixers.softmax import CoreAttention
 
 
-def dla_mixer_spec(model: ModelSection, attention: ModuleSpec, backend: str, cp_scheme: str) -> ModuleSpec:
-    """The DLA mixer in place of the attention."""
+def dla_mixer_spec(
+    model: ModelSection, attention: ModuleSpec, backend: str, cp_scheme: str, module: type[DLAMixer] = DLAMixer
+) -> ModuleSpec:
+    """The DLA mixer, or a variant of it, in place of the attention."""
     submodules = DLAMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
     return ModuleSpec(
-        module=DLAMixer, params={"model": model, "backend": backend, "cp_scheme": cp_scheme}, submodules=submodules
+        module=module, params={"model": model, "backend": backend, "cp_scheme": cp_scheme}, submodules=submodules
     )
 
 

@@ -19,7 +19,7 @@ from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import ConfigError, DataError, UserError
 from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
 from megatron_dla.model.counts import count_parameters, flops_per_token, recurrent_states
-from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence, padded_vocab
+from megatron_dla.model.gpt import build_model, slot_mixers, packed_sequence, padded_vocab
 from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex
 from megatron_dla.training.device import Device
 from megatron_dla.training.plan import make_plan, render
@@ -143,7 +143,7 @@ class PretrainTask(Task):
             seed=config.run.seed, dtype=runtime.dtype, device=runtime.device.type,
             recompute=config.training.recompute,
         )  # fmt: skip
-        self.mixers = dla_mixers(model)
+        self.mixers = slot_mixers(model)
         self.loader = TokenLoader(
             config.data.dir, "train", seq_len=self.seq_len, num_streams=config.data.num_streams,
             global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.micro_batch_size,

@@ -199,7 +199,7 @@ def test_zero_stages_that_cannot_train_in_bf16(stage: int) -> None:
 
 def test_the_generated_page_is_up_to_date() -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "config.md"
-    assert page.read_text() == render(), "run: python -m megatron_dla.config.docs > docs/config.md"
+    assert page.read_text() == render(), "run: python -m megatron_dla.config.docs docs/config.md"
 
 
 OLD = "parallel: {tensor: 2, sequence: true}\noptimizer: {clip: 0.5}\n"

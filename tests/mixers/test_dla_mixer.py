@@ -7,7 +7,7 @@ import torch
 
 from megatron_dla.config import ParallelSection
 from megatron_dla.mixers.functional import slot_weights
-from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence
+from megatron_dla.model.gpt import build_model, slot_mixers, packed_sequence
 from megatron_dla.parallel.groups import initialize_distributed
 from tests.support.workers import BASE_SECTION, lay_out, perturb
 
@@ -61,10 +61,10 @@ def test_it_starts_as_its_backbone(name: str) -> None:
     logits = [model(SECTIONS[name], tau=tau)(ids, None, None) for tau in (0.0, 1.2, 3.0)]
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=1e-9, atol=1e-9)
-    mixer = dla_mixers(model(SECTIONS[name]))[0]
+    mixer = slot_mixers(model(SECTIONS[name]))[0]
     weights = slot_weights(torch.zeros(1, 4, 3).double(), mixer.slot_scale, mixer.slot_bias)
     torch.testing.assert_close(weights, torch.ones_like(weights))
-    log_linear = dla_mixers(model(SECTIONS[name], slot_weight_init="log_linear"))[0]
+    log_linear = slot_mixers(model(SECTIONS[name], slot_weight_init="log_linear"))[0]
     assert (log_linear.slot_bias == 0).all() and log_linear.in_proj.weight[-12:].abs().max() > 0
 
 
@@ -77,7 +77,7 @@ def test_soft_gates_only_in_training(name: str) -> None:
     packed = packed_sequence(torch.tensor([0, 13, 40, 80], dtype=torch.int32), 40)
 
     def logits(temperature: float | None) -> torch.Tensor:
-        for mixer in dla_mixers(net):
+        for mixer in slot_mixers(net):
             mixer.gate_temperature = temperature
         return net(ids, None, None, packed_seq_params=packed)
 
@@ -88,7 +88,7 @@ def test_soft_gates_only_in_training(name: str) -> None:
     warm = logits(0.3)
     assert (warm - hard).abs().max() > 1e-3
     warm.square().sum().backward()
-    for mixer in dla_mixers(net):
+    for mixer in slot_mixers(net):
         assert mixer.tau.grad.abs().min() > 0
     assert mixer.take_boundary_rate().shape == (4,)
 
@@ -96,7 +96,7 @@ def test_soft_gates_only_in_training(name: str) -> None:
 def test_boundary_rate_counts_and_starts_again() -> None:
     net = model(SECTIONS["gdn"], tau=0.0)
     net(torch.randint(0, 90, (2, 40)), None, None)
-    for mixer in dla_mixers(net):
+    for mixer in slot_mixers(net):
         assert mixer.take_boundary_rate().tolist() == [1.0] * 4
         with pytest.raises(AssertionError):
             mixer.take_boundary_rate()
@@ -105,4 +105,4 @@ def test_boundary_rate_counts_and_starts_again() -> None:
 def test_decoding_inside_megatron_is_refused() -> None:
     net = model(SECTIONS["gdn"])
     with pytest.raises(ValueError, match="convert to-hf"):
-        dla_mixers(net)[0](torch.zeros(4, 1, 32).double(), inference_context=object())
+        slot_mixers(net)[0](torch.zeros(4, 1, 32).double(), inference_context=object())

@@ -11,7 +11,7 @@ import torch
 from megatron_dla import compat
 from megatron_dla.config import ModelSection, OptimizerSection, ParallelSection, RunConfig, TrainingSection
 from megatron_dla.data.packing import Batch
-from megatron_dla.model.gpt import build_model, dla_mixers, packed_sequence
+from megatron_dla.model.gpt import build_model, slot_mixers, packed_sequence
 from megatron_dla.parallel.groups import process_groups
 from megatron_dla.parallel.replicas import check_replicas, drifted
 from megatron_dla.parallel.tags import get_tag
@@ -137,7 +137,7 @@ def distributed(case: Case) -> dict[str, Any]:
     full = {n: p.detach() if masters[n] is None else masters[n] for n, p in model.named_parameters()}
     result["parameters"] = layout_free(model, full)
     result["drifted"] = drifted(model, groups)
-    result["kept"] = sum(len(mixer.decisions) for mixer in dla_mixers(model))
+    result["kept"] = sum(len(mixer.decisions) for mixer in slot_mixers(model))
     engine.destroy()
     return result
 

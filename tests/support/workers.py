@@ -236,7 +236,7 @@ def model_parity(section: ModelSection, parallel: ParallelSection, documents: li
 
 def boundary_rates(section: ModelSection, parallel: ParallelSection, seed: int) -> torch.Tensor:
     """Boundary rate of each local head over the layers [layers, H local]: the parity cases must merge and not merge."""
-    from megatron_dla.model.gpt import dla_mixers
+    from megatron_dla.model.gpt import slot_mixers
 
     lay_out(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
     model = build_model(section, parallel, vocab_size=200, seq_len=48, seed=seed)
@@ -244,7 +244,7 @@ def boundary_rates(section: ModelSection, parallel: ParallelSection, seed: int) 
     tokens = torch.randint(0, 200, (2, 48), generator=torch.Generator().manual_seed(seed))
     group = parallel_state.get_context_parallel_group()
     model(context_slice(tokens, group), None, None)
-    rates = torch.stack([mixer.take_boundary_rate() for mixer in dla_mixers(model)])
+    rates = torch.stack([mixer.take_boundary_rate() for mixer in slot_mixers(model)])
     dist.all_reduce(rates, group=group)
     return rates
 
