@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_dla.config import adapter, schema
 from megatron_dla.config.aliases import RENAMED
-from megatron_dla.files import write_atomic
+from megatron_dla.files import write_text
 
 
 def _field_texts(cls: type) -> dict[str, str]:
@@ -101,4 +101,4 @@ def render() -> str:
 
 
 if __name__ == "__main__":
-    write_atomic(Path(sys.argv[1]), render())
+    write_text(Path(sys.argv[1]), render())

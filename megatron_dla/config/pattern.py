@@ -40,6 +40,7 @@ LETTERS = {
     "N": Letter(
         "softmax attention without rotary positions", "attention_heads", "attention_groups", "self_attn", softmax=True
     ),
+    "G": Letter("Gated DeltaNet", "num_heads", "num_groups", "mixer"),
 }
 
 

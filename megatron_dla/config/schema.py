@@ -45,12 +45,13 @@ class ModelSection:
     hidden_size: PositiveInt = 1536
     num_layers: PositiveInt = 21
     pattern: str = "D"
-    """One letter a layer, repeated to num_layers: D = DLA mixer, A = softmax attention with RoPE, N = without."""
+    """One letter a layer, repeated to num_layers: D = DLA mixer, A = softmax attention with RoPE, N = without,
+    G = Gated DeltaNet."""
     backbone: Backbone = "mamba2"
     num_heads: PositiveInt = 48
-    """Heads H of the recurrent mixers (D)."""
+    """Heads H of the recurrent mixers (D, G)."""
     num_groups: PositiveInt = 1
-    """Query/key groups of the DLA mixer; divides num_heads (Mamba-2: 1; GDN: num_heads)."""
+    """Query/key groups of the recurrent mixers; divides num_heads (Mamba-2: 1; GDN: num_heads)."""
     key_dim: PositiveInt = 128
     """Dk, per group (Mamba-2's d_state)."""
     value_dim: PositiveInt = 64

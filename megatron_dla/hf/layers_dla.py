@@ -15,6 +15,7 @@ from .autocast import without_autocast
 from .cache_dla import LayerMemory
 from .configuration_dla import DLAConfig
 from .functional import (
+    ONE_SLOT,
     SlotRule,
     clamp_tau,
     gated_group_norm,
@@ -24,7 +25,7 @@ from .functional import (
     short_convolution,
     slot_weights,
 )
-from .layout import FP32_PARAMETERS, dla_parameters
+from .layout import FP32_PARAMETERS, dla_parameters, gdn_parameters
 from .pattern import LETTERS
 
 CONVOLVED = ("value", "query", "key")  # sections of `in_proj`, next to each other, that a short convolution follows
@@ -217,6 +218,15 @@ class DLAMixer(nn.Module):
         return dla_attention(q, k, v, g, lam, beta, tau=rule.tau, partition=memory.decided, **options)[0]
 
 
+class GDNMixer(DLAMixer):
+    """Plain Gated DeltaNet, whatever `config.backbone` is: one state a head, no boundaries."""
+
+    table, delta = staticmethod(gdn_parameters), True
+
+    def _slots(self, part: dict[str, Tensor]) -> tuple[Tensor, SlotRule]:
+        return torch.ones_like(part["step"], dtype=self.A_log.dtype)[..., None], ONE_SLOT
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions, halves not interleaved: x [B, heads, T, D]; cos, sin [B or 1, T, D]."""
     low, high = x.chunk(2, -1)
@@ -260,7 +270,7 @@ class DLASoftmaxAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-MIXERS = {"D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention}
+MIXERS = {"D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention, "G": GDNMixer}
 
 
 class DLALayer(GradientCheckpointingLayer):
@@ -281,4 +291,4 @@ class DLALayer(GradientCheckpointingLayer):
         return x if self.mlp is None else x + self.mlp(self.post_attention_layernorm(x))
 
 
-__all__ = ["DLALayer", "DLAMixer", "DLARMSNorm", "DLASoftmaxAttention", "Step"]
+__all__ = ["DLALayer", "DLAMixer", "DLARMSNorm", "DLASoftmaxAttention", "GDNMixer", "Step"]

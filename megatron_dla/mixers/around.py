@@ -51,7 +51,14 @@ def kernels(name: str) -> ModuleType:
 
 
 def recurrence_inputs(
-    part: dict[str, Tensor], p: Parameters, m: ModelSection, starts: Tensor | None, halo: int, backend: str, *, delta: bool
+    part: dict[str, Tensor],
+    p: Parameters,
+    m: ModelSection,
+    starts: Tensor | None,
+    halo: int,
+    backend: str,
+    *,
+    delta: bool,
 ) -> tuple[Inputs, Tensor | None]:
     """Convolutions, gates and slot weights; those of a plain backbone, whose projections have no `slot`, are 1.
 

@@ -25,6 +25,9 @@ class SlotRule:
     backend: str = "auto"
 
 
+ONE_SLOT = SlotRule(tau=3.0, capacity=1)  # holds everything: no score, at most 2, reaches tau
+
+
 def short_convolution(
     x: Tensor,
     weight: Tensor,

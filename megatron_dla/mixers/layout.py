@@ -195,3 +195,8 @@ def dla_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamS
     if m.tau_mode == "learned":
         table["tau"] = ParamSpec((H,), (constant(m.tau),))
     return table | {"norm": norm}
+
+
+def gdn_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
+    """Name -> parameter of one Gated DeltaNet mixer, whatever `backbone` says of the DLA layers."""
+    return backbone_parameters(m, tensor_parallel, delta=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_dla.config import ModelSection, attention_head_dim, layer_letters
-from megatron_dla.mixers.layout import ParamSpec, dla_parameters, normal, ones, output_std, packed
+from megatron_dla.mixers.layout import ParamSpec, dla_parameters, gdn_parameters, normal, ones, output_std, packed
 
 
 def softmax_parameters(m: ModelSection, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
@@ -29,6 +29,7 @@ MIXER_PARAMETERS: dict[str, Callable[[ModelSection, int], dict[str, ParamSpec]]]
     "D": dla_parameters,
     "A": softmax_parameters,
     "N": softmax_parameters,
+    "G": gdn_parameters,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.mixers.dla import DLAMixer, DLAMixerSubmodules
+from megatron_dla.mixers.gdn import GDNMixer
 from megatron_dla.mixers.norms import HeadNorm, RMSNorm
 from megatron_dla.mixers.softmax import CoreAttention
 
@@ -42,6 +44,7 @@ MIXER_SPECS: dict[str, Callable[[ModelSection, ModuleSpec, str, str], ModuleSpec
     "D": dla_mixer_spec,
     "A": softmax_spec,
     "N": softmax_spec,
+    "G": partial(dla_mixer_spec, module=GDNMixer),
 }
 
 

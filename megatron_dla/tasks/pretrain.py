@@ -19,7 +19,7 @@ from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import ConfigError, DataError, UserError
 from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
 from megatron_dla.model.counts import count_parameters, flops_per_token, recurrent_states
-from megatron_dla.model.gpt import build_model, slot_mixers, packed_sequence, padded_vocab
+from megatron_dla.model.gpt import build_model, packed_sequence, padded_vocab, slot_mixers
 from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex
 from megatron_dla.training.device import Device
 from megatron_dla.training.plan import make_plan, render

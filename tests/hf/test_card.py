@@ -16,7 +16,7 @@ def front_matter(card: str) -> dict:
     return yaml.safe_load(card.split("---\n")[1])
 
 
-@pytest.mark.parametrize("name", ["mamba2", "gdn", "gdn_hybrid", "shaped_attention"])
+@pytest.mark.parametrize("name", ["mamba2", "gdn", "gdn_hybrid", "plain_gdn", "shaped_attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_of_the_cache(exported, name, dtype):
     case = exported(name)

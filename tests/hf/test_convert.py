@@ -27,9 +27,9 @@ from megatron_dla.hf.verify import verify, verify_logits
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.parameters import model_parameters
 from megatron_dla.serving.cli import add_generate_parser
+from tests.support.exports import RECURRENT
 
 ROOT = Path(__file__).parents[2]
-CASES = ["mamba2", "mamba2_hybrid", "mamba2_published", "gdn", "gdn_hybrid"]
 
 
 def file_hashes(directory: Path) -> dict[str, str]:
@@ -40,13 +40,13 @@ def file_hashes(directory: Path) -> dict[str, str]:
 BLOCK = "import sys\nfor name in {names}: sys.modules[name] = None\n"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RECURRENT)
 def test_tags_without_megatron(exported, name):
     case = exported(name)
     assert mapping.parameter_tags(case.section) == parameter_tags(case.megatron)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RECURRENT)
 def test_export_does_not_depend_on_the_shards(exported, merged_of, tokenizer, tmp_path, name, write_checkpoint):
     case = exported(name)
     step = write_checkpoint(merged_of(name), case.section, tmp_path / "step_3", tokenizer.sha256, tensor_parallel=2)
@@ -54,7 +54,7 @@ def test_export_does_not_depend_on_the_shards(exported, merged_of, tokenizer, tm
     assert file_hashes(out) == file_hashes(case.directory)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RECURRENT)
 @pytest.mark.parametrize("size", [1, 2])
 def test_round_trip_is_exact(exported, merged_of, tmp_path, name, size):
     case = exported(name)

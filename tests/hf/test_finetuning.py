@@ -9,8 +9,8 @@ from transformers import AutoModelForSequenceClassification
 
 from megatron_dla.kernels.dla import partition
 from tests.hf.test_protocol import cache_of, tokens
+from tests.support.exports import CASES
 
-CASES = ["mamba2", "mamba2_hybrid", "mamba2_published", "gdn", "gdn_hybrid", "shaped_attention"]
 LENGTHS = [1, 23, 40, 6]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_dla.config import ParallelSection
 from megatron_dla.mixers.functional import slot_weights
-from megatron_dla.model.gpt import build_model, slot_mixers, packed_sequence
+from megatron_dla.model.gpt import build_model, packed_sequence, slot_mixers
 from megatron_dla.parallel.groups import initialize_distributed
 from tests.support.workers import BASE_SECTION, lay_out, perturb
 
@@ -15,6 +15,7 @@ SECTIONS = {
     "mamba2": BASE_SECTION,
     "gdn": dataclasses.replace(BASE_SECTION, backbone="gdn"),
     "hybrid": dataclasses.replace(BASE_SECTION, pattern="DA"),
+    "plain gdn": dataclasses.replace(BASE_SECTION, pattern="G"),
 }
 
 

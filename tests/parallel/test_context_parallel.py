@@ -57,6 +57,15 @@ def test_dla_layer_by_chain_on_four_ranks(ranks, name: str) -> None:
             check(errors, 1e-10)
 
 
+@pytest.mark.parametrize("scheme", ["heads", "chain"])
+@pytest.mark.parametrize("groups", [4, 1])
+def test_gated_deltanet_layer(ranks, scheme: str, groups: int) -> None:
+    section, parallel = dataclasses.replace(BASE, num_groups=groups), ParallelSection(1, False, 2, scheme)
+    for documents in ([], DOCUMENTS):
+        for errors in ranks(2).run(workers.layer_parity, section, parallel, "G", documents, 28):
+            check(errors, 1e-10)
+
+
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_softmax_layer_by_heads(ranks, groups: int) -> None:
     section = dataclasses.replace(BASE, attention_groups=groups)

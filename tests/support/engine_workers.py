@@ -11,7 +11,7 @@ import torch
 from megatron_dla import compat
 from megatron_dla.config import ModelSection, OptimizerSection, ParallelSection, RunConfig, TrainingSection
 from megatron_dla.data.packing import Batch
-from megatron_dla.model.gpt import build_model, slot_mixers, packed_sequence
+from megatron_dla.model.gpt import build_model, packed_sequence, slot_mixers
 from megatron_dla.parallel.groups import process_groups
 from megatron_dla.parallel.replicas import check_replicas, drifted
 from megatron_dla.parallel.tags import get_tag

@@ -57,6 +57,7 @@ FULL = [
     *both(replace(BASE, name="documents, strong decay", documents=(1, 20, 37, 52), decay=4.0, capacity=2)),
     *both(replace(BASE, name="every token a boundary", tau=0.0, T=40)),
     *both(replace(BASE, name="no boundary", tau=2.5, T=40, B=2, H=1)),
+    *both(replace(BASE, name="one slot", tau=3.0, capacity=1, documents=(20, 37), T=40, B=2)),
     *both(replace(BASE, name="three tokens", T=3, B=4)),
     *both(replace(BASE, name="shared keys, odd dims", H=4, G=2, Dk=20, Dv=19, T=40)),
     replace(BASE, name="three heads in one program of dk (mamba2)", H=6, G=2, T=24),
