@@ -50,6 +50,14 @@ def test_empty_sections_are_defaults(tmp_path) -> None:
         ({"model.tau_mode": "learned", "model.merge": "ward"}, ["model.tau_mode = learned", "model.merge = density"]),
         ({"model.dt_min": 0.2}, ["model.dt_min = 0.2", "model.dt_max = 0.1"]),
         ({"tau.gate": "annealed"}, ["tau.gate = annealed", "model.tau_mode = learned"]),
+        (
+            {"tau.gate": "annealed", "model.tau_mode": "learned", "model.pattern": "GA"},
+            ["tau.gate = annealed", "model.pattern = GA"],
+        ),
+        (
+            {"parallel.cp_scheme": "chain", "parallel.context_parallel_size": 2, "model.tau_mode": "learned"},
+            ["parallel.cp_scheme = chain", "model.tau_mode = learned"],
+        ),
         ({"tau.temperature_end": 0.5}, ["tau.temperature_end = 0.5", "tau.temperature_start = 0.3"]),
         (
             {"model.num_groups": 3, "parallel.tensor_model_parallel_size": 2},
@@ -73,6 +81,12 @@ def test_cross_checks_name_key_value_and_fix(changes: dict, words: list[str]) ->
     with pytest.raises(ConfigError) as error:
         check_config(from_dict(values), 4 * values.get("parallel", {}).get("tensor_model_parallel_size", 1))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_without_slots_a_learned_tau_does_not_forbid_the_chain() -> None:
+    parallel = {"cp_scheme": "chain", "context_parallel_size": 2}
+    model = {"pattern": "G", "tau_mode": "learned"}
+    check_config(from_dict({"model": model, "parallel": parallel, "data": {"dir": "x"}}), 8)
 
 
 # what YAML may hold for a key, and what the config holds then
