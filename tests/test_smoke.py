@@ -15,9 +15,9 @@ import torch
 from megatron_dla.cli import main
 from megatron_dla.config import load_config
 from megatron_dla.kernels.bench.inputs import TAU, Problem, make_inputs
+from megatron_dla.kernels.bench.stages import FAIL, PASS, SKIP, CheckFailed, Skipped, Stages
 from megatron_dla.kernels.dla import partition
 from megatron_dla.smoke import kernels, model
-from megatron_dla.smoke.report import FAIL, PASS, SKIP, CheckFailed, Skipped, Stages
 from megatron_dla.smoke.text import write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]

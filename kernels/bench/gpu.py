@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from megatron_dla.errors import UserError
-from megatron_dla.smoke.report import CheckFailed, Skipped, Stages
 
 from ..common.tuned import gpu_slug
 from .report import environment, write_json
+from .stages import CheckFailed, Skipped, Stages
 
 DLA = (sys.executable, "-m", "megatron_dla.cli")
 SMOKE = (*DLA, "smoke", "--device", "cuda")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_dla.kernels.bench.inputs import BACKBONES, TAU, Inputs, Problem, make_inputs
+from megatron_dla.kernels.bench.stages import CheckFailed, Stages
 from megatron_dla.kernels.dla import Partition, decode_step, dla_attention, partition
-from megatron_dla.smoke.report import CheckFailed, Stages
 
 # relative RMS against float64 on the same (rounded) inputs
 GATES = {

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_dla.smoke.report import CheckFailed, Skipped, Stages
+from megatron_dla.kernels.bench.stages import CheckFailed, Skipped, Stages
 from megatron_dla.smoke.text import document, write_corpus
 
 TRAINER_NEEDS = ("megatron.core", "deepspeed", "transformers", "webdataset", "sentencepiece", "yaml", "psutil")

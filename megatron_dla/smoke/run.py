@@ -14,9 +14,9 @@ from megatron_dla.errors import UserError
 from megatron_dla.kernels.bench.methods import usable_backend
 from megatron_dla.kernels.bench.report import environment, write_json
 from megatron_dla.kernels.bench.run import resolve_device
+from megatron_dla.kernels.bench.stages import Skipped, Stages
 from megatron_dla.smoke.kernels import SIZES, Checker
 from megatron_dla.smoke.model import RECIPES, ModelSmoke, not_installed
-from megatron_dla.smoke.report import Skipped, Stages
 
 TRAINING = "training, a few dozen steps"
 EXPORT = "export to Hugging Face and back, equal logits"
