@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,7 +29,16 @@ _tokenizer: Tokenizer | None = None  # set in each worker process
 
 def _start_worker(path: str) -> None:
     global _tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = Tokenizer(path)
+
+
+def _end_with_parent() -> None:
+    """A worker of a build that was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(documents: list[Document], seed: int) -> Encoded:

@@ -7,8 +7,13 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_dla.data_prep import layout, shards, spool, tokenise
@@ -18,6 +23,7 @@ from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
 from megatron_dla.errors import DataError
 
 WORDS = ["alpha", "beta", "\xe9t\xe9", "42", "tab\t", "\n"]
+ROOT = Path(__file__).parents[2]
 FORK = multiprocessing.get_context("fork")
 
 
@@ -263,3 +269,26 @@ def test_layout_is_that_of_lists_in_memory(tmp_path, dedup, val_fraction, val_do
     assert count == want_count and list(made.sizes) == list(want)
     assert [size for sizes in made.sizes.values() for size in sizes] == [len(s) for part in want.values() for s in part]
     assert made.members.tolist() == [i for part in want.values() for shard in part for i in shard]
+
+
+def test_workers_end_with_a_killed_build(corpus, tmp_path):
+    code = "import sys; from megatron_dla.cli import main; main(sys.argv[1:])"
+    write(tmp_path / "a.jsonl", 20_000)
+    arguments = ["data", "shards", "--input", tmp_path / "a.jsonl", "--tokenizer", corpus / "tok"]
+    arguments += ["--output", tmp_path / "out", "--workers", "2"]
+    slow = "import megatron_dla.data_prep.tokenise as t; t._CHUNK_BYTES = 50\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow + code, *map(str, arguments)], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    log = tmp_path / "out/.building/documents"
+    while not (log.exists() and log.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for child in alive:
+        child.kill()
+    assert not alive
