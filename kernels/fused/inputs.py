@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.launch import ceil_div, on_device, power_of_two
+from .packed import PackedGradient
 from .triton_inputs import convolution_backward_kernel, inputs_backward_kernel, inputs_forward_kernel
 
 TILE = 4096  # elements of a forward tile
@@ -77,9 +78,17 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 class _RecurrenceInputs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shape: Shape, starts: Tensor | None, sections: int, *tensors: Tensor):
+    def forward(
+        ctx: Any,
+        shape: Shape,
+        starts: Tensor | None,
+        names: list[str],
+        gradient: PackedGradient | None,
+        *tensors: Tensor,
+    ):
+        sections = len(names)
         xs, parameters = [_dense_rows(x) for x in tensors[:sections]], [x.contiguous() for x in tensors[sections:]]
-        ctx.shape, ctx.starts, ctx.sections = shape, starts, sections
+        ctx.shape, ctx.starts, ctx.names, ctx.gradient = shape, starts, names, gradient
         ctx.save_for_backward(*xs, *parameters)
         arguments = _arguments(shape, xs, parameters, starts)
         value = arguments[0]
@@ -108,7 +117,7 @@ class _RecurrenceInputs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None):  # type: ignore[override]
         shape, starts, saved = ctx.shape, ctx.starts, ctx.saved_tensors
-        xs, parameters = list(saved[: ctx.sections]), list(saved[ctx.sections :])
+        xs, parameters = list(saved[: len(ctx.names)]), list(saved[len(ctx.names) :])
         arguments = _arguments(shape, xs, parameters, starts)
         value, biased = arguments[0], len(parameters) > 7
         B, T, halo = value.shape[0], value.shape[1], shape.halo
@@ -124,9 +133,14 @@ class _RecurrenceInputs(torch.autograd.Function):
         if shape.gdn and last is None:
             last = torch.zeros_like(d_g)
         last = d_g if last is None else last.contiguous()
-        packed = torch.empty(halo + T, B, sum(shape.columns), dtype=value.dtype, device=value.device).transpose(0, 1)
-        dxs = list(packed.split(shape.columns, -1))
-        inner = [x[:, halo:] for x in dxs]
+        if ctx.gradient is None:
+            sizes = [x.shape[-1] for x in xs]
+            packed = torch.empty(halo + T, B, sum(sizes), dtype=value.dtype, device=value.device).transpose(0, 1)
+            dxs = list(packed.split(sizes, -1))
+        else:
+            dxs = [ctx.gradient.part(name, value) for name in ctx.names]
+        dxs[3:] = [x[:, halo:] for x in dxs[3:]]
+        inner = [x[:, halo:] for x in dxs[:3]]
         channels = sum(shape.columns[:3])
         dpre = torch.empty(B, T, channels, dtype=value.dtype, device=value.device)
         sizes, programs = shape.parameters(biased), ceil_div(halo + T, SPAN)
@@ -141,18 +155,18 @@ class _RecurrenceInputs(torch.autograd.Function):
             maxnreg=255,  # told so, the assembler does not spill to fit more programs on a multiprocessor
         )
         # rows that do not begin at a multiple of 16 elements are read element by element, with an address for each
-        aligned = all(n % 16 == 0 for n in _strides([*arguments[:3], packed]))
+        aligned = all(n % 16 == 0 for n in _strides([*arguments[:3], dxs[0]]))
         blocks = shape.blocks(BACKWARD_TILE if aligned else BACKWARD_TILE // 2)
         block = min(BACKWARD_TILE // COLUMNS, SPAN)
         units = sum(ceil_div(n, COLUMNS) for n in shape.columns[:3])
         with on_device(value):
             inputs_backward_kernel[(shape.units(blocks), programs, B)](
-                *arguments, last, d_write, d_query, d_key, d_g, last, d_weights, dpre, *inner[3:], partial, T,
-                *_strides(arguments[:6]), *inner[0].stride()[:2], _scale(shape), HAS_OUT=has_out,
+                *arguments, last, d_write, d_query, d_key, d_g, last, d_weights, dpre, dxs[3], dxs[-2], dxs[-1],
+                partial, T, *_strides(arguments[:6]), *inner[0].stride()[:2], _scale(shape), HAS_OUT=has_out,
                 TILES=SPAN // blocks["BT"], **shape.constants(), **common, **blocks,
             )  # fmt: skip
             convolution_backward_kernel[(units, programs, B)](
-                *arguments[:3], *arguments[6:9], arguments[-1], dpre, *inner[:3], partial, T, *_strides(arguments[:3]),
+                *arguments[:3], *arguments[6:9], arguments[-1], dpre, *inner, partial, T, *_strides(arguments[:3]),
                 *inner[0].stride()[:2], CV=shape.columns[0], CK=shape.columns[1], AT=sum(sizes[:4]),
                 TILES=SPAN // block, BT=block, BC=COLUMNS, BW=power_of_two(shape.width, 2), **common,
             )  # fmt: skip
@@ -163,10 +177,7 @@ class _RecurrenceInputs(torch.autograd.Function):
             for some, xs in ((sums[:4], gates), (sums[4:], others))
         )
         dparameters = dothers[:3] + dgates + dothers[3:]
-        dxs = [*dxs[:3], *inner[3:]]
-        if not shape.gdn:
-            del dxs[4]
-        return None, None, None, *dxs, *dparameters
+        return None, None, None, None, *dxs, *dparameters
 
 
 def _scale(shape: Shape) -> float:
@@ -189,6 +200,7 @@ def recurrence_inputs(
     gates: list[Tensor],
     shape: Shape,
     starts: Tensor | None = None,
+    gradient: PackedGradient | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `mixers.functional` computes with `short_convolution`, `slot_weights` and `mamba2_inputs` or `gdn_inputs`.
 
@@ -200,6 +212,7 @@ def recurrence_inputs(
         convolutions, biases: weights [C, W] of value, query and key, and their biases [C], all or none.
         gates: `A_log`, `dt_bias` [H], `slot_scale`, `slot_bias` [H, K], fp32.
         starts: bool [B, halo + T], True where a document begins; None: a row is one document.
+        gradient: of the projection whose parts the sections are; without a halo.
 
     Returns:
         q, k [B, T, G, Dk], v [B, T, H, Dv] in the dtype of the sections; in fp32 g [B, T, H], slot weights
@@ -208,4 +221,4 @@ def recurrence_inputs(
     names = ["value", "query", "key", "step", *(["strength"] if shape.gdn else []), "slot"]
     given = [x for x in biases if x is not None]
     xs = [sections[name] for name in names]
-    return _RecurrenceInputs.apply(shape, starts, len(xs), *xs, *convolutions, *gates, *given)
+    return _RecurrenceInputs.apply(shape, starts, names, gradient, *xs, *convolutions, *gates, *given)

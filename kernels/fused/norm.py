@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.launch import ceil_div, on_device, power_of_two
+from .packed import PackedGradient
 from .triton_norm import norm_backward_kernel, norm_forward_kernel
 
 TILE = 4096  # elements of a forward tile
@@ -19,15 +20,15 @@ TILES = 8  # a program of the backward pass
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, eps: float, gate_first: bool, out: Tensor, gate: Tensor, weight: Tensor,
-        skip: Tensor | None, D: Tensor | None,
+        ctx: Any, eps: float, gate_first: bool, gradient: PackedGradient | None, out: Tensor, gate: Tensor,
+        weight: Tensor, skip: Tensor | None, D: Tensor | None,
     ):  # fmt: skip
         B, T, H, DV = out.shape
         out, weight = out.contiguous(), weight.contiguous()
         if gate.stride(-1) != 1 or gate.stride(-2) != DV:
             gate = gate.contiguous()
         skip = None if skip is None else skip.contiguous()
-        ctx.eps, ctx.gate_first = eps, gate_first
+        ctx.eps, ctx.gate_first, ctx.gradient = eps, gate_first, gradient
         ctx.save_for_backward(out, gate, weight, skip, D)
         y, (block, columns) = torch.empty_like(out), _block(DV, TILE)
         with on_device(out):
@@ -43,7 +44,10 @@ class _GatedNorm(torch.autograd.Function):
         out, gate, weight, skip, D = ctx.saved_tensors
         B, T, H, DV = out.shape
         dy, dx = dy.contiguous(), torch.empty_like(out)
-        dgate = torch.empty(T, B, H, DV, dtype=gate.dtype, device=gate.device).transpose(0, 1)
+        if ctx.gradient is None:
+            dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        else:
+            dgate = ctx.gradient.part("gate", gate).unflatten(-1, (H, DV))
         dskip = None if skip is None else torch.empty_like(skip)
         block, columns = _block(DV, BACKWARD_TILE)
         programs = ceil_div(T, TILES * block)
@@ -57,7 +61,7 @@ class _GatedNorm(torch.autograd.Function):
             )  # fmt: skip
         by_head = partial.sum(0)
         dD = None if D is None else by_head[:, DV].to(D.dtype)
-        return None, None, dx, dgate, by_head[:, :DV].sum(0).to(weight.dtype), dskip, dD
+        return None, None, None, dx, dgate, by_head[:, :DV].sum(0).to(weight.dtype), dskip, dD
 
 
 def _block(value_dim: int, elements: int) -> tuple[int, int]:
@@ -74,14 +78,15 @@ def gated_norm(
     gate_first: bool,
     skip: Tensor | None = None,
     D: Tensor | None = None,
+    gradient: PackedGradient | None = None,
 ) -> Tensor:
     """`mixers.functional.gated_head_norm` of out + D * skip, in fp32 between its inputs and its result.
 
     Args:
         out, gate, skip: [B, T, H, Dv] in one dtype (bf16, fp16 or fp32). weight: [Dv], shared by the heads.
-        D: fp32 [H], with `skip`.
+        D: fp32 [H], with `skip`. gradient: of the projection whose part `gate` is.
 
     Returns:
         [B, T, H, Dv]. A gradient that autograd would take of a gradient is refused.
     """
-    return _GatedNorm.apply(eps, gate_first, out, gate, weight, skip, D)
+    return _GatedNorm.apply(eps, gate_first, gradient, out, gate, weight, skip, D)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,27 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"megatron_dla.kernels.fused.{name}")  # needs triton
 
 
+class Sections(dict[str, Tensor]):
+    """The parts of a projection by name. `gradient`: where the fused passes put theirs side by side; None in torch."""
+
+    gradient: Any = None  # a fused.packed.PackedGradient
+
+    def gradient_of(self, names: Iterable[str]) -> Any:
+        """`gradient`, where all of these are parts of the projection."""
+        return self.gradient if self.gradient is not None and self.gradient.sizes.keys() >= set(names) else None
+
+
+def sections(x: Tensor, sizes: dict[str, int], backend: str) -> Sections:
+    """The parts of a projection x [B, T, columns], each [B, T, size]."""
+    if not uses_kernels(x, backend):
+        return Sections(zip(sizes, x.split(list(sizes.values()), -1), strict=True))
+    packed = kernels("packed")
+    gradient = packed.PackedGradient(sizes)
+    found = Sections(zip(sizes, packed.split(x, gradient), strict=True))
+    found.gradient = gradient
+    return found
+
+
 def recurrence_inputs(
     part: dict[str, Tensor],
     p: Parameters,
@@ -80,7 +102,8 @@ def recurrence_inputs(
         heads, groups, m.value_dim, m.key_dim, m.capacity, p.convolutions[0].shape[1], halo=halo, gdn=delta
     )
     gates = [p.A_log, p.dt_bias, p.slot_scale, p.slot_bias]
-    *inputs, last = fused.recurrence_inputs(part, p.convolutions, p.biases, gates, shape, starts)
+    gradient = part.gradient_of(part) if isinstance(part, Sections) else None
+    *inputs, last = fused.recurrence_inputs(part, p.convolutions, p.biases, gates, shape, starts, gradient)
     q, k, v, g, weights = inputs
     return (Inputs(q, k, v, g, weights, last), None) if delta else (Inputs(q, k, v, g, weights, None), last)
 
@@ -118,8 +141,10 @@ def gated_head_norm(
     gate_first: bool,
     value: Tensor | None = None,
     D: Tensor | None = None,
+    gradient: Any = None,
 ) -> Tensor:
-    """`functional.gated_head_norm` of `with_skip(out, value, D)`."""
+    """`functional.gated_head_norm` of `with_skip(out, value, D)`; `gradient`: of `Sections` with the gate."""
     if uses_kernels(out, backend):
-        return kernels("norm").gated_norm(out, gate, weight, eps, gate_first=gate_first, skip=value, D=D)
+        norm = kernels("norm").gated_norm
+        return norm(out, gate, weight, eps, gate_first=gate_first, skip=value, D=D, gradient=gradient)
     return functional.gated_head_norm(with_skip(out, value, D), gate, weight, eps, gate_first=gate_first)

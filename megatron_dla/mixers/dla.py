@@ -155,23 +155,24 @@ class DLAMixer(MegatronModule):
             raise ValueError(
                 "DLAMixer does not decode inside Megatron: convert with `dla convert to-hf` and generate there"
             )
-        part = dict(zip((name for name, _ in self.sections), self._project(hidden_states), strict=True))
+        part = self._project(hidden_states)
         if self.shared_groups:
             part |= self._shared_query_key(hidden_states)
         gate = part.pop("gate").unflatten(-1, (self.heads, -1))
         out, value = self._core(part, None if packed_seq_params is None else packed_seq_params.cu_seqlens_q)
-        out = self._norm(out.unflatten(-1, (self.heads, -1)), gate, value)
+        out = self._norm(out.unflatten(-1, (self.heads, -1)), gate, value, part.gradient)
         return self.out_proj(out.flatten(2).transpose(0, 1).to(hidden_states.dtype))
 
-    def _norm(self, out: Tensor, gate: Tensor, value: Tensor | None) -> Tensor:
+    def _norm(self, out: Tensor, gate: Tensor, value: Tensor | None, gradient: Any = None) -> Tensor:
         """The gated norm of this rank's tokens, [B, S, H, Dv]; with a value, after Mamba-2's skip."""
         eps, gate_first = self.model.norm_eps, not self.delta
         D = None if self.delta else self.D
         if self.model.gated_norm == "head":
             weight = sum_gradient(self.norm, self.tp)
             return around.gated_head_norm(
-                out, gate, weight, eps, self.backend, gate_first=gate_first, value=value, D=None if value is None else D
-            )
+                out, gate, weight, eps, self.backend, gate_first=gate_first, value=value,
+                D=None if value is None else D, gradient=gradient,
+            )  # fmt: skip
         out = around.with_skip(out, value, D)
         mean = {"mean": self._mean_over_ranks} if self.shared_groups else {}
         return functional.gated_group_norm(out, gate, self.norm, eps, groups=self.groups, gate_first=gate_first, **mean)
@@ -232,10 +233,11 @@ class DLAMixer(MegatronModule):
         """The heads (or groups) of this context-parallel rank, of a parameter of the tensor-parallel rank."""
         return weight if self.exchange is None else self.exchange.local(weight, units or self.heads)
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, hidden_states: Tensor) -> around.Sections:
         """The sections of in_proj, each [B, S, local size]."""
         packed, _ = self.in_proj(hidden_states)
-        return packed.transpose(0, 1).split([n // self.tp.size() for _, n in self.sections], -1)
+        sizes = {name: n // self.tp.size() for name, n in self.sections}
+        return around.sections(packed.transpose(0, 1), sizes, self.backend)
 
     def _shared_query_key(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """Query and key of this rank's one group, from replicated weights."""

@@ -31,6 +31,7 @@ FUNCTIONS = {
     ("mixers.functional", "gated_group_norm"): GATED_NORM,
     ("kernels.fused.inputs", "_RecurrenceInputs.backward"): CONVOLUTION,
     ("kernels.fused.norm", "_GatedNorm.backward"): GATED_NORM,
+    ("kernels.fused.packed", "_Split.backward"): PROJECTIONS,
     ("kernels.fused.loss", "_CrossEntropy.backward"): LOSS,
     ("mixers.around", "recurrence_inputs"): CONVOLUTION,
     ("mixers.around", "with_skip"): GATES,

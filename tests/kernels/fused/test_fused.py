@@ -10,7 +10,7 @@ from megatron_dla.mixers import functional
 from tests.support import triton_interpreter
 
 pytest.importorskip("triton")
-from megatron_dla.kernels.fused import inputs, loss, norm
+from megatron_dla.kernels.fused import inputs, loss, norm, packed
 from megatron_dla.kernels.fused.inputs import Shape, recurrence_inputs
 from megatron_dla.kernels.fused.norm import gated_norm
 
@@ -154,6 +154,48 @@ def test_what_has_no_gradient_counts_as_zero() -> None:
     want = run(case.in_torch, [x.double() for x in leaves], FP32, unused=5)
     got = run(case.fused, leaves, FP32, unused=5)
     check([str(i) for i in range(len(got))], got, want, run(case.in_torch, leaves, FP32, unused=5), FP32)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gradients_are_put_together_where_they_are_written(rows: int) -> None:
+    """Of a projection with its gate: the same bits as from parts of their own, without a copy of them."""
+    sizes = {"gate": 96, **dict(zip(CASES["mamba2"].names, (n for n in MAMBA.columns if n), strict=True))}
+    case, randn = CASES["mamba2"], random(8)
+    *convolutions, A_log, dt_bias, scale, bias = case.make()[1:]
+    projection, weight, D = randn(23, rows, sum(sizes.values())), randn(24), randn(4)
+    taken = []
+
+    def gradient_of(gradient: packed.PackedGradient | None) -> torch.Tensor:
+        x = projection.transpose(0, 1).detach().requires_grad_()
+        parts = x.split(list(sizes.values()), -1) if gradient is None else packed.split(x, gradient)
+        gate, *rest = parts
+        sections = dict(zip(case.names, rest, strict=True))
+        given = sections, convolutions, [None] * 3, [A_log, dt_bias, scale, bias]
+        q, k, v, g, weights, value = recurrence_inputs(*given, MAMBA, None, gradient)
+        heads = gate.unflatten(-1, (4, 24))
+        y = gated_norm(v, heads, weight, 1e-5, gate_first=True, skip=value, D=D, gradient=gradient)
+        sum(z.square().sum() for z in (y, q, k, g, weights)).backward()
+        return x.grad
+
+    def take(self: packed.PackedGradient, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        taken.append({name: packed._same_memory(x, self.parts[name]) for name, x in gradients.items()})
+        return stock(self, gradients)
+
+    stock = packed.PackedGradient.take
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed.PackedGradient, "take", take)
+        got = gradient_of(packed.PackedGradient(sizes))
+    assert taken == [dict.fromkeys(sizes, True)]
+    assert torch.equal(got, gradient_of(None))
+
+
+def test_a_part_that_another_pass_computed_is_copied() -> None:
+    gradient, x = packed.PackedGradient({"a": 2, "b": 3, "c": 1}), random(9)(2, 4, 6).requires_grad_()
+    for _ in range(2):  # the second backward pass begins anew
+        a, b, _ = packed.split(x, gradient)
+        x.grad = None
+        (a.sum() + 2 * b.sum()).backward()
+        assert torch.equal(x.grad, torch.tensor([1.0, 1, 2, 2, 2, 0], device=DEVICE).expand(2, 4, 6))
 
 
 def test_a_small_dt_keeps_its_digits() -> None:
