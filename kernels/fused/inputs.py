@@ -143,32 +143,24 @@ class _RecurrenceInputs(torch.autograd.Function):
         inner = [x[:, halo:] for x in dxs[:3]]
         channels = sum(shape.columns[:3])
         dpre = torch.empty(B, T, channels, dtype=value.dtype, device=value.device)
-        sizes, programs = shape.parameters(biased), ceil_div(halo + T, SPAN)
+        sizes, programs = shape.parameters(biased), ceil_div(T, SPAN)
         partial = torch.empty(B * programs, sum(sizes), dtype=torch.float32, device=value.device)
-        common = dict(
-            W=shape.width,
-            HALO=halo,
-            HAS_STARTS=starts is not None,
-            HAS_BIAS=biased,
-            TOTAL=sum(sizes),
-            num_warps=4,
-            maxnreg=255,  # told so, the assembler does not spill to fit more programs on a multiprocessor
-        )
         # rows that do not begin at a multiple of 16 elements are read element by element, with an address for each
         aligned = all(n % 16 == 0 for n in _strides([*arguments[:3], dxs[0]]))
         blocks = shape.blocks(BACKWARD_TILE if aligned else BACKWARD_TILE // 2)
-        block = min(BACKWARD_TILE // COLUMNS, SPAN)
-        units = sum(ceil_div(n, COLUMNS) for n in shape.columns[:3])
+        common = dict(W=shape.width, HALO=halo, HAS_STARTS=starts is not None, num_warps=4)
+        block, units = TILE // COLUMNS, sum(ceil_div(n, COLUMNS) for n in shape.columns[:3])
         with on_device(value):
             inputs_backward_kernel[(shape.units(blocks), programs, B)](
                 *arguments, last, d_write, d_query, d_key, d_g, last, d_weights, dpre, dxs[3], dxs[-2], dxs[-1],
                 partial, T, *_strides(arguments[:6]), *inner[0].stride()[:2], _scale(shape), HAS_OUT=has_out,
-                TILES=SPAN // blocks["BT"], **shape.constants(), **common, **blocks,
+                HAS_BIAS=biased, TOTAL=sum(sizes), TILES=SPAN // blocks["BT"], BW=power_of_two(shape.width, 2),
+                maxnreg=255,  # told so, the assembler does not spill to fit more programs on a multiprocessor
+                **shape.constants(), **common, **blocks,
             )  # fmt: skip
-            convolution_backward_kernel[(units, programs, B)](
-                *arguments[:3], *arguments[6:9], arguments[-1], dpre, *inner, partial, T, *_strides(arguments[:3]),
-                *inner[0].stride()[:2], CV=shape.columns[0], CK=shape.columns[1], AT=sum(sizes[:4]),
-                TILES=SPAN // block, BT=block, BC=COLUMNS, BW=power_of_two(shape.width, 2), **common,
+            convolution_backward_kernel[(units, ceil_div(halo + T, block), B)](
+                *arguments[6:9], arguments[-1], dpre, *inner, T, *inner[0].stride()[:2], CV=shape.columns[0],
+                CK=shape.columns[1], BT=block, BC=COLUMNS, **common,
             )  # fmt: skip
         sums = partial.sum(0).split(sizes)
         gates, others = parameters[3:7], parameters[:3] + parameters[7:]

@@ -171,13 +171,42 @@ def through_silu(b_dy, b_pre):
 
 
 @triton.jit
+def add_parameters(
+    b_dw, b_db, b_dpre, x, starts, o_t, o_c, m_c, T, stride,
+    W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """The sums for a convolution's weight [BW, BD] and bias [BD] with those over the tokens o_t; x is in the cache."""
+    m_t, o_w = o_t < T, tl.arange(0, BW)
+    b_cut = o_t < -HALO
+    for back in tl.static_range(W):
+        if HAS_STARTS and back > 0:
+            b_cut = b_cut | (tl.load(starts + o_t - (back - 1), mask=m_t & (o_t - back >= -HALO), other=0) != 0)
+        m = (m_t & (o_t - back >= -HALO))[:, None] & m_c[None, :]
+        b_x = tl.where(b_cut[:, None], 0.0, load_wide(x, o_t - back, stride, o_c, m))
+        b_dw += tl.where((o_w == W - 1 - back)[:, None], tl.sum(b_dpre * b_x, 0)[None, :], 0.0)
+    return b_dw, b_db + tl.sum(b_dpre, 0)
+
+
+@triton.jit
+def store_parameters(
+    dw, db, b_dw, b_db, o_c, m_c, W: tl.constexpr, BW: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    o_w = tl.arange(0, BW)
+    tl.store(dw + o_c[None, :] * W + o_w[:, None], b_dw, mask=(o_w < W)[:, None] & m_c[None, :])
+    if HAS_BIAS:
+        tl.store(db + o_c, b_db, mask=m_c)
+
+
+@triton.jit
 def backward_values(
     value, step, strength, weight, bias, A_log, dt_bias, starts, d_out, d_write, d_g, d_beta, dpre, dstep, dstrength,
-    partial, row, i_h, o_v, first_columns, first, T, value_t, step_t, strength_t, d_t,
-    C, H: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
+    partial, dw, db, row, i_h, o_v, first_columns, first, T, value_t, step_t, strength_t, d_t,
+    C, H: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
     HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
+    BW: tl.constexpr,
 ):  # fmt: skip
     m_c, o_c = o_v < DV, i_h * DV + o_v
+    b_dw, b_db = tl.zeros([BW, BV], tl.float32), tl.zeros([BV], tl.float32)
     b_dA, b_dbias = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
     b_dt_bias, b_A = tl.load(dt_bias + i_h), -tl.exp(tl.load(A_log + i_h))
     for i in range(TILES):
@@ -193,7 +222,11 @@ def backward_values(
             b_dy *= softplus(b_step)[:, None]
             if HAS_OUT:
                 b_dy += load_wide(d_out + row * H * DV, o_t, H * DV, o_c, m)
-        store_rows(dpre, o_t, C, o_c, through_silu(b_dy, b_pre), m)
+        b_dpre = through_silu(b_dy, b_pre)
+        store_rows(dpre, o_t, C, o_c, b_dpre, m)
+        b_dw, b_db = add_parameters(
+            b_dw, b_db, b_dpre, value, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS, BW
+        )
         if first_columns:
             o_h, o_in = (row + o_t) * H + i_h, o_t.to(tl.int64) * d_t + i_h
             b_dg = tl.load(d_g + o_h, mask=m_t, other=0.0) * b_A
@@ -206,6 +239,7 @@ def backward_values(
                 b_beta = tl.sigmoid(b_r)
                 b_dr = tl.load(d_beta + o_h, mask=m_t, other=0.0) * b_beta * (1 - b_beta)
                 tl.store(dstrength + o_in, b_dr.to(dstrength.dtype.element_ty), mask=m_t)
+    store_parameters(dw, db, b_dw, b_db, o_c, m_c, W, BW, HAS_BIAS)
     if first_columns:
         tl.store(partial + i_h, tl.sum(b_dA, 0))
         tl.store(partial + H + i_h, tl.sum(b_dbias, 0))
@@ -213,12 +247,13 @@ def backward_values(
 
 @triton.jit
 def backward_keys(
-    x, weight, bias, starts, dy, dpre, i_g, first, T, stride, scale,
+    x, weight, bias, starts, dy, dpre, dw, db, i_g, first, T, stride, scale,
     C, G: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
-    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     o_k = tl.arange(0, BK)
     m_c, o_c = o_k < DK, i_g * DK + o_k
+    b_dw, b_db = tl.zeros([BW, BK], tl.float32), tl.zeros([BK], tl.float32)
     for i in range(TILES):
         o_t = first + i * BT + tl.arange(0, BT)
         m = (o_t < T)[:, None] & m_c[None, :]
@@ -230,7 +265,10 @@ def backward_keys(
             b_unit = b_y * b_inverse[:, None]
             b_along = tl.where(b_free, tl.sum(b_dy * b_unit, 1), 0.0)
             b_dy = (b_dy - b_unit * b_along[:, None]) * (b_inverse * scale)[:, None]
-        store_rows(dpre, o_t, C, o_c, through_silu(b_dy, b_pre), m)
+        b_dpre = through_silu(b_dy, b_pre)
+        store_rows(dpre, o_t, C, o_c, b_dpre, m)
+        b_dw, b_db = add_parameters(b_dw, b_db, b_dpre, x, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, BW)
+    store_parameters(dw, db, b_dw, b_db, o_c, m_c, W, BW, HAS_BIAS)
 
 
 @triton.jit
@@ -261,12 +299,13 @@ def inputs_backward_kernel(
     d_write, d_query, d_key, d_g, d_beta, d_weights,
     dpre,  # [B, T, H * DV + 2 * G * DK] out: of what the convolutions gave
     dstep, dstrength, dslot,  # out: as the inputs, with common strides
-    partial,  # fp32 [B * programs, TOTAL] out: A_log, dt_bias, slot_scale, slot_bias, and the convolutions' after them
+    partial,  # fp32 [B * programs, TOTAL] out: A_log, dt_bias, slot_scale, slot_bias, w_value, w_query, w_key, biases
     T, value_b, value_t, query_b, query_t, key_b, key_t, step_b, step_t, strength_b, strength_t, slot_b, slot_t,
     d_b, d_t, scale,
     H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
     HALO: tl.constexpr, GDN: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr,
     TOTAL: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
+    BW: tl.constexpr,
 ):  # fmt: skip
     SUBS: tl.constexpr = (DV + BV - 1) // BV
     CV: tl.constexpr = H * DV
@@ -278,22 +317,25 @@ def inputs_backward_kernel(
     starts += i_b * (HALO + T) + HALO
     partial += (i_b * tl.num_programs(1) + tl.program_id(1)) * TOTAL
     dpre += row * C
+    dw = partial + 2 * H + 2 * H * K
+    db = dw + C * W
     if i_u < H * SUBS:
         backward_values(
             value + i_b * value_b, step + i_b * step_b, strength + i_b * strength_b, w_value, b_value, A_log, dt_bias,
-            starts, d_out, d_write, d_g, d_beta, dpre, dstep + i_b * d_b, dstrength + i_b * d_b, partial, row,
-            i_u // SUBS, (i_u % SUBS) * BV + tl.arange(0, BV), i_u % SUBS == 0, first, T, value_t, step_t, strength_t,
-            d_t, C, H, DV, W, HALO, GDN, HAS_STARTS, HAS_BIAS, HAS_OUT, TILES, BT,
+            starts, d_out, d_write, d_g, d_beta, dpre, dstep + i_b * d_b, dstrength + i_b * d_b, partial, dw, db,
+            row, i_u // SUBS, (i_u % SUBS) * BV + tl.arange(0, BV), i_u % SUBS == 0, first, T, value_t, step_t,
+            strength_t, d_t, C, H, DV, BV, W, HALO, GDN, HAS_STARTS, HAS_BIAS, HAS_OUT, TILES, BT, BW,
         )  # fmt: skip
     elif i_u < H * SUBS + G:
         backward_keys(
-            query + i_b * query_b, w_query, b_query, starts, d_query + row * CK, dpre + CV, i_u - H * SUBS, first, T,
-            query_t, scale, C, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, TILES, BT,
+            query + i_b * query_b, w_query, b_query, starts, d_query + row * CK, dpre + CV, dw + CV * W, db + CV,
+            i_u - H * SUBS, first, T, query_t, scale, C, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, TILES, BT, BW,
         )  # fmt: skip
     elif i_u < H * SUBS + 2 * G:
         backward_keys(
-            key + i_b * key_b, w_key, b_key, starts, d_key + row * CK, dpre + CV + CK, i_u - H * SUBS - G, first, T,
-            key_t, 1.0, C, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, TILES, BT,
+            key + i_b * key_b, w_key, b_key, starts, d_key + row * CK, dpre + CV + CK, dw + (CV + CK) * W,
+            db + CV + CK, i_u - H * SUBS - G, first, T, key_t, 1.0, C, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS,
+            TILES, BT, BW,
         )  # fmt: skip
     else:
         o_c = (i_u - H * SUBS - 2 * G) * BS + tl.arange(0, BS)
@@ -305,69 +347,46 @@ def inputs_backward_kernel(
 
 @triton.jit
 def backward_section(
-    x, weight, starts, dpre, dx, dw, db, o_c, C, first, T, stride, d_t, row_t,
-    W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, TILES: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
+    weight, starts, dpre, dx, o_t, o_c, C, T, row_t, d_t,
+    W: tl.constexpr, HAS_STARTS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of value, query or key; `row_t`: between rows of dpre."""
-    m_c, o_w = o_c < C, tl.arange(0, BW)
-    b_dw, b_db = tl.zeros([BW, BC], tl.float32), tl.zeros([BC], tl.float32)
-    for i in range(TILES):
-        o_t = first + i * BT + tl.arange(0, BT)
-        m = (o_t < T)[:, None] & m_c[None, :]
-        b_x = load_wide(x, o_t, stride, o_c, m)
-        b_dx = tl.zeros_like(b_x)
-        b_cut = o_t >= T
-        for ahead in tl.static_range(W):
-            m_t = (o_t + ahead >= 0) & (o_t + ahead < T)
-            if HAS_STARTS and ahead > 0:
-                b_cut = b_cut | (tl.load(starts + o_t + ahead, mask=o_t + ahead < T, other=0) != 0)
-            b_dpre = load_wide(dpre, o_t + ahead, row_t, o_c, m_t[:, None] & m_c[None, :])
-            if ahead == 0:
-                b_db += tl.sum(b_dpre, 0)
-            b_dpre = tl.where(b_cut[:, None], 0.0, b_dpre)
-            b_w = tl.load(weight + o_c * W + (W - 1 - ahead), mask=m_c, other=0.0).to(tl.float32)
-            b_dx += b_dpre * b_w[None, :]
-            b_dw += tl.where((o_w == W - 1 - ahead)[:, None], tl.sum(b_dpre * b_x, 0)[None, :], 0.0)
-        store_rows(dx, o_t, d_t, o_c, b_dx, m)
-    tl.store(dw + o_c[None, :] * W + o_w[:, None], b_dw, mask=(o_w < W)[:, None] & m_c[None, :])
-    if HAS_BIAS:
-        tl.store(db + o_c, b_db, mask=m_c)
+    """Some columns of value, query or key at tokens o_t; `row_t`: between rows of dpre."""
+    m_c = o_c < C
+    b_dx = tl.zeros([o_t.shape[0], BC], tl.float32)
+    b_cut = o_t >= T
+    for ahead in tl.static_range(W):
+        m_t = (o_t + ahead >= 0) & (o_t + ahead < T)
+        if HAS_STARTS and ahead > 0:
+            b_cut = b_cut | (tl.load(starts + o_t + ahead, mask=o_t + ahead < T, other=0) != 0)
+        b_dpre = load_wide(dpre, o_t + ahead, row_t, o_c, m_t[:, None] & m_c[None, :])
+        b_w = tl.load(weight + o_c * W + (W - 1 - ahead), mask=m_c, other=0.0).to(tl.float32)
+        b_dx += tl.where(b_cut[:, None], 0.0, b_dpre) * b_w[None, :]
+    store_rows(dx, o_t, d_t, o_c, b_dx, (o_t < T)[:, None] & m_c[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])
 def convolution_backward_kernel(
-    value, query, key, w_value, w_query, w_key, starts,  # as in the forward kernel
+    w_value, w_query, w_key, starts,  # as in the forward kernel
     dpre,  # [B, T, CV + 2 * CK]
     dvalue, dquery, dkey,  # [B, HALO + T, C] out, from the first token after the halo on, with common strides
-    partial,  # fp32 [B * programs, TOTAL] out: from AT on w_value, w_query, w_key [C, W] and the biases [C]
-    T, value_b, value_t, query_b, query_t, key_b, key_t, d_b, d_t,
+    T, d_b, d_t,
     CV: tl.constexpr, CK: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TOTAL: tl.constexpr, AT: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
-    BC: tl.constexpr, BW: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Through the convolutions: each of `BC` columns of one section."""
+    """Through the convolutions, `BC` columns of one section."""
     NV: tl.constexpr = (CV + BC - 1) // BC
     NK: tl.constexpr = (CK + BC - 1) // BC
     C: tl.constexpr = CV + 2 * CK
     i_u, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1) * TILES * BT - HALO
+    o_t, o_c = tl.program_id(1) * BT - HALO + tl.arange(0, BT), tl.arange(0, BC)
     starts += i_b * (HALO + T) + HALO
     dpre += i_b * T * C
-    dw = partial + (i_b * tl.num_programs(1) + tl.program_id(1)) * TOTAL + AT
-    db, o_c = dw + C * W, tl.arange(0, BC)
     if i_u < NV:
-        backward_section(
-            value + i_b * value_b, w_value, starts, dpre, dvalue + i_b * d_b, dw, db, i_u * BC + o_c, CV, first, T,
-            value_t, d_t, C, W, HALO, HAS_STARTS, HAS_BIAS, TILES, BT, BC, BW,
-        )  # fmt: skip
+        dx = dvalue + i_b * d_b
+        backward_section(w_value, starts, dpre, dx, o_t, i_u * BC + o_c, CV, T, C, d_t, W, HAS_STARTS, BC)
     elif i_u < NV + NK:
-        backward_section(
-            query + i_b * query_b, w_query, starts, dpre + CV, dquery + i_b * d_b, dw + CV * W, db + CV,
-            (i_u - NV) * BC + o_c, CK, first, T, query_t, d_t, C, W, HALO, HAS_STARTS, HAS_BIAS, TILES, BT, BC, BW,
-        )  # fmt: skip
+        dx, o_c = dquery + i_b * d_b, (i_u - NV) * BC + o_c
+        backward_section(w_query, starts, dpre + CV, dx, o_t, o_c, CK, T, C, d_t, W, HAS_STARTS, BC)
     else:
-        backward_section(
-            key + i_b * key_b, w_key, starts, dpre + CV + CK, dkey + i_b * d_b, dw + (CV + CK) * W, db + CV + CK,
-            (i_u - NV - NK) * BC + o_c, CK, first, T, key_t, d_t, C, W, HALO, HAS_STARTS, HAS_BIAS, TILES, BT, BC, BW,
-        )  # fmt: skip
+        dx, o_c = dkey + i_b * d_b, (i_u - NV - NK) * BC + o_c
+        backward_section(w_key, starts, dpre + CV + CK, dx, o_t, o_c, CK, T, C, d_t, W, HAS_STARTS, BC)
