@@ -162,13 +162,11 @@ class _RecurrenceInputs(torch.autograd.Function):
                 *arguments[6:9], arguments[-1], dpre, *inner, T, *inner[0].stride()[:2], CV=shape.columns[0],
                 CK=shape.columns[1], BT=block, BC=COLUMNS, **common,
             )  # fmt: skip
-        sums = partial.sum(0).split(sizes)
-        gates, others = parameters[3:7], parameters[:3] + parameters[7:]
-        dgates, dothers = (
-            [s.view_as(x).to(x.dtype) for s, x in zip(some, xs, strict=True)]
-            for some, xs in ((sums[:4], gates), (sums[4:], others))
-        )
-        dparameters = dothers[:3] + dgates + dothers[3:]
+        sums = partial.sum(0)
+        count, low = sum(sizes[:4]), parameters[0].dtype  # of the convolutions, cast at once
+        parts = [*sums[:count].split(sizes[:4]), *sums[count:].to(low).split(sizes[4:])]
+        order = [*parts[4:7], *parts[:4], *parts[7:]]
+        dparameters = [part.view_as(x).to(x.dtype) for part, x in zip(order, parameters, strict=True)]
         return None, None, None, None, *dxs, *dparameters
 
 

@@ -51,17 +51,18 @@ class _GatedNorm(torch.autograd.Function):
         dskip = None if skip is None else torch.empty_like(skip)
         block, columns = _block(DV, BACKWARD_TILE)
         programs = ceil_div(T, TILES * block)
-        partial = torch.empty(B * programs, H, DV + 1, dtype=torch.float32, device=out.device)
+        dweight = torch.empty(B * programs, H, DV, dtype=torch.float32, device=out.device)
+        dD = None if D is None else torch.empty(B * programs, H, dtype=torch.float32, device=out.device)
         with on_device(out):
             norm_backward_kernel[(H, programs, B)](
                 out, out if skip is None else skip, out if D is None else D, gate, weight, dy, dx,
-                dx if dskip is None else dskip, dgate, partial, T, *gate.stride()[:2], *dgate.stride()[:2], ctx.eps,
-                H, DV, HAS_SKIP=skip is not None, GATE_FIRST=ctx.gate_first, TILES=TILES, BT=block, BV=columns,
-                num_warps=4,
+                dx if dskip is None else dskip, dgate, dweight, dweight if dD is None else dD, T, *gate.stride()[:2],
+                *dgate.stride()[:2], ctx.eps, H, DV, HAS_SKIP=skip is not None, GATE_FIRST=ctx.gate_first, TILES=TILES,
+                BT=block, BV=columns, num_warps=4,
             )  # fmt: skip
-        by_head = partial.sum(0)
-        dD = None if D is None else by_head[:, DV].to(D.dtype)
-        return None, None, None, dx, dgate, by_head[:, :DV].sum(0).to(weight.dtype), dskip, dD
+        if dD is not None:
+            dD = dD.sum(0).to(D.dtype)
+        return None, None, None, dx, dgate, dweight.sum((0, 1)).to(weight.dtype), dskip, dD
 
 
 def _block(value_dim: int, elements: int) -> tuple[int, int]:

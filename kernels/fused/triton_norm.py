@@ -62,7 +62,8 @@ def norm_backward_kernel(
     dy, dx,  # [B, T, H * DV]; dx is out
     dskip,  # [B, T, H * DV] out, or unused
     dgate,  # [B, T, H * DV] out, rows `dgate_t` apart
-    partial,  # fp32 [B * programs, H, DV + 1] out: of the weight, and of D
+    dweight,  # fp32 [B * programs, H, DV] out: sums over a program's tokens
+    dD,  # fp32 [B * programs, H] out, or unused
     T, gate_b, gate_t, dgate_b, dgate_t, eps,
     H: tl.constexpr, DV: tl.constexpr, HAS_SKIP: tl.constexpr, GATE_FIRST: tl.constexpr,
     TILES: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
@@ -102,6 +103,7 @@ def norm_backward_kernel(
         if HAS_SKIP:
             store_rows(dskip + row, o_t, H * DV, o_c, b_dx * b_D, m)
             b_dD += tl.sum(b_dx * b_skip, 1)
-    partial += ((i_b * tl.num_programs(1) + tl.program_id(1)) * H + i_h) * (DV + 1)
-    tl.store(partial + o_v, b_dw, mask=m_c)
-    tl.store(partial + DV, tl.sum(b_dD, 0))
+    i_p = (i_b * tl.num_programs(1) + tl.program_id(1)) * H + i_h
+    tl.store(dweight + i_p * DV + o_v, b_dw, mask=m_c)
+    if HAS_SKIP:
+        tl.store(dD + i_p, tl.sum(b_dD, 0))

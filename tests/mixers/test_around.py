@@ -12,6 +12,7 @@ from tests.support.workers import BASE_SECTION as BASE
 from tests.support.workers import check
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not used beside a GPU")
 
 ALONE, TENSOR = ParallelSection(), ParallelSection(tensor_model_parallel_size=2, sequence_parallel=True)
 HEADS = ParallelSection(context_parallel_size=2)
