@@ -98,7 +98,7 @@ def make_tables(
         life, layout.segments, cache_live, cache_death, *live, HAS_CACHE=cache is not None, **spans
     )
     live_table_kernel[(rows, H)](life, layout.rows, *live, **spans)
-    if not plan.staged:
+    if not plan.staged():
         slot_columns_kernel[(len(layout.window_segments), H)](
             layout.blocks, layout.window_segments, tables.pos, tables.death, tables.live, tables.columns, tables.moves,
             H, K, KP=plan.slots_padded, num_warps=1,
@@ -166,8 +166,9 @@ class WindowPass:
         dims, grid = self.scan_launch()
         inputs = (self.kh, self.x.v, tables.cg, self.r_matrix, self.layout.blocks, segments)
         sizes = (plan.K, self.window.block_lo, self.window.row_lo, self.token_lo)
-        meta = dict(BT=plan.tile, KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
-        if plan.staged:
+        tokens = min(plan.tile, 16) if dims["BK"] > 128 else plan.tile  # a step: registers of that many key dims
+        meta = dict(BT=tokens, KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
+        if plan.staged():
             state_scan_kernel[grid](
                 *inputs, tables.pos, tables.death, tables.live, incoming, snap, final, self.layout.tokens, plan.H,
                 *sizes, **meta,
@@ -183,13 +184,13 @@ class WindowPass:
         """`dstates` from each block's own part to D, in place; the gradients of the states that the segments began
         with [segments, H, K, DK, DV] fp32, and of exp(cg_C) of each block [programs, blocks, H] fp32 (Mamba-2)."""
         plan, tables, window = self.plan, self.tables, self.window
-        dims, grid = self.scan_launch()
+        dims, grid = self.scan_launch(reverse=True)
         initial = self.states(torch.float32, len(window.segments))
         dkeep = self.new(grid[1] * grid[2], self.blocks, plan.H)
         inputs = (tables.cg, self.r_matrix, self.layout.blocks, window.segments)
         sizes = (self.layout.tokens, plan.H, plan.K)
         meta = dict(KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
-        if plan.staged:
+        if plan.staged(reverse=True):
             reverse_scan_kernel[grid](
                 *inputs, tables.pos, tables.death, tables.live, dstates, carry, initial, *sizes, window.block_lo,
                 window.row_lo, **meta,
@@ -201,15 +202,15 @@ class WindowPass:
             )  # fmt: skip
         return initial, dkeep
 
-    def carry(self) -> Tensor:
+    def carry(self, reverse: bool = False) -> Tensor:
         """Uninitialised states [segments, n, H, K, DK, DV] fp32, [:, 0] for a scan to begin with, the rest scratch."""
         plan = self.plan
-        return self.new(len(self.window.segments), 2 if plan.staged else 1, plan.H, plan.K, plan.DK, plan.DV)
+        return self.new(len(self.window.segments), 2 if plan.staged(reverse) else 1, plan.H, plan.K, plan.DK, plan.DV)
 
-    def scan_launch(self) -> tuple[dict[str, int], tuple[int, int, int]]:
-        """Launch and grid of the two scans."""
+    def scan_launch(self, reverse: bool = False) -> tuple[dict[str, int], tuple[int, int, int]]:
+        """Launch and grid of a scan."""
         plan = self.plan
-        dims = plan.scan(self.x.v.device)
+        dims = plan.scan(self.x.v.device, reverse)
         tiles = 1 if plan.gdn else ceil_div(plan.DK, dims["BK"]), ceil_div(plan.DV, dims["BV"])
         return dims, (len(self.window.segments) * plan.H, *tiles)
 
@@ -318,7 +319,7 @@ class TritonDLA(torch.autograd.Function):
             work = WindowPass(plan, layout, window, x, tables)
             snap, _ = work.scan(_incoming(work, states, carried.pop() if window.resumes else None))
             n = len(window.segments)
-            carry = work.carry()
+            carry = work.carry(reverse=True)
             if dfinal.numel():
                 carry[:, 0] = dfinal[window.segment_lo : window.segment_lo + n]
             else:

@@ -23,6 +23,7 @@ WINDOW_ROWS = 64  # blocks (and segment ends) whose slot states are in memory at
 LAUNCH = {
     "slots": ((64, 256, 8, 2), (32, 128, 4, 1), "forward"),  # BV: for all slots together, here and in the next line
     "slots_gdn": ((128, 128, 8, 2), (32, 64, 4, 1), "forward"),
+    "slots_gdn.256": ((256, 64, 8, 1), (32, 64, 4, 1), "forward"),
     "scan_gdn": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "output": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
     "output.v64": ((128, 64, 8, 2), (64, 64, 8, 1), "forward"),
@@ -124,20 +125,19 @@ class LaunchPlan:
         found["BV"] = min(found["BV"], power_of_two(self.DV))
         return {"DK": self.DK, "DV": self.DV, **found}
 
-    @property
-    def staged(self) -> bool:
-        """Whether the scans go slot by slot: all slots do not fit in one program, which has all key dims."""
-        fits = self.DK <= 32 if self.wide else self.DK <= 128
-        return self.gdn and not fits
+    def staged(self, reverse: bool = False) -> bool:
+        """Whether a scan goes slot by slot: all slots do not fit in one program, which has all key dims."""
+        most = 32 if self.wide else 128 if reverse else 256
+        return self.gdn and most < self.DK
 
-    def scan(self, device: torch.device) -> dict[str, int]:
-        """`launch` of the scans."""
-        if self.staged:
+    def scan(self, device: torch.device, reverse: bool = False) -> dict[str, int]:
+        """`launch` of a scan."""
+        if self.staged(reverse):
             return self.launch("scan_gdn", device)
         found = self.found("slots_gdn" if self.gdn else "slots", device)
         columns = found["BV"] // (2 if self.K > 32 else 1)
         found["BK"] = min(found["BK"], power_of_two(self.DK))
-        found["BV"] = min(columns // self.slots_padded, 8)
+        found["BV"] = max(1, min(columns // self.slots_padded, 8))
         return {"DK": self.DK, "DV": self.DV, **found, **ALL_REGISTERS}
 
     def math(self) -> dict:

@@ -121,13 +121,27 @@ def slot_scan_kernel(
         p_snap = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
         if GDN:  # early: its latency is the chain's
             p_r = r_matrix + ((i_t - block_lo).to(tl.int64) * H + i_h) * DK * DK
-            b_r = load_tile(p_r, o_k, o_k, DK, DK)
+            if BK <= 128:
+                b_r = load_tile(p_r, o_k, o_k, DK, DK)
         b_dot = b_s.to(DOT)
-        m_snap = m_tile & (b_before < tl.load(p_m))[None, :]
+        live = tl.load(p_m)
+        m_snap = m_tile & (b_before < live)[None, :]
         tl.store(p_snap + (b_before * (DK * DV))[None, :] + o_tile, b_dot, mask=m_snap)
         keep = tl.exp(tl.load(p_g + end - 1))
         if GDN:
-            b_s = -tl.dot(b_r, b_dot, -keep * b_s, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
+            b_s *= -keep
+            if BK <= 128:
+                b_s = -tl.dot(b_r, b_dot, b_s, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
+            else:  # R does not fit in registers beside the columns: go over it with the snapshot just stored
+                tl.debug_barrier()
+                for i_x in range(0, DK, 32):
+                    o_x = i_x + tl.arange(0, 32)
+                    m_x = (o_x < DK)[:, None] & ((o_v < DV) & (b_before < live))[None, :]
+                    p_x = p_snap + (b_before * (DK * DV) + o_v)[None, :] + o_x[:, None] * DV
+                    b_x = tl.load(p_x, mask=m_x, other=0.0)
+                    # [BK, 32] @ [32, KP * BV]
+                    b_s = tl.dot(load_tile(p_r, o_k, o_x, DK, DK), b_x, b_s, input_precision=PREC)
+                b_s = -b_s
         else:
             b_s *= keep
         b_after = tl.load(p_c + KP + o_s).to(tl.int32)
