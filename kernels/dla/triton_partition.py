@@ -104,11 +104,11 @@ def triton_partition(
         detect_kernel[(len(shards), H)](*args, fresh, starts, scores, sums, layout.blocks, shards, *sizes, **meta)
         if len(shards) > len(of_segment):
             agreed, ends = torch.empty_like(fresh), torch.empty_like(infos)
-            args = (*args, starts, scores, sums, layout.blocks, shards, agreed, ends)
+            again = (*args, starts, scores, sums, layout.blocks, shards, agreed, ends)
             meta |= ALL_REGISTERS
-            repair_kernel[(len(shards), H)](*args, *sizes, **meta)
+            repair_kernel[(len(shards), H)](*again, *sizes, **meta)
             meta |= plan.launch("repair_rest", device)
-            repair_rest_kernel[(len(of_segment), H)](*args, of_segment, *sizes, **meta)
+            repair_rest_kernel[(len(of_segment), H)](*again, of_segment, *sizes, **meta)
         return _capacity(plan, layout, starts, scores, sums, cache, B, want_lo)
 
 
