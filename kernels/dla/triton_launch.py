@@ -42,7 +42,7 @@ LAUNCH = {
     "key_gradient.v64.sm80": ((32, 32, 8, 1), (64, 64, 8, 1), "backward"),
     "value_gradient": ((64, 128, 8, 2), (64, 64, 8, 1), "backward"),
     "dphi": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
-    "dphi.sm80": ((64, 64, 8, 2), (64, 64, 8, 1), "backward"),
+    "dphi.sm80": ((64, 64, 8, 2), (32, 32, 8, 1), "backward"),
     "inverse": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
     "local": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "local.sm80": ((32, 16, 8, 1), (32, 16, 8, 1), "forward"),
