@@ -34,6 +34,8 @@ class DataSection:
     """Logical readers, constant over a run: a multiple of the data-parallel size, at most the train shards."""
     verify: Literal["sha256", "size", "none"] = "sha256"
     """Check of each shard before its first read."""
+    prefetch_rows: NonNegativeInt = 64
+    """Rows that a thread of each rank reads ahead, rounded up to whole steps; 0 = off. 20 bytes a token."""
     reset_at_documents: bool = True
     """Reset convolution, slots and attention at every document start inside a row."""
 

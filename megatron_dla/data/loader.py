@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from megatron_dla.data.packing import Batch, make_batch
+from megatron_dla.data.prefetch import ReadAhead
 from megatron_dla.data.shards import ShardReader, Verify
 from megatron_dla.data.stream import TokenStream
 from megatron_dla.errors import DataError
@@ -16,6 +18,31 @@ from megatron_dla.shard_index import ShardIndex
 STATE_VERSION = 1
 _IDENTITY = ("version", "split", "seed", "seq_len", "num_streams", "index")  # must agree to resume
 _PROGRESS = ("steps", "tokens_seen")
+
+
+class _Step(NamedTuple):
+    """This rank's micro batches of a step, and the state of each of its streams after them."""
+
+    batches: list[Batch]
+    states: dict[str, Any]
+
+
+class _Steps:
+    """Makes the steps of one rank, one a call; the loader counts those that training has taken.
+
+    Args:
+        streams: {number: stream} of this rank. rows: global rows a step. size: rows a micro batch.
+    """
+
+    def __init__(self, streams: Mapping[int, TokenStream], rows: int, size: int, count: int) -> None:
+        self.streams, self.size = streams, size
+        self.sources = {row: streams[row % count] for row in range(rows) if row % count in streams}
+
+    def __call__(self) -> _Step:
+        rows = [stream.next_row() for stream in self.sources.values()]
+        numbers, size = list(self.sources), self.size
+        batches = [make_batch(rows[i : i + size], numbers[i : i + size]) for i in range(0, len(rows), size)]
+        return _Step(batches, {str(j): stream.state_dict() for j, stream in self.streams.items()})
 
 
 class TokenLoader:
@@ -30,6 +57,8 @@ class TokenLoader:
     Args:
         data_dir: directory with `index.json`, or a ShardIndex together with `root`, the shards' directory.
         verify: what is checked before a shard is read: "sha256", "size" or "none".
+        prefetch_rows: rows that a thread reads ahead, rounded up to whole steps; 0 = none. State and counts are of the
+            steps that `next_step` has returned.
 
     Raises DataError for missing data and for sizes that do not divide, naming the key and valid values.
     """
@@ -47,12 +76,14 @@ class TokenLoader:
         dp_size: int = 1,
         seed: int = 0,
         verify: Verify = "sha256",
+        prefetch_rows: int = 0,
         root: str | os.PathLike[str] | None = None,
     ) -> None:
         self.reader = ShardReader(data_dir, split, verify=verify, root=root)
         self.seq_len, self.seed, self.num_streams = seq_len, seed, num_streams
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.prefetch_rows = prefetch_rows
         self._check()
         self.streams = {
             j: TokenStream(self.reader, j, num_streams, seq_len=seq_len, seed=seed)
@@ -61,12 +92,25 @@ class TokenLoader:
         self._split_tokens = sum(shard.tokens for shard in self.reader.shards)
         self.steps = self.tokens_seen = 0
         self.last_wait_s = self.total_wait_s = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        """From where the streams are."""
+        steps = _Steps(self.streams, self.global_batch_size, self.micro_batch_size, self.num_streams)
+        self._ahead = ReadAhead(steps, math.ceil(self.prefetch_rows / len(steps.sources)))
+        self._states = {str(j): stream.state_dict() for j, stream in self.streams.items()}
+
+    def close(self) -> None:
+        """End the thread that reads ahead; state and counts stay."""
+        self._ahead.close()
 
     def _check(self) -> None:
         sizes = ("seq_len", "global_batch_size", "micro_batch_size", "num_streams", "dp_size")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise DataError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.prefetch_rows < 0:
+            raise DataError(f"prefetch_rows = {self.prefetch_rows}: must be at least 0 (0 = off)")
         if not 0 <= self.dp_rank < self.dp_size:
             raise DataError(f"dp_rank = {self.dp_rank}: must be 0 to {self.dp_size - 1} (dp_size = {self.dp_size})")
         shards, streams, batch, dp = len(self.reader.shards), self.num_streams, self.global_batch_size, self.dp_size
@@ -107,10 +151,7 @@ class TokenLoader:
         Raises DataError for a damaged shard, naming it.
         """
         started = time.perf_counter()
-        numbers = [i for i in range(self.global_batch_size) if i % self.num_streams in self.streams]
-        rows = [self.streams[i % self.num_streams].next_row() for i in numbers]
-        size = self.micro_batch_size
-        batches = [make_batch(rows[i : i + size], numbers[i : i + size]) for i in range(0, len(rows), size)]
+        batches, self._states = self._ahead.get()
         self.steps += 1
         self.tokens_seen += self.global_batch_size * self.seq_len
         self.last_wait_s = time.perf_counter() - started
@@ -130,8 +171,7 @@ class TokenLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable state before the next step, with this rank's streams only; see `merge_states`."""
-        streams = {str(j): stream.state_dict() for j, stream in self.streams.items()}
-        return {**self._identity(), "steps": self.steps, "tokens_seen": self.tokens_seen, "streams": streams}
+        return {**self._identity(), "steps": self.steps, "tokens_seen": self.tokens_seen, "streams": self._states}
 
     @staticmethod
     def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -169,9 +209,11 @@ class TokenLoader:
                     "set it back, or start from the beginning of the data, without this loader state"
                 )
         _need(state, self.streams)
+        self.close()
         for j, stream in self.streams.items():
             stream.load_state_dict(state["streams"][str(j)])
         self.steps, self.tokens_seen = int(state["steps"]), int(state["tokens_seen"])
+        self._begin()
 
 
 def _need(state: dict[str, Any], streams: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -22,6 +23,7 @@ from megatron_dla.errors import DataError
 from megatron_dla.shard_index import ENDS, REBUILD, TOKENS, ShardIndex, ShardInfo, difference
 
 Verify = Literal["sha256", "size", "none"]
+_GATHER = 1 << 18  # tokens
 _checked: set[tuple[str, int, int, str]] = set()  # (path, size, mtime, sha256) that this process has verified
 
 
@@ -39,9 +41,16 @@ class Documents(NamedTuple):
 
     def ordered(self, order: np.ndarray) -> Documents:
         """The documents in another order, copied; `order`: int64 [documents]."""
-        parts = self.split()
-        ends = np.cumsum(np.diff(self.ends, prepend=0)[order])
-        return Documents(np.concatenate([parts[i] for i in order.tolist()]), ends)
+        lengths = np.diff(self.ends, prepend=0)[order]
+        ends = np.cumsum(lengths)
+        shift = self.ends[order] - ends  # from where a document comes to where it goes
+        tokens = np.empty_like(self.tokens)
+        # One gather for many documents: fast, and without the GIL. In parts, as its index takes 8 bytes a token.
+        edges = np.searchsorted(ends, np.arange(_GATHER, len(tokens), _GATHER)) + 1
+        for first, last in itertools.pairwise(np.unique([0, *edges, len(order)]).tolist()):
+            start, end = int(ends[first] - lengths[first]), int(ends[last - 1])
+            tokens[start:end] = self.tokens[np.arange(start, end) + np.repeat(shift[first:last], lengths[first:last])]
+        return Documents(tokens, ends)
 
 
 def permutation(n: int, *key: object) -> np.ndarray:

@@ -148,6 +148,7 @@ class PretrainTask(Task):
             config.data.dir, "train", seq_len=self.seq_len, num_streams=config.data.num_streams,
             global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.micro_batch_size,
             dp_rank=dp.rank(), dp_size=dp.size(), seed=config.run.seed, verify=config.data.verify,
+            prefetch_rows=config.data.prefetch_rows,
         )  # fmt: skip
         return model
 

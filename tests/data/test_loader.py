@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 from dataclasses import replace
 
 import numpy as np
@@ -12,61 +11,13 @@ import webdataset as wds
 
 from megatron_dla.data import ShardReader, TokenLoader, TokenStream, validation_batches
 from megatron_dla.data import shards as shards_module
-from megatron_dla.data_prep.shards import build_shards
-from megatron_dla.data_prep.tokenizer import train_tokenizer
 from megatron_dla.data_prep.verify import verify_shards
 from megatron_dla.errors import DataError
 from megatron_dla.files import file_sha256
 from megatron_dla.shard_index import ShardIndex
+from tests.support.rows import ROWS, STREAMS, T, global_steps, loader, ranks
 
-T, ROWS, STREAMS, EOS = 16, 8, 4, 2
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    rng = random.Random(0)
-    words = ["alpha", "beta", "gamma", "\xe9", "42", "\n"]
-    with open(root / "d.jsonl", "w") as file:
-        for i in range(70):
-            words_in = rng.choice([1, 3, 10, 40])
-            text = f"{i} " + " ".join(rng.choice(words) for _ in range(words_in))
-            file.write(json.dumps({"text": text}) + "\n")
-    train_tokenizer([root / "d.jsonl"], root, 290)
-    out = root / "data {x,y}"  # a name that shard lists would expand
-    build_shards([root / "d.jsonl"], root, out, workers=1, shard_tokens=10**6, min_train_shards=9, val_docs=9)
-    return out
-
-
-@pytest.fixture
-def data(made, tmp_path):
-    """A copy that a test may damage."""
-    import shutil
-
-    return shutil.copytree(made, tmp_path / "data")
-
-
-def loader(data, rank=0, size=1, **options):
-    defaults = {"seq_len": T, "global_batch_size": ROWS, "micro_batch_size": 1, "num_streams": STREAMS, "seed": 3}
-    return TokenLoader(data, "train", **{**defaults, **options}, dp_rank=rank, dp_size=size)
-
-
-def global_steps(loaders, steps):
-    """[steps, ROWS, 2, T]: tokens and labels of all ranks, by row number."""
-    out = []
-    for _ in range(steps):
-        rows = {}
-        for one in loaders:
-            for batch in one.next_step():
-                for i, number in enumerate(batch.rows.tolist()):
-                    assert number not in rows and number % STREAMS % one.dp_size == one.dp_rank
-                    rows[number] = torch.stack([batch.tokens[i], batch.labels[i]])
-        out.append(torch.stack([rows[i] for i in range(ROWS)]))
-    return torch.stack(out)
-
-
-def ranks(data, size, **options):
-    return [loader(data, rank, size, **options) for rank in range(size)]
+EOS = 2
 
 
 @pytest.mark.parametrize("size", [2, 4])
