@@ -76,7 +76,7 @@ def test_resume_at_any_step_equals_uninterrupted(made, before, after):
 
 def test_resume_reads_one_shard_a_stream(made, monkeypatch):
     first = loader(made)
-    while min(stream.shard for stream in first.streams.values()) < 1:
+    while min(stream.sources["data"].shard for stream in first.streams.values()) < 1:
         first.next_step()
     read = []
     real = ShardReader.read

@@ -138,7 +138,7 @@ def test_damage_met_by_the_thread_ends_the_process_with_its_message(data):
     [
         ("time.sleep(60)", signal.SIGTERM, -signal.SIGTERM), ("time.sleep(60)", signal.SIGINT, -signal.SIGINT),
         # a consumer that waits in the queue, while the thread hangs in a read
-        ("one._ahead._make.sources[0].next_row = lambda: time.sleep(2)\nwhile True: one.next_step()",
+        ("one._ahead._make.by_row[0].next_row = lambda _: time.sleep(2)\nwhile True: one.next_step()",
          signal.SIGINT, -signal.SIGINT),
         ("sys.exit(7)", None, 7), ("raise ValueError", None, 1),
     ],

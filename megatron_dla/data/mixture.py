@@ -1,0 +1,112 @@
+"""Mixtures of sources: which one the next row comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_dla.data.packing import Row
+from megatron_dla.data.stream import ShardStream
+from megatron_dla.errors import DataError
+from megatron_dla.shard_index import ShardIndex
+
+Stages = Sequence[tuple[int, Mapping[str, float]]]
+"""[(tokens seen by the run, weights from there on)], in order, the first from 0. A source not named has weight 0."""
+
+
+def weights_at(stages: Stages, tokens_seen: int) -> Mapping[str, float]:
+    """The weights of the step that begins after `tokens_seen` tokens."""
+    return [weights for start, weights in stages if start <= tokens_seen][-1]
+
+
+def planned_tokens(stages: Stages, total: int) -> dict[str, int]:
+    """Tokens of each source in a run of `total` tokens, if none is used up."""
+    planned: dict[str, float] = {}
+    ends = [start for start, _ in stages[1:]] + [total]
+    for (start, weights), end in zip(stages, ends, strict=True):
+        for name, weight in weights.items():
+            share = weight / sum(weights.values())
+            planned[name] = planned.get(name, 0) + share * max(0, min(end, total) - start)
+    return {name: round(tokens) for name, tokens in planned.items()}
+
+
+def check_tokenizers(indexes: Mapping[str, ShardIndex]) -> None:
+    """Raises DataError if two sources were not made with the same tokenizer."""
+    (first, index), *others = indexes.items()
+    for name, other in others:
+        if other.tokenizer_sha256 != index.tokenizer_sha256:
+            raise DataError(
+                f"vocabulary mismatch: source {name!r} was made with the tokenizer {other.tokenizer_sha256[:12]}, "
+                f"{first!r} with {index.tokenizer_sha256[:12]}: build the shards of all sources with one tokenizer"
+            )
+
+
+class MixedStream:
+    """Stream `number` of a mixture: each row is of the source that is furthest behind its share of the tokens.
+
+    So a stream is within a row of its weights at any time. Streams begin at different places of that sequence, one row
+    apart, and the rows of a step are close to the weights too. Where a source has ended, the others share its part.
+
+    Position: that of each source; `weights`, the last ones used, and `drawn`, the tokens of each source under them.
+
+    Attributes: `tokens`: of each source, since the beginning of the run.
+    """
+
+    def __init__(self, sources: Mapping[str, ShardStream], number: int, seq_len: int) -> None:
+        self.sources = dict(sorted(sources.items()))  # ties must not depend on the order of a config
+        self.number, self.seq_len = number, seq_len
+        self.tokens = dict.fromkeys(self.sources, 0)
+        self.drawn = dict.fromkeys(self.sources, 0)
+        self.weights: dict[str, float] = {}
+        self._head = self.drawn  # tokens that this stream is counted as having drawn before its first row
+
+    def next_row(self, weights: Mapping[str, float]) -> Row:
+        """A row of `seq_len` tokens. Raises DataError for a damaged shard, and where all sources have ended."""
+        if weights != self.weights:
+            self._use(weights)
+            self.drawn = dict.fromkeys(self.sources, 0)
+        while names := [name for name, source in self.sources.items() if self._weight(name) and not source.ended]:
+            name = self._behind(names, self._head, self.drawn)
+            source = self.sources[name]
+            before = source.tokens
+            if (row := source.next_row()) is not None:
+                self.tokens[name] += source.tokens - before
+                self.drawn[name] += source.tokens - before
+                return row
+        raise DataError(
+            f"stream {self.number} has no data left: every source with a weight ({', '.join(weights)}) has had its "
+            "max_epochs; raise it, add a source, or train for fewer steps"
+        )
+
+    def _weight(self, name: str) -> float:
+        return self.weights.get(name, 0)
+
+    def _behind(self, names: list[str], *drawn: Mapping[str, int]) -> str:
+        """The source to draw next; the first one of equals."""
+        so_far = {name: sum(part[name] for part in drawn) for name in names}
+        total, weight = sum(so_far.values()) + self.seq_len, sum(map(self._weight, names))
+        return max(names, key=lambda name: self._weight(name) * total - weight * so_far[name])
+
+    def _use(self, weights: Mapping[str, float]) -> None:
+        self.weights = dict(weights)
+        self._head = dict.fromkeys(self.sources, 0)
+        names = [name for name in self.sources if self._weight(name)]
+        for _ in range(self.number if len(names) > 1 else 0):
+            self._head[self._behind(names, self._head)] += self.seq_len
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position before the next row, JSON-serialisable."""
+        sources = {name: {"tokens": self.tokens[name], **s.state_dict()} for name, s in self.sources.items()}
+        return {"weights": self.weights, "drawn": dict(self.drawn), "sources": sources}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the position; reads one shard a source. A source that the state does not have begins at its beginning.
+
+        Raises DataError if a position does not exist.
+        """
+        self._use(state["weights"])
+        for name, source in self.sources.items():
+            self.drawn[name] = int(state["drawn"].get(name, 0))
+            if name in state["sources"]:
+                self.tokens[name] = int(state["sources"][name]["tokens"])
+                source.load_state_dict(state["sources"][name])
