@@ -284,8 +284,38 @@ def check_data(data: DataSection, global_batch_size: int, data_parallel: int) ->
             f"training.global_batch_size = {global_batch_size} is not a multiple of data.num_streams = "
             f"{data.num_streams}: use one of {_divisors(global_batch_size)}"
         )
-    if not data.dir:
-        raise ConfigError("data.dir is empty: give the directory that `dla data shards` wrote")
+    check_sources(data)
+
+
+def check_sources(data: DataSection) -> None:
+    """One directory, or a mixture whose weights name its sources."""
+    if data.dir and data.sources:
+        raise ConfigError(
+            f"data.dir = {data.dir!r} and data.sources = {', '.join(data.sources)}: set one of the two "
+            "(data.sources for a mixture)"
+        )
+    if not data.dir and not data.sources:
+        raise ConfigError("data.dir is empty: give the directory that `dla data shards` wrote, or data.sources")
+    if not data.sources:
+        if data.stages:
+            raise ConfigError("data.stages is set, but there are no data.sources to mix: give them, or remove it")
+        return
+    for name, source in data.sources.items():
+        if not source.dir:
+            raise ConfigError(f"data.sources.{name}.dir is empty: give the directory that `dla data shards` wrote")
+    weights = {"data.sources: weight": {name: source.weight for name, source in data.sources.items()}}
+    for i, stage in enumerate(data.stages):
+        key, before = f"data.stages[{i}]", data.stages[i - 1].from_tokens if i else 0
+        if stage.from_tokens <= before:
+            raise ConfigError(
+                f"{key}.from_tokens = {stage.from_tokens}: must be above that of the stage before it, {before}"
+            )
+        if unknown := sorted(stage.weights.keys() - data.sources.keys()):
+            raise ConfigError(f"{key}.weights has {unknown[0]!r}: data.sources has only {', '.join(data.sources)}")
+        weights[f"{key}.weights"] = stage.weights
+    for key, values in weights.items():
+        if not any(values.values()):
+            raise ConfigError(f"{key} = {values}: give at least one source a weight above 0")
 
 
 def check_config(config: RunConfig, world_size: int) -> None:

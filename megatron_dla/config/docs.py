@@ -33,6 +33,8 @@ def _type_name(hint: object) -> str:
         return " or ".join(f"`{choice}`" for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return f"list of {_type_name(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is dict:
+        return f"mapping of names to {_type_name(typing.get_args(hint)[1])}"
     if type(None) in typing.get_args(hint):
         return " or ".join("none" if kind is type(None) else _type_name(kind) for kind in typing.get_args(hint))
     return getattr(hint, "__name__", str(hint))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Backbone = Literal["mamba2", "gdn"]
 RopeType = Literal["default", "linear", "llama3"]
@@ -23,11 +23,38 @@ class RunSection:
 
 
 @dataclass
+class SourceSection:
+    """One source of a mixture."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    dir: str = ""
+    weight: NonNegativeFloat = 1.0
+    max_epochs: NonNegativeInt = 0
+
+
+@dataclass
+class StageSection:
+    """Weights from a number of tokens on."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    from_tokens: PositiveInt
+    weights: dict[str, NonNegativeFloat]
+
+
+@dataclass
 class DataSection:
-    """Tokenised WebDataset shards, as `dla data shards` writes them."""
+    """Tokenised WebDataset shards, as `dla data shards` writes them: set `dir` or `sources`."""
 
     dir: str = ""
     """Directory that `dla data shards` or `dla data merge` wrote."""
+    sources: dict[str, SourceSection] = field(default_factory=dict)
+    """A mixture, name: {dir, weight: 1.0, max_epochs: 0}. Weights are shares of the tokens; a source ends after
+    max_epochs passes (0 = never), and the others share its part."""
+    stages: tuple[StageSection, ...] = ()
+    """Later weights of the sources: [{from_tokens: 800000000000, weights: {name: 1.0}}]; names left out have 0."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """concat: rows are cut from the joined documents. best_fit: no document that fits into a row is cut, for some
+    padding."""
     seq_len: PositiveInt = 2048
     """Tokens a row. A document cut at a row's end continues in the next row with an empty memory."""
     num_streams: PositiveInt = 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import RunConfig, check_config, check_precision, layer_letters
 from megatron_dla.data import TokenLoader, validation_batches
+from megatron_dla.data.loader import ONLY
+from megatron_dla.data.mixture import check_tokenizers, planned_tokens
 from megatron_dla.data.packing import Batch
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import ConfigError, DataError, UserError
@@ -49,9 +52,31 @@ class PretrainTask(Task):
         return self.config.data.seq_len
 
     @cached_property
+    def dirs(self) -> dict[str, str]:
+        """The data directory of each source."""
+        data = self.config.data
+        return {name: source.dir for name, source in data.sources.items()} or {ONLY: data.dir}
+
+    @cached_property
+    def indexes(self) -> dict[str, ShardIndex]:
+        """Raises DataError where a directory has none."""
+        return {name: ShardIndex.load(path) for name, path in self.dirs.items()}
+
+    @property
     def index(self) -> ShardIndex:
-        """Raises DataError where data.dir has none."""
-        return ShardIndex.load(self.config.data.dir)
+        """The first one, which has the tokenizer of all."""
+        return next(iter(self.indexes.values()))
+
+    @property
+    def stages(self) -> list[tuple[int, dict[str, float]]]:
+        """Tokens seen, and the weights of the sources from there on."""
+        data = self.config.data
+        first = {name: source.weight for name, source in data.sources.items()} or {ONLY: 1.0}
+        return [(0, first), *((stage.from_tokens, stage.weights) for stage in data.stages)]
+
+    @property
+    def max_epochs(self) -> dict[str, int]:
+        return {name: source.max_epochs for name, source in self.config.data.sources.items() if source.max_epochs}
 
     # ---- before the start
 
@@ -61,15 +86,31 @@ class PretrainTask(Task):
 
     def check_data(self, world_size: int) -> None:
         """The shards are there with their sizes, made with this tokenizer, and enough for the streams."""
-        data, index = self.config.data, self.index
-        tokenizer = Tokenizer(data.dir)
+        for name, index in self.indexes.items():
+            self._check_shards(Path(self.dirs[name]), index)
+        check_tokenizers(self.indexes)
+        held = {
+            name: index.totals("train").tokens * self.max_epochs.get(name, 0) for name, index in self.indexes.items()
+        }
+        if all(held.values()) and sum(held.values()) < self._tokens:
+            raise DataError(
+                f"the run has {self._tokens:,} tokens, and all sources with data.sources.NAME.max_epochs = "
+                f"{self.max_epochs} only {sum(held.values()):,}: raise it, add a source, or train for fewer steps"
+            )
+        if self.config.training.eval_every and not any("val" in index.splits for index in self.indexes.values()):
+            self.index.split("val")
+
+    def _check_shards(self, directory: Path, index: ShardIndex) -> None:
+        tokenizer, data = Tokenizer(directory), self.config.data
         if tokenizer.sha256 != index.tokenizer_sha256:
             raise DataError(
                 f"vocabulary mismatch: {tokenizer.path} ({tokenizer.sha256[:12]}) is not the tokenizer "
                 f"that the shards were made with ({index.tokenizer_sha256[:12]}): build the shards again"
             )
-        for shard in index.split("train") + (index.split("val") if self.config.training.eval_every else []):
-            path = Path(data.dir) / shard.path
+        for shard in index.shards:
+            if shard.split != "train" and not (shard.split == "val" and self.config.training.eval_every):
+                continue
+            path = directory / shard.path
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
@@ -79,21 +120,29 @@ class PretrainTask(Task):
         shards = len(index.split("train"))
         if data.num_streams > shards:
             raise ConfigError(
-                f"data.num_streams = {data.num_streams} is more than the {shards} train shards: use at most "
-                f"{shards}, or build more shards (dla data shards --min-train-shards {data.num_streams})"
+                f"data.num_streams = {data.num_streams} is more than the {shards} train shards of {directory}: use at "
+                f"most {shards}, or build more shards (dla data shards --min-train-shards {data.num_streams})"
             )
+
+    @property
+    def _tokens(self) -> int:
+        """Of the whole run."""
+        training = self.config.training
+        return training.steps * training.global_batch_size * self.seq_len
 
     def describe(self, device: Device) -> dict[str, str]:
         """Without data on this machine, for a vocabulary that is assumed."""
-        model, training, vocab = self.config.model, self.config.training, self._planned_vocab()
+        model, vocab = self.config.model, self._planned_vocab()
         lines = {
             "model": f"{count_parameters(model, vocab):,} parameters, "
             f"{flops_per_token(model, vocab, self.seq_len):.3g} FLOP a token (forward and backward)"
         }
         try:
-            held = self.index.totals("train").tokens
-            epochs = training.steps * training.global_batch_size * self.seq_len / held
-            lines["data"] = f"{self.config.data.dir}: {held:,} tokens, {epochs:.2f} epochs"
+            planned = planned_tokens(self.stages, self._tokens)
+            held = {name: index.totals("train").tokens for name, index in self.indexes.items()}
+            lines["data"] = "; ".join(
+                f"{self.dirs[name]}: {n:,} tokens, {planned.get(name, 0) / n:.2f} epochs" for name, n in held.items()
+            )
         except UserError:
             lines["data"] = f"none here, {vocab:,} vocabulary rows assumed"
         if reason := self._kernels_not_used(device):
@@ -121,7 +170,8 @@ class PretrainTask(Task):
         return "" if device.planned else kernels_missing()
 
     def files(self) -> list[Path]:
-        paths = [Path(self.config.data.dir) / name for name in (TOKENIZER_NAME, TOKENIZER_JSON, TOKENIZER_CONFIG)]
+        directory = Path(next(iter(self.dirs.values())))
+        paths = [directory / name for name in (TOKENIZER_NAME, TOKENIZER_JSON, TOKENIZER_CONFIG)]
         return [path for path in paths if path.is_file()]
 
     def layout(self) -> CheckpointLayout:
@@ -137,7 +187,7 @@ class PretrainTask(Task):
     def build(self, runtime: Runtime) -> nn.Module:
         config, dp = self.config, runtime.groups.dp
         self.runtime = runtime
-        self.token_bytes = torch.from_numpy(Tokenizer(config.data.dir).token_bytes()).to(runtime.device)
+        self.token_bytes = torch.from_numpy(Tokenizer(next(iter(self.dirs.values()))).token_bytes()).to(runtime.device)
         model = build_model(
             config.model, config.parallel, vocab_size=self.index.vocab_size, seq_len=self.seq_len,
             seed=config.run.seed, dtype=runtime.dtype, device=runtime.device.type,
@@ -145,9 +195,11 @@ class PretrainTask(Task):
         )  # fmt: skip
         self.mixers = slot_mixers(model)
         self.loader = TokenLoader(
-            config.data.dir, "train", seq_len=self.seq_len, num_streams=config.data.num_streams,
+            self.dirs if config.data.sources else config.data.dir, "train",
+            seq_len=self.seq_len, num_streams=config.data.num_streams,
             global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.micro_batch_size,
             dp_rank=dp.rank(), dp_size=dp.size(), seed=config.run.seed, verify=config.data.verify,
+            packing=config.data.packing, stages=self.stages, max_epochs=self.max_epochs,
             prefetch_rows=config.data.prefetch_rows,
         )  # fmt: skip
         return model
@@ -169,6 +221,7 @@ class PretrainTask(Task):
             "epoch": self.loader.epoch,
             "data_wait_s": self.loader.last_wait_s,
             "data_crc32": self.data_crc32,  # of this rank's rows of the step: two runs read the same data
+            **self._data_report(),
         }
         if self.config.tau.gate == "annealed":
             metrics["gate_temperature"] = self.gate_temperature
@@ -180,6 +233,20 @@ class PretrainTask(Task):
             }
         return metrics
 
+    def _data_report(self) -> dict[str, Any]:
+        """Over all ranks (a collective)."""
+        counts = torch.tensor(self.loader.counts(), device=self.runtime.device)
+        dist.all_reduce(counts, group=self.runtime.groups.dp)
+        return self.loader.report(counts.tolist())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        before, now = state.get("mixtures", []), self.loader.mixtures
+        if self.config.data.sources and len(now) > len(before):
+            self.runtime.print(
+                f"note: the mixture of data.sources has changed; from step {state['steps'] + 1} on: {now[-1]}"
+            )
+
     def _boundary_rates(self) -> torch.Tensor:
         """[layers, H] over all tokens since the last call (a collective)."""
         groups = self.runtime.groups
@@ -190,10 +257,15 @@ class PretrainTask(Task):
         return torch.cat(parts, 1) / groups.dp.size()
 
     def validate(self, engine: Any) -> dict[str, float]:
+        """Of all sources that have held-out data, one after the other."""
         config, groups = self.config, self.runtime.groups
-        batches = validation_batches(
-            config.data.dir, self.seq_len, config.training.micro_batch_size, groups.dp.rank(), groups.dp.size(),
-            config.training.eval_rows or None, verify=config.data.verify,
+        batches = chain.from_iterable(
+            validation_batches(
+                self.dirs[name], self.seq_len, config.training.micro_batch_size, groups.dp.rank(), groups.dp.size(),
+                config.training.eval_rows or None, verify=config.data.verify,
+            )
+            for name, index in self.indexes.items()
+            if "val" in index.splits
         )  # fmt: skip
         values = validate(engine, batches, groups, self.runtime.device, self._pack, self.token_bytes)
         for mixer in self.mixers:

@@ -42,6 +42,13 @@ def test_empty_sections_are_defaults(tmp_path) -> None:
     assert load_config(path) == RunConfig()
 
 
+MIXTURE = {"data.dir": "", "data.sources": {"a": {"dir": "y"}, "b": {"dir": "z", "weight": 3}}}
+
+
+def stage(tokens: int, **weights: float) -> dict:
+    return {"from_tokens": tokens, "weights": weights}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -68,6 +75,13 @@ def test_empty_sections_are_defaults(tmp_path) -> None:
         ({"data.num_streams": 12}, ["training.global_batch_size = 32", "data.num_streams = 12", "1, 2, 4, 8, 16, 32"]),
         ({"data.num_streams": 6}, ["data.num_streams = 6", "multiple of 4"]),
         ({"data.dir": ""}, ["data.dir"]),
+        ({"data.sources": {"a": {"dir": "y"}}}, ["data.dir = 'x'", "data.sources = a"]),
+        ({"data.dir": "", "data.sources": {"a": {"dir": ""}}}, ["data.sources.a.dir"]),
+        ({"data.dir": "", "data.sources": {"a": {"dir": "y", "weight": 0}}}, ["data.sources", "{'a': 0.0}"]),
+        ({"data.stages": [stage(5, a=1)]}, ["data.stages", "data.sources"]),
+        ({**MIXTURE, "data.stages": [stage(5, c=1)]}, ["data.stages[0].weights", "'c'", "a, b"]),
+        ({**MIXTURE, "data.stages": [stage(5, a=0)]}, ["data.stages[0].weights", "{'a': 0.0}"]),
+        ({**MIXTURE, "data.stages": [stage(5, a=1), stage(5, b=1)]}, ["data.stages[1].from_tokens = 5"]),
         ({"run.name": "a/b"}, ["run.name = 'a/b'"]),
         ({"training.offload_optimizer": True, "training.zero_stage": 0}, ["training.offload_optimizer = true"]),
     ],
@@ -120,6 +134,10 @@ REFUSED = {
     "gate_loss.target": [1.5],
     "delta_mem.rank": [4, 8.5],
     "delta_mem.num_states": [9],
+    "data.prefetch_rows": [-1],
+    "data.packing": ["first_fit"],
+    "data.sources": ["x", ["a"]],
+    "data.stages": [5],
     "delta_mem.target_modules": ["q", ["k_proj"], []],
 }
 
@@ -135,6 +153,21 @@ def test_values_are_read_as_their_fields_type(key: str) -> None:
     for value, want in READ[key]:
         got = filled(key, value)
         assert got == want and type(got) is type(want), value
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"sources": {"a": {"weight": -1}}}, "data.sources.a.weight = -1"),
+        ({"sources": {"a": {"share": 1}}}, "data.sources.a.share = 1"),
+        ({"sources": {"a": {"max_epochs": 0.5}}}, "data.sources.a.max_epochs = 0.5"),
+        ({"stages": [{"from_tokens": 0, "weights": {}}]}, "data.stages[0].from_tokens = 0"),
+        ({"stages": [{"from_tokens": 5, "weights": {"a": -1}}]}, "data.stages[0].weights.a = -1"),
+    ],
+)
+def test_values_inside_sources_and_stages_are_named(data: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        from_dict({"data": data})
 
 
 @pytest.mark.parametrize("key", REFUSED)
