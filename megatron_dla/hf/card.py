@@ -148,9 +148,13 @@ def _facts(run: Path, step: int, license: str | None) -> dict[str, str]:
 def _data(run: Path) -> str | None:
     """The inputs of the shards that the run's config names, where both are still there."""
     try:
-        directory = Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["dir"])
-        index = json.loads((directory / "index.json").read_text())
-        tokens = sum(shard["tokens"] for shard in index["shards"] if shard["split"] == "train")
-        return f"{tokens:,} tokens of {', '.join(source['input'] for source in index['sources'])}"
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        data = yaml.safe_load((run / "config.yaml").read_text())["data"]
+        mixed = [source["dir"] for source in (data.get("sources") or {}).values()]
+        texts = []
+        for directory in mixed or [data["dir"]]:
+            index = json.loads((Path(directory) / "index.json").read_text())
+            tokens = sum(shard["tokens"] for shard in index["shards"] if shard["split"] == "train")
+            texts.append(f"{tokens:,} tokens of {', '.join(source['input'] for source in index['sources'])}")
+        return "; ".join(texts) + (" (a mixture, see config.yaml)" if mixed else "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return None

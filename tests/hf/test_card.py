@@ -48,6 +48,10 @@ def test_facts_come_from_the_run(exported, tmp_path):
     rows = ["tokens | 1,500", "losses | training 2.0000, held-out 2.5000", "data | 7,000 tokens of wiki"]
     assert all(f"| {row} |" in card for row in [*rows, "licence | apache-2.0"])
     assert "not recorded" not in card
+    mixture = {"data": {"dir": "", "sources": {name: {"dir": str(tmp_path)} for name in "ab"}}}
+    (run / "config.yaml").write_text(yaml.safe_dump(mixture))
+    card = (to_hf(run, tmp_path / "mixed") / "README.md").read_text()
+    assert "data | 7,000 tokens of wiki; 7,000 tokens of wiki (a mixture" in card
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba2_published", "gdn_hybrid"])
