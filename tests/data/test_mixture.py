@@ -120,6 +120,14 @@ def test_report_of_mix_and_epochs_at_any_number_of_ranks(three):
     assert summed(resumed)["source_epochs"] == last and summed(resumed)["mix"] == report["mix"]
 
 
+def test_a_stage_begins_with_its_step(three):
+    one = loader(three, stages=STAGES, prefetch_rows=64)
+    global_steps([one], 30)
+    assert summed([one])["mix"]["books"] == pytest.approx(0.5, abs=0.02)
+    global_steps([one], 1)
+    assert summed([one])["mix"]["books"] == 0
+
+
 def test_a_source_ends_after_its_epochs_and_the_run_when_all_have(three):
     one = loader(three, stages=[(0, WEIGHTS)], max_epochs=dict.fromkeys(three, 2), prefetch_rows=64)
     held, steps = [], 0
