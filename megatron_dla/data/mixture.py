@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_dla.data.packing import Row
+from megatron_dla.data.shards import ShardReader
 from megatron_dla.data.stream import ShardStream
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import ShardIndex
@@ -28,6 +31,17 @@ def planned_tokens(stages: Stages, total: int) -> dict[str, int]:
             share = weight / sum(weights.values())
             planned[name] = planned.get(name, 0) + share * max(0, min(end, total) - start)
     return {name: round(tokens) for name, tokens in planned.items()}
+
+
+def least_tokens(readers: Mapping[str, ShardReader], max_epochs: Mapping[str, int], streams: int, seed: int) -> int:
+    """Tokens of the stream that has the least, where every source ends; streams differ by some shards."""
+    held = np.zeros(streams, dtype=np.int64)
+    for name, reader in readers.items():
+        tokens = np.array([shard.tokens for shard in reader.shards])
+        for epoch in range(max_epochs[name]):
+            order = reader.order(seed, epoch)
+            np.add.at(held, np.arange(len(order)) % streams, tokens[order])
+    return int(held.min())
 
 
 def check_tokenizers(indexes: Mapping[str, ShardIndex]) -> None:

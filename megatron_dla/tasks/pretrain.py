@@ -14,9 +14,9 @@ from torch import nn
 
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import RunConfig, check_config, check_precision, layer_letters
-from megatron_dla.data import TokenLoader, validation_batches
+from megatron_dla.data import ShardReader, TokenLoader, validation_batches
 from megatron_dla.data.loader import ONLY
-from megatron_dla.data.mixture import check_tokenizers, planned_tokens
+from megatron_dla.data.mixture import check_tokenizers, least_tokens, planned_tokens
 from megatron_dla.data.packing import Batch
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import ConfigError, DataError, UserError
@@ -89,16 +89,23 @@ class PretrainTask(Task):
         for name, index in self.indexes.items():
             self._check_shards(Path(self.dirs[name]), index)
         check_tokenizers(self.indexes)
-        held = {
-            name: index.totals("train").tokens * self.max_epochs.get(name, 0) for name, index in self.indexes.items()
-        }
-        if all(held.values()) and sum(held.values()) < self._tokens:
-            raise DataError(
-                f"the run has {self._tokens:,} tokens, and all sources with data.sources.NAME.max_epochs = "
-                f"{self.max_epochs} only {sum(held.values()):,}: raise it, add a source, or train for fewer steps"
-            )
+        self._check_length()
         if self.config.training.eval_every and not any("val" in index.splits for index in self.indexes.values()):
             self.index.split("val")
+
+    def _check_length(self) -> None:
+        """Where all sources end, no stream may run out of data before the last step."""
+        limits, streams = self.max_epochs, self.config.data.num_streams
+        if limits.keys() != self.indexes.keys():
+            return
+        readers = {name: ShardReader(index, "train", root=self.dirs[name]) for name, index in self.indexes.items()}
+        held = least_tokens(readers, limits, streams, self.config.run.seed) * streams
+        if held < self._tokens:
+            raise DataError(
+                f"the run has {self._tokens:,} tokens, and with data.sources.NAME.max_epochs = {limits} there are only "
+                f"{held:,} ({streams} times what the stream with the least has): raise max_epochs, add a source, or "
+                "train for fewer steps"
+            )
 
     def _check_shards(self, directory: Path, index: ShardIndex) -> None:
         tokenizer, data = Tokenizer(directory), self.config.data

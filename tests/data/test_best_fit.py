@@ -124,3 +124,6 @@ def test_global_rows_do_not_depend_on_the_number_of_ranks(made):
         for name in ("documents", "cut", "padding")
     )
     assert report == {"padding_share": padding / (30 * ROWS * T), "cut_share": cut / documents}
+    one.load_state_dict(loader(made, packing="best_fit").state_dict())
+    global_steps([one], 30)
+    assert one.report(one.counts()) == report

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_dla.data import TokenLoader
-from megatron_dla.data.mixture import MixedStream, planned_tokens
+from megatron_dla.data.mixture import MixedStream, least_tokens, planned_tokens
 from megatron_dla.errors import DataError
 from tests.support.rows import ROWS, STREAMS, T, build_words, global_steps, hashes, loader, ranks
 
@@ -130,15 +130,17 @@ def test_a_stage_begins_with_its_step(three):
 
 def test_a_source_ends_after_its_epochs_and_the_run_when_all_have(three):
     one = loader(three, stages=[(0, WEIGHTS)], max_epochs=dict.fromkeys(three, 2), prefetch_rows=64)
-    held, steps = [], 0
-    for j in range(STREAMS):
-        orders = [(reader, reader.order(3, epoch)[j::STREAMS]) for reader in one.readers.values() for epoch in range(2)]
-        held.append(sum(reader.shards[i].tokens for reader, order in orders for i in order))
+    steps = 0
     with pytest.raises(DataError, match="max_epochs"):
         while True:
             one.next_step()
             steps += 1
     # the stream with the least data, but for what is left of each source and of the step
+    held = []
+    for j in range(STREAMS):
+        orders = [(reader, reader.order(3, epoch)[j::STREAMS]) for reader in one.readers.values() for epoch in range(2)]
+        held.append(sum(reader.shards[i].tokens for reader, order in orders for i in order))
+    assert least_tokens(one.readers, dict.fromkeys(three, 2), STREAMS, seed=3) == min(held)
     rows = min(held) / T - steps * ROWS / STREAMS
     assert 0 <= rows < 3 + ROWS / STREAMS
     assert max(one.report(one.counts())["source_epochs"].values()) <= 2
