@@ -1,17 +1,15 @@
 """Typed run configuration: sections, loading with overrides, cross-checks."""
 
 from megatron_dla.config.adapter import AdapterRunConfig
+from megatron_dla.config.adapter_checks import check_adapter_config, memory_layers, row_length
 from megatron_dla.config.checks import (
     attention_head_dim,
-    check_adapter_config,
     check_config,
     check_context_parallel,
     check_model,
     check_precision,
     check_tensor_parallel,
     layer_letters,
-    memory_layers,
-    row_length,
     softmax_layers,
 )
 from megatron_dla.config.load import dump_config, from_dict, load_config, to_dict

@@ -82,6 +82,24 @@ def test_an_epoch_has_every_document_once_and_the_next_another_order(made):
     assert labels == sum(len(document) - 1 for document in stored)  # each token but a document's first, once
 
 
+def test_the_rows_of_a_shard_have_another_order_in_each_epoch_and_with_each_seed(made):
+    def rows_of_shards(seed):
+        """Of each shard and epoch, the padding of its rows: another order of its documents leaves the set the same."""
+        stream = BestFitStream(ShardReader(made, "train"), 0, 1, seq_len=T, seed=seed, max_epochs=2)
+        rows, before = {}, 0
+        while not stream.ended:
+            key = int(stream.reader.order(seed, stream.epoch)[stream.shard]), stream.epoch
+            stream.next_row()
+            rows.setdefault(key, []).append(stream.padding - before)
+            before = stream.padding
+        return rows
+
+    rows, others = rows_of_shards(0), rows_of_shards(1)
+    for again in ({shard: rows[shard, 1] for shard, _ in rows}, {shard: others[shard, 0] for shard, _ in rows}):
+        assert all(sorted(part) == sorted(rows[shard, 0]) for shard, part in again.items())
+        assert any(part != rows[shard, 0] for shard, part in again.items())
+
+
 def test_counts_are_those_of_the_rows(made):
     reader = ShardReader(made, "train")
     stored = [len(document) for shard in reader.shards for document in reader.read(shard).split()]
