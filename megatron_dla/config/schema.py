@@ -46,7 +46,7 @@ class DataSection:
     """Tokenised WebDataset shards, as `dla data shards` writes them: set `dir` or `sources`."""
 
     dir: str = ""
-    """Directory that `dla data shards` or `dla data merge` wrote."""
+    """Directory that `dla data shards` or `dla data merge` wrote, or its URL: https://, s3://, gs://."""
     sources: dict[str, SourceSection] = field(default_factory=dict)
     """A mixture, name: {dir, weight: 1.0, max_epochs: 0}. Weights are shares of the tokens; a source ends after
     max_epochs passes (0 = never), and the others share its part."""
@@ -63,6 +63,10 @@ class DataSection:
     """Check of each shard before its first read."""
     prefetch_rows: NonNegativeInt = 64
     """Rows that a thread of each rank reads ahead, rounded up to whole steps; 0 = off. 20 bytes a token."""
+    cache_dir: str = ""
+    """Where shards at URLs are kept; best on a disk of the node, whose ranks share it. (none) = ~/.cache/megatron-dla."""
+    cache_gb: PositiveFloat = 50.0
+    """Size of the shards in cache_dir, in 1e9 bytes; those that were not used for longest make room."""
     reset_at_documents: bool = True
     """Reset convolution, slots and attention at every document start inside a row."""
 

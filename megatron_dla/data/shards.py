@@ -14,17 +14,17 @@ import itertools
 import json
 import os
 import tarfile
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from megatron_dla.data.remote import RemoteDirectory, open_directory
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import ENDS, REBUILD, TOKENS, ShardIndex, ShardInfo, difference
 
 Verify = Literal["sha256", "size", "none"]
 _GATHER = 1 << 18  # tokens
-_checked: set[tuple[str, int, int, str]] = set()  # (path, size, mtime, sha256) that this process has verified
+_checked: set[tuple[int, int, int, int, str]] = set()  # (device, inode, size, mtime, sha256) verified by this process
 
 
 class Documents(NamedTuple):
@@ -62,7 +62,7 @@ def permutation(n: int, *key: object) -> np.ndarray:
 
 
 class ShardReader:
-    """The shards of one split of a data directory.
+    """The shards of one split of a data directory, given by its path or URL (see `open_directory`).
 
     Attributes: `root`, `index`, `split`, `shards` (in index order).
 
@@ -80,11 +80,11 @@ class ShardReader:
                 raise DataError(
                     "root is not set: an index does not name the directory of its shards, pass root=DIRECTORY too"
                 )
-            self.index, self.root = data_dir, Path(root)
+            self.index, self.root = data_dir, open_directory(root)
         else:
-            path = Path(data_dir)
+            path = open_directory(data_dir)
             self.index = ShardIndex.load(path)
-            self.root = path.parent if path.is_file() else path
+            self.root = path.parent if not isinstance(path, RemoteDirectory) and path.is_file() else path
         self.split = split
         self.verify = verify
         self.shards = self.index.split(split)
@@ -103,18 +103,7 @@ class ShardReader:
         Raises DataError, naming the shard, if it is missing, differs from the index in size, checksum,
         documents or tokens, or contains anything but token arrays.
         """
-        path = self.root / shard.path
-        try:
-            status, content = path.stat(), path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); {REBUILD}") from error
-        if self.verify != "none" and len(content) != shard.bytes:
-            raise _mismatch(path, "bytes", shard.bytes, len(content))
-        if self.verify == "sha256":
-            key = (str(path.resolve()), status.st_size, status.st_mtime_ns, shard.sha256)
-            if key not in _checked and (digest := _sha256(content)) != shard.sha256:
-                raise _mismatch(path, "sha256", shard.sha256, digest)
-            _checked.add(key)
+        content, path = self._content(shard), f"{self.root}/{shard.path}"
         try:
             documents = read_documents(content)
         except Exception as error:  # tarfile and numpy raise many types for damaged bytes
@@ -122,7 +111,40 @@ class ShardReader:
         self._check(path, shard, documents)
         return documents
 
-    def _check(self, path: Path, shard: ShardInfo, documents: Documents) -> None:
+    def expect(self, shard: ShardInfo) -> None:
+        """Start to fetch a shard that will be read soon, where it is at a URL."""
+        if isinstance(self.root, RemoteDirectory):
+            self.root.expect(shard)
+
+    def _content(self, shard: ShardInfo) -> bytes:
+        content, problem = self._read(shard)
+        if problem and isinstance(self.root, RemoteDirectory):
+            self.root.discard(shard)
+            content, problem = self._read(shard)
+        if problem:
+            raise DataError(f"{self.root}/{shard.path}: {problem}; {REBUILD}")
+        return content
+
+    def _read(self, shard: ShardInfo) -> tuple[bytes, str]:
+        """The content of a shard's file, and how it differs from the index ('': not at all)."""
+        try:
+            with self._open(shard) as file:
+                status, content = os.fstat(file.fileno()), file.read()
+        except OSError as error:
+            raise DataError(f"{self.root}/{shard.path}: cannot be read ({error.strerror}); {REBUILD}") from error
+        if self.verify != "none" and len(content) != shard.bytes:
+            return content, difference("bytes", shard.bytes, len(content))
+        if self.verify == "sha256":
+            key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, shard.sha256)
+            if key not in _checked and (digest := _sha256(content)) != shard.sha256:
+                return content, difference("sha256", shard.sha256, digest)
+            _checked.add(key)
+        return content, ""
+
+    def _open(self, shard: ShardInfo) -> BinaryIO:
+        return self.root.open(shard) if isinstance(self.root, RemoteDirectory) else open(self.root / shard.path, "rb")
+
+    def _check(self, path: str, shard: ShardInfo, documents: Documents) -> None:
         tokens, ends = documents
         if len(ends) != shard.documents:
             raise _mismatch(path, "documents", shard.documents, len(ends))
@@ -140,7 +162,7 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _mismatch(path: Path, what: str, expected: object, found: object) -> DataError:
+def _mismatch(path: str, what: str, expected: object, found: object) -> DataError:
     return DataError(f"{path}: {difference(what, expected, found)}; {REBUILD}")
 
 

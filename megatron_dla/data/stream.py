@@ -69,9 +69,17 @@ class ShardStream(ABC):
         return self.reader.shards[self._order[self.shard]]
 
     def _read(self) -> Documents:
-        """The current shard, in the order of the epoch."""
+        """The current shard, in the order of the epoch. The next one is fetched meanwhile, where it is at a URL."""
         shard = self._current_shard()
-        return self.reader.read(shard).ordered(self.reader.document_order(shard, self.seed, self.epoch))
+        documents = self.reader.read(shard)
+        self.reader.expect(self._following_shard())
+        return documents.ordered(self.reader.document_order(shard, self.seed, self.epoch))
+
+    def _following_shard(self) -> ShardInfo:
+        assert self._order is not None
+        if self.shard + 1 < len(self._order):
+            return self.reader.shards[self._order[self.shard + 1]]
+        return self.reader.shards[self.reader.order(self.seed, self.epoch + 1)[self.number]]
 
     def _next_shard(self) -> None:
         assert self._order is not None

@@ -18,6 +18,7 @@ from megatron_dla.data import ShardReader, TokenLoader, validation_batches
 from megatron_dla.data.loader import ONLY
 from megatron_dla.data.mixture import check_tokenizers, least_tokens, planned_tokens
 from megatron_dla.data.packing import Batch
+from megatron_dla.data.remote import RemoteDirectory, open_directory
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import ConfigError, DataError, UserError
 from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
@@ -52,10 +53,11 @@ class PretrainTask(Task):
         return self.config.data.seq_len
 
     @cached_property
-    def dirs(self) -> dict[str, str]:
-        """The data directory of each source."""
+    def dirs(self) -> dict[str, Path | RemoteDirectory]:
+        """The data directory of each source. Raises DataError where it is at a URL that cannot be read."""
         data = self.config.data
-        return {name: source.dir for name, source in data.sources.items()} or {ONLY: data.dir}
+        named = {name: source.dir for name, source in data.sources.items()} or {ONLY: data.dir}
+        return {name: open_directory(path, data.cache_dir, data.cache_gb) for name, path in named.items()}
 
     @cached_property
     def indexes(self) -> dict[str, ShardIndex]:
@@ -87,7 +89,7 @@ class PretrainTask(Task):
     def check_data(self, world_size: int) -> None:
         """The shards are there with their sizes, made with this tokenizer, and enough for the streams."""
         for name, index in self.indexes.items():
-            self._check_shards(Path(self.dirs[name]), index)
+            self._check_shards(self.dirs[name], index)
         check_tokenizers(self.indexes)
         self._check_length()
         if self.config.training.eval_every and not any("val" in index.splits for index in self.indexes.values()):
@@ -107,14 +109,14 @@ class PretrainTask(Task):
                 "train for fewer steps"
             )
 
-    def _check_shards(self, directory: Path, index: ShardIndex) -> None:
+    def _check_shards(self, directory: Path | RemoteDirectory, index: ShardIndex) -> None:
         tokenizer, data = Tokenizer(directory), self.config.data
         if tokenizer.sha256 != index.tokenizer_sha256:
             raise DataError(
                 f"vocabulary mismatch: {tokenizer.path} ({tokenizer.sha256[:12]}) is not the tokenizer "
                 f"that the shards were made with ({index.tokenizer_sha256[:12]}): build the shards again"
             )
-        for shard in index.shards:
+        for shard in [] if isinstance(directory, RemoteDirectory) else index.shards:
             if shard.split != "train" and not (shard.split == "val" and self.config.training.eval_every):
                 continue
             path = directory / shard.path
@@ -202,7 +204,7 @@ class PretrainTask(Task):
         )  # fmt: skip
         self.mixers = slot_mixers(model)
         self.loader = TokenLoader(
-            self.dirs if config.data.sources else config.data.dir, "train",
+            self.dirs if config.data.sources else self.dirs[ONLY], "train",
             seq_len=self.seq_len, num_streams=config.data.num_streams,
             global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.micro_batch_size,
             dp_rank=dp.rank(), dp_size=dp.size(), seed=config.run.seed, verify=config.data.verify,
@@ -229,6 +231,7 @@ class PretrainTask(Task):
             "data_wait_s": self.loader.last_wait_s,
             "data_crc32": self.data_crc32,  # of this rank's rows of the step: two runs read the same data
             **self._data_report(),
+            **self._fetch_report(),
         }
         if self.config.tau.gate == "annealed":
             metrics["gate_temperature"] = self.gate_temperature
@@ -245,6 +248,12 @@ class PretrainTask(Task):
         counts = torch.tensor(self.loader.counts(), device=self.runtime.device)
         dist.all_reduce(counts, group=self.runtime.groups.dp)
         return self.loader.report(counts.tolist())
+
+    def _fetch_report(self) -> dict[str, int]:
+        """Of this rank, where shards are at URLs."""
+        remote = [directory for directory in self.dirs.values() if isinstance(directory, RemoteDirectory)]
+        counts = {"shards_fetched": "fetched", "fetch_retries": "retries"}
+        return {key: sum(getattr(one, name) for one in remote) for key, name in counts.items()} if remote else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
