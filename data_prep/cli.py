@@ -1,4 +1,4 @@
-"""`dla data tokenizer | shards | merge | verify`."""
+"""`dla data tokenizer | shards | merge | verify | stats | show`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ DEFAULT_SKIP_BAD = 0.01
 
 def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add `dla data` with its commands; `args.func(args)` returns the exit code and may raise DataError."""
-    data = subparsers.add_parser("data", help="train a tokenizer, tokenise text into shards, merge and verify shards")
-    commands = data.add_subparsers(dest="data_command", required=True, metavar="tokenizer|shards|merge|verify")
+    data = subparsers.add_parser("data", help="train a tokenizer, tokenise text into shards, look at and verify shards")
+    names = "tokenizer|shards|merge|verify|stats|show"
+    commands = data.add_subparsers(dest="data_command", required=True, metavar=names)
 
     tokenizer = commands.add_parser(
         "tokenizer",
@@ -56,9 +57,61 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="check shards against their index",
         description="Check sizes, checksums, the tokenizer and every document; list all damaged or missing shards.",
     )
-    verify.add_argument("directory", type=Path, metavar="DIR", help="data directory")
+    _add_directory(verify)
     verify.add_argument("--fast", action="store_true", help="check sizes and checksums only, not the tokens")
+    _add_workers(verify)
     verify.set_defaults(func=_verify)
+    _add_stats(commands)
+    _add_show(commands)
+
+
+def _add_directory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="data directory, or its URL")
+    parser.add_argument(
+        "--cache-dir", default="", metavar="DIR", help="where shards at a URL are kept (default: ~/.cache/megatron-dla)"
+    )
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per available core)")
+
+
+def _add_stats(commands: argparse._SubParsersAction[Any]) -> None:
+    stats = commands.add_parser(
+        "stats",
+        help="tokens, documents, their lengths and sources",
+        description="Print tokens, documents, bytes a token, the lengths of documents, and all of it by source.",
+    )
+    _add_directory(stats)
+    stats.add_argument("--out", type=Path, metavar="DIR", help="write stats.json and a histogram, lengths.png, there")
+    stats.add_argument(
+        "--depth", type=int, default=1, metavar="N",
+        help="parts of a path that name a source: 1 is an input file or directory, 2 its subdirectories (default 1)",
+    )  # fmt: skip
+    stats.add_argument("--shards", type=int, metavar="N", help="read N shards only, evenly spaced (default: all)")
+    _add_workers(stats)
+    stats.set_defaults(func=_stats)
+
+
+def _add_show(commands: argparse._SubParsersAction[Any]) -> None:
+    show = commands.add_parser(
+        "show",
+        help="print a document, or a packed row",
+        description="Print document N of a split, as its tokens give it, or, with --row, the Nth row that a run reads.",
+    )
+    _add_directory(show)
+    show.add_argument("number", type=int, metavar="N", help="from 0")
+    show.add_argument("--split", default="train", metavar="NAME", help="default: train")
+    row = show.add_argument_group(
+        "rows", "Row i of a step is row step * global_batch_size + i. The other options are those of the run's config."
+    )
+    row.add_argument("--row", action="store_true", help="a packed row, with the boundaries of its documents")
+    for name in ("seq_len", "num_streams", "seed", "packing"):
+        row.add_argument(
+            f"--{name.replace('_', '-')}", type=str if name == "packing" else int, metavar=name.upper(),
+            help="default: that of a config without it",
+        )  # fmt: skip
+    show.set_defaults(func=_show)
 
 
 def _add_shards(commands: argparse._SubParsersAction[Any]) -> None:
@@ -176,8 +229,42 @@ def _print_totals(directory: Path, index: ShardIndex) -> None:
         )
 
 
+def _opened(args: argparse.Namespace) -> Any:
+    from megatron_dla.data.remote import open_directory
+
+    return open_directory(args.directory, args.cache_dir)
+
+
 def _verify(args: argparse.Namespace) -> int:
     from megatron_dla.data_prep.verify import verify_shards
 
-    print(verify_shards(args.directory, deep=not args.fast))
+    print(verify_shards(_opened(args), deep=not args.fast, workers=args.workers))
+    return 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from megatron_dla.data_prep.stats import data_stats, write_stats
+
+    stats = data_stats(_opened(args), depth=args.depth, shards=args.shards, workers=args.workers)
+    print(stats)
+    for path in write_stats(stats, args.out) if args.out else []:
+        print(path)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from megatron_dla.config import RunConfig
+    from megatron_dla.data_prep.show import show_document, show_row
+
+    directory = _opened(args)
+    if args.row:
+        config = RunConfig()
+        defaults: dict[str, Any] = {
+            "seq_len": config.data.seq_len, "num_streams": config.data.num_streams, "seed": config.run.seed,
+            "packing": config.data.packing,
+        }  # fmt: skip
+        given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
+        print(show_row(directory, args.number, args.split, **defaults | given))
+    else:
+        print(show_document(directory, args.number, args.split))
     return 0

@@ -71,7 +71,7 @@ def _check_part(part: Path, index: ShardIndex, first: ShardIndex, first_root: Pa
                 f"{part}: {key} = {value!r}, but that of {first_root} is {want!r}; build all parts with one tokenizer"
             )
     for shard in index.shards:
-        if problem := shard.file_problem(part, checksum=False):
+        if problem := shard.size_problem(part):
             raise DataError(f"{part / shard.path}: {problem}; copy it again, or build this part again")
 
 

@@ -90,7 +90,7 @@ class _Writer:
 
     def _found(self, name: str) -> ShardInfo | None:
         shard = self.done.get(name)
-        return None if shard is None or shard.file_problem(self.spool.folder, checksum=False) else shard
+        return None if shard is None or shard.size_problem(self.spool.folder) else shard
 
     def _write(self, path: Path, split: str, members: np.ndarray, tokens: int) -> ShardInfo:
         records = self.records[members]

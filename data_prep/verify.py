@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_dla.console import progress_bar
+from megatron_dla.data_prep.each_shard import for_each_shard
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
-from megatron_dla.shard_index import REBUILD, ShardIndex, ShardInfo, difference
+from megatron_dla.shard_index import REBUILD, ShardIndex, ShardInfo, content_problem, difference
 
 if TYPE_CHECKING:
-    from megatron_dla.data.shards import Documents
+    from megatron_dla.data.remote import RemoteDirectory
+    from megatron_dla.data.shards import Documents, ShardReader
 
 
 @dataclass(frozen=True)
 class VerifyReport:
     """Totals of a data directory without errors. `deep`: the tokens were checked, not only sizes and checksums."""
 
-    directory: Path
+    directory: Path | RemoteDirectory
     deep: bool
     shards: int
     documents: int
@@ -38,39 +40,28 @@ class VerifyReport:
         )
 
 
-def verify_shards(directory: str | os.PathLike[str], *, deep: bool = True) -> VerifyReport:
+def verify_shards(directory: str | os.PathLike[str], *, deep: bool = True, workers: int | None = None) -> VerifyReport:
     """Check a data directory: files, sizes, SHA-256, tokenizer; with `deep` also every document.
 
     `deep` checks the number of documents and tokens, the dtype, that ids are below the vocabulary size, that eos is at
     the end of each document and nowhere else, and, where the tokenizer changes no text, that the tokens' bytes sum to
-    the size of the text.
+    the size of the text. `workers`: threads, each of which holds a shard; None: one per usable core.
 
     Raises DataError with a list of all problems (shard, expected, found) and the fix.
     """
-    root = Path(directory)
+    from megatron_dla.data.remote import open_directory  # imports torch, which the rest does without
+
+    root = open_directory(directory)
     index = ShardIndex.load(root)
-    root = root.parent if root.is_file() else root
-    problems: list[str] = []
-    token_bytes: np.ndarray | None = None
-    try:
-        tokenizer = Tokenizer(root)
-        if tokenizer.sha256 != index.tokenizer_sha256:
-            problems.append(f"{tokenizer.path.name}: {difference('sha256', index.tokenizer_sha256, tokenizer.sha256)}")
-        elif (tokenizer.vocab_size, tokenizer.eos_id) != (index.vocab_size, index.eos_id):
-            ours, found = (index.vocab_size, index.eos_id), (tokenizer.vocab_size, tokenizer.eos_id)
-            problems.append(f"{tokenizer.path.name}: {difference('(vocab_size, eos_id)', ours, found)}")
-        else:
-            token_bytes = tokenizer.token_bytes() if tokenizer.exact_bytes and not tokenizer.losses else None
-    except DataError as error:
-        problems.append(str(error))
-    with progress_bar(index.totals().bytes, "verifying") as bar:
-        for shard in index.shards:
-            problems += [f"{shard.path}: {problem}" for problem in _problems(root, index, shard, token_bytes, deep)]
-            bar.update(shard.bytes)
+    if isinstance(root, Path) and root.is_file():
+        root = root.parent
+    token_bytes, problems = _check_tokenizer(root, index)
+    for shard, wrong in for_each_shard(root, index, partial(_problems, token_bytes=token_bytes, deep=deep), workers):
+        problems += [f"{shard.path}: {problem}" for problem in wrong]
     listed = {shard.path for shard in index.shards}
-    for split in index.splits:
-        extra = sorted(file.name for file in (root / split).glob("*.tar") if f"{split}/{file.name}" not in listed)
-        problems += [f"{split}/{name}: not in the index; delete it" for name in extra]
+    if isinstance(root, Path):
+        found = sorted(f"{split}/{file.name}" for split in index.splits for file in (root / split).glob("*.tar"))
+        problems += [f"{path}: not in the index; delete it" for path in found if path not in listed]
     if problems:
         raise DataError(
             f"{root}: {len(problems)} problem{'s' * (len(problems) > 1)}; {REBUILD}:\n  " + "\n  ".join(problems)
@@ -78,22 +69,44 @@ def verify_shards(directory: str | os.PathLike[str], *, deep: bool = True) -> Ve
     return VerifyReport(root, deep, **asdict(index.totals()))
 
 
-def _problems(root: Path, index: ShardIndex, shard: ShardInfo, token_bytes: np.ndarray | None, deep: bool) -> list[str]:
-    from megatron_dla.data.shards import ShardReader, read_records  # imports torch, which the rest does without
+def _check_tokenizer(root: Path | RemoteDirectory, index: ShardIndex) -> tuple[np.ndarray | None, list[str]]:
+    """Bytes of each token, where they are exact, and the problems."""
+    try:
+        tokenizer = Tokenizer(root)
+    except DataError as error:
+        return None, [str(error)]
+    if tokenizer.sha256 != index.tokenizer_sha256:
+        return None, [f"{tokenizer.path.name}: {difference('sha256', index.tokenizer_sha256, tokenizer.sha256)}"]
+    if (tokenizer.vocab_size, tokenizer.eos_id) != (index.vocab_size, index.eos_id):
+        ours, found = (index.vocab_size, index.eos_id), (tokenizer.vocab_size, tokenizer.eos_id)
+        return None, [f"{tokenizer.path.name}: {difference('(vocab_size, eos_id)', ours, found)}"]
+    return tokenizer.token_bytes() if tokenizer.exact_bytes and not tokenizer.losses else None, []
 
-    if problem := shard.file_problem(root, checksum=True):
+
+def _problems(reader: ShardReader, shard: ShardInfo, *, token_bytes: np.ndarray | None, deep: bool) -> list[str]:
+    from megatron_dla.data.shards import read_records
+
+    try:
+        with reader.open(shard) as file:
+            content = file.read()
+    except OSError as error:
+        return [f"cannot be read ({error.strerror})"]
+    except DataError as error:
+        return [str(error)]
+    if problem := content_problem(shard, content):
         return [problem]
     if not deep:
         return []
     try:
-        documents = ShardReader(index, shard.split, verify="none", root=root).read(shard)
-        records = read_records((root / shard.path).read_bytes())
+        documents, records = reader.documents(shard, content), read_records(content)
         n_bytes = np.array([int(record["n_bytes"]) for record in records], dtype=np.int64)
     except (DataError, KeyError, TypeError, ValueError) as error:
         return [f"{type(error).__name__}: {error}"]
     if len(records) != len(documents.ends):
         return [difference("records", len(documents.ends), len(records))]
-    problems = [f"document {i}: {problem}" for i, problem in _in_documents(documents, n_bytes, index, token_bytes)]
+    problems = [
+        f"document {i}: {problem}" for i, problem in _in_documents(documents, n_bytes, reader.index, token_bytes)
+    ]
     if (total := int(n_bytes.sum())) != shard.text_bytes:
         problems.append(difference("text_bytes", shard.text_bytes, total))
     return problems

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import DataError
-from megatron_dla.files import file_sha256, write_text
+from megatron_dla.files import write_text
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)  # 1: shards with a sample for each document
@@ -46,17 +46,21 @@ class ShardInfo:
         """Path inside the data directory."""
         return f"{self.split}/{self.name}"
 
-    def file_problem(self, root: Path, checksum: bool) -> str:
-        """How the file below the data directory `root` differs in size or SHA-256; empty if it does not."""
-        path = root / self.path
+    def size_problem(self, root: Path) -> str:
+        """How the file below the data directory `root` differs in size; empty if it does not."""
         try:
-            if (size := path.stat().st_size) != self.bytes:
-                return difference("bytes", self.bytes, size)
-            if checksum and (digest := file_sha256(path)) != self.sha256:
-                return difference("sha256", self.sha256, digest)
+            size = (root / self.path).stat().st_size
         except OSError as error:
             return f"cannot be read ({error.strerror})"
-        return ""
+        return difference("bytes", self.bytes, size) if size != self.bytes else ""
+
+
+def content_problem(shard: ShardInfo, content: bytes) -> str:
+    """How the content of a shard's file differs in size or SHA-256; empty if it does not."""
+    if len(content) != shard.bytes:
+        return difference("bytes", shard.bytes, len(content))
+    digest = hashlib.sha256(content).hexdigest()
+    return difference("sha256", shard.sha256, digest) if digest != shard.sha256 else ""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class DataSection:
     prefetch_rows: NonNegativeInt = 64
     """Rows that a thread of each rank reads ahead, rounded up to whole steps; 0 = off. 20 bytes a token."""
     cache_dir: str = ""
-    """Where shards at URLs are kept; best on a disk of the node, whose ranks share it. (none) = ~/.cache/megatron-dla."""
+    """Where shards at URLs are kept: best a disk of the node, whose ranks share it. (none) = ~/.cache/megatron-dla."""
     cache_gb: PositiveFloat = 50.0
     """Size of the shards in cache_dir, in 1e9 bytes; those that were not used for longest make room."""
     reset_at_documents: bool = True

@@ -32,6 +32,7 @@ from megatron_dla.shard_index import (
     TOKENIZER_NAME,
     ShardIndex,
     ShardInfo,
+    content_problem,
     difference,
 )
 
@@ -142,7 +143,7 @@ class RemoteDirectory(os.PathLike[str]):
                 self.retries += 1
                 print(f"note: {url}: {what}; try {number + 1} of {_TRIES} in {wait:.1f} s", file=sys.stderr, flush=True)
                 time.sleep(wait)
-        raise DataError(f"{url}: {what}, at the last of {_TRIES} tries; check the network, or copy the data there again")
+        raise DataError(f"{url}: {what}, after {_TRIES} tries; check the network, or copy the data there again")
 
     def open(self, shard: ShardInfo) -> BinaryIO:
         """The shard, fetched if it is not in the cache, and kept there until the file is closed.
@@ -176,7 +177,7 @@ class RemoteDirectory(os.PathLike[str]):
                     return file
             with self._shards.claim(shard) as ours:
                 if ours and not self._shards.path(shard).exists():
-                    content = self.fetch(shard.path, lambda found: _shard_problem(found, shard))
+                    content = self.fetch(shard.path, lambda found: content_problem(shard, found))
                     self.fetched += 1
                     self._shards.add(shard, content)
             if not ours:
@@ -213,8 +214,8 @@ class ShardCache:
         need = 2 * max((shard.bytes for shard in index.shards), default=0)
         if need > self.limit:
             raise DataError(
-                f"data.cache_gb = {self.limit / 1e9:g}: must be at least {need / 1e9:.2g}, two of the largest shards of "
-                f"{url}, and better two for each stream that this machine reads"
+                f"data.cache_gb = {self.limit / 1e9:g}: must be at least {need / 1e9:.2g}, two of the largest shards "
+                f"of {url}, and better two for each stream that this machine reads"
             )
 
     def path(self, shard: ShardInfo) -> Path:
@@ -353,9 +354,3 @@ def _json_problem(content: bytes) -> str:
 def _sha256_problem(content: bytes, expected: str) -> str:
     digest = hashlib.sha256(content).hexdigest()
     return "" if digest == expected else difference("sha256", expected, digest)
-
-
-def _shard_problem(content: bytes, shard: ShardInfo) -> str:
-    if len(content) != shard.bytes:
-        return difference("bytes", shard.bytes, len(content))
-    return _sha256_problem(content, shard.sha256)

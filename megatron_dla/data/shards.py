@@ -14,13 +14,14 @@ import itertools
 import json
 import os
 import tarfile
+from collections.abc import Callable
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from megatron_dla.data.remote import RemoteDirectory, open_directory
 from megatron_dla.errors import DataError
-from megatron_dla.shard_index import ENDS, REBUILD, TOKENS, ShardIndex, ShardInfo, difference
+from megatron_dla.shard_index import ENDS, REBUILD, RECORDS, TOKENS, ShardIndex, ShardInfo, difference
 
 Verify = Literal["sha256", "size", "none"]
 _GATHER = 1 << 18  # tokens
@@ -103,7 +104,11 @@ class ShardReader:
         Raises DataError, naming the shard, if it is missing, differs from the index in size, checksum,
         documents or tokens, or contains anything but token arrays.
         """
-        content, path = self._content(shard), f"{self.root}/{shard.path}"
+        return self.documents(shard, self._content(shard))
+
+    def documents(self, shard: ShardInfo, content: bytes) -> Documents:
+        """The documents in the content of a shard's file. Raises DataError as `read` does."""
+        path = f"{self.root}/{shard.path}"
         try:
             documents = read_documents(content)
         except Exception as error:  # tarfile and numpy raise many types for damaged bytes
@@ -111,10 +116,14 @@ class ShardReader:
         self._check(path, shard, documents)
         return documents
 
-    def expect(self, shard: ShardInfo) -> None:
-        """Start to fetch a shard that will be read soon, where it is at a URL."""
+    def open(self, shard: ShardInfo) -> BinaryIO:
+        """The shard's file, not checked. Raises OSError, and DataError where it cannot be fetched."""
+        return self.root.open(shard) if isinstance(self.root, RemoteDirectory) else open(self.root / shard.path, "rb")
+
+    def expect(self, shard: Callable[[], ShardInfo]) -> None:
+        """Start to fetch the shard that will be read next, where it is at a URL."""
         if isinstance(self.root, RemoteDirectory):
-            self.root.expect(shard)
+            self.root.expect(shard())
 
     def _content(self, shard: ShardInfo) -> bytes:
         content, problem = self._read(shard)
@@ -128,7 +137,7 @@ class ShardReader:
     def _read(self, shard: ShardInfo) -> tuple[bytes, str]:
         """The content of a shard's file, and how it differs from the index ('': not at all)."""
         try:
-            with self._open(shard) as file:
+            with self.open(shard) as file:
                 status, content = os.fstat(file.fileno()), file.read()
         except OSError as error:
             raise DataError(f"{self.root}/{shard.path}: cannot be read ({error.strerror}); {REBUILD}") from error
@@ -140,9 +149,6 @@ class ShardReader:
                 return content, difference("sha256", shard.sha256, digest)
             _checked.add(key)
         return content, ""
-
-    def _open(self, shard: ShardInfo) -> BinaryIO:
-        return self.root.open(shard) if isinstance(self.root, RemoteDirectory) else open(self.root / shard.path, "rb")
 
     def _check(self, path: str, shard: ShardInfo, documents: Documents) -> None:
         tokens, ends = documents
@@ -193,7 +199,27 @@ def read_documents(content: bytes) -> Documents:
 
 def read_records(content: bytes) -> list[dict[str, Any]]:
     """`source` and `n_bytes` (of text) of each document in a tar file. Raises whatever tarfile and json raise."""
-    records = [json.loads(bytes(part)) for name, part in _members(content).items() if name.endswith(".json")]
+    return _records([bytes(part) for name, part in _members(content).items() if name.endswith(".json")])
+
+
+def read_layout(file: BinaryIO) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Where each document of a tar file ends (int64 [documents]), and the records, without reading the tokens.
+
+    Raises whatever tarfile, numpy and json raise. Files of format 1 are read whole.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        members = {member.name.partition(".")[2]: member for member in tar}
+        if TOKENS in members:
+            ends, records = (tar.extractfile(members[name]) for name in (ENDS, RECORDS))
+            assert ends is not None and records is not None
+            return np.load(io.BytesIO(ends.read())).astype(np.int64), _records([records.read()])
+    file.seek(0)
+    content = file.read()
+    return read_documents(content).ends, read_records(content)
+
+
+def _records(parts: list[bytes]) -> list[dict[str, Any]]:
+    records = [json.loads(part) for part in parts]
     if len(records) == 1 and "sources" in records[0]:
         columns = records[0]
         return [{"source": s, "n_bytes": n} for s, n in zip(columns["sources"], columns["n_bytes"], strict=True)]

@@ -72,7 +72,7 @@ class ShardStream(ABC):
         """The current shard, in the order of the epoch. The next one is fetched meanwhile, where it is at a URL."""
         shard = self._current_shard()
         documents = self.reader.read(shard)
-        self.reader.expect(self._following_shard())
+        self.reader.expect(self._following_shard)
         return documents.ordered(self.reader.document_order(shard, self.seed, self.epoch))
 
     def _following_shard(self) -> ShardInfo:

@@ -116,7 +116,18 @@ class PretrainTask(Task):
                 f"vocabulary mismatch: {tokenizer.path} ({tokenizer.sha256[:12]}) is not the tokenizer "
                 f"that the shards were made with ({index.tokenizer_sha256[:12]}): build the shards again"
             )
-        for shard in [] if isinstance(directory, RemoteDirectory) else index.shards:
+        if isinstance(directory, Path):
+            self._check_sizes(directory, index)
+        shards = len(index.split("train"))
+        if data.num_streams > shards:
+            raise ConfigError(
+                f"data.num_streams = {data.num_streams} is more than the {shards} train shards of {directory}: use at "
+                f"most {shards}, or build more shards (dla data shards --min-train-shards {data.num_streams})"
+            )
+
+    def _check_sizes(self, directory: Path, index: ShardIndex) -> None:
+        """Of the files on a disk; what is at a URL is checked when it is fetched."""
+        for shard in index.shards:
             if shard.split != "train" and not (shard.split == "val" and self.config.training.eval_every):
                 continue
             path = directory / shard.path
@@ -126,12 +137,6 @@ class PretrainTask(Task):
                 raise DataError(
                     f"shard {str(path)!r} {state}: copy it again, or rebuild with dla data shards --overwrite"
                 )
-        shards = len(index.split("train"))
-        if data.num_streams > shards:
-            raise ConfigError(
-                f"data.num_streams = {data.num_streams} is more than the {shards} train shards of {directory}: use at "
-                f"most {shards}, or build more shards (dla data shards --min-train-shards {data.num_streams})"
-            )
 
     @property
     def _tokens(self) -> int:
