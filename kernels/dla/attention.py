@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import cache as once
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -293,14 +294,17 @@ def dla_attention(
         )
     if learned and partition.lo is None:
         raise ValueError("partition.lo is missing: compute the partition with the tau that requires a gradient")
+    if backend == "triton":
+        attend = partial(
+            _kernel("triton_attention", "triton_attention"), q, k, v, g, slot_weights, beta, part=partition,
+            cu_seqlens=cu_seqlens, tau=tau, temperature=tau_temperature,
+        )  # fmt: skip
+        if cache is None and not return_cache:
+            return attend()[0], None
     resets = document_starts(cu_seqlens, B, T, v.device).repeat_interleave(H, dim=0)
     slots, slot_death, states = _incoming(cache, partition, k, v, capacity)
     if backend == "triton":
-        attend = _kernel("triton_attention", "triton_attention")
-        out, final = attend(
-            q, k, v, g, slot_weights, beta, part=partition, cu_seqlens=cu_seqlens, tau=tau,
-            temperature=tau_temperature, cache=cache, slot_death=slot_death, states=states, want_final=return_cache,
-        )  # fmt: skip
+        out, final = attend(cache=cache, slot_death=slot_death, states=states, want_final=return_cache)
         return out, _final_cache(final, partition, resets, slots, slot_death, cache) if return_cache else None
     start, death, score = (_flat(x) for x in (partition.start, partition.death, partition.score))
     lo = None if partition.lo is None else _flat(partition.lo)

@@ -30,7 +30,7 @@ from .threshold import threshold_gradient
 WINDOW, PAIRS, ELEMENTS = 512, 1 << 18, 1 << 18
 # glibc returns freed memory to the system beyond twice the largest block ever freed, up to 64 MB (mallopt(3)), and all
 # temporaries would be faulted in again: free one such block, which nobody has written to
-torch.empty(31 << 20, dtype=torch.uint8)
+torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 NEVER = 2**30  # death of a start that lives to the end
 
 

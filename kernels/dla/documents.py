@@ -11,18 +11,25 @@ from .cache import EMPTY
 
 
 def document_starts(
-    cu_seqlens: Tensor | None, batch: int, length: int, device: torch.device | str | None = None
+    cu_seqlens: Tensor | None,
+    batch: int,
+    length: int,
+    device: torch.device | str | None = None,
+    *,
+    copy: bool = True,
 ) -> Tensor:
     """bool [B, T]: True where a document begins, from cumulative lengths over the flattened B*T tokens.
 
     With several rows, every row start begins a document, whether `cu_seqlens` names it or not. Where `cu_seqlens` is on
-    the host, the layers of a model share one transfer of the result to their device.
+    the host, the layers of a model share one transfer of the result to their device. Without `copy` they share the
+    result: do not write into it.
     """
     if cu_seqlens is None:
         return torch.zeros(batch, length, dtype=torch.bool, device=device)
     if cu_seqlens.device.type != "cpu":
         return _starts(cu_seqlens, batch, length).to(device or cu_seqlens.device)
-    return _moved_starts(tuple(cu_seqlens.tolist()), batch, length, device).clone()
+    moved = _moved_starts(tuple(cu_seqlens.tolist()), batch, length, device)
+    return moved.clone() if copy else moved
 
 
 def _starts(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:

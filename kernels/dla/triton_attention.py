@@ -11,7 +11,8 @@ from .cache import Partition, SlotCache, beyond_kernels
 from .documents import document_starts
 from .triton_chunk import TritonDLA
 from .triton_launch import LaunchPlan
-from .triton_layout import NEVER, make_layout, to_line
+from .triton_layout import NEVER, make_layout
+from .triton_tables import to_line
 from .triton_threshold import threshold_gradient
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -65,7 +66,7 @@ def triton_attention(
     G, Dk, K = k.shape[2], k.shape[3], slot_weights.shape[-1]
     tile = tile or (triton_launch.TILE if v.dtype == torch.bfloat16 else triton_launch.WIDE_TILE)
     plan = LaunchPlan(v.dtype, Dk, Dv, H, G, K, beta is not None, tile=tile, tiles=tiles or triton_launch.TILES)
-    layout = make_layout(B, T, cu_seqlens, plan.block, window_rows or triton_launch.WINDOW_ROWS, v.device)
+    layout = make_layout(B, T, cu_seqlens, plan.block, window_rows or plan.window_rows, v.device)
     incoming = None
     if cache is not None:
         assert slot_death is not None and states is not None

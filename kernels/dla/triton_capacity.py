@@ -26,11 +26,12 @@ def capacity_kernel(
     cache_live,  # [n, H] int32, or unused
     cache_count,  # [n, H, K] fp32 chronological, or unused
     cache_info,  # [n, H, K] fp32 chronological, or unused
-    life,  # [H, T] int32: in, a large number at starts and 0 elsewhere; out, deaths too
-    cache_death,  # [n, H, K] int32 chronological: in, a large number; out, deaths too
-    lo,  # [H, T] int32 out, or unused: oldest token that moves if the token's decision is toggled
-    final_info,  # [n, H, K] fp32 out, chronological
+    death,  # [H, T] int32 out: position in the row, ROW for never
+    cache_death,  # [n, H, K] int32 out, chronological, likewise; or unused
+    lo,  # [H, T] int32 out, or unused: oldest token of the row that moves if the token's decision is toggled
+    final_info,  # [T / ROW, H, K] fp32 out, chronological: of the segments that end a row
     T, H, K,
+    ROW,  # tokens of a row of the batch, which no segment crosses
     HAS_CACHE: tl.constexpr, WANT_LO: tl.constexpr, TILE: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -40,8 +41,10 @@ def capacity_kernel(
     o_table = (i_n.to(tl.int64) * H + i_h) * K
     starts += i_h * T
     sums += i_h * T
-    life += i_h * T
+    death += i_h * T
     lo += i_h * T
+    row = begin // ROW
+    offset = row * ROW
     b_start = -1 - o_s
     b_count = tl.zeros([KP], tl.float32)
     b_info = tl.zeros([KP], tl.float32)
@@ -50,6 +53,7 @@ def capacity_kernel(
         live = tl.load(cache_live + i_n * H + i_h)
         b_count = tl.load(cache_count + o_table + o_s, mask=o_s < live, other=0.0)
         b_info = tl.load(cache_info + o_table + o_s, mask=o_s < live, other=0.0)
+        tl.store(cache_death + o_table + o_s, ROW + o_s * 0, mask=o_s < K)
     last_sum = tl.sum(tl.where(o_s == live - 1, b_info, 0.0), 0)
     first = begin
     while first < finish:
@@ -59,6 +63,8 @@ def capacity_kernel(
         b_total = tl.load(sums + o_t, mask=o_t < finish, other=0.0)
         b_before = tl.load(sums + o_t - 1, mask=(o_t < finish) & (o_i > 0), other=0.0)
         b_before = tl.where(o_i == 0, last_sum, b_before)
+        tl.store(death + o_t, ROW + o_i * 0, mask=o_t < finish)
+        tl.debug_barrier()  # another thread writes the deaths
         at = n * 0
         while at < n:
             e = tl.min(tl.where(m_open & (o_i >= at), o_i, TILE), 0)
@@ -76,7 +82,7 @@ def capacity_kernel(
                 b_lo = tl.where((older + b_before) / b_tokens < closed_cost, open_start, closed_start)
                 b_lo = tl.where(live == K, tl.maximum(b_lo, begin), begin)
                 b_lo = tl.where(o_t == begin, begin, b_lo)
-                tl.store(lo + o_t, b_lo, mask=(o_i >= at) & (o_i <= e) & (o_t < finish))
+                tl.store(lo + o_t, b_lo - offset, mask=(o_i >= at) & (o_i <= e) & (o_t < finish))
             if upto > at:  # tokens that joined the open slot
                 b_count = tl.where(m_last, b_count + (upto - at).to(tl.float32), b_count)
                 joined = tl.sum(tl.where(o_i == upto - 1, b_total, 0.0), 0)
@@ -93,9 +99,9 @@ def capacity_kernel(
                     b_start = tl.where(m_moved, shifted(b_start, o_s, KP), b_start)
                     live -= 1
                     if dying >= 0:
-                        tl.store(life + dying, first + e)
+                        tl.store(death + dying, first + e - offset)
                     else:
-                        tl.store(cache_death + o_table - 1 - dying, first + e)
+                        tl.store(cache_death + o_table - 1 - dying, first + e - offset)
                 m_new = o_s == live
                 b_start = tl.where(m_new, first + e, b_start)
                 b_count = tl.where(m_new, 1.0, b_count)
@@ -106,4 +112,5 @@ def capacity_kernel(
                 at = n
         last_sum = tl.sum(tl.where(o_i == n - 1, b_total, 0.0), 0)
         first += TILE
-    tl.store(final_info + o_table + o_s, tl.where(o_s < live, b_info, 0.0), mask=o_s < K)
+    p_final = final_info + (row.to(tl.int64) * H + i_h) * K + o_s
+    tl.store(p_final, tl.where(o_s < live, b_info, 0.0), mask=(o_s < K) & (finish == offset + ROW))

@@ -6,7 +6,7 @@ snapshots of the slot states exist for one window at a time, so the workspace do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from .triton_local import (
 )
 from .triton_scan import reverse_scan_kernel, state_scan_kernel
 from .triton_slots import slot_columns_kernel, slot_reverse_kernel, slot_scan_kernel
+from .triton_sums import add_heads
 from .triton_tables import decay_cumsum_kernel, live_anchor_kernel, live_table_kernel, tile_counts_kernel
 
 
@@ -66,6 +67,9 @@ class Tables:
     live: Tensor  # int32 [rows, H]
     columns: Tensor  # int16 [blocks, H, 6, KP], see `triton_slots.py`
     moves: Tensor  # int32 [blocks, H, 4]
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 def block_decay(g: Tensor, layout: BlockLayout) -> Tensor:
@@ -297,21 +301,23 @@ class TritonDLA(torch.autograd.Function):
                 carries.append(resumed)
             else:
                 resumed = None
-        ctx.save_for_backward(q, k, v, g, lam, beta, states, tau, life, *carries)
+        ctx.save_for_backward(q, k, v, g, lam, beta, states, tau, *tables.tensors(), *carries)
+        ctx.set_materialize_grads(False)
         ctx.plan, ctx.layout, ctx.cache, ctx.threshold = plan, layout, cache, threshold
-        final = torch.cat(finals) if finals else v.new_zeros(0, dtype=torch.float32)
+        final = torch.cat(finals) if finals else v.new_empty(0, dtype=torch.float32)
         return o, final
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor):
-        q, k, v, g, lam, beta, states, tau, life, *carries = ctx.saved_tensors
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None):
+        q, k, v, g, lam, beta, states, tau, *rest = ctx.saved_tensors
         plan, layout = ctx.plan, ctx.layout
         x = Inputs(q, k, v, g, lam, beta)
-        tables = make_tables(plan, layout, g, life, ctx.cache)
+        count = len(fields(Tables))
+        tables, carries = Tables(*rest[:count]), rest[count:]
         learned = ctx.needs_input_grad[7]
         grads = Gradients.empty(plan, x, len(layout.windows), learned)
-        do = do.contiguous()
+        do = torch.zeros_like(v) if do is None else do.contiguous()
         carried = list(carries)
         resumed_grad: Tensor | None = None
         dstates = None if states is None else torch.zeros_like(states)
@@ -320,10 +326,10 @@ class TritonDLA(torch.autograd.Function):
             snap, _ = work.scan(_incoming(work, states, carried.pop() if window.resumes else None))
             n = len(window.segments)
             carry = work.carry(reverse=True)
-            if dfinal.numel():
-                carry[:, 0] = dfinal[window.segment_lo : window.segment_lo + n]
+            if dfinal is None:
+                carry[:, 0].zero_()
             else:
-                carry[:, 0] = 0
+                carry[:, 0] = dfinal[window.segment_lo : window.segment_lo + n]
             if window.continues:
                 assert resumed_grad is not None
                 carry[-1, 0] = resumed_grad
@@ -335,19 +341,21 @@ class TritonDLA(torch.autograd.Function):
         if dstates is not None:  # slots that were never live were never written
             there = torch.arange(plan.K, device=v.device) < ctx.cache[0][..., None]
             dstates = torch.where(there[..., None, None], dstates, 0)
-        dq, dk = grads.finish(plan, x)
         dtau = None
         if learned:
             dtau = ctx.threshold(grads.dlam, lam, tau)
-        return dq, dk, grads.dv, grads.dg, grads.dlam.to(lam.dtype), grads.dbeta, dstates, dtau, *(None,) * 6
+        given = (grads.dq, grads.dk, grads.dv, grads.dg, grads.dlam.to(lam.dtype), grads.dbeta)
+        return *given, dstates, dtau, *(None,) * 6
 
 
 @dataclass
 class Gradients:
     """Outputs of the backward kernels over the whole line."""
 
-    dq: Tensor  # [T, G, DK], or each head's [T, H, DK] (Gated DeltaNet)
-    dk: Tensor  # [T, H / heads, DK]
+    dq: Tensor  # [T, G, DK]
+    dk: Tensor
+    dq_parts: Tensor  # each head's, fp32 [T, H, DK] (Gated DeltaNet with fewer groups), or dq
+    dk_parts: Tensor  # fp32 [T, H / heads, DK], or dk
     dv: Tensor
     dg: Tensor
     dlam: Tensor  # [T, H, K]; fp32 where tau is learned: its gradient is made of differences of these
@@ -358,13 +366,16 @@ class Gradients:
     def empty(cls, plan: LaunchPlan, x: Inputs, windows: int, learned: bool) -> Gradients:
         T, dev = x.v.shape[0], x.v.device
         heads = 1 if plan.gdn else heads_per_program(plan, T // max(windows, 1))
-        splits = plan.H // heads
-        dtype = x.q.dtype if splits == plan.G else torch.float32
+        dq, dk = torch.empty_like(x.q), torch.empty_like(x.k)
+
+        def parts(n: int, whole: Tensor) -> Tensor:
+            return whole if n == plan.G else torch.empty(T, n, plan.DK, dtype=torch.float32, device=dev)
+
         return cls(
-            dq=torch.empty(
-                T, plan.H if plan.gdn else plan.G, plan.DK, dtype=dtype if plan.gdn else x.q.dtype, device=dev
-            ),
-            dk=torch.empty(T, splits, plan.DK, dtype=dtype, device=dev),
+            dq=dq,
+            dk=dk,
+            dq_parts=parts(plan.H, dq) if plan.gdn else dq,
+            dk_parts=parts(plan.H // heads, dk),
             dv=torch.empty_like(x.v),
             dg=torch.empty_like(x.g),
             dlam=torch.empty_like(x.lam, dtype=torch.float32 if learned else x.lam.dtype),
@@ -372,12 +383,13 @@ class Gradients:
             heads=heads,
         )
 
-    def finish(self, plan: LaunchPlan, x: Inputs) -> tuple[Tensor, Tensor]:
-        """dq, dk in the shapes and dtypes of their inputs."""
-        T = x.v.shape[0]
-        dq, dk = (y.view(T, plan.G, -1, plan.DK) for y in (self.dq, self.dk))
-        dq, dk = (y[:, :, 0] if y.shape[2] == 1 else y.sum(2) for y in (dq, dk))
-        return dq.to(x.q.dtype), dk.to(x.k.dtype)
+    def add_heads(self, at: slice, dq: Tensor | None) -> None:
+        """The sums over heads at the tokens `at`; dq: fp32 [tokens, H, DK] where a window has each head's (Mamba-2)."""
+        parts = [] if dq is None else [(dq, self.dq[at])]
+        both = ((self.dq_parts, self.dq), (self.dk_parts, self.dk))
+        parts += [(x[at], whole[at]) for x, whole in both if x is not whole]
+        if parts:
+            add_heads(parts)
 
 
 def heads_per_program(plan: LaunchPlan, tokens: int) -> int:
@@ -404,11 +416,9 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
     initial, dkeep = work.reverse_scan(snap, dstates, carry)
     dat = work.new(work.tokens, H, C) if plan.gdn else x.v
     dqt, rows = _query_gradient(work, snap, do, grads, dat)
-    if not plan.gdn:  # heads that share a query
-        grads.dq[work.token_lo : work.token_lo + work.tokens] = dqt.view(work.tokens, plan.G, -1, plan.DK).sum(2)
     dims = plan.launch("key_gradient", do.device)
     splits = H // grads.heads
-    dkh = work.new(work.tokens, H, plan.DK) if plan.gdn else grads.dk
+    dkh = work.new(work.tokens, H, plan.DK) if plan.gdn else grads.dk_parts
     parts = ceil_div(plan.DK, dims["BK"])
     cols, ends = (work.new(parts, H, T) for _ in range(2))
     key_gradient_kernel[(work.tiles, splits, parts)](
@@ -424,6 +434,7 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
         rows, cols, ends, dkeep = _local_backward(work, snap, dstates, dat, dqt, dkh, grads)
     else:
         dkeep = dkeep.sum(0)
+    grads.add_heads(slice(work.token_lo, work.token_lo + work.tokens), None if plan.gdn else dqt)
     decay_gradient_kernel[(work.blocks, H)](
         tables.cg, rows, cols, ends, dkeep, grads.dg, blocks, window.block_lo, T, H, ROWS=len(rows), PARTS=len(cols),
         BLOCK=plan.block, num_warps=4,
@@ -477,8 +488,8 @@ def _local_backward(
     grid = (work.blocks, H)
     local_pairs_kernel[grid](*inputs, dat, dqt, dkh, db, rows[0], *where, **meta)
     local_inverse_backward_kernel[grid](*inputs[1:], db, rows[1], grads.dbeta, *where, **meta)
-    local_query_kernel[(*grid, parts)](x.q, x.k, tables.cg, dat, dqt, grads.dq, rows[2:], *where, **meta)
+    local_query_kernel[(*grid, parts)](x.q, x.k, tables.cg, dat, dqt, grads.dq_parts, rows[2:], *where, **meta)
     local_key_kernel[(*grid, parts)](
-        *inputs, work.at, work.kh, dat, db, dqt, dkh, dphi, grads.dk, cols, ends, *where, **meta
+        *inputs, work.at, work.kh, dat, db, dqt, dkh, dphi, grads.dk_parts, cols, ends, *where, **meta
     )
     return rows, cols, ends, dphi.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -311,18 +311,21 @@ def detect_kernel(
     tau,  # [H] fp32
     state,  # [shards, H, DK, DV] fp32: in for a segment's first shard with a cache, out: the open state at the end
     infos,  # [shards, H] fp32: likewise, summed scores of the open slot
-    fresh,  # [shards, H] int32: 1 where nothing is open at the start
+    fresh,  # [shards, H] int32: 1 where nothing is open at the start; without a cache unused
     starts, scores, sums, blocks,
     shards,  # [n, 3]: first block, blocks, whether the shard before is of the same segment
     T, H, GROUP,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr,
+    PREC: tl.constexpr, HAS_CACHE: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first_block, n_blocks = tl.load(shards + 3 * i_n), tl.load(shards + 3 * i_n + 1)
     i_nh = i_n.to(tl.int64) * H + i_h
-    empty = tl.load(fresh + i_nh)
-    info = tl.load(infos + i_nh)
+    empty = n_blocks * 0 + 1
+    info = tl.zeros([], tl.float32)
+    if HAS_CACHE:
+        empty = tl.load(fresh + i_nh)
+        info = tl.load(infos + i_nh)
     threshold = tl.load(tau + i_h)
     for i_b in range(n_blocks):
         first, end = tl.load(blocks + 4 * (first_block + i_b)), tl.load(blocks + 4 * (first_block + i_b) + 1)

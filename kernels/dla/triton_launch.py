@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton.language as tl
@@ -15,7 +16,8 @@ PRECISION = "tf32x3"  # of products of fp32 operands: as good as fp32
 WIDE_TILE = 32  # with operands of 4 bytes
 TILES = 4  # tiles a block
 DETECT_TILE = 32  # tokens a chunk of the detection pass: its C x C arrays stay in registers
-WINDOW_ROWS = 64  # blocks (and segment ends) whose slot states are in memory at once
+WINDOW_ROWS = 64  # at least so many blocks (and segment ends) have their slot states in memory at once,
+WINDOW_BYTES = 4 << 30  # and as many as take so many bytes
 
 # kernel (`.256`: for dk > 128; `.v64`: for dv <= 64, where a loop over value dims that runs once holds more registers;
 # `.sm80`: on GPUs before Hopper, where operands take up registers): (BK, BV, warps, stages) for bf16 and for operands
@@ -56,9 +58,14 @@ ALL_REGISTERS = {"maxnreg": 255}  # told so, the assembler does not spill to fit
 
 
 def head_values(x: float | torch.Tensor, heads: int, device: torch.device) -> torch.Tensor:
-    """A number, or one a head, as contiguous fp32 [H]; a number costs no copy from the host."""
+    """A number, or one a head, as contiguous fp32 [H], to be read only; a number costs no copy from the host."""
     if isinstance(x, torch.Tensor):
         return x.to(device, torch.float32).expand(heads).contiguous()
+    return _filled(float(x), heads, device)
+
+
+@lru_cache(maxsize=64)
+def _filled(x: float, heads: int, device: torch.device) -> torch.Tensor:
     return torch.full((heads,), x, dtype=torch.float32, device=device)
 
 
@@ -106,6 +113,12 @@ class LaunchPlan:
     @property
     def slots_padded(self) -> int:
         return power_of_two(self.K, 2)
+
+    @property
+    def window_rows(self) -> int:
+        """Rows whose slot states are in memory at once; their gradients take as much again."""
+        row = self.H * self.K * self.DK * self.DV * self.state_dtype.itemsize
+        return max(WINDOW_ROWS, WINDOW_BYTES // row)
 
     def found(self, kernel: str, device: torch.device) -> dict[str, int]:
         """What the table or a measured file says for these dims, dtype and GPU."""

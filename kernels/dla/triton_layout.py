@@ -14,8 +14,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..common.launch import ceil_div
+
 # arguments whose value must not compile another kernel
-SIZES = ["T", "N_TOKENS", "block_lo", "row_lo", "token_lo"]
+SIZES = ["T", "ROW", "N_TOKENS", "block_lo", "row_lo", "token_lo"]
 NEVER = 2**30  # death of a start that lives to the end, in line coordinates
 
 
@@ -113,6 +115,8 @@ def _windows(
 ) -> tuple[tuple[Window, ...], Tensor]:
     cuts: list[tuple[int, int, int, int]] = []
     table: list[tuple[int, int, int, int]] = []
+    rows = blocks[-1][2] + 2
+    window_rows = min(window_rows, 1 + ceil_div(rows, ceil_div(rows, window_rows)))  # about equal ones
     lo = 0
     while lo < len(blocks):
         hi = lo + 1
@@ -139,15 +143,3 @@ def _windows(
         for lo, hi, begin, end in cuts
     )
     return windows, segments
-
-
-def to_line(death: Tensor, start: Tensor) -> Tensor:
-    """Partition -> int32 [H, B * T]: death in line coordinates, NEVER, or 0 where no slot starts.
-
-    Args:
-        death: int32 [B, T, H], position in the row, >= T for never. start: bool [B, T, H].
-    """
-    B, T, H = death.shape
-    offset = torch.arange(B, dtype=torch.int32, device=death.device).view(B, 1, 1) * T
-    line = torch.where(death >= T, NEVER, death.to(torch.int32) + offset)
-    return torch.where(start, line, 0).to(torch.int32).permute(2, 0, 1).reshape(H, B * T).contiguous()

@@ -14,7 +14,7 @@ from .triton_capacity import capacity_kernel
 from .triton_chunk import block_decay, chunk_inverse
 from .triton_detect import detect_kernel, detect_pairs_kernel, repair_kernel, repair_rest_kernel
 from .triton_launch import ALL_REGISTERS, PRECISION, LaunchPlan, head_values
-from .triton_layout import NEVER, BlockLayout, make_layout
+from .triton_layout import BlockLayout, make_layout
 
 PROGRAMS = 264  # two for each processor of a large GPU: segments are cut into shards up to this number in all
 SHARD_BLOCKS = 32  # least blocks a shard: a shard is run again for about two slots' tokens
@@ -77,12 +77,14 @@ def triton_partition(
         cg = block_decay(g, layout)
         inv = cg if beta is None else chunk_inverse(plan, k, beta, cg, layout)
         shards, of_segment = _shards(layout.blocks_of_segment, H, shard_blocks, device)
-        starts = torch.zeros(H, B * T, dtype=torch.int8, device=device)
+        starts = torch.empty(H, B * T, dtype=torch.int8, device=device)
         scores, sums = (torch.empty(H, B * T, device=device) for _ in range(2))
-        fresh = torch.ones(len(shards), H, dtype=torch.int32, device=device)
         state = torch.empty(len(shards), H, Dk, Dv, device=device)
-        infos = torch.zeros(len(shards), H, device=device)
+        infos = torch.empty(len(shards), H, device=device)
+        fresh = infos
         if cache is not None:
+            fresh = torch.ones(len(shards), H, dtype=torch.int32, device=device)
+            infos.zero_()
             heads = of_segment[:, 0].long()
             last = (cache.live - 1).clamp(min=0)[..., None]
             open_slot = last[..., None, None].expand(B, H, 1, Dk, Dv)
@@ -101,9 +103,11 @@ def triton_partition(
         taus = head_values(tau, H, device)
         args = (k, v, g if beta is None else beta, cg, inv, effect, pairs, k2, written, taus, state, infos)
         meta |= plan.launch("detect_gdn" if gdn else "detect", device)
-        detect_kernel[(len(shards), H)](*args, fresh, starts, scores, sums, layout.blocks, shards, *sizes, **meta)
+        detect_kernel[(len(shards), H)](
+            *args, fresh, starts, scores, sums, layout.blocks, shards, *sizes, HAS_CACHE=cache is not None, **meta
+        )
         if len(shards) > len(of_segment):
-            agreed, ends = torch.empty_like(fresh), torch.empty_like(infos)
+            agreed, ends = torch.empty_like(infos, dtype=torch.int32), torch.empty_like(infos)
             again = (*args, starts, scores, sums, layout.blocks, shards, agreed, ends)
             meta |= ALL_REGISTERS
             repair_kernel[(len(shards), H)](*again, *sizes, **meta)
@@ -123,35 +127,24 @@ def _capacity(
     want_lo,
 ) -> Partition:
     H, K, device = plan.H, plan.K, starts.device
-    n, T = len(layout.segments), layout.tokens // B
-    life = starts.to(torch.int32) * NEVER
-    lo = torch.empty_like(life) if want_lo else life
-    cache_death = torch.full((n, H, K), NEVER, dtype=torch.int32, device=device)
-    final_info = torch.empty(n, H, K, device=device)
-    incoming = (life, sums, sums)
+    T = layout.tokens // B
+    death = torch.empty_like(starts, dtype=torch.int32)
+    lo = torch.empty_like(death) if want_lo else death
+    final_info = torch.empty(B, H, K, device=device)
+    incoming, cache_death = (death, sums, sums), None
     if cache is not None:
         incoming = (cache.live.int().contiguous(), cache.count.float().contiguous(), cache.info.float().contiguous())
-    capacity_kernel[(n, H)](
-        starts, sums, layout.segments, *incoming, life, cache_death, lo, final_info, layout.tokens, H, K,
-        HAS_CACHE=cache is not None, WANT_LO=want_lo, TILE=64, KP=plan.slots_padded, num_warps=1,
+        cache_death = torch.empty(B, H, K, dtype=torch.int32, device=device)
+    capacity_kernel[(len(layout.segments), H)](
+        starts, sums, layout.segments, *incoming, death, death if cache_death is None else cache_death, lo, final_info,
+        layout.tokens, H, K, T, HAS_CACHE=cache is not None, WANT_LO=want_lo, TILE=64, KP=plan.slots_padded,
+        num_warps=1,
     )  # fmt: skip
-    offset = (torch.arange(B, device=device) * T).int()
 
     def rows(x: Tensor) -> Tensor:
         return x.view(H, B, T).permute(1, 2, 0)
 
-    start = rows(starts) > 0
-    death = rows(life)
-    death = torch.where(start & (death < NEVER), death - offset.view(B, 1, 1), T)
-    last = layout.last_segments
-    cache_death = (
-        torch.where(cache_death < NEVER, cache_death - offset.view(B, 1, 1), T) if n == B else cache_death[last]
-    )
     return Partition(
-        start=start.contiguous(),
-        death=death.int().contiguous(),
-        score=rows(scores).contiguous(),
-        lo=(rows(lo) - offset.view(B, 1, 1)).int().contiguous() if want_lo else None,
-        cache_death=cache_death.clamp(max=T).int(),
-        final_info=final_info[last],
-    )
+        start=rows(starts.view(torch.bool)), death=rows(death), score=rows(scores), lo=rows(lo) if want_lo else None,
+        cache_death=cache_death, final_info=final_info,
+    )  # fmt: skip

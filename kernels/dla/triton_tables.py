@@ -5,13 +5,50 @@ Everything is a count of live starts: a start p is live at t iff p <= t < death[
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .triton_layout import SIZES
+from ..common.launch import ceil_div
+from .triton_layout import NEVER, SIZES
 
 LIVE_SPAN = 1024  # tokens that a table of live slots looks back at, before it goes on from an earlier row's
+EVER = tl.constexpr(NEVER)
 FORGOTTEN = tl.constexpr(-104.0)  # exp of this and of anything below is 0 in fp32
+
+
+@triton.jit(do_not_specialize=["T", "death_b", "death_h", "start_b", "start_h"])
+def line_kernel(
+    death, start,  # [B, T, H], any strides
+    line,  # [H, B * T] out
+    T, death_b, death_t, death_h, start_b, start_t, start_h,
+    H: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """See `to_line`."""
+    i_b, i_h = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_t = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_t = o_t < T
+    b_death = tl.load(death + i_b * death_b + o_t * death_t + i_h * death_h, mask=m_t, other=0)
+    b_start = tl.load(start + i_b * start_b + o_t * start_t + i_h * start_h, mask=m_t, other=0)
+    b_line = tl.where(b_death >= T, EVER, b_death + i_b.to(tl.int32) * T)
+    p_line = line + (i_h * tl.num_programs(0) + i_b) * T + o_t
+    tl.store(p_line, tl.where(b_start != 0, b_line, 0).to(tl.int32), mask=m_t)
+
+
+def to_line(death: Tensor, start: Tensor) -> Tensor:
+    """Partition -> int32 [H, B * T]: death in line coordinates, NEVER, or 0 where no slot starts.
+
+    Args:
+        death: int32 [B, T, H], position in the row, >= T for never. start: bool [B, T, H].
+    """
+    B, T, H = death.shape
+    line = torch.empty(H, B * T, dtype=torch.int32, device=death.device)
+    block = 1024
+    line_kernel[(B, ceil_div(T, block), H)](
+        death, start.view(torch.uint8), line, T, *death.stride(), *start.stride(), H=H, BLOCK=block, num_warps=4
+    )
+    return line
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..common.launch import ceil_div, on_device, power_of_two
 from .packed import PackedGradient
+from .sums import sum_rows
 from .triton_inputs import convolution_backward_kernel, inputs_backward_kernel, inputs_forward_kernel
 
 TILE = 4096  # elements of a forward tile
@@ -162,9 +163,9 @@ class _RecurrenceInputs(torch.autograd.Function):
                 *arguments[6:9], arguments[-1], dpre, *inner, T, *inner[0].stride()[:2], CV=shape.columns[0],
                 CK=shape.columns[1], BT=block, BC=COLUMNS, **common,
             )  # fmt: skip
-        sums = partial.sum(0)
-        count, low = sum(sizes[:4]), parameters[0].dtype  # of the convolutions, cast at once
-        parts = [*sums[:count].split(sizes[:4]), *sums[count:].to(low).split(sizes[4:])]
+        count = sum(sizes[:4])
+        gates, convolutions = sum_rows(partial[:, :count], torch.float32, partial[:, count:], parameters[0].dtype)
+        parts = [*gates.split(sizes[:4]), *convolutions.split(sizes[4:])]
         order = [*parts[4:7], *parts[:4], *parts[7:]]
         dparameters = [part.view_as(x).to(x.dtype) for part, x in zip(order, parameters, strict=True)]
         return None, None, None, None, *dxs, *dparameters

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..common.launch import ceil_div, on_device, power_of_two
 from .packed import PackedGradient
+from .sums import sum_rows
 from .triton_norm import norm_backward_kernel, norm_forward_kernel
 
 TILE = 4096  # elements of a forward tile
@@ -60,9 +61,11 @@ class _GatedNorm(torch.autograd.Function):
                 *dgate.stride()[:2], ctx.eps, H, DV, HAS_SKIP=skip is not None, GATE_FIRST=ctx.gate_first, TILES=TILES,
                 BT=block, BV=columns, num_warps=4,
             )  # fmt: skip
-        if dD is not None:
-            dD = dD.sum(0).to(D.dtype)
-        return None, None, None, dx, dgate, dweight.sum((0, 1)).to(weight.dtype), dskip, dD
+        rows = dweight.view(-1, DV)
+        if dD is None:
+            return None, None, None, dx, dgate, sum_rows(rows, weight.dtype, rows[:, :0], weight.dtype)[0], dskip, None
+        dweight, dD = sum_rows(rows, weight.dtype, dD, D.dtype)
+        return None, None, None, dx, dgate, dweight.view_as(weight), dskip, dD.view_as(D)
 
 
 def _block(value_dim: int, elements: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ after the second, so the gate is never moved and a norm over several heads sees 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -102,8 +103,9 @@ class DLAMixer(MegatronModule):
         self.groups = 1 if self.shared_groups else model.num_groups // size
         if self.delta is None:
             self.delta = model.backbone == "gdn"
-        self.boundaries: Tensor | None = None  # boundary counts since the last `take_boundary_rate`, [H local]
-        self.tokens = torch.zeros(0)
+        # since the last `take_boundary_rate`: boundaries [H local], and (first head, heads) -> tokens
+        self.boundaries: Tensor | None = None
+        self.tokens: Counter[tuple[int, int]] = Counter()
         self.gate_temperature: float | None = None  # soft gates in training, set by the trainer each step; None = hard
         table = self.table(model, size)
         self.sections = table["in_proj.weight"].sections
@@ -211,7 +213,7 @@ class DLAMixer(MegatronModule):
             starts = self.chain.documents(cu_seqlens, B, S, device)
             part, borders, halo = self.chain.with_halo(part, self.model.conv_kernel - 1, starts)
         else:
-            borders = starts = None if cu_seqlens is None else document_starts(cu_seqlens, B, S, device)
+            borders = starts = None if cu_seqlens is None else document_starts(cu_seqlens, B, S, device, copy=False)
         inputs, value = self._inputs(part, borders, halo)
         return self._mix(inputs, cu_seqlens, starts), value
 
@@ -299,9 +301,9 @@ class DLAMixer(MegatronModule):
             first += self.exchange.rank * len(opened)
         if self.boundaries is None:
             self.boundaries = torch.zeros(self.heads, dtype=torch.int64, device=start.device)
-            self.tokens = torch.zeros_like(self.boundaries)
-        self.boundaries[first : first + len(opened)] += opened
-        self.tokens[first : first + len(opened)] += start.shape[0] * start.shape[1]
+            self.tokens.clear()
+        self.boundaries[first : first + len(opened)].add_(opened)
+        self.tokens[first, len(opened)] += start.shape[0] * start.shape[1]
 
     def take_boundary_rate(self) -> Tensor:
         """Share of tokens that opened a slot since the last call, per local head: fp32 [H local].
@@ -310,6 +312,8 @@ class DLAMixer(MegatronModule):
         """
         assert self.boundaries is not None, "no forward pass yet"
         ranks = 1 if self.chain is None else self.chain.ranks.size
-        rate = self.boundaries.float() / (self.tokens.clamp(min=1) * ranks)
+        rate = self.boundaries.float()
+        for (first, heads), tokens in self.tokens.items():
+            rate[first : first + heads] /= tokens * ranks
         self.boundaries = None
         return rate

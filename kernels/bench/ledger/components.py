@@ -68,6 +68,7 @@ KERNELS = {
     "reverse_scan_kernel": SCANS,
     "slot_scan_kernel": SCANS,
     "slot_reverse_kernel": SCANS,
+    "line_kernel": LOCAL,
     "decay_cumsum_kernel": LOCAL,
     "live_anchor_kernel": LOCAL,
     "live_table_kernel": LOCAL,

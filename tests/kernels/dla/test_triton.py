@@ -24,7 +24,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 16 tokens, blocks of 2 tiles, windows of 3 rows; tables of live slots look 32 tokens back."""
-    for name, value in (("TILE", 16), ("WIDE_TILE", 16), ("TILES", 2), ("WINDOW_ROWS", 3)):
+    for name, value in (("TILE", 16), ("WIDE_TILE", 16), ("TILES", 2), ("WINDOW_ROWS", 3), ("WINDOW_BYTES", 0)):
         monkeypatch.setattr(triton_launch, name, value)
     monkeypatch.setattr(triton_tables, "LIVE_SPAN", 32)
     yield
