@@ -80,6 +80,7 @@ def _encoded(
     chunks: Iterable[tuple[list[Document], Position]], tokenizer: Tokenizer, workers: int, seed: int
 ) -> Iterator[tuple[Encoded, Position]]:
     """Encode chunks in order, keeping at most 3 * workers + 1 of them in memory."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a thread for each of the processes, which inherit it
     if workers == 1:
         for documents, position in chunks:
             yield _encode(tokenizer, documents, seed), position

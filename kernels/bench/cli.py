@@ -10,7 +10,7 @@ from typing import Any
 def add_bench_parser(subparsers: Any) -> None:
     """Add `bench` and its actions to an argparse subparsers object; `func(args)` gives the exit code."""
     parser = subparsers.add_parser("bench", help="measure speed and memory on this machine")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{kernels,export,ledger,gpu}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{kernels,export,data,ledger,gpu}")
     text = (
         "Time DLA beside PyTorch's attention and fla's linear ones in one run, with memory and the share of the "
         "floating-point and traffic floor. On a CPU: the chunkwise path against the token recurrence; exit code 1 "
@@ -46,6 +46,7 @@ def add_bench_parser(subparsers: Any) -> None:
     )
     export.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
     export.set_defaults(func=_export)
+    _add_data(actions)
     text = (
         "Count, without a GPU, what one training step of CONFIG launches, moves and computes, and predict its time on "
         "a GPU: the step runs on tensors without memory."
@@ -73,6 +74,31 @@ def add_bench_parser(subparsers: Any) -> None:
     gpu.set_defaults(func=_gpu)
 
 
+def _add_data(actions: Any) -> None:
+    text = (
+        "Time the tokenising and the reading of documents of about 50 and 1,000 tokens, beside datasets, webdataset "
+        "and litdata on the same text, and count the steps of 32 simulated ranks that wait for data. What is not "
+        "installed is named."
+    )
+    data = actions.add_parser("data", help="tokenising and reading text", description=text)
+    data.add_argument(
+        "--input", type=Path, nargs="+", metavar="PATH", help="text as for `dla data shards` (default: made)"
+    )
+    data.add_argument("--mb", type=float, default=20.0, metavar="N", help="million characters of it (default: 20)")
+    data.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="of all tokenizers (default: 32000)")
+    data.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="processes (default: 1 2)")
+    data.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds a reader is timed (default: 3)")
+    data.add_argument(
+        "--steps", type=int, default=40, metavar="N", help="steps of the simulated ranks (default: 40; 0: none)"
+    )
+    data.add_argument("--step-seconds", type=float, default=0.5, metavar="S", help="time of such a step (default: 0.5)")
+    data.add_argument(
+        "--work", type=Path, metavar="DIR", help="for temporary files, ten times the text (default: the system's)"
+    )
+    data.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
+    data.set_defaults(func=_data)
+
+
 def _kernels(args: argparse.Namespace) -> int:
     from .run import bench_kernels
 
@@ -83,6 +109,12 @@ def _export(args: argparse.Namespace) -> int:
     from .export import bench_export
 
     return bench_export(args)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from .data import bench_data
+
+    return bench_data(args)
 
 
 def _gpu(args: argparse.Namespace) -> int:

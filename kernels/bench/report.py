@@ -65,7 +65,8 @@ def table_line(record: Record) -> str:
     return line + (f"  {record['error']}" if "error" in record else "")
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Of an installed distribution; None if there is none."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -82,8 +83,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "fla": _version("flash-linear-attention") or _version("fla-core"),
+        "triton": version("triton"),
+        "fla": version("flash-linear-attention") or version("fla-core"),
     }
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)

@@ -12,10 +12,10 @@ import time
 
 import pytest
 
-from megatron_dla.data import TokenLoader
+from megatron_dla.data import ShardReader, TokenLoader
 from megatron_dla.data.prefetch import ReadAhead
 from megatron_dla.errors import DataError
-from tests.support.rows import global_steps, hashes, loader, ranks
+from tests.support.rows import T, build_words, global_steps, hashes, loader, ranks
 
 
 class Counter:
@@ -109,28 +109,83 @@ def test_prefetch_rows_below_zero(made):
         loader(made, prefetch_rows=-1)
 
 
-START = """
-    import os, sys, time
+STEP_S, READ_S, RANKS, SHARD_ROWS = 0.01, 0.02, 32, 8
+
+
+def waiting_steps(data, monkeypatch, prefetch_rows, steps):
+    """The share of steps in which at least one of 32 ranks waits for over 10 ms, where a read takes 20 ms."""
+    sizes = {"global_batch_size": RANKS, "num_streams": RANKS, "prefetch_rows": prefetch_rows}
+    loaders = [loader(data, rank, RANKS, **sizes) for rank in range(RANKS)]
+    for rank, one in enumerate(loaders):
+        for _ in range(1 + rank % SHARD_ROWS):
+            one.next_step()
+    if prefetch_rows:
+        wait_until(lambda: all(one._ahead._ready.qsize() == prefetch_rows for one in loaders))
+    waits, real = [], ShardReader.read
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardReader, "read", lambda self, shard: time.sleep(READ_S) or real(self, shard))
+        for _ in range(steps):
+            time.sleep(STEP_S)
+            for one in loaders:
+                one.next_step()
+            waits.append(max(one.last_wait_s for one in loaders) > 0.01)
+    for one in loaders:
+        one.close()
+    return sum(waits) / steps
+
+
+def test_few_steps_of_32_ranks_wait_for_reads(tmp_path_factory, monkeypatch):
+    """They begin another shard at different steps; a thread has 64 rows of time, 640 ms, for each read of 20 ms."""
+    data = build_words(tmp_path_factory.mktemp("wide"), "wide", seed=5, documents=110, shards=RANKS)
+    tokens = sum(shard.tokens for shard in ShardReader(data, "train").shards)
+    assert 0.7 * SHARD_ROWS < tokens / RANKS / T < 1.5 * SHARD_ROWS
+    assert waiting_steps(data, monkeypatch, prefetch_rows=64, steps=40) < 0.1
+    assert waiting_steps(data, monkeypatch, prefetch_rows=0, steps=4) > 0.5
+
+
+FORKS = """
+    import gc, json, os, sys, threading, time
     from tests.support.rows import loader
-    one = loader({path!r}, prefetch_rows=64)
+    gc.freeze()
+    for line in sys.stdin:
+        if not (child := os.fork()):
+            break
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    else:
+        sys.exit()
+    path, code, number = json.loads(line)
+    one = loader(path, prefetch_rows=64)
     one.next_step()
-    print("started", flush=True)
+    if number is not None:
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+    exec(code)
 """
 
 
-def run_script(path, code):
-    script = textwrap.dedent(START.format(path=str(path))) + textwrap.dedent(code)
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe, text=True)
-    assert process.stdout.readline() == "started\n"
-    return process
+@pytest.fixture(scope="module")
+def run_to_its_end(tmp_path_factory):
+    """run(data, code, number): run code with a loader `one` in a process that gets signal `number` meanwhile.
+
+    Returns its exit code and what it wrote to stderr. The processes are forks of one that has imported everything.
+    """
+    log = tmp_path_factory.mktemp("forks") / "stderr"
+    command = [sys.executable, "-c", textwrap.dedent(FORKS)]
+    with open(log, "w") as errors:
+        forks = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+    def run(data, code, number=None):
+        print(json.dumps([str(data), code, number]), file=forks.stdin, flush=True)
+        return int(forks.stdout.readline()), log.read_text()
+
+    yield run
+    forks.stdin.close()
+    assert forks.wait(20) == 0
 
 
-def test_damage_met_by_the_thread_ends_the_process_with_its_message(data):
+def test_damage_met_by_the_thread_ends_the_process_with_its_message(run_to_its_end, data):
     (data / "train" / "train-000004.tar").write_bytes(b"")
-    process = run_script(data, "while True: one.next_step()")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "DataError" in errors and "train-000004.tar" in errors
+    code, errors = run_to_its_end(data, "while True: one.next_step()")
+    assert code == 1 and "DataError" in errors and "train-000004.tar" in errors
 
 
 @pytest.mark.parametrize(
@@ -138,15 +193,13 @@ def test_damage_met_by_the_thread_ends_the_process_with_its_message(data):
     [
         ("time.sleep(60)", signal.SIGTERM, -signal.SIGTERM), ("time.sleep(60)", signal.SIGINT, -signal.SIGINT),
         # a consumer that waits in the queue, while the thread hangs in a read
-        ("one._ahead._make.by_row[0].next_row = lambda _: time.sleep(2)\nwhile True: one.next_step()",
+        ("one._ahead._make.by_row[0].next_row = lambda _: time.sleep(0.5)\nwhile True: one.next_step()",
          signal.SIGINT, -signal.SIGINT),
         ("sys.exit(7)", None, 7), ("raise ValueError", None, 1),
     ],
 )  # fmt: skip
-def test_the_process_ends(made, code, number, want):
-    process = run_script(made, code)
-    if number is not None:
-        time.sleep(0.2)
-        process.send_signal(number)
-    process.communicate(timeout=20)
-    assert process.returncode == want
+def test_the_process_ends(run_to_its_end, made, code, number, want):
+    started = time.monotonic()
+    ended, errors = run_to_its_end(made, code, number)
+    assert ended == want, errors
+    assert time.monotonic() - started < 30

@@ -16,8 +16,8 @@ from megatron_dla.data_prep.tokenizer import train_tokenizer
 T, ROWS, STREAMS = 16, 8, 4
 
 
-def build_words(root: Path, name: str, seed: int, documents: int = 70) -> Path:
-    """Documents of 1 to 40 random words, 9 train shards of them; the tokenizer in `root` is made if there is none."""
+def build_words(root: Path, name: str, seed: int, documents: int = 70, shards: int = 9) -> Path:
+    """Documents of 1 to 40 random words in so many train shards; the tokenizer in `root` is made if there is none."""
     rng = random.Random(seed)
     words = ["alpha", "beta", "gamma", "\xe9", "42", "\n"]
     text = root / f"{name}.jsonl"
@@ -27,7 +27,7 @@ def build_words(root: Path, name: str, seed: int, documents: int = 70) -> Path:
             file.write(json.dumps({"text": f"{i} " + " ".join(rng.choice(words) for _ in range(words_in))}) + "\n")
     if not (root / "tokenizer.model").exists():
         train_tokenizer([text], root, 290)
-    build_shards([text], root, root / name, workers=1, shard_tokens=10**6, min_train_shards=9, val_docs=9)
+    build_shards([text], root, root / name, workers=1, shard_tokens=10**6, min_train_shards=shards, val_docs=9)
     return root / name
 
 
