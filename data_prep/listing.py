@@ -70,7 +70,8 @@ class Listing:
         elif path.is_symlink():
             raise DataError(f"{shown(path)}: a link to {shown(os.readlink(path))!r}, which does not exist; restore it")
         else:
-            raise DataError(f"{shown(path)}: no such file or directory; check --input")
+            what = "neither a file nor a directory" if path.exists() else "no such file or directory"
+            raise DataError(f"{shown(path)}: {what}; check --input")
 
     def _add_pattern(self, pattern: Path) -> None:
         found = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
@@ -168,14 +169,16 @@ def _one_split(folder: Path) -> str:
     if len(splits) != 1:
         raise DataError(
             f"{shown(folder)}: a dataset with the splits {', '.join(splits)}; name those to read: "
-            f"--input {shown(folder / (splits or ['train'])[0])}"
+            f"--input {shown(folder / splits[0])}"
         )
+    if not (folder / splits[0]).is_dir():
+        raise DataError(f"{shown(folder / splits[0])}: missing, but named in {_SPLITS}; copy the dataset again")
     return splits[0]
 
 
 def _dataset_files(folder: Path) -> list[str]:
     """The arrow files of a dataset saved by `save_to_disk`, in its order. Raises DataError if one is missing."""
-    if _json_names(folder / _STATE, "_indices_data_files"):
+    if _json_names(folder / _STATE, "_indices_data_files", may_be_empty=True):
         raise DataError(
             f"{shown(folder)}: this dataset was saved with a selection of its rows; save it again with "
             "dataset.flatten_indices().save_to_disk(...)"
@@ -187,9 +190,15 @@ def _dataset_files(folder: Path) -> list[str]:
     return names
 
 
-def _json_names(path: Path, key: str) -> list[str]:
+def _json_names(path: Path, key: str, may_be_empty: bool = False) -> list[str]:
+    """Names of files or directories beside a file of `save_to_disk`, which lists them under `key`."""
     try:
         values = json.loads(path.read_bytes()).get(key) or []
-        return [value["filename"] if isinstance(value, dict) else str(value) for value in values]
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        names = [value["filename"] if isinstance(value, dict) else value for value in values]
+        if not isinstance(values, list) or any(Path(name).name != name for name in names):
+            raise ValueError(f"{names} are not names of files here")
+        if not names and not may_be_empty:
+            raise ValueError("there are none")
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{shown(path)}: not the {key} of a saved dataset ({error}); copy the dataset again") from error
+    return names

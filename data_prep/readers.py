@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20  # bytes read at once
+_NAMED = 20  # fields or columns in a message
 _ROWS, _ROWS_BYTES = 256, 1 << 22  # of a table decoded at once: rows at most, and bytes about
 # the largest window that the format can ask for (zstd --ultra --long=31); memory is taken as far as it is used
 _ZSTD_WINDOW = 1 << 31
@@ -193,7 +194,7 @@ def _json_text(line: bytes, text_field: str) -> str | Problem:
     value: Any = record
     for key in [text_field] if text_field in record else text_field.split("."):
         if not isinstance(value, dict) or key not in value:
-            return Problem(f"no field {text_field!r} (found {sorted(record)})", "name the right one with --text-field")
+            return Problem(f"no field {text_field!r} (found {_some(record)})", "name the right one with --text-field")
         value = value[key]
     if not isinstance(value, str):
         return Problem(f"field {text_field!r} is {type(value).__name__}: must be a string", "fix or remove the line")
@@ -202,6 +203,12 @@ def _json_text(line: bytes, text_field: str) -> str | Problem:
     except UnicodeEncodeError as error:
         return Problem(f"lone surrogate at character {error.start} is not valid Unicode", "remove it")
     return value
+
+
+def _some(names: Iterable[str]) -> str:
+    """A list of names for a message."""
+    ordered = sorted(names)
+    return str(ordered[:_NAMED]) + (f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else "")
 
 
 def _utf8(text: bytes) -> str | Problem:
@@ -266,8 +273,9 @@ def _column(path: Path, schema: pyarrow.Schema, text_field: str) -> list[str]:
     for name in names:
         inside = fields is schema or is_type.is_struct(fields)
         if not inside or (at := fields.get_field_index(name)) < 0:
+            twice = "more than one" if fields is schema and name in schema.names else "no"
             raise DataError(
-                f"{shown(path)}: no column {text_field!r} (found {sorted(schema.names)}); name the right one with "
+                f"{shown(path)}: {twice} column {text_field!r} (found {_some(schema.names)}); name the right one with "
                 "--text-field"
             )
         kind = fields = fields.field(at).type

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_dla.cli import main
 from megatron_dla.shard_index import ShardIndex
-from tests.data_prep.test_sources import MALFORMED, lines
+from tests.data_prep.test_sources import MALFORMED, PACKED, TABLES, lines, save_arrow, save_dataset
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -44,6 +47,107 @@ def test_malformed_inputs_are_one_line_and_write_nothing(tmp_path, tok, capsys, 
     if where.startswith(":") and where[1].isdigit():
         assert f"{source / name}{where.split(': ')[0]}:" in printed[0]
     assert not out.exists() or {path.name for path in out.iterdir()} <= {".building"}
+
+
+FIRST = "data-00000-of-00002.arrow"
+
+
+def dataset(folder, **files):
+    """A dataset of `save_to_disk` with some of its files replaced; None: deleted."""
+    save_dataset(folder, ["a"], ["b"])
+    for name, content in files.items():
+        path = folder / {"first": FIRST, "state": "state.json"}[name]
+        path.unlink()
+        if isinstance(content, pa.Table):
+            save_arrow(path, content)
+        elif content is not None:
+            path.write_bytes(content)
+    return folder
+
+
+def splits(folder, content):
+    save_dataset(folder / "train", ["a"])
+    (folder / "dataset_dict.json").write_text(content)
+    return folder
+
+
+def link(path, target):
+    path.symlink_to(target)
+    return path
+
+
+def inside(folder, name, content):
+    """`content` in a file below a directory that is the input."""
+    path = folder / "deep" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return folder
+
+
+def table(path, columns):
+    (pq.write_table if path.suffix == ".parquet" else lambda table, path: save_arrow(path, table))(columns, path)
+    return path
+
+
+def twice(path):
+    path.write_bytes(lines("a"))
+    return [path, path]
+
+
+def fifo(path):
+    os.mkfifo(path)
+    return path
+
+
+STATES = [b"[]", b"{", b"\xff", b"{}", b'{"_data_files": "a"}', b'{"_data_files": [1]}', b'{"_data_files": [{"f": 1}]}']
+STATES += [b'{"_data_files": [{"filename": %s}]}' % name for name in (b"5", b'"../x.arrow"', b'"/etc/passwd"')]
+SPLITS = ["[]", "{", "{}", '{"splits": []}', '{"splits": "abc"}', '{"splits": [1]}', '{"splits": ["../train"]}']
+MANY_FIELDS = json.dumps(dict.fromkeys(map(str, range(999)))).encode()
+THIRD_BAD = b'{"text": "a"}\n\n{\n'
+INPUTS = {
+    **{f"state{i}": (lambda d, s=s: dataset(d / "ds", state=s), "ds/state.json: ") for i, s in enumerate(STATES)},
+    **{f"splits{i}": (lambda d, s=s: splits(d / "ds", s), "ds/dataset_dict.json: ") for i, s in enumerate(SPLITS)},
+    "no split": (lambda d: splits(d / "ds", '{"splits": ["gone"]}'), "ds/gone: missing"),
+    "two splits": (lambda d: splits(d / "ds", '{"splits": ["a", "b"]}'), "ds: .*a, b"),
+    "no file": (lambda d: dataset(d / "ds", first=None), f"ds/{FIRST}: missing"),
+    "damaged file": (lambda d: dataset(d / "ds", first=b"junk"), f"ds/{FIRST}: cannot be read"),
+    "other column": (lambda d: dataset(d / "ds", first=pa.table({"b": ["a"]})), f"ds/{FIRST}: no column"),
+    "null row": (lambda d: dataset(d / "ds", first=pa.table({"text": ["a", None]})), f"ds/{FIRST}:2: .*null"),
+    "empty": (lambda d: inside(d / "e", "x", b""), "e: no document"),
+    "unknown": (lambda d: inside(d / "e", "x.csv", b"a"), "e: no document"),
+    "missing": (lambda d: d / "x.jsonl", "x.jsonl: no such"),
+    "below a file": (lambda d: twice(d / "x.jsonl")[0] / "y.jsonl", "x.jsonl/y.jsonl: no such"),
+    "pattern": (lambda d: d / "*.jsonl", r"\*.jsonl: no file"),
+    "twice": (lambda d: twice(d / "x.jsonl"), "x.jsonl: given twice"),
+    "fifo": (lambda d: fifo(d / "x.jsonl"), "x.jsonl: neither"),
+    "link": (lambda d: link(d / "x.jsonl", d / "gone"), "x.jsonl: a link to "),
+    "loop": (lambda d: link(d / "x.jsonl", d / "x.jsonl"), "x.jsonl: a link to "),
+    "link inside": (lambda d: link(inside(d / "e", "a.txt", b"a") / "x.txt", d / "gone").parent, "e/x.txt: a link to "),
+    "no text": (lambda d: inside(d / "e", "x.jsonl", b"\n"), "e: no text"),
+    "many fields": (lambda d: inside(d / "e", "x.jsonl", MANY_FIELDS), "x.jsonl:1: .*979 more"),
+    **{
+        f"line {end}": (lambda d, end=end, f=pack: inside(d / "e", f"x.jsonl{end}", f(THIRD_BAD)), f"x.jsonl{end}:3: ")
+        for end, pack in PACKED.items()
+    },
+    **{
+        f"{form} {i}": (lambda d, f=form, t=columns: table(d / f"x{f}", pa.table(t)), f"x{form}{where}")
+        for form in (".parquet", ".arrow")
+        for i, (columns, where) in enumerate(TABLES)
+    },
+    "two columns": (lambda d: table(d / "x.arrow", pa.table([["a"], ["b"]], ["text"] * 2)), "x.arrow: more than one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "where"), INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("command", ["tokenizer", "shards"])
+def test_malformed_directories_and_tables_are_one_line(tmp_path, tok, capsys, command, build, where):
+    inputs = build(tmp_path)
+    inputs = inputs if isinstance(inputs, list) else [inputs]
+    rest = ("--tokenizer", tok, "--workers", 1) if command == "shards" else ("--vocab-size", 290)
+    capsys.readouterr()
+    assert dla(command, "--input", *inputs, "--output", tmp_path / "out", *rest) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "note:" not in line)
+    assert re.search(where, line) and len(line) < 1000
 
 
 def test_bad_lines_at_the_end_are_named_together_or_skipped(tmp_path, tok, capsys):
