@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dla.console import progress_bar
+from megatron_dla.data_prep.bpe_form import export_note
 from megatron_dla.data_prep.layout import Layout, assign, choose_validation, mark_copies
 from megatron_dla.data_prep.readers import shown
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
@@ -177,6 +178,8 @@ def build_shards(
         raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
     tokenizer = Tokenizer(tokenizer_path)
     source = DocumentSource(inputs, options, part)
+    if note := export_note(tokenizer):
+        print(note, file=sys.stderr)  # before hours of work
     spool = _spool(root / _BUILDING, source, tokenizer, seed)
     try:
         _tokenise(source, tokenizer, spool, workers, seed)

@@ -7,18 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dla.data_prep.encoders import NO_PREFIX
+from megatron_dla.data_prep.bpe_form import bpe_form, differing_probe
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import CheckpointError
 from megatron_dla.hf.directory import TOKENIZER
 
 _PADS = ("<pad>", "<|padding|>", "<|pad|>", "[PAD]")
-_SPACE = "\u2581"  # sentencepiece stores every space as this character
-_WINDOW = 1 << 16  # characters that the data tools encode at once
-_PROBES = (
-    "", " ", "a  b ", "\n\ttab", "Caf\xe9 \U0001f600 x", "The 12 cats, 3.5!\nNext line.", "<unk><0x0A>",
-    "\u2581 x\u2581\u2581", "\ufeffe\u0301",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,39 +28,6 @@ class SpecialTokens:
     pad: int
     size: int
     unused: tuple[int, ...]
-
-
-def _core(sp: Any) -> Any:
-    """The `tokenizers` BPE. Its pieces have plain spaces, so that a literal U+2581 is no piece and becomes bytes."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Core
-
-    pieces = {sp.id_to_piece(i).replace(_SPACE, " "): i for i in range(sp.get_piece_size())}
-    unk = sp.id_to_piece(sp.unk_id())
-    core = Core(models.BPE(pieces, _merges(pieces, sp), unk_token=unk, fuse_unk=True, byte_fallback=True))
-    # the windows of `data_prep.tokenizer`: cut after a space of the second half or a line, else anywhere
-    half = _WINDOW // 2
-    window = rf".{{1,{_WINDOW}}}\z|.{{{half},{_WINDOW - 1}}}[ \n]|.{{0,{half - 1}}}\n|.{{{_WINDOW}}}"
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(f"(?m:{window})"), "isolated")
-    steps = [decoders.ByteFallback(), decoders.Fuse()]
-    if sp.encode("a") != type(sp)(model_proto=sp.serialized_model_proto() + NO_PREFIX).encode("a"):
-        core.normalizer = normalizers.Prepend(" ")
-        steps.append(decoders.Strip(" ", 1, 0))
-    core.decoder = decoders.Sequence(steps)
-    return core
-
-
-def _merges(pieces: dict[str, int], sp: Any) -> list[tuple[str, str]]:
-    """Pairs in the order in which BPE joins them: by the rank of what they make, then of the parts."""
-    found = []
-    for piece, rank in pieces.items():
-        if len(piece) < 2 or sp.is_byte(rank) or sp.is_control(rank) or sp.is_unknown(rank):
-            continue
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in pieces and right in pieces:
-                found.append((rank, pieces[left], pieces[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]
 
 
 def _from_json(path: Path) -> Any:
@@ -112,17 +73,20 @@ def write_tokenizer(out: Path, source: Path, rows: int) -> SpecialTokens:
         import sentencepiece
 
         sp = sentencepiece.SentencePieceProcessor(model_file=str(source))
-        core, unk, eos = _core(sp), sp.id_to_piece(sp.unk_id()), sp.id_to_piece(sp.eos_id())
+        core, unk, eos = bpe_form(sp), sp.id_to_piece(sp.unk_id()), sp.id_to_piece(sp.eos_id())
     pad = _pad(core, size, rows, unk)
     fast: Any = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=eos, pad_token=pad, padding_side="left",
         clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
-    for probe in _PROBES:
-        want = tokenizer.encode(probe)
-        got = fast.encode(probe, add_special_tokens=False, split_special_tokens=True)
-        if got != want or fast.decode(got) != tokenizer.decode(want):
-            raise CheckpointError(f"{str(source)!r}: {probe!r} would get other ids in tokenizer.json")
+    probe = differing_probe(
+        tokenizer, lambda text: fast.encode(text, add_special_tokens=False, split_special_tokens=True), fast.decode
+    )
+    if probe is not None:
+        raise CheckpointError(
+            f"{str(source)!r}: {probe!r} would get other ids in tokenizer.json; train on shards of another tokenizer "
+            "(`dla data tokenizer` makes one) to export"
+        )
     fast.save_pretrained(str(out))
     if source.suffix != ".json":
         shutil.copyfile(source, out / TOKENIZER)  # shards for this model are made with it

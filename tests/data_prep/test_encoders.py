@@ -11,8 +11,9 @@ from tokenizers import models
 
 from megatron_dla.cli import main
 from megatron_dla.data_prep import encoders
+from megatron_dla.data_prep.bpe_form import export_note
 from megatron_dla.data_prep.tokenizer import Tokenizer
-from megatron_dla.errors import DataError
+from megatron_dla.errors import CheckpointError, DataError
 from megatron_dla.hf.fast_tokenizer import write_tokenizer
 from megatron_dla.shard_index import ShardIndex
 from tests.support.byte_level import byte_level
@@ -61,7 +62,7 @@ def test_a_dummy_prefix_goes_into_exports(tmp_path):
     tokenizer, hf = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path / "out"))
     for text in TEXTS[:-2]:
         assert hf(text)["input_ids"] == tokenizer.encode(text) and hf.decode(hf(text)["input_ids"]) == text
-    assert (tokens.eos, tokens.pad) == (2, 300)
+    assert (tokens.eos, tokens.pad) == (2, 300) and export_note(tokenizer) == ""
 
 
 NORMALISING = [{}, {"model_type": "unigram"}, {"byte_fallback": False}, {"add_dummy_prefix": False}]
@@ -82,7 +83,13 @@ def test_normalisation_is_stated(tmp_path, options, capsys):
     assert main([*build, "--output", str(tmp_path / "out")]) == 0
     changed = json.loads((tmp_path / "out" / "report.json").read_text())["changed_by_tokenizer"]
     assert 0 < changed == sum(sp.decode(sp.encode(line)) != line for line in ["clean", *LINES])
-    assert f"{changed} of these documents" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert (
+        f"{changed} of these documents" in printed and f"note: {tmp_path / 'tokenizer.model'} has no equal" in printed
+    )
+    (tmp_path / "export").mkdir()
+    with pytest.raises(CheckpointError, match=r"tokenizer.model'.*dla data tokenizer"):
+        write_tokenizer(tmp_path / "export", tmp_path / "tokenizer.model", 320)
     assert main(["data", "verify", str(tmp_path / "out")]) == 0
 
 
@@ -123,7 +130,7 @@ def test_the_end_of_a_document_is_that_of_the_directory(tmp_path):
         Tokenizer(tmp_path / "copy")
 
 
-def test_shards_and_export_of_a_tokenizer_json(tmp_path):
+def test_shards_and_export_of_a_tokenizer_json(tmp_path, capsys):
     from transformers import AutoTokenizer
 
     byte_level(tmp_path / "hf", LINES)
@@ -133,6 +140,7 @@ def test_shards_and_export_of_a_tokenizer_json(tmp_path):
     out.mkdir()
     (out / "tokenizer.model").write_bytes(b"of an earlier build")
     assert main([*build, "--output", str(out), "--workers", "2"]) == 0
+    assert "to-hf" not in capsys.readouterr().err
     assert main(["data", "verify", str(out)]) == 0
     index, tokenizer = ShardIndex.load(out), Tokenizer(out)
     assert (index.tokenizer_sha256, index.vocab_size, index.eos_id) == (tokenizer.sha256, 281, 0)
