@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,7 +59,14 @@ def merge_shards(
     _delete_others(root, merged.shards)
     for name, content in Tokenizer(roots[0]).files().items():
         write_bytes(root / name, content)
-    write_json(root / REPORT_NAME, _report(roots), indent=1)
+    report = _report(roots)
+    write_json(root / REPORT_NAME, report, indent=1)
+    if report.get("duplicates_removed"):
+        print(
+            "note: --dedup removed exact copies within each part, not those of documents in another part; a build "
+            "without --part removes them all",
+            file=sys.stderr,
+        )
     merged.shards.sort(key=lambda shard: (shard.split, shard.name))
     merged.save(root / INDEX_NAME)
     return merged
@@ -94,10 +102,17 @@ def _delete_others(root: Path, shards: list[ShardInfo]) -> None:
 
 
 def _report(roots: list[Path]) -> dict[str, Any]:
-    """Counts added up, lists joined. A part of an earlier version has no report."""
+    """Counts added up, lists joined, and of switches whether all parts had them; `duplicates` are those within parts.
+
+    A part of an earlier version has no report.
+    """
     reports = [json.loads(path.read_text()) for root in roots if (path := root / REPORT_NAME).is_file()]
-    total: dict[str, Any] = {"parts": len(roots)}
+    total: dict[str, Any] = {}
     for report in reports:
         for key, value in report.items():
-            total[key] = value if key not in total or isinstance(value, bool) else total[key] + value
-    return total
+            if key not in total:
+                total[key] = value
+            else:
+                total[key] = total[key] and value if isinstance(value, bool) else total[key] + value
+    parts = sum(report.get("parts", 1) for report in reports) + len(roots) - len(reports)
+    return total | {"parts": parts, "duplicates_between_parts_removed": False}

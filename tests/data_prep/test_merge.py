@@ -62,13 +62,30 @@ def test_parts_hold_each_document_of_the_whole_in_its_split(corpus, tmp_path, ca
     assert documents(out) == documents(corpus / "whole")
     assert verify_shards(out).documents == 170
     report = json.loads((out / "report.json").read_text())
-    assert (report["documents"], report["parts"]) == (170, 3)
+    assert (report["documents"], report["parts"], report["duplicates_removed"]) == (170, 3, False)
     assert os.stat(out / "train/train-000000.tar").st_nlink == 2
     loader = TokenLoader(out, seq_len=8, global_batch_size=4, micro_batch_size=4, num_streams=4)
     loader.next_step()
     assert dla("merge", corpus / "part0", "--output", out) == 2 and "--overwrite" in capsys.readouterr().err
     assert dla("merge", corpus / "part0", "--output", out, "--overwrite") == 0
     assert verify_shards(out).documents == 68
+
+
+def test_that_copies_in_other_parts_stay_is_said(corpus, tmp_path, capsys):
+    for i in range(2):
+        build = ("--output", tmp_path / f"{i}", "--part", f"{i}/2", "--dedup")
+        assert dla("shards", *arguments(corpus), *build) == 0
+    assert "another part" not in capsys.readouterr().err
+    assert dla("merge", tmp_path / "0", tmp_path / "1", "--output", tmp_path / "both") == 0
+    assert "another part" in capsys.readouterr().err
+    report = json.loads((tmp_path / "both" / "report.json").read_text())
+    assert (report["duplicates_removed"], report["duplicates_between_parts_removed"]) == (True, False)
+    assert dla("merge", tmp_path / "both", corpus / "part0", "--output", tmp_path / "more") == 0
+    report = json.loads((tmp_path / "more" / "report.json").read_text())
+    assert (report["parts"], report["duplicates_removed"]) == (
+        3,
+        False,
+    ) and "another part" not in capsys.readouterr().err
 
 
 def test_parts_on_another_file_system_are_copied(corpus, tmp_path, monkeypatch):
