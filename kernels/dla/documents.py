@@ -45,6 +45,15 @@ def _moved_starts(ends: tuple[int, ...], batch: int, length: int, device: torch.
     return _starts(torch.tensor(ends), batch, length).to(device or "cpu")
 
 
+def document_borders(cu_seqlens: Tensor | None, batch: int, length: int) -> tuple[int, ...]:
+    """First token of each document over the flattened tokens, and the end: rising, and every row start is among them.
+
+    Reads `cu_seqlens` on the host (one synchronisation if it is on a GPU).
+    """
+    named = () if cu_seqlens is None else cu_seqlens.tolist()
+    return tuple(sorted({*range(0, batch * length + 1, length), *named}))
+
+
 def begin_of_document(resets: Tensor) -> Tensor:
     """int64 [N, T]: position of the last document start at or before t; EMPTY + 1 while the row continues a cache."""
     position = torch.arange(resets.shape[1], device=resets.device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import ceil_div
+from .documents import document_borders
 
 # arguments whose value must not compile another kernel
 SIZES = ["T", "ROW", "N_TOKENS", "block_lo", "row_lo", "token_lo"]
@@ -73,15 +74,12 @@ def make_layout(
     Empty documents are dropped; every row start begins a segment. Reads `cu_seqlens` on the host (one synchronisation
     if it is on a GPU).
     """
-    ends = None if cu_seqlens is None else tuple(int(x) for x in cu_seqlens.tolist())
-    return _layout(batch, length, ends, block, window_rows, torch.device(device))
+    cuts = document_borders(cu_seqlens, batch, length)
+    return _layout(length, cuts, block, window_rows, torch.device(device))
 
 
 @lru_cache(maxsize=64)
-def _layout(
-    batch: int, length: int, ends: tuple | None, block: int, window_rows: int, device: torch.device
-) -> BlockLayout:
-    cuts = sorted({*range(0, batch * length + 1, length), *(ends or ())})
+def _layout(length: int, cuts: tuple[int, ...], block: int, window_rows: int, device: torch.device) -> BlockLayout:
     segments = list(zip(cuts, cuts[1:], strict=False))
     blocks: list[tuple[int, int, int, int]] = []  # first token, end, row before it, segment
     rows: list[tuple[int, int, int]] = []  # token, first token of the segment, segment
@@ -103,9 +101,9 @@ def _layout(
     last = tuple(s for s, (_, end) in enumerate(segments) if end % length == 0)
     last_segments = torch.tensor(last, device=device)
     counts = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))
-    firsts = (*(x[0] for x in blocks), batch * length)
+    firsts = (*(x[0] for x in blocks), cuts[-1])
     return BlockLayout(
-        batch * length, block, firsts, table(blocks), table(rows), table(spans), counts, last_segments, windows,
+        cuts[-1], block, firsts, table(blocks), table(rows), table(spans), counts, last_segments, windows,
         window_segments,
     )  # fmt: skip
 

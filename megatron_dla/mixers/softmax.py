@@ -1,17 +1,49 @@
-"""Causal softmax core attention on PyTorch SDPA, with packed documents kept apart, context-parallel by heads.
+"""Causal softmax core attention on PyTorch's kernels, with packed documents kept apart, context-parallel by heads.
 
 Megatron's local DotProductAttention materialises the scores and supports neither packed rows nor context parallelism.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
-from megatron_dla.kernels.dla.documents import document_starts
+from megatron_dla.kernels.dla.documents import document_borders, document_starts
 from megatron_dla.parallel.context import HeadExchange
+
+
+@lru_cache(maxsize=16)
+def _on_device(borders: tuple[int, ...], device: torch.device) -> Tensor:
+    """One copy for all layers of a model."""
+    return torch.tensor(borders, dtype=torch.int32, device=device)
+
+
+def takes_packed(q: Tensor, cu_seqlens: Tensor) -> bool:
+    """Whether `packed_attention` takes q [B, S, heads, D]: on a GPU, in bf16 or fp16, with borders on the host."""
+    low = q.dtype in (torch.bfloat16, torch.float16)
+    return low and q.device.type != "cpu" and cu_seqlens.device.type == "cpu" and q.shape[-1] in range(8, 257, 8)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Causal attention inside each document on the flash kernel for sequences of many lengths: no mask.
+
+    q [B, S, heads, D], k and v [B, S, groups, D] -> [B, S, heads, D]; `cu_seqlens` over the flattened B * S tokens.
+    """
+    B, S, heads, _ = q.shape
+    borders = document_borders(cu_seqlens, B, S)
+    ends, longest = _on_device(borders, q.device), max(b - a for a, b in pairwise(borders))
+    if k.shape[2] != heads:  # torch 2.11 knows no groups here
+        k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (B, S))
 
 
 class CoreAttention(MegatronModule):
@@ -35,20 +67,23 @@ class CoreAttention(MegatronModule):
             units, size = [x.shape[2] for x in (q, k, v)], q.shape[-1]
             exchanged = self.exchange.to_heads([x.flatten(2) for x in (q, k, v)], units)
             q, k, v = (x.unflatten(-1, (-1, size)) for x in exchanged)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = self._attend(q, k, v, packed_seq_params).transpose(1, 2).flatten(2)
+        out = self._attend(q, k, v, None if packed_seq_params is None else packed_seq_params.cu_seqlens_q).flatten(2)
         return (out if self.exchange is None else self.exchange.to_tokens(out)).transpose(0, 1).contiguous()
 
     @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor, packed_seq_params) -> Tensor:
-        """[B, heads, S, D] of whole rows."""
-        B, _, S, _ = q.shape
+    def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """[B, S, heads, D] of whole rows."""
+        B, S = q.shape[:2]
         mask = None
-        if packed_seq_params is not None and packed_seq_params.cu_seqlens_q is not None:
-            document = document_starts(packed_seq_params.cu_seqlens_q, B, S, q.device).long().cumsum(1)
+        if cu_seqlens is not None:
+            if takes_packed(q, cu_seqlens):
+                return packed_attention(q, k, v, cu_seqlens)
+            document = document_starts(cu_seqlens, B, S, q.device).long().cumsum(1)
             mask = (document[:, None, :, None] == document[:, None, None, :]).tril()
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         grouped = k.shape[1] != q.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return out.transpose(1, 2)
 
 
 class ContiguousRotary(nn.Module):
