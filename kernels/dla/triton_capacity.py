@@ -2,6 +2,9 @@
 
 A full cache merges, before it opens another slot, the pair of neighbours with the least information a token (eq 16);
 only slots already there take part, so detection does not depend on the capacity. Ties go to the oldest pair.
+
+The boundaries are listed first. Then a slot is whole as soon as it opens, for nobody asks for it before the next
+boundary: one step a boundary, whatever is between them.
 """
 
 from __future__ import annotations
@@ -18,6 +21,31 @@ def shifted(b_x, o_s, KP: tl.constexpr):
     return tl.gather(b_x, tl.minimum(o_s + 1, KP - 1), 0)
 
 
+@triton.jit
+def store_lo(
+    lo, sums, b_start, b_count, b_info, live, K, t0, count, first, last, begin, offset, TILE: tl.constexpr,
+    KP: tl.constexpr,
+):  # fmt: skip
+    """`lo` of the tokens from `first` to `last`; at token t0 the open slot, the last of `live`, had `count` tokens."""
+    o_s = tl.arange(0, KP)
+    b_cost = (b_info + shifted(b_info, o_s, KP)) / tl.maximum(b_count + shifted(b_count, o_s, KP), 1.0)
+    b_cost = tl.where(o_s < live - 2, b_cost, float("inf"))
+    closed = tl.argmin(b_cost, 0, tie_break_left=True)
+    closed_cost = tl.min(b_cost, 0)
+    closed_start = tl.sum(tl.where(o_s == closed + 1, b_start, 0), 0)
+    open_start = tl.sum(tl.where(o_s == live - 1, b_start, 0), 0)
+    older = tl.sum(tl.where(o_s == live - 2, b_info, 0.0), 0)
+    count += tl.sum(tl.where(o_s == live - 2, b_count, 0.0), 0)
+    for i_t in range(first, last + 1, TILE):
+        o_t = i_t + tl.arange(0, TILE)
+        m_t = o_t <= last
+        b_before = tl.load(sums + o_t - 1, mask=m_t & (o_t > begin), other=0.0)
+        b_tokens = count + (o_t - t0).to(tl.float32)
+        b_lo = tl.where((older + b_before) / b_tokens < closed_cost, open_start, closed_start)
+        b_lo = tl.where(live == K, tl.maximum(b_lo, begin), begin)
+        tl.store(lo + o_t, tl.where(o_t == begin, begin, b_lo) - offset, mask=m_t)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def capacity_kernel(
     starts,  # [H, T] int8
@@ -26,6 +54,7 @@ def capacity_kernel(
     cache_live,  # [n, H] int32, or unused
     cache_count,  # [n, H, K] fp32 chronological, or unused
     cache_info,  # [n, H, K] fp32 chronological, or unused
+    listed,  # [H, T] int32 scratch: of each segment, its boundaries
     death,  # [H, T] int32 out: position in the row, ROW for never
     cache_death,  # [n, H, K] int32 out, chronological, likewise; or unused
     lo,  # [H, T] int32 out, or unused: oldest token of the row that moves if the token's decision is toggled
@@ -36,15 +65,23 @@ def capacity_kernel(
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin, finish = tl.load(segments + 3 * i_n), tl.load(segments + 3 * i_n + 1)
+    row = begin // ROW
+    offset = row * ROW
     o_s = tl.arange(0, KP)
-    o_i = tl.arange(0, TILE)
     o_table = (i_n.to(tl.int64) * H + i_h) * K
     starts += i_h * T
     sums += i_h * T
     death += i_h * T
     lo += i_h * T
-    row = begin // ROW
-    offset = row * ROW
+    listed += i_h * T + begin
+    n = begin * 0
+    for first in range(begin, finish, TILE):
+        o_t = first + tl.arange(0, TILE)
+        m_t = o_t < finish
+        b_open = (tl.load(starts + o_t, mask=m_t, other=0) > 0).to(tl.int32)
+        tl.store(listed + n + tl.cumsum(b_open, 0) - 1, o_t, mask=b_open > 0)
+        tl.store(death + o_t, ROW + o_t * 0, mask=m_t)
+        n += tl.sum(b_open, 0)
     b_start = -1 - o_s
     b_count = tl.zeros([KP], tl.float32)
     b_info = tl.zeros([KP], tl.float32)
@@ -54,63 +91,44 @@ def capacity_kernel(
         b_count = tl.load(cache_count + o_table + o_s, mask=o_s < live, other=0.0)
         b_info = tl.load(cache_info + o_table + o_s, mask=o_s < live, other=0.0)
         tl.store(cache_death + o_table + o_s, ROW + o_s * 0, mask=o_s < K)
-    last_sum = tl.sum(tl.where(o_s == live - 1, b_info, 0.0), 0)
-    first = begin
-    while first < finish:
-        o_t = first + o_i
-        n = tl.minimum(finish - first, TILE)
-        m_open = tl.load(starts + o_t, mask=o_t < finish, other=0) > 0
-        b_total = tl.load(sums + o_t, mask=o_t < finish, other=0.0)
-        b_before = tl.load(sums + o_t - 1, mask=(o_t < finish) & (o_i > 0), other=0.0)
-        b_before = tl.where(o_i == 0, last_sum, b_before)
-        tl.store(death + o_t, ROW + o_i * 0, mask=o_t < finish)
-        tl.debug_barrier()  # another thread writes the deaths
-        at = n * 0
-        while at < n:
-            e = tl.min(tl.where(m_open & (o_i >= at), o_i, TILE), 0)
-            upto = tl.minimum(e, n)
-            m_last = o_s == live - 1
-            if WANT_LO:
-                b_cost = (b_info + shifted(b_info, o_s, KP)) / tl.maximum(b_count + shifted(b_count, o_s, KP), 1.0)
-                b_cost = tl.where(o_s < live - 2, b_cost, float("inf"))
-                closed = tl.argmin(b_cost, 0, tie_break_left=True)
-                closed_cost = tl.min(b_cost, 0)
-                closed_start = tl.sum(tl.where(o_s == closed + 1, b_start, 0), 0)
-                open_start = tl.sum(tl.where(m_last, b_start, 0), 0)
-                older = tl.sum(tl.where(o_s == live - 2, b_info, 0.0), 0)
-                b_tokens = tl.sum(tl.where((o_s == live - 2) | m_last, b_count, 0.0), 0) + (o_i - at).to(tl.float32)
-                b_lo = tl.where((older + b_before) / b_tokens < closed_cost, open_start, closed_start)
-                b_lo = tl.where(live == K, tl.maximum(b_lo, begin), begin)
-                b_lo = tl.where(o_t == begin, begin, b_lo)
-                tl.store(lo + o_t, b_lo - offset, mask=(o_i >= at) & (o_i <= e) & (o_t < finish))
-            if upto > at:  # tokens that joined the open slot
-                b_count = tl.where(m_last, b_count + (upto - at).to(tl.float32), b_count)
-                joined = tl.sum(tl.where(o_i == upto - 1, b_total, 0.0), 0)
-                b_info = tl.where(m_last, joined, b_info)
-            if e < TILE:
-                if live == K:
-                    b_cost = (b_info + shifted(b_info, o_s, KP)) / tl.maximum(b_count + shifted(b_count, o_s, KP), 1.0)
-                    pair = tl.argmin(tl.where(o_s < K - 1, b_cost, float("inf")), 0, tie_break_left=True)
-                    dying = tl.sum(tl.where(o_s == pair + 1, b_start, 0), 0)
-                    b_merged, b_added = b_info + shifted(b_info, o_s, KP), b_count + shifted(b_count, o_s, KP)
-                    m_moved = o_s > pair
-                    b_info = tl.where(o_s == pair, b_merged, tl.where(m_moved, shifted(b_info, o_s, KP), b_info))
-                    b_count = tl.where(o_s == pair, b_added, tl.where(m_moved, shifted(b_count, o_s, KP), b_count))
-                    b_start = tl.where(m_moved, shifted(b_start, o_s, KP), b_start)
-                    live -= 1
-                    if dying >= 0:
-                        tl.store(death + dying, first + e - offset)
-                    else:
-                        tl.store(cache_death + o_table - 1 - dying, first + e - offset)
-                m_new = o_s == live
-                b_start = tl.where(m_new, first + e, b_start)
-                b_count = tl.where(m_new, 1.0, b_count)
-                b_info = tl.where(m_new, tl.sum(tl.where(o_i == e, b_total, 0.0), 0), b_info)
-                live += 1
-                at = e + 1
-            else:
-                at = n
-        last_sum = tl.sum(tl.where(o_i == n - 1, b_total, 0.0), 0)
-        first += TILE
+    tl.debug_barrier()  # other threads have listed the boundaries, and others write the deaths
+    at = tl.load(listed, mask=n > 0, other=finish)
+    end = tl.load(listed + 1, mask=n > 1, other=finish)
+    after = tl.load(listed + 2, mask=n > 2, other=finish)
+    if WANT_LO:
+        count = tl.sum(tl.where(o_s == live - 1, b_count, 0.0), 0)
+        last = tl.minimum(at, finish - 1)
+        store_lo(lo, sums, b_start, b_count, b_info, live, K, begin, count, begin, last, begin, offset, 64, KP)
+    if HAS_CACHE:
+        m_joins = (o_s == live - 1) & (at > begin)  # the tokens before the first boundary
+        b_count = tl.where(m_joins, b_count + (at - begin).to(tl.float32), b_count)
+        b_info = tl.where(m_joins, tl.load(sums + at - 1, mask=at > begin, other=0.0), b_info)
+    total = tl.load(sums + end - 1)
+    for i in range(n):
+        # of the next steps: their latency is not this one's
+        next_total = tl.load(sums + after - 1)
+        later = tl.load(listed + i + 3, mask=i + 3 < n, other=finish)
+        if live == K:
+            b_merged, b_added = b_info + shifted(b_info, o_s, KP), b_count + shifted(b_count, o_s, KP)
+            b_cost = tl.where(o_s < K - 1, b_merged / tl.maximum(b_added, 1.0), float("inf"))
+            pair = tl.argmin(b_cost, 0, tie_break_left=True)
+            m_moved = o_s > pair
+            m_dies = o_s == pair + 1
+            tl.store(death + b_start, at - offset + o_s * 0, mask=m_dies & (b_start >= 0))
+            if HAS_CACHE:
+                tl.store(cache_death + o_table - 1 - b_start, at - offset + o_s * 0, mask=m_dies & (b_start < 0))
+            b_info = tl.where(o_s == pair, b_merged, tl.where(m_moved, shifted(b_info, o_s, KP), b_info))
+            b_count = tl.where(o_s == pair, b_added, tl.where(m_moved, shifted(b_count, o_s, KP), b_count))
+            b_start = tl.where(m_moved, shifted(b_start, o_s, KP), b_start)
+            live -= 1
+        m_new = o_s == live
+        b_start = tl.where(m_new, at, b_start)
+        b_count = tl.where(m_new, (end - at).to(tl.float32), b_count)
+        b_info = tl.where(m_new, total, b_info)
+        live += 1
+        if WANT_LO:
+            last = tl.minimum(end, finish - 1)
+            store_lo(lo, sums, b_start, b_count, b_info, live, K, at, 0.0, at + 1, last, begin, offset, 64, KP)
+        at, end, after, total = end, after, later, next_total
     p_final = final_info + (row.to(tl.int64) * H + i_h) * K + o_s
     tl.store(p_final, tl.where(o_s < live, b_info, 0.0), mask=(o_s < K) & (finish == offset + ROW))

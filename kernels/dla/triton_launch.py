@@ -20,8 +20,8 @@ WINDOW_ROWS = 64  # at least so many blocks (and segment ends) have their slot s
 WINDOW_BYTES = 4 << 30  # and as many as take so many bytes
 
 # kernel (`.256`: for dk > 128; `.v64`: for dv <= 64, where a loop over value dims that runs once holds more registers;
-# `.sm80`: on GPUs before Hopper, where operands take up registers): (BK, BV, warps, stages) for bf16 and for operands
-# of 4 bytes, and its operation
+# `.sm80`: on GPUs before Hopper, where operands take up registers; `.sm100`: from Blackwell on): (BK, BV, warps,
+# stages) for bf16 and for operands of 4 bytes, and its operation
 LAUNCH = {
     "slots": ((64, 256, 8, 2), (32, 128, 4, 1), "forward"),  # BV: for all slots together, here and in the next line
     "slots_gdn": ((128, 128, 8, 2), (32, 64, 4, 1), "forward"),
@@ -49,8 +49,10 @@ LAUNCH = {
     "local": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "local.sm80": ((32, 16, 8, 1), (32, 16, 8, 1), "forward"),
     "detect_pairs": ((64, 64, 4, 1), (64, 64, 8, 1), "partition"),
-    "detect": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
-    "detect_gdn": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
+    "detect": ((32, 128, 4, 1), (32, 32, 8, 1), "partition"),
+    "detect_gdn": ((64, 64, 4, 1), (32, 32, 8, 1), "partition"),
+    "detect_gdn.sm80": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
+    "detect_gdn.sm100": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
     "repair_rest": ((32, 16, 8, 1), (32, 16, 8, 1), "partition"),
     "detect_gdn.256": ((32, 64, 8, 1), (32, 16, 8, 1), "partition"),
 }
@@ -126,8 +128,10 @@ class LaunchPlan:
         for variant, holds in ((".256", self.DK > 128), (".v64", self.DV <= 64)):
             if holds and name + variant in LAUNCH:
                 name += variant
-        if f"{name}.sm80" in LAUNCH and compute_capability(device) < 90:
-            name += ".sm80"
+        capability = compute_capability(device)
+        for variant, holds in ((".sm80", capability < 90), (".sm100", capability >= 100)):
+            if holds and name + variant in LAUNCH:
+                name += variant
         name += ".fp32" if self.wide else ""
         return launch_config(name, dtype=self.dtype, dk=self.DK, dv=self.DV, capacity=self.K, device=device)
 
@@ -164,6 +168,6 @@ for _name, (_bf16, _wide, _operation) in LAUNCH.items():
     for _suffix, _default in (("", _bf16), (".fp32", _wide)):
         _keys = dict(zip(("BK", "BV", "num_warps", "num_stages"), _default, strict=True))
         _candidates = [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3)]
-        if ".sm80" in _name:  # `--tune` measures what the GPU at hand uses
+        if ".sm" in _name:  # `--tune` measures what the GPU at hand uses
             _candidates = []
         register(_name + _suffix, _keys, _candidates, operation=_operation)

@@ -136,9 +136,9 @@ def _capacity(
         incoming = (cache.live.int().contiguous(), cache.count.float().contiguous(), cache.info.float().contiguous())
         cache_death = torch.empty(B, H, K, dtype=torch.int32, device=device)
     capacity_kernel[(len(layout.segments), H)](
-        starts, sums, layout.segments, *incoming, death, death if cache_death is None else cache_death, lo, final_info,
-        layout.tokens, H, K, T, HAS_CACHE=cache is not None, WANT_LO=want_lo, TILE=64, KP=plan.slots_padded,
-        num_warps=1,
+        starts, sums, layout.segments, *incoming, torch.empty_like(death), death,
+        death if cache_death is None else cache_death, lo, final_info, layout.tokens, H, K, T,
+        HAS_CACHE=cache is not None, WANT_LO=want_lo, TILE=512, KP=plan.slots_padded, num_warps=1,
     )  # fmt: skip
 
     def rows(x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from .ttir import Function, parse
 from .walk import Cost, Pointer, Walk
 
 PROGRAMS = 12  # of a grid that are walked; all of a grid that has no more
+OVER_SEGMENTS = ("capacity_kernel",)  # kernels with a loop over the boundaries of a segment, not of a tile
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a processor: CUDA C programming guide, compute capability 8.0 - 10.0
 
 
@@ -77,6 +78,8 @@ def _sampled(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
 def _assumptions(launch: Launch) -> Assumptions:
     """How long loops are whose length the data decides: by the boundaries of a tile of tokens."""
     tokens = next((launch.arguments[name] for name in ("BT", "TILE", "BLOCK") if name in launch.arguments), 64)
+    if launch.kernel.__name__ in OVER_SEGMENTS:
+        tokens = launch.arguments["T"] // launch.grid[0]
     stop = STOPS_AFTER.get(launch.kernel.__name__)
     return Assumptions(
         rounds=1 + tokens / BOUNDARY_EVERY,
