@@ -30,6 +30,7 @@ class SourceSection:
     dir: str = ""
     weight: NonNegativeFloat = 1.0
     max_epochs: NonNegativeInt = 0
+    max_tokens: NonNegativeInt = 0
 
 
 @dataclass
@@ -48,8 +49,8 @@ class DataSection:
     dir: str = ""
     """Directory that `dla data shards` or `dla data merge` wrote, or its URL: https://, s3://, gs://."""
     sources: dict[str, SourceSection] = field(default_factory=dict)
-    """A mixture, name: {dir, weight: 1.0, max_epochs: 0}. Weights are shares of the tokens; a source ends after
-    max_epochs passes (0 = never), and the others share its part."""
+    """A mixture, name: {dir, weight: 1.0, max_epochs: 0, max_tokens: 0}. Weights are shares of the tokens; a source
+    ends after max_epochs passes or max_tokens tokens (0 = never), and the others share its part."""
     stages: tuple[StageSection, ...] = ()
     """Later weights of the sources: [{from_tokens: 800000000000, weights: {name: 1.0}}]; names left out have 0."""
     packing: Literal["concat", "best_fit"] = "concat"

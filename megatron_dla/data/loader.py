@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from megatron_dla.data.best_fit import BestFitStream
-from megatron_dla.data.mixture import MixedStream, Stages, check_tokenizers, weights_at
+from megatron_dla.data.mixture import Limit, MixedStream, Stages, check_tokenizers, weights_at
 from megatron_dla.data.packing import Batch, make_batch
 from megatron_dla.data.prefetch import ReadAhead
 from megatron_dla.data.shards import ShardReader, Verify
@@ -75,7 +75,7 @@ class TokenLoader:
             mixture, {name: one of these}.
         verify: what is checked before a shard is read: "sha256", "size" or "none".
         packing: "concat" cuts rows from the joined documents, "best_fit" cuts no document that fits into a row.
-        stages: weights of the sources; None: equal ones. max_epochs: {name: passes after which a source has ended}.
+        stages: weights of the sources; None: equal ones. limits: where sources end.
         prefetch_rows: rows that a thread reads ahead, rounded up to whole steps; 0 = none. State and counts are of the
             steps that `next_step` has returned.
 
@@ -97,7 +97,7 @@ class TokenLoader:
         verify: Verify = "sha256",
         packing: Packing = "concat",
         stages: Stages | None = None,
-        max_epochs: Mapping[str, int] | None = None,
+        limits: Mapping[str, Limit] | None = None,
         prefetch_rows: int = 0,
         root: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -112,9 +112,9 @@ class TokenLoader:
         self.prefetch_rows = prefetch_rows
         self._check()
         self.stages = stages or [(0, dict.fromkeys(sources, 1.0))]
-        limits = dict(max_epochs or {})
+        limits = limits or {}
         plain = [[start, dict(weights)] for start, weights in self.stages]
-        self.mixtures = [{"from_tokens": 0, "stages": plain, "max_epochs": limits}]
+        self.mixtures = [{"from_tokens": 0, "stages": plain, "limits": {name: list(limits[name]) for name in limits}}]
         self.streams = {j: self._stream(j, limits) for j in range(dp_rank, num_streams, dp_size)}
         self.source_tokens = {
             name: sum(shard.tokens for shard in reader.shards) for name, reader in self.readers.items()
@@ -123,13 +123,14 @@ class TokenLoader:
         self.last_wait_s = self.total_wait_s = 0.0
         self._begin()
 
-    def _stream(self, number: int, max_epochs: Mapping[str, int]) -> MixedStream:
+    def _stream(self, number: int, limits: Mapping[str, Limit]) -> MixedStream:
         kind, options = PACKINGS[self.packing], {"seq_len": self.seq_len, "seed": self.seed}
         sources = {
-            name: kind(reader, number, self.num_streams, max_epochs=max_epochs.get(name, 0), **options)
+            name: kind(reader, number, self.num_streams, max_epochs=limits.get(name, Limit()).epochs, **options)
             for name, reader in self.readers.items()
         }
-        return MixedStream(sources, number, self.seq_len)
+        most = {name: limit.tokens for name, limit in limits.items()}
+        return MixedStream(sources, number, self.seq_len, self.num_streams, most)
 
     def _begin(self) -> None:
         """From where the streams are."""
@@ -230,7 +231,7 @@ class TokenLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a (merged) state; reads one shard for each source of each stream.
 
-        Weights, stages and max_epochs may have changed, and there may be new sources, which begin at their beginning;
+        Weights, stages and limits may have changed, and there may be new sources, which begin at their beginning;
         `mixtures` then gets another entry.
 
         Raises DataError if split, seed, seq_len, num_streams, packing or the data of a source differ, or if a source or

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,13 @@ from megatron_dla.shard_index import ShardIndex
 
 Stages = Sequence[tuple[int, Mapping[str, float]]]
 """[(tokens seen by the run, weights from there on)], in order, the first from 0. A source not named has weight 0."""
+
+
+class Limit(NamedTuple):
+    """Where a source ends: after so many passes, and after so many tokens in all streams together; 0 = never."""
+
+    epochs: int = 0
+    tokens: int = 0
 
 
 def weights_at(stages: Stages, tokens_seen: int) -> Mapping[str, float]:
@@ -33,15 +41,18 @@ def planned_tokens(stages: Stages, total: int) -> dict[str, int]:
     return {name: round(tokens) for name, tokens in planned.items()}
 
 
-def least_tokens(readers: Mapping[str, ShardReader], max_epochs: Mapping[str, int], streams: int, seed: int) -> int:
-    """Tokens of the stream that has the least, where every source ends; streams differ by some shards."""
-    held = np.zeros(streams, dtype=np.int64)
+def least_tokens(readers: Mapping[str, ShardReader], limits: Mapping[str, Limit], streams: int, seed: int) -> float:
+    """Tokens of the stream that has the least, infinite where a source has no limit; streams differ by some shards."""
+    held = np.zeros(streams)
     for name, reader in readers.items():
+        limit = limits.get(name, Limit())
+        epochs = np.full(streams, 0.0 if limit.epochs else np.inf)
         tokens = np.array([shard.tokens for shard in reader.shards])
-        for epoch in range(max_epochs[name]):
+        for epoch in range(limit.epochs):
             order = reader.order(seed, epoch)
-            np.add.at(held, np.arange(len(order)) % streams, tokens[order])
-    return int(held.min())
+            np.add.at(epochs, np.arange(len(order)) % streams, tokens[order])
+        held += np.minimum(epochs, limit.tokens / streams if limit.tokens else np.inf)
+    return float(held.min())
 
 
 def check_tokenizers(indexes: Mapping[str, ShardIndex]) -> None:
@@ -56,18 +67,23 @@ def check_tokenizers(indexes: Mapping[str, ShardIndex]) -> None:
 
 
 class MixedStream:
-    """Stream `number` of a mixture: each row is of the source that is furthest behind its share of the tokens.
+    """Stream `number` of `count`: each row is of the source that is furthest behind its share of the tokens.
 
     So a stream is within a row of its weights at any time. Streams begin at different places of that sequence, one row
-    apart, and the rows of a step are close to the weights too. Where a source has ended, the others share its part.
+    apart, and the rows of a step are close to the weights too. Where a source has ended, or has given this
+    stream its part of `max_tokens`, to the next whole row, the others share its weight.
 
     Position: that of each source; `weights`, the last ones used, and `drawn`, the tokens of each source under them.
 
     Attributes: `tokens`: of each source, since the beginning of the run.
     """
 
-    def __init__(self, sources: Mapping[str, ShardStream], number: int, seq_len: int) -> None:
+    def __init__(
+        self, sources: Mapping[str, ShardStream], number: int, seq_len: int, count: int = 1,
+        max_tokens: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
         self.sources = dict(sorted(sources.items()))  # ties must not depend on the order of a config
+        self.most = {name: limit / count for name, limit in (max_tokens or {}).items() if limit}
         self.number, self.seq_len = number, seq_len
         self.tokens = dict.fromkeys(self.sources, 0)
         self.drawn = dict.fromkeys(self.sources, 0)
@@ -79,7 +95,7 @@ class MixedStream:
         if weights != self.weights:
             self._use(weights)
             self.drawn = dict.fromkeys(self.sources, 0)
-        while names := [name for name, source in self.sources.items() if self._weight(name) and not source.ended]:
+        while names := [name for name in self.sources if self._weight(name) and not self._ended(name)]:
             name = self._behind(names, self._head, self.drawn)
             source = self.sources[name]
             before = source.tokens
@@ -89,8 +105,11 @@ class MixedStream:
                 return row
         raise DataError(
             f"stream {self.number} has no data left: every source with a weight ({', '.join(weights)}) has had its "
-            "max_epochs; raise it, add a source, or train for fewer steps"
+            "max_epochs or max_tokens; raise them, add a source, or train for fewer steps"
         )
+
+    def _ended(self, name: str) -> bool:
+        return self.sources[name].ended or self.tokens[name] >= self.most.get(name, math.inf)
 
     def _weight(self, name: str) -> float:
         return self.weights.get(name, 0)

@@ -47,6 +47,8 @@ class JsonlSink:
 
 def _finite(value: Any) -> Any:
     """None for nan and inf, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import RunConfig, check_config, check_precision, layer_letters
 from megatron_dla.data import ShardReader, TokenLoader, validation_batches
 from megatron_dla.data.loader import ONLY
-from megatron_dla.data.mixture import check_tokenizers, least_tokens, planned_tokens
+from megatron_dla.data.mixture import Limit, check_tokenizers, least_tokens, planned_tokens
 from megatron_dla.data.packing import Batch
 from megatron_dla.data.remote import RemoteDirectory, open_directory
 from megatron_dla.data_prep.tokenizer import Tokenizer
@@ -77,8 +76,10 @@ class PretrainTask(Task):
         return [(0, first), *((stage.from_tokens, stage.weights) for stage in data.stages)]
 
     @property
-    def max_epochs(self) -> dict[str, int]:
-        return {name: source.max_epochs for name, source in self.config.data.sources.items() if source.max_epochs}
+    def limits(self) -> dict[str, Limit]:
+        """Of the sources that have any."""
+        limits = {name: Limit(one.max_epochs, one.max_tokens) for name, one in self.config.data.sources.items()}
+        return {name: limit for name, limit in limits.items() if any(limit)}
 
     # ---- before the start
 
@@ -97,16 +98,16 @@ class PretrainTask(Task):
 
     def _check_length(self) -> None:
         """Where all sources end, no stream may run out of data before the last step."""
-        limits, streams = self.max_epochs, self.config.data.num_streams
+        limits, streams = self.limits, self.config.data.num_streams
         if limits.keys() != self.indexes.keys():
             return
         readers = {name: ShardReader(index, "train", root=self.dirs[name]) for name, index in self.indexes.items()}
         held = least_tokens(readers, limits, streams, self.config.run.seed) * streams
         if held < self._tokens:
             raise DataError(
-                f"the run has {self._tokens:,} tokens, and with data.sources.NAME.max_epochs = {limits} there are only "
-                f"{held:,} ({streams} times what the stream with the least has): raise max_epochs, add a source, or "
-                "train for fewer steps"
+                f"the run has {self._tokens:,} tokens, and with the limits of data.sources there are only "
+                f"{held:,.0f} ({streams} times what the stream with the least has): raise max_epochs or max_tokens, "
+                "add a source, or train for fewer steps"
             )
 
     def _check_shards(self, directory: Path | RemoteDirectory, index: ShardIndex) -> None:
@@ -213,7 +214,7 @@ class PretrainTask(Task):
             seq_len=self.seq_len, num_streams=config.data.num_streams,
             global_batch_size=config.training.global_batch_size, micro_batch_size=config.training.micro_batch_size,
             dp_rank=dp.rank(), dp_size=dp.size(), seed=config.run.seed, verify=config.data.verify,
-            packing=config.data.packing, stages=self.stages, max_epochs=self.max_epochs,
+            packing=config.data.packing, stages=self.stages, limits=self.limits,
             prefetch_rows=config.data.prefetch_rows,
         )  # fmt: skip
         return model
@@ -277,17 +278,17 @@ class PretrainTask(Task):
         dist.all_gather(parts, local, group=groups.tp)
         return torch.cat(parts, 1) / groups.dp.size()
 
-    def validate(self, engine: Any) -> dict[str, float]:
-        """Of all sources that have held-out data, one after the other."""
+    def validate(self, engine: Any) -> dict[str, Any]:
+        """Of all sources that have held-out data, together and one by one."""
         config, groups = self.config, self.runtime.groups
-        batches = chain.from_iterable(
-            validation_batches(
+        batches = {
+            name: validation_batches(
                 self.dirs[name], self.seq_len, config.training.micro_batch_size, groups.dp.rank(), groups.dp.size(),
                 config.training.eval_rows or None, verify=config.data.verify,
             )
             for name, index in self.indexes.items()
             if "val" in index.splits
-        )  # fmt: skip
+        }  # fmt: skip
         values = validate(engine, batches, groups, self.runtime.device, self._pack, self.token_bytes)
         for mixer in self.mixers:
             mixer.take_boundary_rate()  # held-out tokens are not part of the training rate

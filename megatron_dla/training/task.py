@@ -113,7 +113,7 @@ class Task(ABC):
         return {}
 
     @abstractmethod
-    def validate(self, engine: Any) -> dict[str, float]:
+    def validate(self, engine: Any) -> dict[str, Any]:
         """`val_loss` (nats a token) and whatever else is measured on held-out data (a collective)."""
 
     def state_dict(self) -> dict[str, Any]:

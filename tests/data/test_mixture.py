@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_dla.data import TokenLoader
-from megatron_dla.data.mixture import MixedStream, least_tokens, planned_tokens
+from megatron_dla.data.mixture import Limit, MixedStream, least_tokens, planned_tokens
 from megatron_dla.errors import DataError
 from tests.support.rows import ROWS, STREAMS, T, build_words, global_steps, hashes, loader, ranks
 
@@ -129,7 +130,7 @@ def test_a_stage_begins_with_its_step(three):
 
 
 def test_a_source_ends_after_its_epochs_and_the_run_when_all_have(three):
-    one = loader(three, stages=[(0, WEIGHTS)], max_epochs=dict.fromkeys(three, 2), prefetch_rows=64)
+    one = loader(three, stages=[(0, WEIGHTS)], limits=dict.fromkeys(three, Limit(2)), prefetch_rows=64)
     steps = 0
     with pytest.raises(DataError, match="max_epochs"):
         while True:
@@ -140,10 +141,28 @@ def test_a_source_ends_after_its_epochs_and_the_run_when_all_have(three):
     for j in range(STREAMS):
         orders = [(reader, reader.order(3, epoch)[j::STREAMS]) for reader in one.readers.values() for epoch in range(2)]
         held.append(sum(reader.shards[i].tokens for reader, order in orders for i in order))
-    assert least_tokens(one.readers, dict.fromkeys(three, 2), STREAMS, seed=3) == min(held)
+    assert least_tokens(one.readers, dict.fromkeys(three, Limit(2)), STREAMS, seed=3) == min(held)
     rows = min(held) / T - steps * ROWS / STREAMS
     assert 0 <= rows < 3 + ROWS / STREAMS
     assert max(one.report(one.counts())["source_epochs"].values()) <= 2
+
+
+def test_a_source_ends_after_its_tokens_at_any_number_of_ranks(three):
+    most, options = 50 * STREAMS * T + 8, {"stages": [(0, WEIGHTS)], "prefetch_rows": 16}
+    options["limits"] = limits = {"books": Limit(0, most), "code": Limit(1, most)}
+    want = global_steps(ranks(three, 1, **options), 90)
+    running = ranks(three, 2, **options)
+    begun = global_steps(running, 30)
+    resumed = ranks(three, 4, **options)
+    for one in resumed:
+        one.load_state_dict(TokenLoader.merge_states([rank.state_dict() for rank in running]))
+    assert torch.cat([begun, global_steps(resumed, 60)]).equal(want) and len(resumed[0].mixtures) == 1
+    before, after = (summed(x)["source_epochs"]["books"] * x[0].source_tokens["books"] for x in (running, resumed))
+    assert before < most - STREAMS * T and after == pytest.approx(51 * STREAMS * T)  # to each stream's next whole row
+    code = least_tokens({"code": running[0].readers["code"]}, {"code": Limit(1)}, STREAMS, 3)
+    held = least_tokens(running[0].readers, {**limits, "web": Limit(0, 40)}, STREAMS, 3)
+    assert held == pytest.approx(most / STREAMS + 10 + min(code, most / STREAMS))
+    assert least_tokens(running[0].readers, limits | {"web": Limit()}, STREAMS, 3) == np.inf
 
 
 def test_changed_weights_and_new_sources_at_a_resume_are_recorded(three):
@@ -158,8 +177,8 @@ def test_changed_weights_and_new_sources_at_a_resume_are_recorded(three):
     global_steps([resumed], 20)
     assert resumed.report(resumed.counts())["mix"] == pytest.approx({"books": 0, "code": 0.25, "web": 0.75}, abs=0.02)
     assert resumed.state_dict()["mixtures"] == [
-        {"from_tokens": 0, "stages": [[0, {"books": 1, "code": 1}]], "max_epochs": {}},
-        {"from_tokens": 20 * ROWS * T, "stages": [[0, {"code": 1, "web": 3}]], "max_epochs": {}},
+        {"from_tokens": 0, "stages": [[0, {"books": 1, "code": 1}]], "limits": {}},
+        {"from_tokens": 20 * ROWS * T, "stages": [[0, {"code": 1, "web": 3}]], "limits": {}},
     ]
     with pytest.raises(DataError, match=r"'web'.*weight of 0"):
         loader(two).load_state_dict(resumed.state_dict())

@@ -30,6 +30,8 @@ def test_mix_is_reported_and_other_weights_and_layouts_resume_it(ranks, sources,
     values = run_config(sources, tmp_path, packing="best_fit")
     before = ranks(2).run(train_workers.train, values)[0][-1]
     assert before["mix"] == pytest.approx({"first": 0.25, "second": 0.75}, abs=0.05) and before["val_loss"] > 0
+    parts = before["val_loss_by_source"]
+    assert set(parts) == set(sources) and min(parts.values()) < before["val_loss"] < max(parts.values())
     assert 0 < before["source_epochs"]["first"] < before["source_epochs"]["second"]
     assert 0 < before["padding_share"] < 0.1 and before["cut_share"] == 1  # all documents are longer than a row
     values["training"]["steps"] = 8

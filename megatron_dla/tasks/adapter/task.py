@@ -206,14 +206,14 @@ class AdapterTask(Task):
     def metrics(self) -> dict[str, Any]:
         return self.gates.take(self.runtime.groups.dp)
 
-    def validate(self, engine: Any) -> dict[str, float]:
+    def validate(self, engine: Any) -> dict[str, Any]:
         """Mean loss over the held-out answers."""
         runtime = self.runtime
         batches = held_out_batches(
             self.held_out, row_length=self.seq_len, micro_batch_size=self.config.training.micro_batch_size,
             dp_rank=runtime.groups.dp.rank(), dp_size=runtime.groups.dp.size(),
         )  # fmt: skip
-        return validate(engine, batches, runtime.groups, runtime.device, self._pack)
+        return validate(engine, {self.config.episodes.valid: batches}, runtime.groups, runtime.device, self._pack)
 
 
 @dataclass
