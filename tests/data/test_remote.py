@@ -1,5 +1,6 @@
 """Data at URLs: the same batches as from a disk, whatever the network does; the cache holds whole shards only."""
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -125,7 +126,9 @@ def test_a_damaged_copy_is_fetched_again(made, server, tmp_path):
         os.utime(copy, ns=(0, len(damaged)))
         assert len(reader.read(shard).tokens) == shard.tokens
         assert copy.read_bytes() == (made / shard.path).read_bytes()
-    assert server.requests.count(shard.path) == 3
+    copy.write_bytes(b"short")
+    assert len(ShardReader(reader.root, "train", verify="none").read(shard).tokens) == shard.tokens
+    assert server.requests.count(shard.path) == 4
 
 
 def test_shards_that_were_not_used_for_longest_make_room_but_none_in_use(made, server, tmp_path, capsys):
@@ -153,6 +156,23 @@ def test_shards_that_were_not_used_for_longest_make_room_but_none_in_use(made, s
     (tmp_path / "shards" / ".x.tar.0.part").write_bytes(b"of a process that was killed")
     use(3)
     assert len(held(tmp_path)) == 3
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_file(made, server, tmp_path, monkeypatch):
+    directory, shard = opened(server, tmp_path), shards_of(made)[0]
+    real = Path.write_bytes
+
+    def write_half(path, content):
+        real(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(DataError, match=r"data.cache_dir = .*No space left"):
+        directory.open(shard)
+    assert held(tmp_path) == []
+    monkeypatch.setattr(Path, "write_bytes", real)
+    directory.open(shard).close()
+    assert held(tmp_path) == [f"{shard.sha256}.tar"]
 
 
 def _read_all(directory, shards, root, queue):
