@@ -74,6 +74,14 @@ def open_directory(
     return RemoteDirectory(str(path), Path(cache_dir or default_cache()).expanduser(), int(cache_gb * 1e9))
 
 
+def local_directory(path: str, cache_dir: str = "") -> Path:
+    """A data directory, or, of a URL, where `open_directory` keeps its index and tokenizer; nothing is fetched."""
+    if not is_url(path):
+        return Path(path)
+    cache = Path(cache_dir or default_cache()).expanduser()
+    return cache / "directories" / hashlib.sha256(path.rstrip("/").encode()).hexdigest()[:16]
+
+
 class RemoteDirectory(os.PathLike[str]):
     """A data directory at a URL.
 
@@ -87,7 +95,7 @@ class RemoteDirectory(os.PathLike[str]):
         self.fetched = self.retries = 0
         self._get = _reader(self.url)
         self._shards = ShardCache(cache, limit)
-        self._local = cache / "directories" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self._local = local_directory(self.url, str(cache))
         self._ahead: dict[str, Future[BinaryIO]] = {}
         self._turn = threading.BoundedSemaphore(_AT_ONCE)
         self._fetch_files()

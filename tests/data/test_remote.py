@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_dla.data import ShardReader, remote, validation_batches
-from megatron_dla.data.remote import RemoteDirectory, open_directory
+from megatron_dla.data.remote import RemoteDirectory, local_directory, open_directory
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import ShardIndex
 from tests.support.http_faults import FaultyServer
@@ -106,6 +106,7 @@ def test_index_and_tokenizer_are_fetched_with_checks(made, server, tmp_path):
     server.faults |= {"index.json": ["drop", "short"], "tokenizer.model": ["wrong", "503"]}
     directory = opened(server, tmp_path)
     assert directory.retries == 4 and str(directory) == server.url
+    assert local_directory(f"{server.url}/", str(tmp_path)) == Path(directory) and local_directory("a") == Path("a")
     for name in ("index.json", "tokenizer.model"):
         assert Path(directory, name).read_bytes() == (made / name).read_bytes()
     server.always["tokenizer.model"] = "404"

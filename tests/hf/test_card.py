@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from megatron_dla.config import layer_letters
-from megatron_dla.hf.card import LORA_MODULES, cache_bytes
+from megatron_dla.data.remote import local_directory
+from megatron_dla.hf.card import LORA_MODULES, _data, cache_bytes
 from megatron_dla.hf.convert import to_hf
 
 
@@ -48,6 +49,11 @@ def test_facts_come_from_the_run(exported, tmp_path):
     rows = ["tokens | 1,500", "losses | training 2.0000, held-out 2.5000", "data | 7,000 tokens of wiki"]
     assert all(f"| {row} |" in card for row in [*rows, "licence | apache-2.0"])
     assert "not recorded" not in card
+    at_a_url = local_directory("https://host/data", str(tmp_path))  # as training left it
+    at_a_url.mkdir(parents=True)
+    shutil.copy(tmp_path / "index.json", at_a_url)
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"dir": "https://host/data", "cache_dir": str(tmp_path)}}))
+    assert _data(run) == "7,000 tokens of wiki"
     mixture = {"data": {"dir": "", "sources": {name: {"dir": str(tmp_path)} for name in "ab"}}}
     (run / "config.yaml").write_text(yaml.safe_dump(mixture))
     card = (to_hf(run, tmp_path / "mixed") / "README.md").read_text()
