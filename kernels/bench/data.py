@@ -153,7 +153,8 @@ def repeat_shards(directory: Path, place: Path, count: int) -> None:
 def waiting_steps(directory: Path, prefetch_rows: int, steps: int, step_s: float) -> dict[str, float]:
     """The share of steps in which at least one of RANKS data-parallel ranks waits for over 10 ms.
 
-    All ranks are in this process, a stream each; a step takes `step_s`, and the first one is not counted.
+    All ranks are in this process, a stream each, and begin at different places of their shards; a step takes `step_s`,
+    and the first one is not counted.
     """
     loaders = [
         TokenLoader(
@@ -162,6 +163,11 @@ def waiting_steps(directory: Path, prefetch_rows: int, steps: int, step_s: float
         )
         for rank in range(RANKS)
     ]  # fmt: skip
+    (reader,) = loaders[0].readers.values()
+    shard_steps = sum(shard.tokens for shard in reader.shards) / len(reader.shards) / (ROWS * SEQ_LEN)
+    for rank, loader in enumerate(loaders):
+        for _ in range(round(shard_steps * rank / RANKS)):
+            loader.next_step()
     waits = []
     for _ in range(steps + 1):
         for loader in loaders:
