@@ -111,14 +111,14 @@ def query_gradient_kernel(
     v,  # [T, H, DV]
     do,  # [T, H, DV]
     cg,
-    at,  # [T, H, BT] (Gated DeltaNet only)
+    at,  # [T, H, TILES * BT] (Gated DeltaNet only)
     lam,  # [T, H, K]
     life,
     counts,
     blocks,
     read_dlam,  # [PARTS, tokens of the window, H, K] fp32: what `slot_query_gradient_kernel` found
     dq,  # [tokens of the window, H, DK] fp32 in, out: dq of each head (Mamba-2 only)
-    dat,  # [T, H, BT] fp32 out: dAt (Gated DeltaNet only)
+    dat,  # [T, H, TILES * BT] fp32 out: dAt (Gated DeltaNet only)
     dlam,  # [tokens of the window, H, K] out
     dcg,  # [H, T] fp32 out: the queries' part of the decay gradient (Mamba-2 only)
     T, H, GROUP, K, block_lo, row_lo, token_lo,
@@ -139,7 +139,7 @@ def query_gradient_kernel(
         stride_q, stride_v = H // GROUP * DK, H * DV
         i_g = i_h // GROUP
         p_q, p_k, p_v, p_do = q + i_g * DK, k + i_g * DK, v + i_h * DV, do + i_h * DV
-        p_at, p_lam = at + (i_h - skip) * BT, lam + i_h * K
+        p_at, p_lam = at + (i_h - skip) * TILES * BT, lam + i_h * K
         p_g, p_counts, p_life = cg + i_h * T, counts + i_h * TILES * T, life + i_h * T
         b_dq = tl.zeros([BT, BK], tl.float32)
         b_dlam = tl.zeros([BT, KP], tl.float32)
@@ -149,20 +149,23 @@ def query_gradient_kernel(
             i_x = i_c - back
             o_p = first + i_x * BT + tl.arange(0, BT)
             b_x = token_products(p_do, p_v, o_t, o_p, end, stride_v, DV, BV, BT, DOT, PREC)
-            b_at, b_decay = pair_tile(
-                p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, H * BT, DK, BK, BT, GDN, DOT, PREC
-            )
+            if not GDN:
+                b_at, b_decay = pair_tile(
+                    p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, H * TILES * BT, DK, BK, BT, GDN, DOT, PREC
+                )
             b_count = tl.load(p_counts + i_x.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
             b_lam, b_alive = slot_weights_tile(p_lam, p_life, b_newer, b_count, o_t, o_p, end, H * K, K)
             b_dat = b_x * b_lam
+            if GDN:
+                m_dat = (o_t < end)[:, None] & (o_p >= first)[None, :]
+                p_dat = dat + (o_t.to(tl.int64)[:, None] * H + i_h - skip) * TILES * BT + (o_p - first)[None, :]
+                tl.store(p_dat, b_dat, mask=m_dat)
+                b_at, _ = pair_tile(  # as late as this, or registers do not suffice
+                    p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, H * TILES * BT, DK, BK, BT, GDN, DOT, PREC
+                )
             if i_k == 0:
                 b_dlam = pair_weight_gradient(b_dlam, b_x * b_at, p_life, b_newer, b_alive, o_p, end, K, KP)
-            if GDN:
-                if i_k == 0:
-                    m_dat = (o_t < end)[:, None] & (o_p >= first)[None, :]
-                    p_dat = dat + (o_t.to(tl.int64)[:, None] * H + i_h - skip) * BT + (o_p - first)[None, :]
-                    tl.store(p_dat, b_dat, mask=m_dat)
-            else:
+            if not GDN:
                 b_dg += tl.sum(b_dat * b_at, 1)
                 b_k = raw_rows(p_k, o_p, o_k, end, stride_q, DK)
                 # [BT, BT] @ [BT, BK] -> [BT, BK]
@@ -265,15 +268,15 @@ def value_gradient_kernel(
         o_v = tl.program_id(2) * BV + tl.arange(0, BV)
         stride_k, stride_v = (H if GDN else H // GROUP) * DK, H * DV
         p_k = k + (i_h - skip if GDN else i_h // GROUP) * DK
-        p_q, p_at, p_lam = q + i_h // GROUP * DK, at + (i_h - skip) * BT, lam + i_h * K
+        p_q, p_at, p_lam = q + i_h // GROUP * DK, at + (i_h - skip) * TILES * BT, lam + i_h * K
         p_g, p_counts, p_life = cg + i_h * T, counts + i_h * TILES * T, life + i_h * T
         b_dv = tl.zeros([BT, BV], tl.float32)
         for i_x in range(i_c, TILES):
             o_t = first + i_x * BT + tl.arange(0, BT)
             if first + i_x * BT < end:
                 b_at, _ = pair_tile_t(
-                    p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_k if not GDN else DK, H * BT, DK, BK, BT, GDN,
-                    DOT, PREC,
+                    p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_k if not GDN else DK, H * TILES * BT, DK, BK, BT,
+                    GDN, DOT, PREC,
                 )  # fmt: skip
                 b_newer = newer_starts(p_counts, o_t, end, T, i_c + 1, i_x + 1)
                 b_count = tl.load(p_counts + i_c.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
@@ -464,11 +467,10 @@ def state_gradient_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def decay_gradient_kernel(
-    cg,
     rows,  # [PARTS, H, T] fp32: gradient of cg, part of the queries
     cols,  # [PARTS, H, T] fp32: part of the keys
     ends,  # [PARTS, H, T] fp32: summed into the block's last decay
-    dkeep,  # [blocks of the window, H] fp32: gradient of exp(cg_C) from the transition
+    dkeep,  # [blocks of the window, H] fp32: gradient of the last cg from the transition
     dg,  # [T, H] out
     blocks, block_lo, T, H,
     ROWS: tl.constexpr,  # parts of `rows`
@@ -486,7 +488,7 @@ def decay_gradient_kernel(
     for part in tl.static_range(PARTS):
         b_dg += tl.load(cols + (part * H + i_h) * T + o_t, mask=o_t < end, other=0.0)
         b_last += tl.load(ends + (part * H + i_h) * T + o_t, mask=o_t < end, other=0.0)
-    last = tl.sum(b_last, 0) + tl.load(dkeep + i_b * H + i_h) * tl.exp(tl.load(cg + i_h * T + end - 1))
+    last = tl.sum(b_last, 0) + tl.load(dkeep + i_b * H + i_h)
     b_dg += tl.where(o_t == end - 1, last, 0.0)
     b_dg = tl.cumsum(b_dg, 0, reverse=True)
     tl.store(dg + o_t.to(tl.int64) * H + i_h, b_dg.to(dg.dtype.element_ty), mask=o_t < end)

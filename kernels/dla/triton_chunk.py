@@ -23,19 +23,24 @@ from .triton_backward import (
     state_gradient_kernel,
     value_gradient_kernel,
 )
+from .triton_compose import (
+    compose_backward_kernel,
+    compose_kernel,
+    tile_decay_kernel,
+    transition_backward_kernel,
+    transition_kernel,
+)
 from .triton_forward import output_kernel
 from .triton_launch import ALL_REGISTERS, PRECISION, LaunchPlan
 from .triton_layout import BlockLayout, Window
 from .triton_local import (
     dphi_kernel,
     inverse_kernel,
-    local_dkh_kernel,
     local_forward_kernel,
     local_inverse_backward_kernel,
     local_key_kernel,
     local_pairs_kernel,
     local_query_kernel,
-    transition_kernel,
 )
 from .triton_scan import reverse_scan_kernel, state_scan_kernel
 from .triton_slots import slot_columns_kernel, slot_reverse_kernel, slot_scan_kernel
@@ -61,6 +66,7 @@ class Tables:
 
     life: Tensor  # int32 [H, T]
     cg: Tensor  # fp32 [H, T]
+    cg_tile: Tensor  # the same, from the start of each tile (Gated DeltaNet)
     counts: Tensor  # int32 [H, TILES, T]
     pos: Tensor  # int32 [rows, H, K]
     death: Tensor
@@ -72,11 +78,11 @@ class Tables:
         return [getattr(self, field.name) for field in fields(self)]
 
 
-def block_decay(g: Tensor, layout: BlockLayout) -> Tensor:
-    """Cumulative log-decay inside each block: fp32 [H, T] from [T, H]."""
+def block_decay(g: Tensor, blocks: Tensor, block: int) -> Tensor:
+    """Cumulative log-decay inside each of `blocks` (int32 [n, 4]: first token, end, ..): fp32 [H, T] from [T, H]."""
     T, H = g.shape
     cg = torch.empty(H, T, dtype=torch.float32, device=g.device)
-    decay_cumsum_kernel[(len(layout.blocks), H)](g, cg, layout.blocks, T, H, BLOCK=layout.block, num_warps=4)
+    decay_cumsum_kernel[(len(blocks), H)](g, cg, blocks, T, H, BLOCK=block, num_warps=4)
     return cg
 
 
@@ -90,8 +96,10 @@ def make_tables(
         return torch.empty(*shape, dtype=dtype, device=g.device)
 
     rows, blocks = len(layout.rows), len(layout.blocks)
+    cg = block_decay(g, layout.blocks, plan.block)
     tables = Tables(
-        life=life, cg=block_decay(g, layout), counts=new(H, plan.block // plan.tile, T),
+        life=life, cg=cg, cg_tile=block_decay(g, layout.tiles, plan.tile) if plan.gdn else cg,
+        counts=new(H, plan.tiles, T),
         pos=new(rows, H, K), death=new(rows, H, K), live=new(rows, H),
         columns=new(blocks, H, 6, plan.slots_padded, dtype=torch.int16), moves=new(blocks, H, 4),
     )  # fmt: skip
@@ -107,10 +115,7 @@ def make_tables(
             layout.blocks, layout.window_segments, tables.pos, tables.death, tables.live, tables.columns, tables.moves,
             H, K, KP=plan.slots_padded, num_warps=1,
         )  # fmt: skip
-    tiles = plan.block // plan.tile
-    tile_counts_kernel[(blocks * tiles, H)](
-        life, layout.blocks, tables.counts, T, BT=plan.tile, TILES=tiles, num_warps=4
-    )
+    tile_counts_kernel[(blocks * plan.tiles, H)](life, layout.blocks, tables.counts, T, **plan.tiled(), num_warps=4)
     return tables
 
 
@@ -122,10 +127,12 @@ class WindowPass:
         self.blocks = window.block_hi - window.block_lo
         self.token_lo = layout.firsts[window.block_lo]
         self.tokens = layout.firsts[window.block_hi] - self.token_lo
-        self.tiles = self.blocks * (plan.block // plan.tile)
+        self.tiles = self.blocks * plan.tiles
         self.at: Tensor = x.v
         self.qt, self.kh, self.r_matrix = x.q, x.k, x.v
         self.inv: Tensor = x.v
+        self.at_tile: Tensor = x.v
+        self.levels: list[tuple[Tensor, Tensor]] = []  # Qt and Kh of 1, 2, .. tiles, but the last
         if plan.gdn:
             self._local()
 
@@ -137,28 +144,51 @@ class WindowPass:
         plan = self.plan
         return self.new(rows or self.window.rows, plan.H, plan.K, plan.DK, plan.DV, dtype=dtype or plan.state_dtype)
 
+    @property
+    def tile_lo(self) -> int:
+        return self.layout.tiles_before[self.window.block_lo]
+
+    @property
+    def tile_grid(self) -> tuple[int, int]:
+        """Of a program a tile and head: tiles that have tokens."""
+        return self.layout.tiles_before[self.window.block_hi] - self.tile_lo, self.plan.H
+
     def _where(self) -> tuple[Tensor, int, int]:
-        return self.layout.blocks, self.window.block_lo, self.token_lo
+        """For kernels over tiles."""
+        return self.layout.tiles, self.tile_lo, self.token_lo
 
     def _sizes(self) -> tuple[int, int, int]:
         return self.layout.tokens, self.plan.H, self.plan.group
 
     def _local(self) -> None:
-        plan, x, cg = self.plan, self.x, self.tables.cg
+        plan, x, tables = self.plan, self.x, self.tables
         assert x.beta is not None
         shape = (self.tokens, plan.H)
-        self.at = self.new(*shape, plan.tile)
+        self.at = self.at_tile = self.new(*shape, plan.tile)
         self.qt, self.kh = self.new(*shape, plan.DK), self.new(*shape, plan.DK)
-        self.r_matrix = self.new(self.blocks, plan.H, plan.DK, plan.DK, dtype=plan.state_dtype)
-        self.inv = chunk_inverse(plan, x.k, x.beta, cg, self.layout, window=self)
+        self.inv = chunk_inverse(plan, x.k, x.beta, tables.cg_tile, self._where(), self.tokens, self.tile_grid[0])
         meta = local_launch(plan, x.k.device)
-        grid = (self.blocks, plan.H)
-        local_forward_kernel[grid](
-            x.q, x.k, x.beta, cg, self.inv, self.at, self.qt, self.kh, *self._where(), *self._sizes(), **meta
-        )
-        transition_kernel[(*grid, ceil_div(plan.DK, meta["BK"]) ** 2)](
-            x.k, self.kh, cg, self.r_matrix, *self._where(), *self._sizes(), **meta
-        )
+        local_forward_kernel[self.tile_grid](
+            x.q, x.k, x.beta, tables.cg_tile, self.inv, self.at, self.qt, self.kh, *self._where(), *self._sizes(),
+            **meta,
+        )  # fmt: skip
+        if plan.tiles > 1:
+            self.at = self.new(*shape, plan.block)
+        meta = local_launch(plan, x.k.device, "compose")
+        for level in range(plan.levels):
+            before = (self.qt, self.kh)
+            self.levels.append(before)
+            self.qt, self.kh = torch.empty_like(self.qt), torch.empty_like(self.kh)
+            compose_kernel[self.tile_grid](
+                x.k, tables.cg, self.at_tile, *before, self.at, self.qt, self.kh, *self._where()[:2],
+                self.layout.blocks, self.token_lo, *self._sizes(), HALF=1 << level, TILES=plan.tiles, **meta,
+            )  # fmt: skip
+        self.r_matrix = self.new(self.blocks, plan.H, plan.DK, plan.DK, dtype=plan.state_dtype)
+        meta = local_launch(plan, x.k.device, "transition")
+        transition_kernel[(self.blocks, plan.H, ceil_div(plan.DK, meta["BK"]) ** 2)](
+            x.k, self.kh, tables.cg, self.r_matrix, self.layout.blocks, self.window.block_lo, self.token_lo,
+            *self._sizes(), **meta,
+        )  # fmt: skip
 
     def scan(self, incoming: Tensor) -> tuple[Tensor, Tensor]:
         """Snapshots [rows, H, K, DK, DV] and final states [segments, H, K, DK, DV] fp32.
@@ -186,7 +216,7 @@ class WindowPass:
 
     def reverse_scan(self, snap: Tensor, dstates: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """`dstates` from each block's own part to D, in place; the gradients of the states that the segments began
-        with [segments, H, K, DK, DV] fp32, and of exp(cg_C) of each block [programs, blocks, H] fp32 (Mamba-2)."""
+        with [segments, H, K, DK, DV] fp32, and of cg_C of each block [programs, blocks, H] fp32 (Mamba-2)."""
         plan, tables, window = self.plan, self.tables, self.window
         dims, grid = self.scan_launch(reverse=True)
         initial = self.states(torch.float32, len(window.segments))
@@ -231,22 +261,21 @@ class WindowPass:
 def local_launch(plan: LaunchPlan, device: torch.device, kernel: str = "local") -> dict:
     """Launch of the chunk-local kernels, which know no value dims: BV is the width of a slab of a C x C matrix."""
     found = plan.launch(kernel, device)
-    slab = {"SLAB": min(found["BV"], plan.tile)} if kernel == "local" else {}
+    slab = {} if kernel in ("inverse", "transition") else {"SLAB": min(found["BV"], plan.tile)}
     return {**{k: x for k, x in found.items() if k not in ("DV", "BV")}, **slab, "BT": plan.tile, "PREC": PRECISION}
 
 
 def chunk_inverse(
-    plan: LaunchPlan, k: Tensor, beta: Tensor, cg: Tensor, layout: BlockLayout, window: WindowPass | None = None
-):
-    """(I + diag(beta) stril(K K^T .* D))^-1 of every block: fp32 [tokens, H, C], of all tokens or one window's."""
-    lo, blocks, tokens = 0, len(layout.blocks), layout.tokens
-    first = 0
-    if window is not None:
-        lo, blocks, tokens, first = window.window.block_lo, window.blocks, window.tokens, window.token_lo
+    plan: LaunchPlan, k: Tensor, beta: Tensor, cg: Tensor, where: tuple[Tensor, int, int], tokens: int, tiles: int
+) -> Tensor:
+    """(I + diag(beta) stril(K K^T .* D))^-1 of `tiles` tiles: fp32 [tokens, H, C].
+
+    `where`: the table of tiles, the first of them, and its first token; `tokens`: of the tiles.
+    """
     inv = torch.empty(tokens, plan.H, plan.tile, dtype=torch.float32, device=k.device)
     sub = min(16, plan.tile)
-    inverse_kernel[(blocks, plan.H)](
-        k, beta, cg, inv, layout.blocks, lo, first, layout.tokens, plan.H, plan.group, SUB=sub,
+    inverse_kernel[(tiles, plan.H)](
+        k, beta, cg, inv, *where, cg.shape[1], plan.H, plan.group, SUB=sub,
         LEVELS=(plan.tile // sub).bit_length() - 1, **local_launch(plan, k.device, "inverse"),
     )  # fmt: skip
     return inv
@@ -403,7 +432,7 @@ def heads_per_program(plan: LaunchPlan, tokens: int) -> int:
 def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, grads: Gradients) -> Tensor:
     """Gradients of one window's tokens; returns the gradient of the states its segments began with."""
     plan, x, tables, window = work.plan, work.x, work.tables, work.window
-    T, H, K, C = work.layout.tokens, plan.H, plan.K, plan.tile
+    T, H, K = work.layout.tokens, plan.H, plan.K
     sizes = (*work._sizes(), K, window.block_lo, window.row_lo, work.token_lo)
     blocks, math = work.layout.blocks, plan.math()
     dstates = work.states()
@@ -414,7 +443,7 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
         **plan.tiled(), KP=plan.slots_padded, **math,
     )  # fmt: skip
     initial, dkeep = work.reverse_scan(snap, dstates, carry)
-    dat = work.new(work.tokens, H, C) if plan.gdn else x.v
+    dat = torch.empty_like(work.at) if plan.gdn else x.v
     dqt, rows = _query_gradient(work, snap, do, grads, dat)
     dims = plan.launch("key_gradient", do.device)
     splits = H // grads.heads
@@ -435,9 +464,12 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
     else:
         dkeep = dkeep.sum(0)
     grads.add_heads(slice(work.token_lo, work.token_lo + work.tokens), None if plan.gdn else dqt)
-    decay_gradient_kernel[(work.blocks, H)](
-        tables.cg, rows, cols, ends, dkeep, grads.dg, blocks, window.block_lo, T, H, ROWS=len(rows), PARTS=len(cols),
-        BLOCK=plan.block, num_warps=4,
+    grid, table, lo = (work.blocks, H), blocks, window.block_lo
+    if plan.gdn:
+        grid, table, lo = work.tile_grid, work.layout.tiles, work.tile_lo
+    decay_gradient_kernel[grid](
+        rows, cols, ends, dkeep, grads.dg, table, lo, T, H, ROWS=len(rows), PARTS=len(cols),
+        BLOCK=plan.tile if plan.gdn else plan.block, num_warps=4,
     )  # fmt: skip
     return initial
 
@@ -458,7 +490,7 @@ def _query_gradient(work: WindowPass, snap: Tensor, do: Tensor, grads: Gradients
         **dims, **meta,
     )  # fmt: skip
     mine = grads.dlam[work.token_lo : work.token_lo + work.tokens]
-    dims = plan.launch("query_gradient", do.device)
+    dims = plan.launch("query_gradient_gdn" if plan.gdn else "query_gradient", do.device)
     query_gradient_kernel[(work.tiles, H, 1 if plan.gdn else ceil_div(plan.DK, dims["BK"]))](
         x.q, x.k, x.v, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, dlam, dqt, dat, mine,
         rows[parts], *sizes, PARTS=parts, **dims, **meta,
@@ -477,19 +509,52 @@ def _local_backward(
         snap, dstates, tables.pos, tables.death, tables.live, work.layout.blocks, dphi, H, plan.K, window.block_lo,
         window.row_lo, **dims, KP=plan.slots_padded, PREC=PRECISION,
     )  # fmt: skip
+    dat, dqt, dkh, dke, dkeep = _compose_backward(work, dphi, dat, dqt, dkh)
     meta = local_launch(plan, snap.device)
     parts = ceil_div(plan.DK, meta["BK"])
     where = (*work._where(), *work._sizes())
-    local_dkh_kernel[(work.blocks, H, parts)](x.k, tables.cg, dphi, dkh, *where, **meta)
     db = torch.empty_like(dat)
     rows = work.new(2 + parts, H, work.layout.tokens)
     cols, ends = (work.new(parts, H, work.layout.tokens) for _ in range(2))
-    inputs = (x.q, x.k, x.beta, tables.cg, work.inv)
-    grid = (work.blocks, H)
+    inputs = (x.q, x.k, x.beta, tables.cg_tile, work.inv)
+    grid = work.tile_grid
     local_pairs_kernel[grid](*inputs, dat, dqt, dkh, db, rows[0], *where, **meta)
     local_inverse_backward_kernel[grid](*inputs[1:], db, rows[1], grads.dbeta, *where, **meta)
-    local_query_kernel[(*grid, parts)](x.q, x.k, tables.cg, dat, dqt, grads.dq_parts, rows[2:], *where, **meta)
+    local_query_kernel[(*grid, parts)](x.q, x.k, tables.cg_tile, dat, dqt, grads.dq_parts, rows[2:], *where, **meta)
     local_key_kernel[(*grid, parts)](
-        *inputs, work.at, work.kh, dat, db, dqt, dkh, dphi, grads.dk_parts, cols, ends, *where, **meta
+        *inputs, work.at_tile, dat, db, dqt, dkh, dke, grads.dk_parts, cols, ends, *where, **meta
     )
-    return rows, cols, ends, dphi.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return rows, cols, ends, dkeep
+
+
+def _compose_backward(
+    work: WindowPass, dphi: Tensor, dat: Tensor, dqt: Tensor, dkh: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From a block's gradients dAt, dQt and dKh of its tiles, dk from ek, and each tile's last cg's [tiles, H]."""
+    plan, x, tables = work.plan, work.x, work.tables
+    device, tiles, lo = x.k.device, plan.tiles, work.window.block_lo
+    meta = local_launch(plan, device, "compose_backward")
+    parts = ceil_div(plan.DK, meta["BK"])
+    block_sums, sums = (torch.zeros(n, work.blocks, tiles, plan.H, device=device) for n in (parts, 2 * plan.levels))
+    dke, where = torch.empty_like(dkh), (work.layout.tiles, work.tile_lo)
+    sizes = (*work._sizes(), work.blocks)
+    transition_backward_kernel[(*work.tile_grid, parts)](
+        x.k, tables.cg, work.kh, dphi, dkh, dke, block_sums, *where, lo, work.token_lo, *sizes, TILES=tiles, **meta
+    )
+    dat_tile = dat if tiles == 1 else torch.empty_like(work.at_tile)
+    scratch = torch.empty_like(dat) if tiles > 1 else dat
+    for level in reversed(range(plan.levels)):
+        dqt_out, dkh_out = torch.empty_like(dqt), torch.empty_like(dkh)
+        compose_backward_kernel[work.tile_grid](
+            x.k, tables.cg, *work.levels[level], work.at, dat, dqt, dkh, dqt_out, dkh_out, dke, sums[2 * level :],
+            dat_tile, scratch, *where, work.layout.blocks, lo, work.token_lo, *sizes, HALF=1 << level, TILES=tiles,
+            **meta,
+        )  # fmt: skip
+        dqt, dkh = dqt_out, dkh_out
+    dkeep = work.new(*work.tile_grid)
+    trace = dphi.diagonal(dim1=-2, dim2=-1).sum(-1)
+    tile_decay_kernel[work.tile_grid](
+        tables.cg, trace, block_sums, sums, dkeep, *where, work.layout.blocks, lo, work.layout.tokens, plan.H,
+        work.blocks, PARTS=parts, LEVELS=plan.levels, TILES=tiles, num_warps=1,
+    )  # fmt: skip
+    return dat_tile, dqt, dkh, dke, dkeep

@@ -5,8 +5,8 @@ With blocks of tokens, slots by recency and the backbone's transition Phi (see R
     O    = (At .* M) V + sum_i diag(lam[t, idx_t(i)]) Qt S_i
     S'_m = Phi sum_{i -> m} S_i + Kh[j in m]^T V[j in m]
 
-Mamba-2 forms At, Qt and Kh from q, k and the decay on the fly; Gated DeltaNet (blocks of one tile) reads what the
-chunk-local stage wrote (`triton_local.py`), with Phi = keep * I - R. States are carried in fp32; what the matrix units
+Mamba-2 forms At, Qt and Kh from q, k and the decay on the fly; Gated DeltaNet reads what the chunk-local stage wrote
+(`triton_local.py`, `triton_compose.py`), with Phi = keep * I - R. States are carried in fp32; what the matrix units
 read is rounded to `DOT` once.
 """
 
@@ -80,7 +80,7 @@ def output_kernel(
     k,  # [T, G, DK] (Mamba-2 only)
     v,  # [T, H, DV]
     cg,  # [H, T]
-    at,  # [T, H, BT] (Gated DeltaNet only)
+    at,  # [T, H, TILES * BT] (Gated DeltaNet only)
     lam,  # [T, H, K]
     life,  # [H, T]
     counts,  # [H, TILES, T]
@@ -104,14 +104,16 @@ def output_kernel(
         i_g = i_h - skip if GDN else i_h // GROUP
         stride_q, stride_v, stride_lam = (H if GDN else H // GROUP) * DK, H * DV, H * K
         p_q, p_k, p_v = q + i_g * DK, k + i_g * DK, v + i_h * DV
-        p_at, p_lam = at + (i_h - skip) * BT, lam + i_h * K
+        p_at, p_lam = at + (i_h - skip) * TILES * BT, lam + i_h * K
         p_g, p_counts, p_life = cg + i_h * T, counts + i_h * TILES * T, life + i_h * T
         b_o = tl.zeros([BT, BV], tl.float32)
         b_newer = tl.zeros([BT], tl.int32)
-        for back in range(i_c + 1):
+        for back in tl.range(0, i_c + 1, num_stages=1 if GDN else None):  # At ahead of time does not fit in registers
             i_x = i_c - back
             o_p = first + i_x * BT + tl.arange(0, BT)
-            b_at, _ = pair_tile(p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, H * BT, DK, BK, BT, GDN, DOT, PREC)
+            b_at, _ = pair_tile(
+                p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, H * TILES * BT, DK, BK, BT, GDN, DOT, PREC
+            )
             b_count = tl.load(p_counts + i_x.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
             b_lam, _ = slot_weights_tile(p_lam, p_life, b_newer, b_count, o_t, o_p, end, stride_lam, K)
             b_v = raw_rows(p_v, o_p, o_v, end, stride_v, DV)

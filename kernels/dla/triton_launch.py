@@ -37,6 +37,7 @@ LAUNCH = {
     "slot_query_gradient.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "backward"),
     "slot_query_gradient.256": ((64, 64, 4, 2), (32, 32, 8, 1), "backward"),
     "query_gradient": ((128, 32, 8, 1), (32, 32, 8, 1), "backward"),
+    "query_gradient_gdn": ((32, 64, 8, 1), (32, 32, 8, 1), "backward"),
     "query_gradient.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "backward"),
     "query_gradient.256": ((32, 64, 8, 1), (32, 64, 8, 1), "backward"),
     "key_gradient": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
@@ -48,6 +49,10 @@ LAUNCH = {
     "inverse": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
     "local": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "local.sm80": ((32, 16, 8, 1), (32, 16, 8, 1), "forward"),
+    "compose": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
+    "compose_backward": ((16, 32, 8, 1), (16, 32, 8, 1), "backward"),
+    "transition": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
+    "transition.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "detect_pairs": ((64, 64, 4, 1), (64, 64, 8, 1), "partition"),
     "detect": ((32, 128, 4, 1), (32, 32, 8, 1), "partition"),
     "detect_gdn": ((64, 64, 4, 1), (32, 32, 8, 1), "partition"),
@@ -87,7 +92,7 @@ class LaunchPlan:
     K: int
     gdn: bool
     tile: int = TILE
-    tiles: int = TILES  # Gated DeltaNet always 1
+    tiles: int = TILES
 
     @property
     def group(self) -> int:
@@ -95,7 +100,12 @@ class LaunchPlan:
 
     @property
     def block(self) -> int:
-        return self.tile * (1 if self.gdn else self.tiles)
+        return self.tile * self.tiles
+
+    @property
+    def levels(self) -> int:
+        """Times that neighbouring halves are joined until they are a block (`triton_compose.py`)."""
+        return (self.tiles - 1).bit_length()
 
     @property
     def dot(self):
@@ -120,6 +130,8 @@ class LaunchPlan:
     def window_rows(self) -> int:
         """Rows whose slot states are in memory at once; their gradients take as much again."""
         row = self.H * self.K * self.DK * self.DV * self.state_dtype.itemsize
+        if self.gdn:  # half of the block's chunk-local arrays and their gradients
+            row += self.H * self.block * (22 * self.DK + 8 * self.block)
         return max(WINDOW_ROWS, WINDOW_BYTES // row)
 
     def found(self, kernel: str, device: torch.device) -> dict[str, int]:
@@ -161,7 +173,7 @@ class LaunchPlan:
         return {"GDN": self.gdn, "DOT": self.dot, "PREC": PRECISION}
 
     def tiled(self) -> dict[str, int]:
-        return {"BT": self.tile, "TILES": self.block // self.tile}
+        return {"BT": self.tile, "TILES": self.tiles}
 
 
 for _name, (_bf16, _wide, _operation) in LAUNCH.items():

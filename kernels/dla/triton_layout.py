@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..common.launch import ceil_div
 from .documents import document_borders
 
 # arguments whose value must not compile another kernel
-SIZES = ["T", "ROW", "N_TOKENS", "block_lo", "row_lo", "token_lo"]
+SIZES = ["T", "ROW", "N_TOKENS", "N_BLOCKS", "block_lo", "row_lo", "tile_lo", "token_lo"]
 NEVER = 2**30  # death of a start that lives to the end, in line coordinates
 
 
@@ -51,7 +52,8 @@ class BlockLayout:
 
     Attributes:
         blocks: [n, 4]: first token, end, row before it, segment. rows: [n, 3]: token it precedes, first token of
-            the segment, segment. segments: [n, 3]: first token, end, first row.
+            the segment, segment. segments: [n, 3]: first token, end, first row. tiles: [n, 4]: first token, end, block,
+            place in the block.
     """
 
     tokens: int
@@ -60,6 +62,8 @@ class BlockLayout:
     blocks: Tensor
     rows: Tensor
     segments: Tensor
+    tiles: Tensor
+    tiles_before: tuple[int, ...]  # each block, and all of them
     blocks_of_segment: tuple[tuple[int, int], ...]  # (first block, blocks)
     last_segments: Tensor  # int64 [B]: of each row of the batch
     windows: tuple[Window, ...]
@@ -67,19 +71,22 @@ class BlockLayout:
 
 
 def make_layout(
-    batch: int, length: int, cu_seqlens: Tensor | None, block: int, window_rows: int, device
+    batch: int, length: int, cu_seqlens: Tensor | None, block: int, window_rows: int, device, tile: int | None = None
 ) -> BlockLayout:
-    """The layout of [batch, length] tokens; `cu_seqlens` int [n + 1] over the flattened tokens, or None.
+    """The layout of [batch, length] tokens; `cu_seqlens` int [n + 1] over the flattened tokens, or None; a block
+    is one tile unless `tile` says how many tokens a tile has.
 
     Empty documents are dropped; every row start begins a segment. Reads `cu_seqlens` on the host (one synchronisation
     if it is on a GPU).
     """
     cuts = document_borders(cu_seqlens, batch, length)
-    return _layout(length, cuts, block, window_rows, torch.device(device))
+    return _layout(length, cuts, block, window_rows, torch.device(device), tile or block)
 
 
 @lru_cache(maxsize=64)
-def _layout(length: int, cuts: tuple[int, ...], block: int, window_rows: int, device: torch.device) -> BlockLayout:
+def _layout(
+    length: int, cuts: tuple[int, ...], block: int, window_rows: int, device: torch.device, tile: int
+) -> BlockLayout:
     segments = list(zip(cuts, cuts[1:], strict=False))
     blocks: list[tuple[int, int, int, int]] = []  # first token, end, row before it, segment
     rows: list[tuple[int, int, int]] = []  # token, first token of the segment, segment
@@ -93,6 +100,12 @@ def _layout(length: int, cuts: tuple[int, ...], block: int, window_rows: int, de
             rows.append((first, begin, s))
         rows.append((end, begin, s))
     first_block.append(len(blocks))
+    tiles = [
+        (begin, min(begin + tile, end), b, (begin - first) // tile)
+        for b, (first, end, _, _) in enumerate(blocks)
+        for begin in range(first, end, tile)
+    ]
+    before = tuple(accumulate((ceil_div(x[1] - x[0], tile) for x in blocks), initial=0))
     windows, window_segments = _windows(blocks, first_block, window_rows, device)
 
     def table(x: list) -> Tensor:
@@ -103,8 +116,8 @@ def _layout(length: int, cuts: tuple[int, ...], block: int, window_rows: int, de
     counts = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))
     firsts = (*(x[0] for x in blocks), cuts[-1])
     return BlockLayout(
-        cuts[-1], block, firsts, table(blocks), table(rows), table(spans), counts, last_segments, windows,
-        window_segments,
+        cuts[-1], block, firsts, table(blocks), table(rows), table(spans), table(tiles), before, counts,
+        last_segments, windows, window_segments,
     )  # fmt: skip
 
 

@@ -1,9 +1,11 @@
-"""Chunk-local stage of Gated DeltaNet: slot-independent arrays of each block of C tokens, and their gradient.
+"""Chunk-local stage of Gated DeltaNet: slot-independent arrays of each tile of C tokens, and their gradient.
 
 With D[t,j] = exp(cg_t - cg_j), gram = stril(K K^T .* D), inv = (I + diag(beta) gram)^-1, B = inv diag(beta),
 QK = tril(Q K^T .* D), ek = exp(cg) K, ck = exp(cg_C - cg) K:
 
     At = QK B    Qt = exp(cg) Q - At ek    Kh = B^T ck    Phi = exp(cg_C) I - R,  R = Kh^T ek
+
+`triton_compose.py` makes those of a block of several tiles from them. `blocks` is here the table of tiles.
 
 This stage is a few percent of the FLOPs and everything else builds on it, so it is computed as in fp32. Where the
 gradient needs a transposed product it is formed transposed from the start: storing the transpose of a matrix-unit
@@ -161,33 +163,6 @@ def local_forward_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def transition_kernel(
-    k,
-    kh,  # [T, H, DK]
-    cg,
-    r_matrix,  # [blocks of the window, H, DK, DK] out: R = Kh^T ek
-    blocks, block_lo,
-    token_lo,  # first token of the window: window-local arrays begin there
-    T, H, GROUP,
-    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    NK: tl.constexpr = (DK + BK - 1) // BK
-    i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    skip = token_lo.to(tl.int64) * H
-    kh -= skip * DK
-    first, end = tl.load(blocks + 4 * (block_lo + i_b)), tl.load(blocks + 4 * (block_lo + i_b) + 1)
-    o_t = first + tl.arange(0, BT)
-    o_a = tl.program_id(2) // NK * BK + tl.arange(0, BK)
-    o_b = tl.program_id(2) % NK * BK + tl.arange(0, BK)
-    b_g = decays_of(cg + i_h * T, o_t, end)
-    b_k = tl.exp(b_g)[:, None] * rows_of(k + i_h // GROUP * DK, o_t, o_b, end, (H // GROUP) * DK, DK)
-    b_kh = columns_of(kh + i_h * DK, o_t, o_a, end, H * DK, DK)
-    b_r = tl.dot(b_kh, b_k, input_precision=PREC)  # [BK, BT] @ [BT, BK] -> [BK, BK]
-    p_r = r_matrix + (i_b.to(tl.int64) * H + i_h) * DK * DK + o_a[:, None] * DK + o_b[None, :]
-    tl.store(p_r, b_r.to(r_matrix.dtype.element_ty), mask=(o_a < DK)[:, None] & (o_b < DK)[None, :])
-
-
-@triton.jit(do_not_specialize=SIZES)
 def dphi_kernel(
     snap,  # [rows of the window, H, K, DK, DV]
     grad,  # same shape: D at each row
@@ -219,40 +194,12 @@ def dphi_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def local_dkh_kernel(
-    k, cg,
-    dphi,  # [blocks of the window, H, DK, DK]
-    dkh,  # [T, H, DK] fp32, in place: dKh - ek dPhi^T
-    blocks, block_lo,
-    token_lo,  # first token of the window: window-local arrays begin there
-    T, H, GROUP,
-    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    i_b, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    skip = token_lo.to(tl.int64) * H
-    dkh -= skip * DK
-    first, end = tl.load(blocks + 4 * (block_lo + i_b)), tl.load(blocks + 4 * (block_lo + i_b) + 1)
-    o_t = first + tl.arange(0, BT)
-    o_a = tl.program_id(2) * BK + tl.arange(0, BK)
-    b_g = decays_of(cg + i_h * T, o_t, end)
-    p_dphi = dphi + (i_b.to(tl.int64) * H + i_h) * DK * DK
-    b_dkh = rows_of(dkh + i_h * DK, o_t, o_a, end, H * DK, DK)
-    for i_k in range(0, DK, BK):
-        o_b = i_k + tl.arange(0, BK)
-        b_k = tl.exp(b_g)[:, None] * rows_of(k + i_h // GROUP * DK, o_t, o_b, end, (H // GROUP) * DK, DK)
-        b_dphi = load_tile_t(p_dphi, o_a, o_b, DK, DK)
-        b_dkh -= tl.dot(b_k, b_dphi, input_precision=PREC)  # [BT, BK] @ [BK, BK] -> [BT, BK]
-    o_cell = o_t.to(tl.int64)[:, None] * H * DK + i_h * DK + o_a[None, :]
-    tl.store(dkh + o_cell, b_dkh, mask=(o_t < end)[:, None] & (o_a < DK)[None, :])
-
-
-@triton.jit(do_not_specialize=SIZES)
 def local_pairs_kernel(
     q, k, beta, cg,
     inv,  # [T, H, BT]
     dat,  # [T, H, BT] fp32 in: dAt; out: (dQK .* D)^T, row = key
     dqt,  # [T, H, DK] fp32
-    dkh,  # [T, H, DK] fp32, after `local_dkh_kernel`
+    dkh,  # [T, H, DK] fp32
     db,  # [T, H, BT] fp32 out: dB^T
     dcg,  # [H, T] fp32 out: part of the decay gradient
     blocks, block_lo,
@@ -410,12 +357,11 @@ def local_query_kernel(
 def local_key_kernel(
     q, k, beta, cg, inv,
     at,  # [T, H, BT]
-    kh,  # [T, H, DK]
     dqk,  # [T, H, BT]: (dQK .* D)^T
     dgram,  # [T, H, BT]: dgram^T
     dqt,  # [T, H, DK] fp32
     dkh,  # [T, H, DK] fp32
-    dphi,  # [blocks of the window, H, DK, DK]
+    dke,  # [T, H, DK] fp32: gradient of k from ek, but for At and Qt
     dk,  # [T, H, DK] out
     dcg,  # [NK, H, T] fp32 out: part of the decay gradient
     ends,  # [NK, H, T] fp32 out: what the block's last decay gets
@@ -428,7 +374,7 @@ def local_key_kernel(
     skip = token_lo.to(tl.int64) * H
     inv -= skip * BT
     at -= skip * BT
-    kh -= skip * DK
+    dke -= skip * DK
     dqk -= skip * BT
     dgram -= skip * BT
     dqt -= skip * DK
@@ -441,7 +387,6 @@ def local_key_kernel(
     o_k = i_k * BK + tl.arange(0, BK)
     b_g = decays_of(cg + i_h * T, o_t, end)
     b_to_end = tl.where(o_t < end, tl.exp(tl.load(cg + i_h * T + end - 1) - b_g), 0.0)[:, None]
-    p_dphi = dphi + (i_b.to(tl.int64) * H + i_h) * DK * DK
     b_dk = tl.zeros([BT, BK], tl.float32)  # of ck
     for i_y in range(0, BT, SLAB):
         o_j = i_y + tl.arange(0, SLAB)
@@ -457,12 +402,7 @@ def local_key_kernel(
         b_at = columns_of(at + i_h * BT, o_s, o_i, end, H * BT, BT)
         b_dqt = rows_of(dqt + i_h * DK, o_s, o_k, end, H * DK, DK)
         b_dek = tl.dot(b_at, b_dqt, b_dek, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
-    for i_x in range(0, DK, BK):
-        o_x = i_x + tl.arange(0, BK)
-        b_dphi = load_tile(p_dphi, o_x, o_k, DK, DK)
-        b_kh = rows_of(kh + i_h * DK, o_t, o_x, end, H * DK, DK)
-        b_dek += tl.dot(b_kh, b_dphi, input_precision=PREC)  # [BT, BK] @ [BK, BK] -> [BT, BK]
-    b_dek = -tl.exp(b_g)[:, None] * b_dek
+    b_dek = rows_of(dke + i_h * DK, o_t, o_k, end, H * DK, DK) - tl.exp(b_g)[:, None] * b_dek
     o_dg = (i_k * H + i_h) * T + o_t
     tl.store(ends + o_dg, b_last, mask=o_t < end)
     tl.store(dcg + o_dg, tl.sum(b_dek * rows_of(k + i_g * DK, o_t, o_k, end, stride, DK), 1) - b_last, mask=o_t < end)

@@ -68,14 +68,16 @@ def triton_partition(
         G, Dk = k.shape[2:]
         device, tile = v.device, tile or triton_launch.DETECT_TILE
         plan = LaunchPlan(
-            torch.promote_types(k.dtype, v.dtype), Dk, Dv, H, G, capacity, True, tile=tile
+            torch.promote_types(k.dtype, v.dtype), Dk, Dv, H, G, capacity, True, tile=tile, tiles=1
         )  # blocks of one tile, for both backbones
         layout = make_layout(B, T, cu_seqlens, tile, 2**30, device)
         k, v, g = (x.contiguous().flatten(0, 1) for x in (k, v, g))
         beta = None if beta is None else beta.contiguous().flatten(0, 1)
         gdn = beta is not None
-        cg = block_decay(g, layout)
-        inv = cg if beta is None else chunk_inverse(plan, k, beta, cg, layout)
+        cg = block_decay(g, layout.blocks, tile)
+        inv = cg
+        if beta is not None:
+            inv = chunk_inverse(plan, k, beta, cg, (layout.blocks, 0, 0), B * T, len(layout.blocks))
         shards, of_segment = _shards(layout.blocks_of_segment, H, shard_blocks, device)
         starts = torch.empty(H, B * T, dtype=torch.int8, device=device)
         scores, sums = (torch.empty(H, B * T, device=device) for _ in range(2))

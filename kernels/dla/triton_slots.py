@@ -229,7 +229,7 @@ def slot_reverse_kernel(
             b_ds = -tl.dot(b_r, b_ds.to(DOT), -keep * b_ds, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
         else:
             b_s = tl.load(snap + o_row + o_slots, mask=m_row, other=0.0).to(tl.float32)
-            dkeep = tl.sum(tl.sum(b_s * b_ds, 1), 0)
+            dkeep = keep * tl.sum(tl.sum(b_s * b_ds, 1), 0)
             tl.store(dphi + (program.to(tl.int64) * N_BLOCKS + i_t - block_lo) * H + i_h, dkeep)
             b_ds *= keep
         b_ds += tl.load(grad_states + o_row + o_slots, mask=m_row, other=0.0).to(tl.float32)

@@ -76,6 +76,7 @@ KERNELS = {
     "tile_counts_kernel": LOCAL,
     "inverse_kernel": LOCAL,
     "local_forward_kernel": LOCAL,
+    "compose_kernel": LOCAL,
     "transition_kernel": LOCAL,
 }
 
