@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from megatron_dla.data.remote import RemoteDirectory
     from megatron_dla.data.shards import Documents, ShardReader
 
+_LISTED = 1000  # problems that an error names; the others are counted
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -47,7 +49,7 @@ def verify_shards(directory: str | os.PathLike[str], *, deep: bool = True, worke
     the end of each document and nowhere else, and, where the tokenizer changes no text, that the tokens' bytes sum to
     the size of the text. `workers`: threads, each of which holds a shard; None: one per usable core.
 
-    Raises DataError with a list of all problems (shard, expected, found) and the fix.
+    Raises DataError with a list of the problems (shard, expected, found; 1,000 at most) and the fix.
     """
     from megatron_dla.data.remote import open_directory  # imports torch, which the rest does without
 
@@ -63,8 +65,10 @@ def verify_shards(directory: str | os.PathLike[str], *, deep: bool = True, worke
         found = sorted(f"{split}/{file.name}" for split in index.splits for file in (root / split).glob("*.tar"))
         problems += [f"{path}: not in the index; delete it" for path in found if path not in listed]
     if problems:
+        rest = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
         raise DataError(
-            f"{root}: {len(problems)} problem{'s' * (len(problems) > 1)}; {REBUILD}:\n  " + "\n  ".join(problems)
+            f"{root}: {len(problems)} problem{'s' * (len(problems) > 1)}; {REBUILD}:\n  "
+            + "\n  ".join([*problems[:_LISTED], *rest])
         )
     return VerifyReport(root, deep, **asdict(index.totals()))
 

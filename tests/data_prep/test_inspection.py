@@ -10,6 +10,7 @@ import pytest
 from megatron_dla.cli import main
 from megatron_dla.data import TokenLoader
 from megatron_dla.data_prep import stats as stats_module
+from megatron_dla.data_prep import verify
 from megatron_dla.data_prep.stats import Lengths, data_stats
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.data_prep.verify import verify_shards
@@ -167,7 +168,7 @@ def test_show_and_stats_errors(texts, tmp_path, capsys):
         assert re.search(named, line), (words, line)
 
 
-def test_verify_finds_the_same_with_any_number_of_workers(texts, data, tmp_path, capsys):
+def test_verify_finds_the_same_with_any_number_of_workers(texts, data, tmp_path, monkeypatch, capsys):
     _, directory = texts
     for words in ((), ("--fast",), ("--workers", 3)):
         assert dla("verify", data, *words) == 0
@@ -185,3 +186,6 @@ def test_verify_finds_the_same_with_any_number_of_workers(texts, data, tmp_path,
         messages.add(str(caught.value))
     (message,) = messages
     assert "3 problems" in message and f"{last.path}: expected sha256 " in message
+    monkeypatch.setattr(verify, "_LISTED", 1)
+    with pytest.raises(DataError, match=r"3 problems(.|\n)*and 2 more$"):
+        verify_shards(broken)
