@@ -470,9 +470,11 @@ def decay_gradient_kernel(
     rows,  # [PARTS, H, T] fp32: gradient of cg, part of the queries
     cols,  # [PARTS, H, T] fp32: part of the keys
     ends,  # [PARTS, H, T] fp32: summed into the block's last decay
-    dkeep,  # [blocks of the window, H] fp32: gradient of the last cg from the transition
+    dkeep,  # [blocks of the window, H, KEEPS] fp32: parts of the gradient of the last cg from the transition
     dg,  # [T, H] out
     blocks, block_lo, T, H,
+    KEEPS: tl.constexpr,
+    KP: tl.constexpr,  # KEEPS rounded up to a power of two
     ROWS: tl.constexpr,  # parts of `rows`
     PARTS: tl.constexpr,  # parts of `cols` and `ends`
     BLOCK: tl.constexpr,
@@ -488,7 +490,9 @@ def decay_gradient_kernel(
     for part in tl.static_range(PARTS):
         b_dg += tl.load(cols + (part * H + i_h) * T + o_t, mask=o_t < end, other=0.0)
         b_last += tl.load(ends + (part * H + i_h) * T + o_t, mask=o_t < end, other=0.0)
-    last = tl.sum(b_last, 0) + tl.load(dkeep + i_b * H + i_h)
+    o_p = tl.arange(0, KP)
+    b_keep = tl.load(dkeep + (i_b * H + i_h) * KEEPS + o_p, mask=o_p < KEEPS, other=0.0)
+    last = tl.sum(b_last, 0) + tl.sum(b_keep, 0)
     b_dg += tl.where(o_t == end - 1, last, 0.0)
     b_dg = tl.cumsum(b_dg, 0, reverse=True)
     tl.store(dg + o_t.to(tl.int64) * H + i_h, b_dg.to(dg.dtype.element_ty), mask=o_t < end)

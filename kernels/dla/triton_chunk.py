@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.launch import ceil_div
+from ..common.launch import ceil_div, power_of_two
 from . import triton_tables
 from .autocast import without_autocast
 from .triton_backward import (
@@ -23,6 +23,7 @@ from .triton_backward import (
     state_gradient_kernel,
     value_gradient_kernel,
 )
+from .triton_carry import block_states_kernel, carry_gradients_kernel, carry_states_kernel
 from .triton_compose import (
     compose_backward_kernel,
     compose_kernel,
@@ -197,6 +198,9 @@ class WindowPass:
         """
         plan, tables, segments = self.plan, self.tables, self.window.segments
         snap, final = self.states(), self.states(torch.float32, len(segments))
+        if not plan.gdn:
+            self._carry_states(incoming, snap, final)
+            return snap, final
         dims, grid = self.scan_launch()
         inputs = (self.kh, self.x.v, tables.cg, self.r_matrix, self.layout.blocks, segments)
         sizes = (plan.K, self.window.block_lo, self.window.row_lo, self.token_lo)
@@ -209,20 +213,45 @@ class WindowPass:
             )  # fmt: skip
         else:
             slot_scan_kernel[grid](
-                *inputs, tables.columns, tables.moves, incoming, snap, final, *self._sizes(), *sizes, GDN=plan.gdn,
-                **meta,
-            )  # fmt: skip
+                *inputs, tables.columns, tables.moves, incoming, snap, final, self.layout.tokens, plan.H, *sizes, **meta
+            )
         return snap, final
 
-    def reverse_scan(self, snap: Tensor, dstates: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+    def _carry_states(self, incoming: Tensor, snap: Tensor, final: Tensor) -> None:
+        """`scan` of Mamba-2."""
+        plan, tables, window, blocks = self.plan, self.tables, self.window, self.layout.blocks
+        dims = plan.launch("block_states", snap.device)
+        tiles = ceil_div(plan.DK, dims["BK"]) * ceil_div(plan.DV, dims["BV"])
+        block_states_kernel[(self.blocks, plan.H, tiles)](
+            self.x.k, self.x.v, tables.cg, blocks, tables.pos, tables.live, tables.moves, snap, *self._sizes(), plan.K,
+            window.block_lo, window.row_lo, BT=plan.tile, DOT=plan.dot, PREC=PRECISION, **dims, **ALL_REGISTERS,
+        )  # fmt: skip
+        dims, programs = self.carry_launch()
+        carry_states_kernel[programs](
+            tables.cg, blocks, window.segments, tables.columns, tables.moves, incoming, snap, final,
+            self.layout.tokens, plan.H, plan.K, window.row_lo, **dims,
+        )  # fmt: skip
+
+    def reverse_scan(self, snap: Tensor, dstates: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`dstates` from each block's own part to D, in place; the gradients of the states that the segments began
-        with [segments, H, K, DK, DV] fp32, and of cg_C of each block [programs, blocks, H] fp32 (Mamba-2)."""
+        with [segments, H, K, DK, DV] fp32, and of cg_C of each block [blocks, H, programs] fp32 (Mamba-2).
+
+        `carry`: see `_incoming_gradient`.
+        """
         plan, tables, window = self.plan, self.tables, self.window
-        dims, grid = self.scan_launch(reverse=True)
         initial = self.states(torch.float32, len(window.segments))
-        dkeep = self.new(grid[1] * grid[2], self.blocks, plan.H)
-        inputs = (tables.cg, self.r_matrix, self.layout.blocks, window.segments)
         sizes = (self.layout.tokens, plan.H, plan.K)
+        if not plan.gdn:
+            dims, programs = self.carry_launch()
+            dkeep = self.new(self.blocks, plan.H, programs[1])
+            carry_gradients_kernel[programs](
+                tables.cg, self.layout.blocks, window.segments, tables.columns, tables.moves, snap, dstates,
+                initial if carry is None else carry, initial, dkeep, *sizes, window.block_lo, window.row_lo,
+                HAS_INCOMING=carry is not None, **dims,
+            )  # fmt: skip
+            return initial, dkeep
+        dims, grid = self.scan_launch(reverse=True)
+        inputs = (tables.cg, self.r_matrix, self.layout.blocks, window.segments)
         meta = dict(KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
         if plan.staged(reverse=True):
             reverse_scan_kernel[grid](
@@ -231,10 +260,10 @@ class WindowPass:
             )  # fmt: skip
         else:
             slot_reverse_kernel[grid](
-                *inputs, tables.columns, tables.moves, snap, dstates, carry, initial, dkeep, *sizes, self.blocks,
-                window.block_lo, window.row_lo, GDN=plan.gdn, **meta,
+                *inputs, tables.columns, tables.moves, dstates, carry, initial, *sizes, window.block_lo, window.row_lo,
+                **meta,
             )  # fmt: skip
-        return initial, dkeep
+        return initial, None
 
     def carry(self, reverse: bool = False) -> Tensor:
         """Uninitialised states [segments, n, H, K, DK, DV] fp32, [:, 0] for a scan to begin with, the rest scratch."""
@@ -242,11 +271,16 @@ class WindowPass:
         return self.new(len(self.window.segments), 2 if plan.staged(reverse) else 1, plan.H, plan.K, plan.DK, plan.DV)
 
     def scan_launch(self, reverse: bool = False) -> tuple[dict[str, int], tuple[int, int, int]]:
-        """Launch and grid of a scan."""
+        """Launch and grid of a scan of Gated DeltaNet."""
         plan = self.plan
         dims = plan.scan(self.x.v.device, reverse)
-        tiles = 1 if plan.gdn else ceil_div(plan.DK, dims["BK"]), ceil_div(plan.DV, dims["BV"])
-        return dims, (len(self.window.segments) * plan.H, *tiles)
+        return dims, (len(self.window.segments) * plan.H, 1, ceil_div(plan.DV, dims["BV"]))
+
+    def carry_launch(self) -> tuple[dict[str, int], tuple[int, int]]:
+        """Launch and grid of the kernels that go over the blocks with Mamba-2's states."""
+        plan = self.plan
+        dims = plan.carry(self.x.v.device)
+        return dims, (len(self.window.segments) * plan.H, ceil_div(dims["D"], dims["BV"]))
 
     def output(self, snap: Tensor, o: Tensor) -> None:
         plan, x, tables = self.plan, self.x, self.tables
@@ -289,6 +323,20 @@ def _incoming(work: WindowPass, states: Tensor | None, resumed: Tensor | None) -
         carry[:, 0] = states[window.segment_lo : window.segment_lo + n]
     if resumed is not None:
         carry[0, 0] = resumed
+    return carry
+
+
+def _incoming_gradient(work: WindowPass, final: Tensor | None, resumed: Tensor | None) -> Tensor | None:
+    """Scan scratch with the gradients of the states that the window's segments end with; None where all are zero."""
+    if final is None and resumed is None and not work.plan.gdn:
+        return None
+    carry = work.carry(reverse=True)
+    if final is None:
+        carry[:, 0].zero_()
+    else:
+        carry[:, 0] = final
+    if resumed is not None:
+        carry[-1, 0] = resumed
     return carry
 
 
@@ -354,14 +402,8 @@ class TritonDLA(torch.autograd.Function):
             work = WindowPass(plan, layout, window, x, tables)
             snap, _ = work.scan(_incoming(work, states, carried.pop() if window.resumes else None))
             n = len(window.segments)
-            carry = work.carry(reverse=True)
-            if dfinal is None:
-                carry[:, 0].zero_()
-            else:
-                carry[:, 0] = dfinal[window.segment_lo : window.segment_lo + n]
-            if window.continues:
-                assert resumed_grad is not None
-                carry[-1, 0] = resumed_grad
+            ends = dfinal if dfinal is None else dfinal[window.segment_lo : window.segment_lo + n]
+            carry = _incoming_gradient(work, ends, resumed_grad if window.continues else None)
             initial = backward_window(work, snap, carry, do, grads)
             resumed_grad = initial[0] if window.resumes else None
             if dstates is not None:
@@ -429,7 +471,7 @@ def heads_per_program(plan: LaunchPlan, tokens: int) -> int:
     return heads
 
 
-def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, grads: Gradients) -> Tensor:
+def backward_window(work: WindowPass, snap: Tensor, carry: Tensor | None, do: Tensor, grads: Gradients) -> Tensor:
     """Gradients of one window's tokens; returns the gradient of the states its segments began with."""
     plan, x, tables, window = work.plan, work.x, work.tables, work.window
     T, H, K = work.layout.tokens, plan.H, plan.K
@@ -461,15 +503,14 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor, do: Tensor, g
     )  # fmt: skip
     if plan.gdn:
         rows, cols, ends, dkeep = _local_backward(work, snap, dstates, dat, dqt, dkh, grads)
-    else:
-        dkeep = dkeep.sum(0)
+    assert dkeep is not None
     grads.add_heads(slice(work.token_lo, work.token_lo + work.tokens), None if plan.gdn else dqt)
     grid, table, lo = (work.blocks, H), blocks, window.block_lo
     if plan.gdn:
         grid, table, lo = work.tile_grid, work.layout.tiles, work.tile_lo
     decay_gradient_kernel[grid](
-        rows, cols, ends, dkeep, grads.dg, table, lo, T, H, ROWS=len(rows), PARTS=len(cols),
-        BLOCK=plan.tile if plan.gdn else plan.block, num_warps=4,
+        rows, cols, ends, dkeep, grads.dg, table, lo, T, H, KEEPS=dkeep.shape[-1], KP=power_of_two(dkeep.shape[-1], 1),
+        ROWS=len(rows), PARTS=len(cols), BLOCK=plan.tile if plan.gdn else plan.block, num_warps=4,
     )  # fmt: skip
     return initial
 
@@ -530,7 +571,7 @@ def _local_backward(
 def _compose_backward(
     work: WindowPass, dphi: Tensor, dat: Tensor, dqt: Tensor, dkh: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From a block's gradients dAt, dQt and dKh of its tiles, dk from ek, and each tile's last cg's [tiles, H]."""
+    """From a block's gradients dAt, dQt and dKh of its tiles, dk from ek, and each tile's last cg's [tiles, H, 1]."""
     plan, x, tables = work.plan, work.x, work.tables
     device, tiles, lo = x.k.device, plan.tiles, work.window.block_lo
     meta = local_launch(plan, device, "compose_backward")
@@ -551,7 +592,7 @@ def _compose_backward(
             **meta,
         )  # fmt: skip
         dqt, dkh = dqt_out, dkh_out
-    dkeep = work.new(*work.tile_grid)
+    dkeep = work.new(*work.tile_grid, 1)
     trace = dphi.diagonal(dim1=-2, dim2=-1).sum(-1)
     tile_decay_kernel[work.tile_grid](
         tables.cg, trace, block_sums, sums, dkeep, *where, work.layout.blocks, lo, work.layout.tokens, plan.H,

@@ -23,7 +23,8 @@ WINDOW_BYTES = 4 << 30  # and as many as take so many bytes
 # `.sm80`: on GPUs before Hopper, where operands take up registers; `.sm100`: from Blackwell on): (BK, BV, warps,
 # stages) for bf16 and for operands of 4 bytes, and its operation
 LAUNCH = {
-    "slots": ((64, 256, 8, 2), (32, 128, 4, 1), "forward"),  # BV: for all slots together, here and in the next line
+    "block_states": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
+    "carry": ((1, 2048, 1, 1), (1, 1024, 1, 1), "forward"),  # BV: for all slots together, here and in the next lines
     "slots_gdn": ((128, 128, 8, 2), (32, 64, 4, 1), "forward"),
     "slots_gdn.256": ((256, 64, 8, 1), (32, 64, 4, 1), "forward"),
     "scan_gdn": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
@@ -160,14 +161,21 @@ class LaunchPlan:
         return self.gdn and most < self.DK
 
     def scan(self, device: torch.device, reverse: bool = False) -> dict[str, int]:
-        """`launch` of a scan."""
+        """`launch` of a scan of Gated DeltaNet."""
         if self.staged(reverse):
             return self.launch("scan_gdn", device)
-        found = self.found("slots_gdn" if self.gdn else "slots", device)
+        found = self.found("slots_gdn", device)
         columns = found["BV"] // (2 if self.K > 32 else 1)
         found["BK"] = min(found["BK"], power_of_two(self.DK))
         found["BV"] = max(1, min(columns // self.slots_padded, 8))
         return {"DK": self.DK, "DV": self.DV, **found, **ALL_REGISTERS}
+
+    def carry(self, device: torch.device) -> dict[str, int]:
+        """`launch` of the kernels that go over the blocks with Mamba-2's states."""
+        found = self.found("carry", device)
+        found["BV"] = max(16, min(found["BV"] // self.slots_padded, 256, power_of_two(self.DK * self.DV)))
+        del found["BK"]
+        return {"D": self.DK * self.DV, "KP": self.slots_padded, **found, **ALL_REGISTERS}
 
     def math(self) -> dict:
         return {"GDN": self.gdn, "DOT": self.dot, "PREC": PRECISION}

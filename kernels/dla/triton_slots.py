@@ -1,10 +1,11 @@
-"""Scans over the blocks of a segment with all slots of a head in one program: states forward, gradients backward.
+"""Gated DeltaNet's scans over the blocks of a segment with all slots of a head in one program: states forward,
+gradients backward.
 
-A program carries a tile of key dims and a few value dims of every slot, [BK, KP * BV] fp32 in registers: the block's
+A program carries all key dims and a few value dims of every slot, [BK, KP * BV] fp32 in registers: the block's
 transition is one product with a matrix BK wide, the block's tokens are another, whatever the number of slots. A slot
 keeps its columns while it lives: one that dies is added to its neighbour's columns, one that opens takes columns that
-are free, and nothing else moves. `slot_columns_kernel` decides who sits where; outside of a program slots are in order
-of recency. Gated DeltaNet's transition mixes key dims: there BK is all of them, and `triton_scan.py` has more than fit.
+are free, and nothing else moves. `slot_columns_kernel` decides who sits where, here and in `triton_carry.py`; outside
+of a program slots are in order of recency. `triton_scan.py` has shapes that do not fit.
 """
 
 from __future__ import annotations
@@ -82,29 +83,26 @@ def move_columns(b_s, m_from, m_to, BK: tl.constexpr, KP: tl.constexpr, BV: tl.c
 
 @triton.jit(do_not_specialize=SIZES)
 def slot_scan_kernel(
-    kh,  # [T, G, DK] or [T, H, DK]
+    kh,  # [T, H, DK]
     v,  # [T, H, DV]
     cg,  # [H, T]
-    r_matrix,  # [blocks of the window, H, DK, DK] or unused
+    r_matrix,  # [blocks of the window, H, DK, DK]
     blocks,  # [n, 4]
     segments,  # [n, 4]: the window's
     columns, moves,  # see `slot_columns_kernel`
     incoming,  # [segments of the window, H, K, DK, DV] fp32
     snap,  # [rows of the window, H, K, DK, DV] out: states at each row before a block
     final,  # [segments of the window, H, K, DK, DV] fp32 out: states after the last block
-    T, H,
-    GROUP,  # heads per q/k group
-    K, block_lo, row_lo, token_lo,
+    T, H, K, block_lo, row_lo, token_lo,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr,
-    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+    DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
-    o_k, o_s, o_c = tl.program_id(1) * BK + tl.arange(0, BK), tl.arange(0, KP), tl.arange(0, KP * BV) // BV
+    o_k, o_s, o_c = tl.arange(0, BK), tl.arange(0, KP), tl.arange(0, KP * BV) // BV
     o_v = tl.program_id(2) * BV + tl.arange(0, KP * BV) % BV
     first_block, n_blocks = tl.load(segments + 4 * i_n), tl.load(segments + 4 * i_n + 1)
-    stride_k, stride_v = (H if GDN else H // GROUP) * DK, H * DV
-    p_k = kh + (i_h - token_lo.to(tl.int64) * H if GDN else i_h // GROUP) * DK
-    p_v, p_g = v + i_h * DV, cg + i_h * T
+    stride_k, stride_v = H * DK, H * DV
+    p_k, p_v, p_g = kh + (i_h - token_lo.to(tl.int64) * H) * DK, v + i_h * DV, cg + i_h * T
     o_tile = o_k[:, None] * DV + o_v[None, :]
     m_tile = (o_k < DK)[:, None] & (o_v < DV)[None, :]
     o_out = (i_n.to(tl.int64) * H + i_h) * K * DK * DV
@@ -119,31 +117,27 @@ def slot_scan_kernel(
         p_m = moves + (i_t.to(tl.int64) * H + i_h) * 4
         b_before = tl.load(p_c + o_c).to(tl.int32)
         p_snap = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
-        if GDN:  # early: its latency is the chain's
-            p_r = r_matrix + ((i_t - block_lo).to(tl.int64) * H + i_h) * DK * DK
-            if BK <= 128:
-                b_r = load_tile(p_r, o_k, o_k, DK, DK)
+        p_r = r_matrix + ((i_t - block_lo).to(tl.int64) * H + i_h) * DK * DK
+        if BK <= 128:
+            b_r = load_tile(p_r, o_k, o_k, DK, DK)  # early: its latency is the chain's
         b_dot = b_s.to(DOT)
         live = tl.load(p_m)
         m_snap = m_tile & (b_before < live)[None, :]
         tl.store(p_snap + (b_before * (DK * DV))[None, :] + o_tile, b_dot, mask=m_snap)
         keep = tl.exp(tl.load(p_g + end - 1))
-        if GDN:
-            b_s *= -keep
-            if BK <= 128:
-                b_s = -tl.dot(b_r, b_dot, b_s, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
-            else:  # R does not fit in registers beside the columns: go over it with the snapshot just stored
-                tl.debug_barrier()
-                for i_x in range(0, DK, 32):
-                    o_x = i_x + tl.arange(0, 32)
-                    m_x = (o_x < DK)[:, None] & ((o_v < DV) & (b_before < live))[None, :]
-                    p_x = p_snap + (b_before * (DK * DV) + o_v)[None, :] + o_x[:, None] * DV
-                    b_x = tl.load(p_x, mask=m_x, other=0.0)
-                    # [BK, 32] @ [32, KP * BV]
-                    b_s = tl.dot(load_tile(p_r, o_k, o_x, DK, DK), b_x, b_s, input_precision=PREC)
-                b_s = -b_s
-        else:
-            b_s *= keep
+        b_s *= -keep
+        if BK <= 128:
+            b_s = -tl.dot(b_r, b_dot, b_s, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
+        else:  # R does not fit in registers beside the columns: go over it with the snapshot just stored
+            tl.debug_barrier()
+            for i_x in range(0, DK, 32):
+                o_x = i_x + tl.arange(0, 32)
+                m_x = (o_x < DK)[:, None] & ((o_v < DV) & (b_before < live))[None, :]
+                p_x = p_snap + (b_before * (DK * DV) + o_v)[None, :] + o_x[:, None] * DV
+                b_x = tl.load(p_x, mask=m_x, other=0.0)
+                # [BK, 32] @ [32, KP * BV]
+                b_s = tl.dot(load_tile(p_r, o_k, o_x, DK, DK), b_x, b_s, input_precision=PREC)
+            b_s = -b_s
         b_after = tl.load(p_c + KP + o_s).to(tl.int32)
         for i_m in range(tl.load(p_m + 3)):
             m_from = o_s == tl.load(p_c + 4 * KP + i_m).to(tl.int32)
@@ -159,9 +153,6 @@ def slot_scan_kernel(
             b_k = tl.load(
                 p_k + o_t[None, :] * stride_k + o_k[:, None], mask=m_t[None, :] & (o_k < DK)[:, None], other=0.0
             )
-            if not GDN:
-                b_decay = tl.exp(tl.load(p_g + end - 1) - tl.load(p_g + o_t, mask=m_t, other=0.0))
-                b_k = b_k.to(tl.float32) * tl.where(m_t, b_decay, 0.0)[None, :]
             m_v = (o_i[:, None] >= b_lo[None, :]) & (o_i[:, None] < b_hi[None, :]) & (o_v < DV)[None, :]
             b_v = tl.load(p_v + o_t[:, None] * stride_v + o_v[None, :], mask=m_v, other=0.0)
             b_s = tl.dot(b_k.to(DOT), b_v.to(DOT), b_s, input_precision=PREC)  # [BK, BT] @ [BT, KP * BV]
@@ -175,22 +166,19 @@ def slot_scan_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def slot_reverse_kernel(
     cg,
-    r_matrix,  # [blocks of the window, H, DK, DK] or unused
+    r_matrix,  # [blocks of the window, H, DK, DK]
     blocks,
     segments,  # [n, 4]: the window's
     columns, moves,
-    snap,  # [rows of the window, H, K, DK, DV]
-    grad_states,  # same shape: in, the blocks' own parts; out, D at every row
+    grad_states,  # [rows of the window, H, K, DK, DV]: in, the blocks' own parts; out, D at every row
     incoming,  # [segments of the window, H, K, DK, DV] fp32: gradient of the states at the end
     initial,  # same shape, out: gradient of the states at the start
-    dphi,  # [programs, blocks of the window, H] fp32 out: parts of <D, S> (Mamba-2 only)
-    T, H, K, N_BLOCKS, block_lo, row_lo,
+    T, H, K, block_lo, row_lo,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr,
-    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+    DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
-    program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
-    o_k, o_s, o_c = tl.program_id(1) * BK + tl.arange(0, BK), tl.arange(0, KP), tl.arange(0, KP * BV) // BV
+    o_k, o_s, o_c = tl.arange(0, BK), tl.arange(0, KP), tl.arange(0, KP * BV) // BV
     o_v = tl.program_id(2) * BV + tl.arange(0, KP * BV) % BV
     first_block, n_blocks = tl.load(segments + 4 * i_n), tl.load(segments + 4 * i_n + 1)
     o_tile = o_k[:, None] * DV + o_v[None, :]
@@ -210,9 +198,8 @@ def slot_reverse_kernel(
         p_c = columns + (i_t.to(tl.int64) * H + i_h) * 6 * KP
         p_m = moves + (i_t.to(tl.int64) * H + i_h) * 4
         m = tl.load(p_m)
-        if GDN:  # early: its latency is the chain's
-            p_r = r_matrix + ((i_t - block_lo).to(tl.int64) * H + i_h) * DK * DK
-            b_r = load_tile_t(p_r, o_k, o_k, DK, DK)
+        p_r = r_matrix + ((i_t - block_lo).to(tl.int64) * H + i_h) * DK * DK
+        b_r = load_tile_t(p_r, o_k, o_k, DK, DK)  # early: its latency is the chain's
         b_after = tl.load(p_c + KP + o_s).to(tl.int32)
         b_before = tl.load(p_c + o_c).to(tl.int32)
         b_from = tl.load(p_c + KP + o_c).to(tl.int32)
@@ -225,13 +212,7 @@ def slot_reverse_kernel(
         o_row = ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
         o_slots = (b_before * (DK * DV))[None, :] + o_tile
         keep = tl.exp(tl.load(cg + i_h * T + end - 1))
-        if GDN:
-            b_ds = -tl.dot(b_r, b_ds.to(DOT), -keep * b_ds, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
-        else:
-            b_s = tl.load(snap + o_row + o_slots, mask=m_row, other=0.0).to(tl.float32)
-            dkeep = keep * tl.sum(tl.sum(b_s * b_ds, 1), 0)
-            tl.store(dphi + (program.to(tl.int64) * N_BLOCKS + i_t - block_lo) * H + i_h, dkeep)
-            b_ds *= keep
+        b_ds = -tl.dot(b_r, b_ds.to(DOT), -keep * b_ds, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
         b_ds += tl.load(grad_states + o_row + o_slots, mask=m_row, other=0.0).to(tl.float32)
         tl.store(grad_states + o_row + o_slots, b_ds.to(DOT), mask=m_row)
     b_there = tl.load(columns + (first_block.to(tl.int64) * H + i_h) * 6 * KP + o_c).to(tl.int32)

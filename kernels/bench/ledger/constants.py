@@ -90,14 +90,18 @@ class Assumptions:
     """What the data decides: the inputs of `dla bench kernels` have a boundary every 34 tokens (docs/bench.md).
 
     rounds: iterations of a loop whose length the data decides (boundaries of a tile, and one). until: iterations of one
-    that has a bound but may end before, None: it runs to its bound. equal: whether two numbers are the same.
+    that has a bound but may end before, None: it runs to its bound. equal: whether two numbers are the same. opened:
+    slots that a block opens, and with a full cache merges. partly: arguments of which a program loads only the slots
+    that a block opened, and the one that was open.
     """
 
     rounds: float
     until: float | None = None
     equal: bool = False
+    opened: int = 0
+    partly: tuple[str, ...] = ()
 
-    def loaded(self, argument: str, env: dict[str, Any]) -> Any:
+    def loaded(self, argument: str, offset: int | None, env: dict[str, Any]) -> Any:
         """The number that a scalar load of this argument gives, where the ledger assumes one."""
         if argument == "live_count":
             return env.get("%K")
@@ -105,13 +109,23 @@ class Assumptions:
             return NEVER
         if argument == "agreed":  # a shard that is run again meets its first run
             return 1
+        if argument == "moves" and offset is not None:  # see `slot_columns_kernel`
+            return (env.get("%K"), self.opened, env.get("%K"), self.opened)[offset % 4]
         return None
+
+    def share(self, argument: str, env: dict[str, Any]) -> float:
+        """Of a load's elements, those that its mask lets through."""
+        return min(1.0, (self.opened + 1) / env["%K"]) if argument in self.partly else 1.0
 
 
 BOUNDARY_EVERY = 34  # tokens
 # kernel -> boundaries after which a loop with another bound ends: a shard is run again up to its second shared one
 STOPS_AFTER = {"repair_kernel": 2}
 FULL = ("capacity_kernel",)  # kernels that ask whether the cache is full, which it is
+# kernels that load the slots of a block only: argument
+PARTLY = {"carry_states_kernel": ("snap",)}
+# kernels whose loop of unknown length is over the tiles of a slot's tokens in a block, not over boundaries
+TILES_OF_A_SLOT = ("block_states_kernel",)
 
 
 def fingerprint() -> str:
@@ -127,6 +141,8 @@ def fingerprint() -> str:
         BOUNDARY_EVERY,
         STOPS_AFTER,
         FULL,
+        PARTLY,
+        TILES_OF_A_SLOT,
     )
     rates = [Latencies().rate(x) for x in ("bf16", "f16", "tf32", "tf32x3", "ieee")]
     return hashlib.sha256(repr((everything, rates)).encode()).hexdigest()[:16]

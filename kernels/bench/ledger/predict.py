@@ -20,8 +20,10 @@ from .constants import (
     LAUNCH,
     MATRIX_SHARE,
     MEMORY_SHARE,
+    PARTLY,
     STOPS_AFTER,
     SYNC,
+    TILES_OF_A_SLOT,
     Assumptions,
     Gpu,
     Latencies,
@@ -81,10 +83,17 @@ def _assumptions(launch: Launch) -> Assumptions:
     if launch.kernel.__name__ in OVER_SEGMENTS:
         tokens = launch.arguments["T"] // launch.grid[0]
     stop = STOPS_AFTER.get(launch.kernel.__name__)
+    rounds, opened = 1 + tokens / BOUNDARY_EVERY, 0
+    if {"moves", "T"} <= launch.arguments.keys():
+        opened = round(launch.arguments["T"] / len(launch.arguments["blocks"]) / BOUNDARY_EVERY)
+    if launch.kernel.__name__ in TILES_OF_A_SLOT:  # lengths with that mean, without memory
+        rounds = 1 / -math.expm1(-tokens / BOUNDARY_EVERY)
     return Assumptions(
-        rounds=1 + tokens / BOUNDARY_EVERY,
+        rounds=rounds,
         until=None if stop is None else 1 + stop * BOUNDARY_EVERY / tokens,
         equal=launch.kernel.__name__ in FULL,
+        opened=opened,
+        partly=PARTLY.get(launch.kernel.__name__, ()),
     )
 
 

@@ -66,7 +66,7 @@ def scan_programs(events: Iterable[Event]) -> dict[str, int]:
 
 def snapshot_bytes(events: Iterable[Event]) -> int:
     """Slot states that the forward passes write for the output kernel."""
-    scans = ("slot_scan_kernel", "state_scan_kernel")
+    scans = ("slot_scan_kernel", "state_scan_kernel", "carry_states_kernel")
     forward = [e for e in events if e.kind == "triton" and e.name in scans and not e.backward]
     return sum(nbytes(e.launch.arguments["snap"]) for e in forward if "snap" in e.launch.arguments)
 

@@ -316,7 +316,8 @@ class Walk:
         pointer = self.env.get(op.operands[0])
         root = pointer.root if isinstance(pointer, Pointer) else "?"
         shape, kind = types[0] if types else ([1], "i32")
-        size = math.prod(shape) * BYTES.get(kind, 4)
+        loaded = self.assumptions.share(root, self.env) if op.name == "tt.load" and types else 1.0
+        size = loaded * math.prod(shape) * BYTES.get(kind, 4)
         once = self.varies.get(op.operands[0], 0) < self.depth  # the same lines in every iteration: they stay in L1
         fresh = self.weight if not once else min(self.weight, 1.0)
         stored = op.name == "tt.store"
@@ -385,4 +386,4 @@ class Walk:
         table = self.tables.get(pointer.root)
         if table is not None and pointer.offset is not None and 0 <= pointer.offset < len(table):
             return table[pointer.offset]
-        return self.assumptions.loaded(pointer.root, self.env)
+        return self.assumptions.loaded(pointer.root, pointer.offset, self.env)
