@@ -52,7 +52,7 @@ demo-delta-mem: setup
 
 ## make test       all tests (CPU, gloo)
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 ## make test-triton  the kernels in the interpreter and compiled ahead of time on another triton (3.7.1, torch 2.13's own)
 TRITON ?= 3.7.1

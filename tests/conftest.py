@@ -13,6 +13,27 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)  # tests run side by side
 
+# half a minute or more: first, so that no worker is left with one of them at the end (`make test`)
+LONG = (
+    "kernels/test_aot.py",
+    "kernels/dla/test_triton.py",
+    "training/test_trainer.py",
+    "parallel/test_parity_matrix.py",
+    "mixers/test_around.py",
+    "kernels/fused/test_fused.py",
+    "kernels/dla/test_triton_partition.py",
+    "test_wheel.py",
+    "training/test_reshard.py",
+    "launch/test_watchdog.py",
+    "hf/test_convert.py",
+    "parallel/test_mutations.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    place = {config.rootpath / "tests" / name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
 
 @pytest.fixture(scope="module")
 def pools() -> Iterator[dict[int, Ranks]]:

@@ -137,8 +137,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, FP32) for name in CASES), ("mamba2", BF16), ("gdn, halo", BF16)])
 def test_inputs_of_the_recurrence(name: str, dtype: torch.dtype) -> None:
     case = replace(CASES[name], dtype=dtype)
     leaves = case.make()
