@@ -111,7 +111,7 @@ def make_tables(
         life, layout.segments, cache_live, cache_death, *live, HAS_CACHE=cache is not None, **spans
     )
     live_table_kernel[(rows, H)](life, layout.rows, *live, **spans)
-    if not plan.staged():
+    if not plan.staged:
         slot_columns_kernel[(len(layout.window_segments), H)](
             layout.blocks, layout.window_segments, tables.pos, tables.death, tables.live, tables.columns, tables.moves,
             H, K, KP=plan.slots_padded, num_warps=1,
@@ -206,7 +206,7 @@ class WindowPass:
         sizes = (plan.K, self.window.block_lo, self.window.row_lo, self.token_lo)
         tokens = min(plan.tile, 16) if dims["BK"] > 128 else plan.tile  # a step: registers of that many key dims
         meta = dict(BT=tokens, KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
-        if plan.staged():
+        if plan.staged:
             state_scan_kernel[grid](
                 *inputs, tables.pos, tables.death, tables.live, incoming, snap, final, self.layout.tokens, plan.H,
                 *sizes, **meta,
@@ -250,10 +250,10 @@ class WindowPass:
                 HAS_INCOMING=carry is not None, **dims,
             )  # fmt: skip
             return initial, dkeep
-        dims, grid = self.scan_launch(reverse=True)
+        dims, grid = self.scan_launch()
         inputs = (tables.cg, self.r_matrix, self.layout.blocks, window.segments)
         meta = dict(KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
-        if plan.staged(reverse=True):
+        if plan.staged:
             reverse_scan_kernel[grid](
                 *inputs, tables.pos, tables.death, tables.live, dstates, carry, initial, *sizes, window.block_lo,
                 window.row_lo, **meta,
@@ -265,15 +265,15 @@ class WindowPass:
             )  # fmt: skip
         return initial, None
 
-    def carry(self, reverse: bool = False) -> Tensor:
+    def carry(self) -> Tensor:
         """Uninitialised states [segments, n, H, K, DK, DV] fp32, [:, 0] for a scan to begin with, the rest scratch."""
         plan = self.plan
-        return self.new(len(self.window.segments), 2 if plan.staged(reverse) else 1, plan.H, plan.K, plan.DK, plan.DV)
+        return self.new(len(self.window.segments), 2 if plan.staged else 1, plan.H, plan.K, plan.DK, plan.DV)
 
-    def scan_launch(self, reverse: bool = False) -> tuple[dict[str, int], tuple[int, int, int]]:
+    def scan_launch(self) -> tuple[dict[str, int], tuple[int, int, int]]:
         """Launch and grid of a scan of Gated DeltaNet."""
         plan = self.plan
-        dims = plan.scan(self.x.v.device, reverse)
+        dims = plan.scan(self.x.v.device)
         return dims, (len(self.window.segments) * plan.H, 1, ceil_div(plan.DV, dims["BV"]))
 
     def carry_launch(self) -> tuple[dict[str, int], tuple[int, int]]:
@@ -330,7 +330,7 @@ def _incoming_gradient(work: WindowPass, final: Tensor | None, resumed: Tensor |
     """Scan scratch with the gradients of the states that the window's segments end with; None where all are zero."""
     if final is None and resumed is None and not work.plan.gdn:
         return None
-    carry = work.carry(reverse=True)
+    carry = work.carry()
     if final is None:
         carry[:, 0].zero_()
     else:

@@ -155,14 +155,14 @@ class LaunchPlan:
         found["BV"] = min(found["BV"], power_of_two(self.DV))
         return {"DK": self.DK, "DV": self.DV, **found}
 
-    def staged(self, reverse: bool = False) -> bool:
-        """Whether a scan goes slot by slot: all slots do not fit in one program, which has all key dims."""
-        most = 32 if self.wide else 128 if reverse else 256
-        return self.gdn and most < self.DK
+    @property
+    def staged(self) -> bool:
+        """Whether scans go slot by slot: all slots do not fit in one program, which has all key dims."""
+        return self.gdn and self.wide and self.DK > 32
 
-    def scan(self, device: torch.device, reverse: bool = False) -> dict[str, int]:
+    def scan(self, device: torch.device) -> dict[str, int]:
         """`launch` of a scan of Gated DeltaNet."""
-        if self.staged(reverse):
+        if self.staged:
             return self.launch("scan_gdn", device)
         found = self.found("slots_gdn", device)
         columns = found["BV"] // (2 if self.K > 32 else 1)

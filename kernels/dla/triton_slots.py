@@ -177,6 +177,7 @@ def slot_reverse_kernel(
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr,
     DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
+    BX: tl.constexpr = 32 if DK < 256 else 16  # key dims at a time where BK > 128: more do not fit in registers
     i_n, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     o_k, o_s, o_c = tl.arange(0, BK), tl.arange(0, KP), tl.arange(0, KP * BV) // BV
     o_v = tl.program_id(2) * BV + tl.arange(0, KP * BV) % BV
@@ -199,20 +200,37 @@ def slot_reverse_kernel(
         p_m = moves + (i_t.to(tl.int64) * H + i_h) * 4
         m = tl.load(p_m)
         p_r = r_matrix + ((i_t - block_lo).to(tl.int64) * H + i_h) * DK * DK
-        b_r = load_tile_t(p_r, o_k, o_k, DK, DK)  # early: its latency is the chain's
+        if BK <= 128:
+            b_r = load_tile_t(p_r, o_k, o_k, DK, DK)  # early: its latency is the chain's
         b_after = tl.load(p_c + KP + o_s).to(tl.int32)
         b_before = tl.load(p_c + o_c).to(tl.int32)
         b_from = tl.load(p_c + KP + o_c).to(tl.int32)
         m_kept = (b_from >= tl.load(p_m + 1)) & (b_from < tl.load(p_m + 2))
         b_ds = tl.where(m_kept[None, :], b_ds, 0.0)
+        b_into = b_from  # the slot that a column's becomes
         for i_m in range(tl.load(p_m + 3)):  # a slot that died has the gradient of the one that it was added to
-            m_to = o_s == tl.load(p_c + 4 * KP + i_m).to(tl.int32)
-            b_ds += move_columns(b_ds, b_after == tl.load(p_c + 5 * KP + i_m).to(tl.int32), m_to, BK, KP, BV)
+            column, into = tl.load(p_c + 4 * KP + i_m).to(tl.int32), tl.load(p_c + 5 * KP + i_m).to(tl.int32)
+            b_ds += move_columns(b_ds, b_after == into, o_s == column, BK, KP, BV)
+            b_into = tl.where(o_c == column, into, b_into)
         m_row = m_tile & (b_before < m)[None, :]
         o_row = ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
         o_slots = (b_before * (DK * DV))[None, :] + o_tile
         keep = tl.exp(tl.load(cg + i_h * T + end - 1))
-        b_ds = -tl.dot(b_r, b_ds.to(DOT), -keep * b_ds, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
+        b_dot = b_ds.to(DOT)
+        b_ds *= -keep
+        if BK <= 128:
+            b_ds = -tl.dot(b_r, b_dot, b_ds, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
+        else:  # as in the forward scan, with D of the row after
+            tl.debug_barrier()
+            p_after = grad_states + o_row + H * K * DK * DV
+            for i_x in range(0, DK, BX):
+                o_x = i_x + tl.arange(0, BX)
+                m_x = (o_x < DK)[:, None] & ((o_v < DV) & (b_before < m))[None, :]
+                p_x = p_after + (b_into * (DK * DV) + o_v)[None, :] + o_x[:, None] * DV
+                b_x = tl.load(p_x, mask=m_x, other=0.0)
+                b_r = tl.trans(load_tile(p_r, o_x, o_k, DK, DK))  # not loaded transposed: sm_80 spills
+                b_ds = tl.dot(b_r, b_x, b_ds, input_precision=PREC)  # [BK, BX] @ [BX, KP * BV]
+            b_ds = -b_ds
         b_ds += tl.load(grad_states + o_row + o_slots, mask=m_row, other=0.0).to(tl.float32)
         tl.store(grad_states + o_row + o_slots, b_ds.to(DOT), mask=m_row)
     b_there = tl.load(columns + (first_block.to(tl.int64) * H + i_h) * 6 * KP + o_c).to(tl.int32)
