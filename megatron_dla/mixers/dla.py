@@ -300,10 +300,14 @@ class DLAMixer(MegatronModule):
         if self.exchange is not None:
             first += self.exchange.rank * len(opened)
         if self.boundaries is None:
-            self.boundaries = torch.zeros(self.heads, dtype=torch.int64, device=start.device)
             self.tokens.clear()
-        self.boundaries[first : first + len(opened)].add_(opened)
         self.tokens[first, len(opened)] += start.shape[0] * start.shape[1]
+        if self.boundaries is None and len(opened) == self.heads:
+            self.boundaries = opened
+            return
+        if self.boundaries is None:
+            self.boundaries = torch.zeros(self.heads, dtype=torch.int64, device=start.device)
+        self.boundaries[first : first + len(opened)].add_(opened)
 
     def take_boundary_rate(self) -> Tensor:
         """Share of tokens that opened a slot since the last call, per local head: fp32 [H local].

@@ -14,7 +14,7 @@ import triton.language as tl
 from megatron_dla.kernels.bench.ledger.record import record
 from megatron_dla.kernels.bench.ledger.report import facts
 from megatron_dla.kernels.bench.ledger.run import count, ledger_config
-from megatron_dla.kernels.dla import dla_attention
+from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,8 +52,28 @@ def kernels(gdn: bool, tokens: int = 16384, heads: int = 16, dim: int = 128, slo
     return {"launches": len(launches), "backward": sum(e.backward for e in launches), "components": parts}
 
 
+def decoded(gdn: bool, tokens: int = 3, heads: int = 4, dim: int = 64, slots: int = 30) -> list:
+    """What each of some tokens does one after another: (kind, name, bytes, grid) of every event."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(2, 1, *shape, dtype=dtype, device="meta")
+
+    cache, low = SlotCache.empty(2, heads, slots, dim, dim, device="meta"), torch.bfloat16
+    q, k, v = (new(heads, dim, dtype=low) for _ in range(3))
+    beta = new(heads) if gdn else None
+    found = []
+    for _ in range(tokens):
+        with record() as recording, torch.no_grad():
+            weights = new(heads, slots)
+            decode_step(q, k, v, new(heads), weights, cache, beta, tau=1.0, capacity=slots, backend="triton")
+        grids = [None if e.launch is None else list(e.launch.grid) for e in recording.events]
+        found.append([(e.kind, e.name, e.bytes, grid) for e, grid in zip(recording.events, grids, strict=True)])
+    return found
+
+
 def main() -> None:
     found = {"launch": one_launch(), "mamba2": kernels(False), "gdn": kernels(True)}
+    found["decoded"] = [decoded(False), decoded(True)]
     for path in sys.argv[1:]:
         config = ledger_config(ROOT / "configs" / f"{path}.yaml")
         found[path] = facts(config, count(config), None)

@@ -248,6 +248,13 @@ def test_launches_of_a_call_are_those_of_its_passes(counted: dict, backbone: str
     assert 0 < found["backward"] < found["launches"]
 
 
+def test_every_token_is_the_same_launches_and_nothing_is_read_back(counted: dict) -> None:
+    """What a CUDA graph of a token asks for."""
+    for _, *tokens in counted["decoded"]:  # the first one makes the thresholds
+        assert tokens[0] == tokens[1] and {kind for kind, *_ in tokens[0]} <= {"op", "triton"}
+        assert [name for _, name, *_ in tokens[0]] == ["decode_decide_kernel", "decode_states_kernel", "add_"]
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_config_does_not_cost_more_than_committed(counted: dict, name: str) -> None:
     """Where it costs less or the growth is wanted: `dla bench ledger configs/NAME.yaml --out docs/results`."""
