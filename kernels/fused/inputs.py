@@ -15,7 +15,7 @@ from .sums import sum_rows
 from .triton_inputs import convolution_backward_kernel, inputs_backward_kernel, inputs_forward_kernel
 
 TILE = 4096  # elements of a forward tile
-BACKWARD_TILE = 2048
+BACKWARD_TILE, WIDE_TILE = 4096, 2048  # of the backward pass: Mamba-2's up to head dims of 128, and any other
 SPAN = 256  # tokens a program of the backward pass
 VALUE_COLUMNS = 128  # of a program, where a head's values need not be in one
 SLOT_COLUMNS = 64
@@ -148,7 +148,9 @@ class _RecurrenceInputs(torch.autograd.Function):
         partial = torch.empty(B * programs, sum(sizes), dtype=torch.float32, device=value.device)
         # rows that do not begin at a multiple of 16 elements are read element by element, with an address for each
         aligned = all(n % 16 == 0 for n in _strides([*arguments[:3], dxs[0]]))
-        blocks = shape.blocks(BACKWARD_TILE if aligned else BACKWARD_TILE // 2)
+        narrow = not shape.gdn and max(shape.value_dim, shape.key_dim) <= 128
+        elements = BACKWARD_TILE if narrow else WIDE_TILE
+        blocks = shape.blocks(elements if aligned else elements // 2)
         common = dict(W=shape.width, HALO=halo, HAS_STARTS=starts is not None, num_warps=4)
         block, units = TILE // COLUMNS, sum(ceil_div(n, COLUMNS) for n in shape.columns[:3])
         with on_device(value):

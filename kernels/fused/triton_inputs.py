@@ -42,7 +42,11 @@ def convolved(
     x, weight, bias, starts, o_t, o_c, m_c, T, stride,
     W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Causal convolution at tokens o_t of one row, [BT, BD], before the SiLU; tokens of other documents are zero."""
+    """Causal convolution at tokens o_t of one row, [BT, BD], before the SiLU; tokens of other documents are zero.
+
+    Second result: the taps in x's dtype, the current token first.
+    """
+    taps = ()
     b_y = tl.zeros([o_t.shape[0], o_c.shape[0]], tl.float32)
     m_t = o_t < T
     b_cut = o_t < -HALO  # no token: whether a document begins between the tap and here
@@ -52,10 +56,13 @@ def convolved(
         m = (m_t & (o_t - back >= -HALO))[:, None] & m_c[None, :]
         b_w = tl.load(weight + o_c * W + (W - 1 - back), mask=m_c, other=0.0).to(tl.float32)
         # masked after the load, which need not wait for the document starts
-        b_y += tl.where(b_cut[:, None], 0.0, load_wide(x, o_t - back, stride, o_c, m)) * b_w[None, :]
+        b_x = tl.load(x + (o_t - back).to(tl.int64)[:, None] * stride + o_c[None, :], mask=m, other=0.0)
+        b_x = tl.where(b_cut[:, None], 0.0, b_x)
+        b_y += b_x.to(tl.float32) * b_w[None, :]
+        taps = taps + (b_x,)
     if HAS_BIAS:
         b_y += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    return b_y
+    return b_y, taps
 
 
 @triton.jit
@@ -75,7 +82,7 @@ def forward_values(
     """Columns o_v of one head; with its first columns also what has one number a head."""
     m_t, m_c, o_c = o_t < T, o_v < DV, i_h * DV + o_v
     m = m_t[:, None] & m_c[None, :]
-    b_y = convolved(value, weight, bias, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS, HAS_BIAS)
+    b_y, _ = convolved(value, weight, bias, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS, HAS_BIAS)
     b_y = b_y * tl.sigmoid(b_y)
     b_dt = tl.load(step + o_t.to(tl.int64) * step_t + i_h, mask=m_t, other=0.0).to(tl.float32)
     b_dt = softplus(b_dt + tl.load(dt_bias + i_h))
@@ -101,7 +108,7 @@ def forward_keys(
     """Queries or keys of one group."""
     o_k = tl.arange(0, BK)
     m_c, o_c = o_k < DK, i_g * DK + o_k
-    b_y = convolved(x, weight, bias, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, HAS_BIAS)
+    b_y, _ = convolved(x, weight, bias, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, HAS_BIAS)
     b_y = b_y * tl.sigmoid(b_y)
     if GDN:
         b_y *= (unit_length(b_y)[0] * scale)[:, None]
@@ -171,19 +178,12 @@ def through_silu(b_dy, b_pre):
 
 
 @triton.jit
-def add_parameters(
-    b_dw, b_db, b_dpre, x, starts, o_t, o_c, m_c, T, stride,
-    W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
-    """The sums for a convolution's weight [BW, BD] and bias [BD] with those over the tokens o_t; x is in the cache."""
-    m_t, o_w = o_t < T, tl.arange(0, BW)
-    b_cut = o_t < -HALO
+def add_parameters(b_dw, b_db, b_dpre, taps, W: tl.constexpr, BW: tl.constexpr):
+    """The sums for a convolution's weight [BW, BD] and bias [BD] with those over a tile's tokens."""
+    o_w = tl.arange(0, BW)
     for back in tl.static_range(W):
-        if HAS_STARTS and back > 0:
-            b_cut = b_cut | (tl.load(starts + o_t - (back - 1), mask=m_t & (o_t - back >= -HALO), other=0) != 0)
-        m = (m_t & (o_t - back >= -HALO))[:, None] & m_c[None, :]
-        b_x = tl.where(b_cut[:, None], 0.0, load_wide(x, o_t - back, stride, o_c, m))
-        b_dw += tl.where((o_w == W - 1 - back)[:, None], tl.sum(b_dpre * b_x, 0)[None, :], 0.0)
+        b_sum = tl.sum(b_dpre * taps[back].to(tl.float32), 0)
+        b_dw += tl.where((o_w == W - 1 - back)[:, None], b_sum[None, :], 0.0)
     return b_dw, b_db + tl.sum(b_dpre, 0)
 
 
@@ -213,7 +213,7 @@ def backward_values(
         o_t = first + i * BT + tl.arange(0, BT)
         m_t = o_t < T
         m = m_t[:, None] & m_c[None, :]
-        b_pre = convolved(value, weight, bias, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS, HAS_BIAS)
+        b_pre, taps = convolved(value, weight, bias, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS, HAS_BIAS)
         b_dy = load_wide(d_write + row * H * DV, o_t, H * DV, o_c, m)
         b_step = tl.load(step + o_t.to(tl.int64) * step_t + i_h, mask=m_t, other=0.0).to(tl.float32) + b_dt_bias
         b_ddt = tl.zeros([BT], tl.float32)
@@ -224,9 +224,7 @@ def backward_values(
                 b_dy += load_wide(d_out + row * H * DV, o_t, H * DV, o_c, m)
         b_dpre = through_silu(b_dy, b_pre)
         store_rows(dpre, o_t, C, o_c, b_dpre, m)
-        b_dw, b_db = add_parameters(
-            b_dw, b_db, b_dpre, value, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS, BW
-        )
+        b_dw, b_db = add_parameters(b_dw, b_db, b_dpre, taps, W, BW)
         if first_columns:
             o_h, o_in = (row + o_t) * H + i_h, o_t.to(tl.int64) * d_t + i_h
             b_dg = tl.load(d_g + o_h, mask=m_t, other=0.0) * b_A
@@ -257,7 +255,7 @@ def backward_keys(
     for i in range(TILES):
         o_t = first + i * BT + tl.arange(0, BT)
         m = (o_t < T)[:, None] & m_c[None, :]
-        b_pre = convolved(x, weight, bias, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, HAS_BIAS)
+        b_pre, taps = convolved(x, weight, bias, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, HAS_BIAS)
         b_dy = load_wide(dy, o_t, G * DK, o_c, m)
         if GDN:
             b_y = b_pre * tl.sigmoid(b_pre)
@@ -267,7 +265,7 @@ def backward_keys(
             b_dy = (b_dy - b_unit * b_along[:, None]) * (b_inverse * scale)[:, None]
         b_dpre = through_silu(b_dy, b_pre)
         store_rows(dpre, o_t, C, o_c, b_dpre, m)
-        b_dw, b_db = add_parameters(b_dw, b_db, b_dpre, x, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, BW)
+        b_dw, b_db = add_parameters(b_dw, b_db, b_dpre, taps, W, BW)
     store_parameters(dw, db, b_dw, b_db, o_c, m_c, W, BW, HAS_BIAS)
 
 
