@@ -576,7 +576,8 @@ def _compose_backward(
     device, tiles, lo = x.k.device, plan.tiles, work.window.block_lo
     meta = local_launch(plan, device, "compose_backward")
     parts = ceil_div(plan.DK, meta["BK"])
-    block_sums, sums = (torch.zeros(n, work.blocks, tiles, plan.H, device=device) for n in (parts, 2 * plan.levels))
+    zeros = torch.zeros(parts + 2 * plan.levels, work.blocks, tiles, plan.H, device=device)
+    block_sums, sums = zeros[:parts], zeros[parts:]
     dke, where = torch.empty_like(dkh), (work.layout.tiles, work.tile_lo)
     sizes = (*work._sizes(), work.blocks)
     transition_backward_kernel[(*work.tile_grid, parts)](
@@ -593,9 +594,9 @@ def _compose_backward(
         )  # fmt: skip
         dqt, dkh = dqt_out, dkh_out
     dkeep = work.new(*work.tile_grid, 1)
-    trace = dphi.diagonal(dim1=-2, dim2=-1).sum(-1)
     tile_decay_kernel[work.tile_grid](
-        tables.cg, trace, block_sums, sums, dkeep, *where, work.layout.blocks, lo, work.layout.tokens, plan.H,
-        work.blocks, PARTS=parts, LEVELS=plan.levels, TILES=tiles, num_warps=1,
+        tables.cg, dphi, block_sums, sums, dkeep, *where, work.layout.blocks, lo, work.layout.tokens, plan.H,
+        work.blocks, PARTS=parts, LEVELS=plan.levels, TILES=tiles, DK=plan.DK,
+        BK=power_of_two(plan.DK), num_warps=1,
     )  # fmt: skip
     return dat_tile, dqt, dkh, dke, dkeep

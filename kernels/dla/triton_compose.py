@@ -286,12 +286,12 @@ def transition_backward_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def tile_decay_kernel(
     cg,  # [H, T]: in blocks
-    trace,  # [blocks of the window, H] fp32: of dPhi
+    dphi,  # [blocks of the window, H, DK, DK] fp32
     block_sums,  # [PARTS, blocks of the window, TILES, H] fp32, see `transition_backward_kernel`
     sums,  # [LEVELS, 2, blocks of the window, TILES, H] fp32, see `compose_backward_kernel`
     dkeep,  # [tiles of the window, H] fp32 out: gradient of the log of a tile's whole decay
     tiles, tile_lo, blocks, block_lo, T, H, N_BLOCKS,
-    PARTS: tl.constexpr, LEVELS: tl.constexpr, TILES: tl.constexpr,
+    PARTS: tl.constexpr, LEVELS: tl.constexpr, TILES: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """What a tile's decay gets: from its block's, from halves joined with its own, and from ek of later tiles."""
     i_t, i_h = tile_lo + tl.program_id(0), tl.program_id(1)
@@ -301,7 +301,11 @@ def tile_decay_kernel(
     size = N_BLOCKS.to(tl.int64) * TILES * H
     o_x = tl.arange(0, TILES)
     o_sum = (i_b.to(tl.int64) * TILES + o_x) * H + i_h
-    total = tl.load(trace + i_b * H + i_h) * tl.exp(tl.load(cg + i_h.to(tl.int64) * T + stop - 1))
+    o_k = tl.arange(0, BK)
+    p_diagonal = dphi + (i_b.to(tl.int64) * H + i_h) * DK * DK + o_k * (DK + 1)
+    total = tl.sum(tl.load(p_diagonal, mask=o_k < DK, other=0.0), 0) * tl.exp(
+        tl.load(cg + i_h.to(tl.int64) * T + stop - 1)
+    )
     for part in tl.static_range(PARTS):
         total += tl.sum(tl.load(block_sums + part * size + o_sum, mask=o_x > place, other=0.0), 0)
     for level in tl.static_range(LEVELS):

@@ -59,7 +59,7 @@ def convolved(
         b_x = tl.load(x + (o_t - back).to(tl.int64)[:, None] * stride + o_c[None, :], mask=m, other=0.0)
         b_x = tl.where(b_cut[:, None], 0.0, b_x)
         b_y += b_x.to(tl.float32) * b_w[None, :]
-        taps = taps + (b_x,)
+        taps += (b_x,)
     if HAS_BIAS:
         b_y += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     return b_y, taps
