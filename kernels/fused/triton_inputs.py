@@ -38,6 +38,13 @@ def store_rows(x, o_t, stride, o_c, b_x, m):
 
 
 @triton.jit
+def appended(items, x):
+    """A tuple with one item more."""
+    items += (x,)
+    return items
+
+
+@triton.jit
 def convolved(
     x, weight, bias, starts, o_t, o_c, m_c, T, stride,
     W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -59,7 +66,7 @@ def convolved(
         b_x = tl.load(x + (o_t - back).to(tl.int64)[:, None] * stride + o_c[None, :], mask=m, other=0.0)
         b_x = tl.where(b_cut[:, None], 0.0, b_x)
         b_y += b_x.to(tl.float32) * b_w[None, :]
-        taps += (b_x,)
+        taps = appended(taps, b_x)
     if HAS_BIAS:
         b_y += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     return b_y, taps
