@@ -98,7 +98,8 @@ def slot_scan_kernel(
     DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
-    o_k, o_s, o_c = tl.arange(0, BK), tl.arange(0, KP), tl.arange(0, KP * BV) // BV
+    o_s, o_c = tl.arange(0, KP), tl.arange(0, KP * BV) // BV
+    o_k = tl.program_id(1) * BK + tl.arange(0, BK)  # of one program: with this zero known, sm_90 spills
     o_v = tl.program_id(2) * BV + tl.arange(0, KP * BV) % BV
     first_block, n_blocks = tl.load(segments + 4 * i_n), tl.load(segments + 4 * i_n + 1)
     stride_k, stride_v = H * DK, H * DV
