@@ -10,7 +10,7 @@ import pytest
 
 from megatron_dla.cli import main
 from megatron_dla.shard_index import ShardIndex
-from tests.data_prep.test_sources import MALFORMED, PACKED, TABLES, lines, save_arrow, save_dataset
+from tests.data_prep.test_sources import MALFORMED, MALFORMED_IDS, PACKED, TABLES, lines, save_arrow, save_dataset
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -33,7 +33,7 @@ def tok(tmp_path_factory):
     return root / "tok"
 
 
-@pytest.mark.parametrize(("name", "content", "where"), MALFORMED)
+@pytest.mark.parametrize(("name", "content", "where"), MALFORMED, ids=MALFORMED_IDS)
 @pytest.mark.parametrize("command", ["tokenizer", "shards"])
 def test_malformed_inputs_are_one_line_and_write_nothing(tmp_path, tok, capsys, command, name, content, where):
     source = corpus(tmp_path / "corpus")

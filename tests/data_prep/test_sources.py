@@ -380,7 +380,10 @@ TABLES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "where"), MALFORMED)
+MALFORMED_IDS = [f"{i} {name}" for i, (name, *_) in enumerate(MALFORMED)]  # not the bytes: gzip's have the time
+
+
+@pytest.mark.parametrize(("name", "content", "where"), MALFORMED, ids=MALFORMED_IDS)
 def test_malformed_files(tmp_path, name, content, where):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{re.escape(name)}{where}") as caught:
