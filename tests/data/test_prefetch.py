@@ -146,7 +146,7 @@ def test_few_steps_of_32_ranks_wait_for_reads(tmp_path_factory, monkeypatch):
 
 
 FORKS = """
-    import gc, json, os, sys, threading, time
+    import gc, json, os, signal, sys, threading, time
     from tests.support.rows import loader
     gc.freeze()
     for line in sys.stdin:
@@ -156,6 +156,7 @@ FORKS = """
     else:
         sys.exit()
     path, code, number = json.loads(line)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     one = loader(path, prefetch_rows=64)
     one.next_step()
     if number is not None:
