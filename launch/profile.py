@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from megatron_dla.config.load import fill
+from megatron_dla.config.schema import Directory
+from megatron_dla.config.yaml_text import read_yaml
 from megatron_dla.errors import ConfigError
 from megatron_dla.resources import find_yaml
 
@@ -50,13 +50,13 @@ class Profile:
     """Check every node before training."""
     preflight_timeout: int = 300
     """Seconds."""
-    python: str = ""
+    python: Directory = ""
     """Python of the ranks, inside the container if there is one; empty: the Python of `dla submit`."""
-    host_python: str = ""
+    host_python: Directory = ""
     """Python of the watchdog, on the host; empty: the Python of `dla submit`."""
-    cache_dir: str = ""
+    cache_dir: Directory = ""
     """Compiler caches (Triton, Inductor, CUDA), on a local disk of each node; empty: /tmp/dla-cache-USER."""
-    site_env: str = ""
+    site_env: Directory = ""
     """File that the batch script sources first (module load ...)."""
     srun_args: list[str] = field(default_factory=list)
     """Additional flags of srun, e.g. --container-image=... and --container-mounts=... of pyxis."""
@@ -109,19 +109,7 @@ def load_profile(path: str | Path) -> Profile:
         ConfigError: the file cannot be read, is not a YAML mapping, or has an unknown key or a bad value.
     """
     path = find_yaml(path, "slurm/profiles", "profile")
-    try:
-        text = path.read_text()
-        values = yaml.safe_load(text) or {}
-    except OSError as error:
-        raise ConfigError(
-            f"profile {str(path)!r} cannot be read ({error.strerror}); examples: slurm/profiles/"
-        ) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"profile {str(path)!r} is not valid YAML: {str(error).replace(chr(10), ' ')}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"profile {str(path)!r} must be a mapping of keys, got {type(values).__name__}")
-    if "time" in values:
-        values["time"] = yaml.load(text, yaml.BaseLoader)["time"]  # YAML 1.1 reads 24:00:00 as the number 86400
+    values = read_yaml(path, "profile")
     try:
         profile: Profile = fill(Profile, values)
         _check(profile)

@@ -4,7 +4,7 @@ import errno
 
 # exit codes: bad input; stopped by a signal after a checkpoint (requeue the job)
 BAD_INPUT, STOPPED = 2, 75
-WRONG_PATH = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR}
+WRONG_PATH = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def is_wrong_path(error: BaseException) -> bool:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.config.schema import (
     DebugSection,
+    Directory,
+    Number,
     OptimizerSection,
     ParallelSection,
     RunSection,
+    Share,
     TrainingSection,
+    Weight,
 )
 
 
@@ -21,7 +25,7 @@ from megatron_dla.config.schema import (
 class BackboneSection:
     """The frozen model."""
 
-    dir: str = ""
+    dir: Directory = ""
     """Hugging Face directory (Llama, Qwen3, SmolLM families) with its tokenizer."""
 
 
@@ -29,22 +33,22 @@ class BackboneSection:
 class EpisodeSection:
     """Training data: set `train` (episodes) or `documents` (plain text)."""
 
-    train: str = ""
+    train: Directory = ""
     """JSONL of {"messages": [...]} or {"context", "question", "answer"}: one episode a line."""
-    valid: str = ""
+    valid: Directory = ""
     """The same, held out; "" = no validation."""
-    documents: str = ""
+    documents: Directory = ""
     """Directory of tokenised shards (`dla data shards`, with the backbone's tokenizer): plain text, a loss on every
     token, the memory reset at each document."""
-    num_streams: PositiveInt = 8
+    num_streams: Annotated[int, Field(ge=1, le=2**20)] = 8
     """Logical readers of `documents`, constant over a run."""
-    write_length: Annotated[int, Field(ge=2)] = 8192
+    write_length: Annotated[int, Field(ge=2, le=2**24)] = 8192
     """Tokens of the write segment: the last ones of the context."""
-    read_length: Annotated[int, Field(ge=2)] = 512
+    read_length: Annotated[int, Field(ge=2, le=2**24)] = 512
     """Tokens of the read segment: question and answer."""
-    recent_messages: PositiveInt = 1
+    recent_messages: Number = 1
     """Messages before the answer that belong to the read segment."""
-    row_length: NonNegativeInt = 0
+    row_length: Annotated[int, Field(ge=0, le=2**25)] = 0
     """Tokens a row: several episodes may share one; 0 = write_length + read_length."""
 
 
@@ -53,9 +57,9 @@ class GateLossSection:
     """Auxiliary loss weight * (mean write gate of the tokens written in a micro-batch - target)^2, averaged over
     layers."""
 
-    weight: NonNegativeFloat = 0.0
+    weight: Weight = 0.0
     """0 = off."""
-    target: Annotated[float, Field(ge=0, le=1)] = 0.05
+    target: Share = 0.05
 
 
 def _optimizer() -> OptimizerSection:

@@ -226,8 +226,18 @@ def check_precision(zero_stage: int, bf16: bool) -> None:
 
 def check_run_section(run: RunSection) -> None:
     """The name becomes a directory."""
-    if not run.name or len(run.name) > 100 or run.name in (".", "..") or "/" in run.name:
-        raise ConfigError(f"run.name = {run.name[:120]!r}: a directory name of 1 to 100 characters, without a slash")
+    name = run.name
+    if (
+        not 1 <= len(name.encode(errors="replace")) <= 200
+        or name in (".", "..")
+        or "/" in name
+        or not name.isprintable()
+    ):
+        raise ConfigError(
+            f"run.name = {name[:120]!r}: a directory name of 1 to 200 bytes, without a slash or control characters"
+        )
+    if not run.dir.isprintable():
+        raise ConfigError(f"run.dir = {run.dir[:120]!r}: a path without control characters")
 
 
 def check_parallel(model: ModelSection, parallel: ParallelSection, seq_len: int, world_size: int) -> None:

@@ -29,6 +29,10 @@ def _field_texts(cls: type) -> dict[str, str]:
 
 
 def _type_name(hint: object) -> str:
+    if hint is schema.Directory:
+        return "path"
+    if typing.get_origin(hint) is typing.Annotated:
+        return _type_name(typing.get_args(hint)[0]) + _range(hint)
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(f"`{choice}`" for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
@@ -58,7 +62,7 @@ def _section(name: str, section: Any) -> list[str]:
     hints, texts = typing.get_type_hints(cls, include_extras=True), _field_texts(cls)
     for field in dataclasses.fields(cls):
         hint, value = hints[field.name], getattr(section, field.name)
-        kind = _type_name(getattr(hint, "__origin__", hint) if _range(hint) else hint) + _range(hint)
+        kind = _type_name(hint)
         default = "(none)" if value == "" else f"`{value}`"
         lines.append(f"| {field.name} | {kind} | {default} | {texts.get(field.name, '')} |")
     return [*lines, ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import reprlib
 import typing
 from collections.abc import Iterable
 from functools import lru_cache
@@ -17,10 +18,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from megatron_dla.config.adapter import AdapterRunConfig
 from megatron_dla.config.aliases import rename_keys, rename_overrides
 from megatron_dla.config.schema import RunConfig
+from megatron_dla.config.yaml_text import parse_yaml, read_yaml
 from megatron_dla.errors import ConfigError
 from megatron_dla.resources import find_yaml
 
 _RULES = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
+_shown = reprlib.Repr()  # of a value in a message: YAML's aliases make gigabytes of a few lines
+_shown.maxstring = _shown.maxother = _shown.maxlong = 250
+_shown.maxlist = _shown.maxdict = _shown.maxtuple = 12
+_shown.maxlevel = 2
 
 
 @lru_cache
@@ -40,20 +46,21 @@ def _is_section(kind: Any) -> bool:
 def _value(kind: Any, adapter: TypeAdapter[Any], value: Any, key: str) -> Any:
     """`value` as its field's type: 3 is a float, 1e-3 (a string to YAML) too; 3.5 is not an int, 1 not a bool."""
     if kind in (bool, int, float, str) and isinstance(value, bool) != (kind is bool):
-        raise ConfigError(f"{key} = {value!r}: must be {kind.__name__}, got {type(value).__name__}")
+        raise ConfigError(f"{key} = {_shown.repr(value)}: must be {kind.__name__}, got {type(value).__name__}")
     number: Any = value
     if kind in (int, float) and isinstance(value, str):
         try:
             number = float(value)
         except ValueError:
-            raise ConfigError(f"{key} = {value!r}: must be {kind.__name__}, got str") from None
+            raise ConfigError(f"{key} = {_shown.repr(value)}: must be {kind.__name__}, got str") from None
     try:
         return adapter.validate_python(number)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
         bad = first["input"] if at else value
-        raise ConfigError(f"{key}{at} = {bad!r}: {first['msg'].replace('Input should', 'must')}") from None
+        reason = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
+        raise ConfigError(f"{key}{at} = {_shown.repr(bad)}: {reason}") from None
 
 
 def fill(cls: type, values: Any, path: str = "", defaults: Any = None) -> Any:
@@ -69,7 +76,7 @@ def fill(cls: type, values: Any, path: str = "", defaults: Any = None) -> Any:
     if values is None:
         return defaults
     if not isinstance(values, dict):
-        raise ConfigError(f"{path or 'the config'} = {values!r}: must be a mapping of keys")
+        raise ConfigError(f"{path or 'the config'} = {_shown.repr(values)}: must be a mapping of keys")
     fields, done = _fields(cls), {}
     for key, value in values.items():
         full = f"{path}.{key}" if path else str(key)
@@ -108,9 +115,9 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not sep or not key.strip():
         raise ConfigError(f"override {text!r}: write section.key=value")
     try:
-        return key.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML ({error})") from error
+        return key.strip().split("."), parse_yaml(value)
+    except ConfigError as error:
+        raise ConfigError(f"override {text!r}: {error}") from error
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
@@ -135,30 +142,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig | 
 
 def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     """The mapping of sections in a YAML file, with overrides."""
-    path = find_yaml(path, "configs", "config")
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(
-            f"config {str(path)!r} cannot be read ({error.strerror}): give the path of a YAML file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config {str(path)!r} is not UTF-8 text ({error}): save it as UTF-8") from error
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {str(path)!r} is not valid YAML: {str(error).replace(chr(10), ' ')}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config {str(path)!r} must be a mapping of sections, got {type(values).__name__}")
+    values = read_yaml(find_yaml(path, "configs", "config"), "config")
     rename_keys(values)
     for keys, value in rename_overrides(map(parse_override, overrides)):
+        if len(keys) == 1:  # it would reset all other keys of the section
+            raise ConfigError(f"override {keys[0]}={_shown.repr(value)}: give one key of it, {keys[0]}.key=value")
         node = values
         for key in keys[:-1]:
             if node.get(key) is None:
                 node[key] = {}
             node = node[key]
             if not isinstance(node, dict):
-                raise ConfigError(f"override {'.'.join(keys)}={value}: {key!r} is a value, not a section")
+                raise ConfigError(f"override {'.'.join(keys)}={_shown.repr(value)}: {key!r} is a value, not a section")
         node[keys[-1]] = value
     return values
 
@@ -166,4 +161,4 @@ def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
 def dump_config(config: RunConfig | AdapterRunConfig, path: str | Path) -> None:
     """Write the resolved config as YAML."""
     plain = json.loads(json.dumps(to_dict(config)))  # tuples as lists
-    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -5,10 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, ConfigDict, Field
+
+from megatron_dla.config.paths import expand
 
 Backbone = Literal["mamba2", "gdn"]
 RopeType = Literal["default", "linear", "llama3"]
+
+# Upper bounds lie far above any model or run: a value beyond them is a typing error, or could not start
+Directory = Annotated[str, AfterValidator(expand)]
+"""A path or URL; ~ and environment variables are replaced when it is read."""
+Number = Annotated[int, Field(ge=1, lt=2**31)]
+"""Of steps, rows or tokens."""
+NumberOrNone = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[int, Field(ge=0, lt=2**60)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+"""Of a matrix."""
+Heads = Annotated[int, Field(ge=1, le=2**16)]
+Ranks = Annotated[int, Field(ge=1, le=2**16)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
+Factor = Annotated[float, Field(gt=0, le=1e6)]
 
 
 @dataclass
@@ -17,7 +34,7 @@ class RunSection:
 
     name: str = "run"
     """Directory under `dir`; holds config.yaml, metrics.jsonl, checkpoints/, plots/, hf/."""
-    dir: str = "runs"
+    dir: Directory = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
     """Initialisation and data order."""
 
@@ -26,27 +43,27 @@ class RunSection:
 class SourceSection:
     """One source of a mixture."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    dir: str = ""
-    weight: NonNegativeFloat = 1.0
-    max_epochs: NonNegativeInt = 0
-    max_tokens: NonNegativeInt = 0
+    __pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+    dir: Directory = ""
+    weight: Weight = 1.0
+    max_epochs: NumberOrNone = 0
+    max_tokens: Tokens = 0
 
 
 @dataclass
 class StageSection:
     """Weights from a number of tokens on."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-    from_tokens: PositiveInt
-    weights: dict[str, NonNegativeFloat]
+    __pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+    from_tokens: Annotated[Tokens, Field(ge=1)]
+    weights: dict[str, Weight]
 
 
 @dataclass
 class DataSection:
     """Tokenised WebDataset shards, as `dla data shards` writes them: set `dir` or `sources`."""
 
-    dir: str = ""
+    dir: Directory = ""
     """Directory that `dla data shards` or `dla data merge` wrote, or its URL: https://, s3://, gs://."""
     sources: dict[str, SourceSection] = field(default_factory=dict)
     """A mixture, name: {dir, weight: 1.0, max_epochs: 0, max_tokens: 0}. Weights are shares of the tokens; a source
@@ -56,17 +73,17 @@ class DataSection:
     packing: Literal["concat", "best_fit"] = "concat"
     """concat: rows are cut from the joined documents. best_fit: no document that fits into a row is cut, for some
     padding."""
-    seq_len: PositiveInt = 2048
+    seq_len: Annotated[int, Field(ge=1, le=2**24)] = 2048
     """Tokens a row. A document cut at a row's end continues in the next row with an empty memory."""
-    num_streams: PositiveInt = 8
+    num_streams: Annotated[int, Field(ge=1, le=2**20)] = 8
     """Logical readers, constant over a run: a multiple of the data-parallel size, at most the train shards."""
     verify: Literal["sha256", "size", "none"] = "sha256"
     """Check of each shard before its first read."""
-    prefetch_rows: NonNegativeInt = 64
+    prefetch_rows: Annotated[int, Field(ge=0, le=2**20)] = 64
     """Rows that a thread of each rank reads ahead, rounded up to whole steps; 0 = off. 20 bytes a token."""
-    cache_dir: str = ""
+    cache_dir: Directory = ""
     """Where shards at URLs are kept: best a disk of the node, whose ranks share it. (none) = ~/.cache/megatron-dla."""
-    cache_gb: PositiveFloat = 50.0
+    cache_gb: Annotated[float, Field(gt=0, le=1e9)] = 50.0
     """Size of the shards in cache_dir, in 1e9 bytes; those that were not used for longest make room."""
     reset_at_documents: bool = True
     """Reset convolution, slots and attention at every document start inside a row."""
@@ -76,28 +93,28 @@ class DataSection:
 class ModelSection:
     """A decoder of (mixer + SwiGLU) layers. Sizes are of the whole model, independent of the parallel layout."""
 
-    hidden_size: PositiveInt = 1536
-    num_layers: PositiveInt = 21
-    pattern: str = "D"
+    hidden_size: Width = 1536
+    num_layers: Annotated[int, Field(ge=1, le=4096)] = 21
+    pattern: Annotated[str, Field(max_length=4096)] = "D"
     """One letter a layer, repeated to num_layers: D = DLA mixer, A = softmax attention with RoPE, N = without,
     G = Gated DeltaNet."""
     backbone: Backbone = "mamba2"
-    num_heads: PositiveInt = 48
+    num_heads: Heads = 48
     """Heads H of the recurrent mixers (D, G)."""
-    num_groups: PositiveInt = 1
+    num_groups: Heads = 1
     """Query/key groups of the recurrent mixers; divides num_heads (Mamba-2: 1; GDN: num_heads)."""
-    key_dim: PositiveInt = 128
+    key_dim: Annotated[int, Field(ge=1, le=2**14)] = 128
     """Dk, per group (Mamba-2's d_state)."""
-    value_dim: PositiveInt = 64
+    value_dim: Annotated[int, Field(ge=1, le=2**14)] = 64
     """Dv, per head."""
-    conv_kernel: PositiveInt = 4
+    conv_kernel: Annotated[int, Field(ge=1, le=256)] = 4
     conv_bias: bool = False
     """A bias in the short convolutions, before their SiLU (published Mamba-2 models have it)."""
     gated_norm: Literal["head", "group"] = "head"
     """Channels that the gated RMSNorm averages over. head: a head's, with one weight for all heads. group: those of all
     heads of a query/key group, with a weight a channel, as in Mamba-2; with fewer groups than tensor-parallel ranks it
     takes a small all-reduce."""
-    capacity: Annotated[int, Field(ge=2)] = 30
+    capacity: Annotated[int, Field(ge=2, le=2**14)] = 30
     """K, slots a head."""
     tau: Annotated[float, Field(ge=0, le=3)] = 0.6
     """Boundary threshold on the information score in [0, 2], or its initial value when learned."""
@@ -105,49 +122,49 @@ class ModelSection:
     merge: Literal["density", "ward"] = "density"
     slot_weight_init: Literal["backbone", "log_linear"] = "backbone"
     """backbone: all slot weights are 1 at the start, which makes the layer equal to its plain backbone."""
-    ffn_hidden_size: NonNegativeInt = 4096
+    ffn_hidden_size: Annotated[int, Field(ge=0, le=2**22)] = 4096
     """Inner size of the SwiGLU MLPs; 0 = layers without MLP (Mamba-2)."""
-    attention_heads: PositiveInt = 16
+    attention_heads: Heads = 16
     """Softmax layers only."""
-    attention_groups: PositiveInt = 16
+    attention_groups: Heads = 16
     """Key/value heads of the softmax layers."""
-    attention_head_dim: NonNegativeInt = 0
+    attention_head_dim: Annotated[int, Field(ge=0, le=2**14)] = 0
     """Channels of a softmax head; 0 = hidden_size / attention_heads."""
     qk_norm: bool = False
     """RMSNorm of each query and key head of the softmax layers, before RoPE."""
-    rope_theta: PositiveFloat = 500_000.0
+    rope_theta: Annotated[float, Field(ge=1, le=1e15)] = 500_000.0
     rope_type: RopeType = "default"
     """RoPE scaling: linear (all wavelengths times rope_factor) or llama3 (only the long ones)."""
-    rope_factor: PositiveFloat = 1.0
+    rope_factor: Factor = 1.0
     """linear and llama3: scaling factor of a wavelength."""
-    rope_low_freq_factor: PositiveFloat = 1.0
+    rope_low_freq_factor: Factor = 1.0
     """llama3: wavelengths above rope_original_length / this are scaled fully."""
-    rope_high_freq_factor: PositiveFloat = 4.0
+    rope_high_freq_factor: Factor = 4.0
     """llama3: wavelengths below rope_original_length / this are unchanged."""
-    rope_original_length: PositiveInt = 8192
+    rope_original_length: Number = 8192
     """llama3: context length before scaling."""
     tie_embeddings: bool = False
-    vocab_multiple: PositiveInt = 128
+    vocab_multiple: Annotated[int, Field(ge=1, le=2**24)] = 128
     """The vocabulary is padded to a multiple of this."""
-    norm_eps: PositiveFloat = 1e-5
-    init_std: PositiveFloat = 0.006
-    dt_min: PositiveFloat = 0.001
+    norm_eps: Annotated[float, Field(gt=1e-30, le=1)] = 1e-5
+    init_std: Annotated[float, Field(gt=1e-30, le=100)] = 0.006
+    dt_min: Annotated[float, Field(ge=1e-12, le=1e6)] = 0.001
     """Range of the initial time step dt (log-uniform), which sets dt_bias."""
-    dt_max: PositiveFloat = 0.1
-    a_min: PositiveFloat = 1.0
+    dt_max: Annotated[float, Field(ge=1e-12, le=1e6)] = 0.1
+    a_min: Annotated[float, Field(ge=1e-12, le=1e6)] = 1.0
     """Range of the initial decay rate A (uniform)."""
-    a_max: PositiveFloat = 16.0
+    a_max: Annotated[float, Field(ge=1e-12, le=1e6)] = 16.0
 
 
 @dataclass
 class ParallelSection:
     """Model-parallel sizes; the remaining processes are data-parallel."""
 
-    tensor_model_parallel_size: PositiveInt = 1
+    tensor_model_parallel_size: Ranks = 1
     """Ranks that shard each layer by heads and columns."""
     sequence_parallel: bool = False
     """Megatron sequence parallelism between the tensor-parallel regions (needs tensor_model_parallel_size > 1)."""
-    context_parallel_size: PositiveInt = 1
+    context_parallel_size: Ranks = 1
     """Ranks that shard each row: each holds a contiguous part of its tokens."""
     cp_scheme: Literal["heads", "chain"] = "heads"
     """heads: all-to-all to heads around the recurrence. chain: each rank sends the slot memory to the next."""
@@ -162,17 +179,17 @@ class ParallelSection:
 class OptimizerSection:
     """AdamW with warm-up and cosine decay. Norms, biases and per-head scalars get no weight decay."""
 
-    lr: PositiveFloat = 3e-4
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    lr: Annotated[float, Field(gt=0, le=1000)] = 3e-4
+    min_lr_ratio: Share = 0.1
     """Final learning rate as a share of lr."""
-    warmup_steps: NonNegativeInt = 1024
+    warmup_steps: NumberOrNone = 100
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    clip_grad: NonNegativeFloat = 1.0
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.1
+    clip_grad: Weight = 1.0
     """Global gradient norm; 0 = off."""
-    tau_lr_ratio: NonNegativeFloat = 1.0
+    tau_lr_ratio: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Learning rate of a learned tau as a share of lr."""
 
 
@@ -180,10 +197,10 @@ class OptimizerSection:
 class TrainingSection:
     """Length, batch, device and intervals of the run, in optimizer steps and rows."""
 
-    steps: PositiveInt = 1000
-    global_batch_size: PositiveInt = 32
+    steps: Number = 1000
+    global_batch_size: Annotated[int, Field(ge=1, le=2**24)] = 32
     """Rows an optimizer step, over all processes."""
-    micro_batch_size: PositiveInt = 4
+    micro_batch_size: Annotated[int, Field(ge=1, le=2**24)] = 4
     """Rows a forward pass of one process; the rest is gradient accumulation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -195,14 +212,14 @@ class TrainingSection:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing. selective: convolution, gates and recurrence of each mixer (and the softmax core);
     full: whole layers. Slot boundaries and merges are stored, not recomputed."""
-    log_every: PositiveInt = 10
-    eval_every: NonNegativeInt = 500
+    log_every: Number = 10
+    eval_every: NumberOrNone = 500
     """Steps between validations; the first is before step 1, the last after the end. 0 = never."""
-    eval_rows: NonNegativeInt = 0
+    eval_rows: NumberOrNone = 0
     """Held-out rows a validation reads; 0 = all (under an adapter always)."""
-    save_every: NonNegativeInt = 500
+    save_every: NumberOrNone = 500
     """Steps between checkpoints; the last step always saves. 0 = only the last."""
-    keep_checkpoints: NonNegativeInt = 2
+    keep_checkpoints: NumberOrNone = 2
     """Newest checkpoints to keep; 0 = all."""
     resume: bool = True
     """Resume from the newest complete checkpoint in the run's directory."""
@@ -216,16 +233,16 @@ class TauSection:
     """hard: hard slots with a straight-through gradient. annealed: soft gates that cool down first."""
     anneal_share: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """annealed: share of the steps with soft gates (quadratic in seq_len); the rest trains hard, as inference is."""
-    temperature_start: PositiveFloat = 0.3
+    temperature_start: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.3
     """annealed: width of the gate's sigmoid at the first step; falls geometrically to temperature_end."""
-    temperature_end: PositiveFloat = 0.03
+    temperature_end: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.03
 
 
 @dataclass
 class DebugSection:
     """Checks that slow a run down."""
 
-    check_replicas: NonNegativeInt = 0
+    check_replicas: NumberOrNone = 0
     """Compare replicated parameters bit for bit between ranks at the start and every n steps; 0 = off."""
 
 

@@ -72,6 +72,10 @@ def describe(task: Task, world_size: int, device: Device) -> str:
         f"{training.micro_batch_size}",
         "length": f"{training.steps} steps, {training.steps * training.global_batch_size * task.seq_len:,} tokens",
     }
+    if (warmup := config.optimizer.warmup_steps) >= training.steps:
+        lines["note"] = (
+            f"optimizer.warmup_steps = {warmup}: training.steps = {training.steps} end before the full learning rate"
+        )
     return "\n".join(f"{title:<12} {text}" for title, text in lines.items())
 
 
