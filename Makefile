@@ -23,7 +23,7 @@ else
   $(error DEVICE = $(DEVICE): use cpu, cuda or auto)
 endif
 
-.PHONY: help setup demo demo-delta-mem test test-triton test-hf test-clients test-slurm lint clean
+.PHONY: help setup demo demo-delta-mem test aot test-triton test-hf test-clients test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,6 +53,10 @@ demo-delta-mem: setup
 ## make test       all tests (CPU, gloo)
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+## make aot        every kernel compiled for sm_80, sm_90 and sm_100 in every configuration (make test: the shipped ones)
+aot: setup
+	env -u TRITON_INTERPRET $(BIN)/python -m megatron_dla.kernels.aot --jobs $(JOBS)
 
 ## make test-triton  the kernels in the interpreter and compiled ahead of time on another triton (3.7.1, torch 2.13's own)
 TRITON ?= 3.7.1

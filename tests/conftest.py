@@ -1,6 +1,9 @@
 """Triton on the CPU where there is no GPU; shared fixtures: gloo rank pools, restarted where a test broke one."""
 
+import os
 from collections.abc import Callable, Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start: tests run side by side
 
 import pytest
 import torch

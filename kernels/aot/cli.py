@@ -24,13 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_dla.kernels.aot", description=main.__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--config", help="only the configurations whose name contains this")
+    parser.add_argument(
+        "--quick", action="store_true", help="of DLA, what the shipped configs launch and each other kernel once"
+    )
     parser.add_argument("--json", type=Path, help="also write the reports here")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it", file=sys.stderr)
         return 2
-    every = {arch: dla.names(arch) + delta_mem.names(arch) + fused.names(arch) for arch in args.arch}
+    every = {arch: dla.names(arch, args.quick) + delta_mem.names(arch) + fused.names(arch) for arch in args.arch}
     names = [(arch, name) for arch in args.arch for name in every[arch] if (args.config or "") in name]
     if not names:
         print(f"no configuration contains {args.config!r}", file=sys.stderr)

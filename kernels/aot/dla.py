@@ -46,6 +46,7 @@ class Config:
     tau: float = 1.2  # one slot: above 2, which no score reaches
     mixed: bool = False  # fp32 queries and keys beside 16-bit values, as after an L2 norm in fp32
     archs: tuple[int, ...] = ALL
+    quick: bool = False  # in `--quick` as well
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -55,9 +56,9 @@ OTHERS = (
     Config("mamba2-bf16-256-K64", BF16, 256, 256, False, capacity=64, archs=HOPPER),
     Config("gdn-bf16-128", BF16, 128, 128, True, learned=True),
     Config("gdn-mixed-128", BF16, 128, 128, True, mixed=True, tokens=2048),
-    Config("mamba2-bf16-128", BF16, 128, 128, False, learned=True, tokens=4352),
+    Config("mamba2-bf16-128", BF16, 128, 128, False, learned=True, tokens=4352, quick=True),
     Config("gdn-fp32-128", FP32, 128, 128, True, archs=HOPPER),
-    Config("gdn-fp32-64", FP32, 64, 64, True),
+    Config("gdn-fp32-64", FP32, 64, 64, True, quick=True),
     Config("mamba2-bf16-96x160-odd", BF16, 96, 160, False, tokens=250, archs=HOPPER),
     Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, cached=True, tokens=2048, archs=HOPPER),
     Config("gdn-mixed-128-K1", BF16, 128, 128, True, capacity=1, tau=3.0, mixed=True, tokens=2048),  # letter G
@@ -95,7 +96,7 @@ def shipped() -> tuple[Config, ...]:
         delta, heads, groups = model["backbone"] == "gdn", model["num_heads"], model["num_groups"]
         one = Config(
             path.stem, BF16, model["key_dim"], model["value_dim"], delta, model["capacity"], heads, groups,
-            learned=model.get("tau_mode") == "learned",
+            learned=model.get("tau_mode") == "learned", quick=True,
             # enough blocks for shards of the partition, and as many heads a program of dk as at full length
             tokens=2048 if delta else 4352,
         )  # fmt: skip
@@ -115,8 +116,9 @@ def configs() -> tuple[Config, ...]:
     return tuple(sorted((*shipped(), *OTHERS), key=lambda c: (not c.delta, -c.key_dim * c.value_dim)))
 
 
-def names(arch: int) -> list[str]:
-    return [config.name for config in configs() if arch in config.archs]
+def names(arch: int, quick: bool = False) -> list[str]:
+    """`quick`: what the shipped configs launch, and every other kernel in one configuration."""
+    return [config.name for config in configs() if arch in config.archs and (config.quick or not quick)]
 
 
 def _inputs(config: Config) -> dict[str, Any]:

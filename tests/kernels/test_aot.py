@@ -100,7 +100,8 @@ def test_a_process_that_interprets_is_refused() -> None:
 
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_kernels_fit(arch: int, pytestconfig: pytest.Config, tmp_path: Path) -> None:
-    done = run("-m", "megatron_dla.kernels.aot", "--arch", str(arch), "--json", str(tmp_path / "reports"))
+    """`--quick`; `make aot` compiles all."""
+    done = run("-m", "megatron_dla.kernels.aot", "--quick", "--arch", str(arch), "--json", str(tmp_path / "reports"))
     if cache := getattr(pytestconfig, "cache", None):  # none with -p no:cacheprovider
         table = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("["))
         cache.mkdir("aot").joinpath(f"sm_{arch}.txt").write_text(table)  # shown at the session's end
