@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from tests.support import interpreter_speed
+
 INTERPRETER = "triton.runtime.interpreter"
 
 
@@ -112,6 +114,7 @@ def _patch(interpreter: Any) -> None:
     _dot(interpreter)
     _loops(interpreter)
     _programs(interpreter)
+    interpreter_speed.install(interpreter)
 
 
 def _bfloat16(interpreter: Any) -> None:
