@@ -19,18 +19,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dla.errors import BAD_INPUT
 from megatron_dla.files import write_json
-from megatron_dla.training.control import EXITS, HEARTBEAT, RANKS, STACKS
+from megatron_dla.training.control import DOING, EXITS, HEARTBEAT, RANKS, STACKS
 from megatron_dla.training.fence import attempt_id, node_name, process_start
 
 HUNG = 4  # exit code
 GRACE_S = 20.0
+FLOOR_S = 120.0  # of timeouts that come from measured times: pauses of a file system are shorter
 NO_STACKS = "no stacks: stopped, ended or not reachable"
 LIBRARIES = ("site-packages", "/lib/python", "<frozen")  # in the file names of frames outside this project
 
@@ -127,34 +128,58 @@ class SlurmStep:
 class Watchdog:
     """Watches the heartbeat of one attempt.
 
+    What counts is that the file changes, in this process's own time: no clock of any machine matters.
+
     Args:
-        run_dir: runs/NAME. attempt: as from `attempt_id`. timeout: s between two steps, including validation and
-            checkpoints. startup: s to the first step. grace: s for the ranks to write their stacks. target: the ranks.
+        run_dir: runs/NAME. attempt: as from `attempt_id`. timeout: s between two heartbeats; None: ten times the
+            longest of the last 20, at least `FLOOR_S`, for steps, saves and validations each; `startup` before one has
+            ended.
+        startup: s to the first step. grace: s for the ranks to write their stacks. target: the ranks.
     """
 
     def __init__(
-        self, run_dir: Path, attempt: str, timeout: float, startup: float, grace: float, target: Processes | SlurmStep
+        self,
+        run_dir: Path,
+        attempt: str,
+        timeout: float | None,
+        startup: float,
+        grace: float,
+        target: Processes | SlurmStep,
     ) -> None:
         self.run_dir, self.attempt, self.timeout, self.startup = run_dir, attempt, timeout, startup
         self.grace, self.target = grace, target
+        self.times: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
         self.step: int | None = None
+        self.doing = "step"
         self.hung = False
 
     def watch(self, ended: Callable[[], bool]) -> int:
         """Returns 0 once `ended()` is true; on a hang, reports it, ends the ranks and returns 4."""
-        seen, since = None, time.monotonic()  # not the time in the heartbeat: the clock of another machine
+        pause = min(1.0, (self.timeout or FLOOR_S) / 10)
+        seen, silent, last = None, 0.0, time.monotonic()
         while True:
+            now = time.monotonic()
+            # where this process was stopped for a while, the ranks may have been as well
+            silent, last = silent + min(now - last, 3 * pause), now
             if (beat := self._beat()) != seen:
-                seen, since = beat, time.monotonic()
-            silent = time.monotonic() - since
+                if seen is not None:
+                    self.times[self.doing].append(silent)
+                seen, silent = beat, 0.0
+                self.step, self.doing = (None, "step") if seen is None else (int(seen["step"]), str(seen.get("doing")))
             if ended():
                 return 0
-            if silent > (self.startup if seen is None else self.timeout):
+            if silent > (self.startup if seen is None else self._limit()):
                 break
-            time.sleep(min(1.0, self.timeout / 10))
-        self.hung, self.step = True, None if seen is None else int(seen["step"])
+            time.sleep(pause)
+        self.hung = True
         self._report(silent)
         return HUNG
+
+    def _limit(self) -> float:
+        if self.timeout is not None:
+            return self.timeout
+        times = self.times[self.doing]
+        return max(FLOOR_S, 10 * max(times)) if times else self.startup
 
     def _beat(self) -> dict | None:
         try:
@@ -194,7 +219,8 @@ class Watchdog:
 
     def _report(self, silent: float) -> None:
         """Print and record the locations of the ranks, the rarest first; end the attempt."""
-        after = "before the first step" if self.step is None else f"after step {self.step}"
+        where = DOING.get(self.doing, DOING["step"])
+        after = "before the first step" if self.step is None else f"{where} {self.step}"
         print(f"hang: no step for {silent:.0f} s {after} of attempt {self.attempt}", flush=True)
         ranks = self._dump()
         places = defaultdict(list)

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -60,7 +61,11 @@ def _add_training(subparsers) -> None:
         if name == "run":
             parser.add_argument("--nproc", type=int, required=True, help="number of processes")
             parser.add_argument(
-                "--hang-timeout", type=float, default=0, help="stop the run after so many seconds without a step"
+                "--hang-timeout",
+                type=float,
+                metavar="S",
+                help="stop the run after S seconds without a step; 0: never (default: ten times the longest of the "
+                "last steps, at least 120)",
             )
         parser.set_defaults(func=function)
     parser = subparsers.add_parser("plot", help="draw loss, boundary rate and speed of a run")
@@ -142,7 +147,11 @@ def entry() -> NoReturn:
     A rank ends without the interpreter's shutdown: a gloo thread that drops a Python object during it would end the
     process with SIGABRT, whatever the exit code was to be.
     """
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         atexit._run_exitfuncs()

@@ -17,6 +17,7 @@ from megatron_dla.checkpoint.find import complete_checkpoints
 from megatron_dla.checkpoint.manager import check_same_model
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config
 from megatron_dla.errors import CheckpointError
+from megatron_dla.processes import end_with_parent, usable_cpus
 from megatron_dla.tasks import make_task
 from megatron_dla.training.control import RunControl
 from megatron_dla.training.device import Device, resolve_device
@@ -79,6 +80,17 @@ def describe(task: Task, world_size: int, device: Device) -> str:
     return "\n".join(f"{title:<12} {text}" for title, text in lines.items())
 
 
+def _crowding() -> str:
+    """A line that says so where the ranks of this machine have more threads than it has CPUs."""
+    ranks, threads, cpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.get_num_threads(), usable_cpus()
+    if ranks * threads <= cpus:
+        return ""
+    return (
+        f"\nnote         {ranks} ranks x {threads} threads share {cpus} CPUs, which can be several times slower: "
+        f"set OMP_NUM_THREADS={max(1, cpus // ranks)}"
+    )
+
+
 def _plan(config: Config, world_size: int) -> int:
     """Print what a run would do and need; then raise what would stop it, if anything."""
     task = make_task(config)
@@ -137,6 +149,8 @@ def train(config: Config, *, dry_run: bool = False, world_size: int | None = Non
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if dry_run:
         return _plan(config, world_size)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun or, by its process id, `dla run`
+        end_with_parent(int(os.environ.get("DLA_LAUNCHED", os.getppid())))
     control = RunControl(run_directory(config), int(os.environ.get("RANK", "0")))
     with control.recorded():
         return _train(config, world_size, control)
@@ -157,7 +171,7 @@ def _train(config: Config, world_size: int, control: RunControl) -> int:
             print(f"{control.run_dir} is done: raise training.steps = {steps} to train further", flush=True)
         return 0
     if is_main:
-        print(describe(task, world_size, device), flush=True)
+        print(describe(task, world_size, device) + _crowding(), flush=True)
     trainer = Trainer(task, control.run_dir, device, control)
     if is_main:
         # only now: where a resume is refused, the files of the older run stay as they are

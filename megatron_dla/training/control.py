@@ -3,10 +3,11 @@
 stop, halt       made by a user or launcher: save after the current step and exit with 75; `halt` also prevents restarts
 done             the last step is saved: {step, time, attempt}; a later start exits with 0
 attempt          the run that may write here (see `fence`)
-heartbeat.json   rank 0's last step: {step, time, attempt, host, pid}
+heartbeat.json   rank 0's last step, and what it does since (a key of `DOING`): {step, doing, time, attempt, host, pid}
 ranks/ATTEMPT/rankR.json   where each rank runs: {rank, host, pid, time}
 exits/ATTEMPT/rankR.json   why a rank exited with an error: {rank, host, exitcode, message, time}
 stacks/ATTEMPT/rankR.txt   all threads of a rank, appended each time it gets SIGUSR2
+.launch/ATTEMPT  errors that ranks pass to their launcher, which removes it
 
 Times are Unix seconds. Standard library only: launchers import this too.
 """
@@ -29,9 +30,19 @@ from megatron_dla.files import write_json
 from megatron_dla.training.fence import Fence, attempt_id, node_name
 
 STOP, HALT, DONE, HEARTBEAT = "stop", "halt", "done", "heartbeat.json"
-RANKS, EXITS, STACKS = "ranks", "exits", "stacks"
+RANKS, EXITS, STACKS, LAUNCH = "ranks", "exits", "stacks", ".launch"
+DOING = {"step": "after step", "save": "in the save of step", "validate": "in the validation of step"}
 LEFTOVERS = "step_*.partial"  # of checkpoints that were never published
 REASONS = {1: "the file `stop`", 2: "the file `halt`", 3: "a newer attempt"}  # larger: the number of a signal
+
+
+def stop_mark(run_dir: Path) -> str:
+    """Identity of the file `stop`, which changes when it is made again or touched; "" without one."""
+    try:
+        found = (run_dir / STOP).stat()
+    except OSError:
+        return ""
+    return f"{found.st_ino}.{found.st_mtime_ns // 10**9}.{found.st_mtime_ns % 10**9:09d}"
 
 
 def exit_code(error: BaseException) -> int:
@@ -56,7 +67,7 @@ class RunControl:
     def __init__(self, run_dir: Path, rank: int) -> None:
         self.run_dir, self.rank, self.attempt = run_dir, rank, attempt_id()
         self.fence: Fence | None = None
-        self._lost, self._beaten = False, 0.0
+        self._lost, self._beaten, self._doing = False, -1.0, ""
 
     def already_done(self, steps: int) -> bool:
         """Whether an earlier attempt finished all `steps`.
@@ -85,11 +96,22 @@ class RunControl:
             self.fence = Fence(self.run_dir, self.attempt)
             self.fence.claim()
             (self.run_dir / DONE).unlink(missing_ok=True)
-            if "DLA_ATTEMPT" not in os.environ:  # a launcher removes it before it starts the ranks
+            # a launcher says what it found: a newer file asks this attempt to stop, which was starting then
+            if "DLA_ATTEMPT" not in os.environ or os.environ.get("DLA_STALE_STOP") == stop_mark(self.run_dir):
                 (self.run_dir / STOP).unlink(missing_ok=True)
             for path in (self.run_dir / "checkpoints").glob(LEFTOVERS):
                 shutil.rmtree(path, ignore_errors=True)
+            self._remove_files_of_the_dead()
         return self.attempt
+
+    def _remove_files_of_the_dead(self) -> None:
+        """What attempts that were killed had no time to remove: errors for a launcher, halves of atomic writes."""
+        for path in (self.run_dir / LAUNCH).glob("*"):
+            if path.name != self.attempt:
+                shutil.rmtree(path, ignore_errors=True)
+        halves = [path for path in self.run_dir.glob("*/*/.*.part") if path.parent.name != self.attempt]
+        for path in (*self.run_dir.glob(".*.part"), *halves):
+            path.unlink(missing_ok=True)
 
     def release(self) -> None:
         if self.fence is not None:
@@ -111,18 +133,25 @@ class RunControl:
         if self.fence is not None:
             self.fence.check()
 
-    def beat(self, step: int) -> None:
-        """Write the heartbeat for finished `step`, at most once a second."""
-        now = time.time()
-        if self.rank or now - self._beaten < 1:
+    @contextlib.contextmanager
+    def doing(self, what: str, step: int) -> Iterator[None]:
+        """Context of what takes longer than a step; `what`: a key of `DOING`."""
+        self.beat(step, what)
+        yield
+        self.beat(step)
+
+    def beat(self, step: int, doing: str = "step") -> None:
+        """Write the heartbeat for finished `step`, at most once a second while `doing` stays the same."""
+        now = time.monotonic()
+        if self.rank or (doing == self._doing and now - self._beaten < 1):
             return
         try:
             self.check()
         except FenceError:  # raised on all ranks by the save that `asked_to_stop` leads to
             self._lost = True
             return
-        self._beaten = now
-        values = {"step": step, "attempt": self.attempt} | self._here()
+        self._beaten, self._doing = now, doing
+        values = {"step": step, "doing": doing, "attempt": self.attempt} | self._here()
         write_json(self.run_dir / HEARTBEAT, values, fsync=False)
 
     def asked_to_stop(self) -> int:

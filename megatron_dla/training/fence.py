@@ -24,6 +24,7 @@ from megatron_dla.files import write_json
 ATTEMPT = "attempt"
 BEAT_S = 5.0  # how often the holder touches its claim
 LEASE_S = 30.0  # a claim on another machine that was not touched for this long is dead
+ABANDONED_S = 86400.0  # or for this long, by the clock: clocks differ, and are set, by less
 LOCK_S = 60.0  # a healthy process holds the lock for less
 
 
@@ -161,8 +162,8 @@ class Fence:
             return process_start(holder.pid) == holder.started
         path = self.run_dir / ATTEMPT
         first, waited_from = path.stat().st_mtime, time.monotonic()
-        if time.time() - first > 20 * LEASE_S:
-            return False  # more than clocks differ by
+        if time.time() - first > ABANDONED_S:
+            return False
         print(f"waiting up to {LEASE_S:.0f} s to see whether {holder} is alive", flush=True)
         while time.monotonic() - waited_from < LEASE_S:
             time.sleep(0.5)

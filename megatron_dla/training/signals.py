@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from megatron_dla.processes import StopSignals, end_by
+
 
 class StopRequest:
-    """Context manager that catches SIGTERM and SIGUSR1.
+    """Context manager that catches SIGUSR1 and the signals of `StopSignals`.
+
+    A process without a launcher ends at once at the second of those; launchers count for their ranks, which may get
+    more than one signal for one request (from Slurm and from torchrun).
 
     Args:
         device: of the collective. asked: returns another reason to stop on this rank, a small number; 0 = none.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
     def __init__(self, device: torch.device, asked: Callable[[], int]) -> None:
         self._flag = torch.zeros(1, device=device)
         self._caught, self._asked = 0, asked
+        again = self._remember if "TORCHELASTIC_RUN_ID" in os.environ else end_by
+        self._signals = StopSignals(self._remember, again)
 
     def __enter__(self) -> StopRequest:
-        self._previous = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
+        self._signals.__enter__()
+        self._previous = signal.signal(signal.SIGUSR1, lambda number, _: self._remember(number))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGUSR1, self._previous)
+        self._signals.__exit__()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int) -> None:
         self._caught = number
 
     def agreed(self) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import AdapterRunConfig, RunConfig
+from megatron_dla.processes import print_or_drop
 from megatron_dla.training.device import Device
 
 
@@ -30,9 +31,9 @@ class Runtime:
     dtype: torch.dtype
 
     def print(self, text: str) -> None:
-        """Print a line, on rank 0 only."""
+        """Print a line, on rank 0 only. A run whose terminal or reader has gone trains and saves on without output."""
         if dist.get_rank() == 0:
-            print(text, flush=True)
+            print_or_drop(text)
 
 
 class Loader(Protocol):

@@ -85,7 +85,7 @@ class Trainer:
         meter = StepMeter(self.step, training.steps)
         with self.control, StopRequest(self.runtime.device, self.control.asked_to_stop) as stop:
             if self.step == 0 and training.eval_every:
-                self._log({"step": 0, "tokens": 0, **self.task.validate(self.engine)})
+                self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.step < training.steps:
                 started = time.monotonic()
                 loss = self._train_step()
@@ -98,11 +98,12 @@ class Trainer:
                 validating = training.eval_every and (last or self.step % training.eval_every == 0)
                 if last or validating or self.step % training.log_every == 0:
                     metrics = self._metrics(loss, meter)
-                    self._log(metrics | self.task.validate(self.engine) if validating else metrics)
+                    self._log(metrics | self._validate() if validating else metrics)
                 reason = stop.agreed()
                 stopping = reason and not last
                 if last or stopping or (training.save_every and self.step % training.save_every == 0):
-                    self._save()
+                    with self.control.doing("save", self.step):
+                        self._save()
                 if stopping:
                     by = REASONS.get(reason, "a signal")
                     self.runtime.print(f"stopped by {by} after step {self.step}; run the same command to resume")
@@ -120,6 +121,10 @@ class Trainer:
         if dropped_update(self.engine):
             self.runtime.print(f"step {self.step + 1}: the gradient is not finite, its update is dropped")
         return loss
+
+    def _validate(self) -> dict[str, Any]:
+        with self.control.doing("validate", self.step):
+            return self.task.validate(self.engine)
 
     def _metrics(self, loss: float, meter: StepMeter) -> dict[str, Any]:
         norm = self.engine.get_global_grad_norm()

@@ -1,14 +1,21 @@
-"""`dla run`: which rank's failure is the cause."""
+"""`dla run`: which rank's failure is the cause; signals; what it passes to its ranks."""
 
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_dla.launch import local
+from megatron_dla.processes import SAME_REQUEST_S, usable_cpus
+from megatron_dla.tasks.run import _crowding
+from megatron_dla.training.control import RunControl, stop_mark
 
 
 def failure(rank: int, exitcode: int, at: int, message: str, folder: Path) -> ProcessFailure:
@@ -38,7 +45,7 @@ def test_a_rank_that_was_terminated_is_not_the_cause(tmp_path: Path, monkeypatch
 
 
 def test_usr1_asks_the_ranks_of_one_attempt_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the file `stop`; a file left by an earlier run is removed first."""
+    """With the file `stop`; the ranks know one that an earlier run left, and a refused start removes none."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "stop").touch()
@@ -46,9 +53,15 @@ def test_usr1_asks_the_ranks_of_one_attempt_to_stop(tmp_path: Path, monkeypatch:
 
     def launch(*_: object):
         def ranks(*_: object) -> None:
-            seen.append(((run_dir / "stop").exists(), os.environ["DLA_ATTEMPT"]))
-            os.kill(os.getpid(), signal.SIGUSR1)
-            seen.append(((run_dir / "stop").exists(), os.environ["DLA_ATTEMPT"]))
+            assert os.environ["DLA_STALE_STOP"] == stop_mark(run_dir)
+            control = RunControl(run_dir, 0)
+            seen.append(((run_dir / "stop").exists(), control.attempt))
+            with control:
+                control.claim()
+                seen.append(((run_dir / "stop").exists(), control.attempt))
+                os.kill(os.getpid(), signal.SIGUSR1)
+                control.claim()
+                seen.append(((run_dir / "stop").exists(), control.attempt))
 
         return ranks
 
@@ -60,6 +73,57 @@ def test_usr1_asks_the_ranks_of_one_attempt_to_stop(tmp_path: Path, monkeypatch:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    (first, name), (then, same) = seen
-    assert (first, then) == (False, True) and name == same and str(os.getpid()) in name
-    assert "DLA_ATTEMPT" not in os.environ
+    assert [there for there, _ in seen] == [True, False, True]
+    assert len(names := {name for _, name in seen}) == 1 and str(os.getpid()) in names.pop()
+    assert not {"DLA_ATTEMPT", "DLA_STALE_STOP", "DLA_LAUNCHED"} & set(os.environ)
+    assert not (run_dir / ".launch").exists()
+
+
+# a rank that saves on SIGTERM, but takes long for it where argument 1 is "slow"
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75) if sys.argv[1] == "quick" else time.sleep(60))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize("rank", ["quick", "slow", "none"])
+def test_a_stop_signal_saves_and_a_second_one_ends_the_ranks_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, rank: str
+) -> None:
+    def launch(*_: object):
+        def ranks(*_: object) -> None:
+            if rank == "none":
+                os.kill(os.getpid(), number)
+                raise AssertionError("the launcher went on without ranks")
+            process = subprocess.Popen([sys.executable, "-c", SAVES, rank], stdout=subprocess.PIPE, text=True)
+            assert process.stdout.readline() == "ready\n"
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # twice, as a closing terminal does
+            if rank == "slow":
+                time.sleep(1.2 * SAME_REQUEST_S)
+                assert process.poll() is None
+                os.kill(os.getpid(), number)
+            code = process.wait(20)
+            raise ChildFailedError("dla", {0: ProcessFailure(0, process.pid, code, str(tmp_path / "none"))})
+
+        return ranks
+
+    monkeypatch.setattr(local, "elastic_launch", launch)
+    before = signal.getsignal(number), signal.getsignal(signal.SIGUSR1)
+    try:
+        assert local.run_local(1, ["config.yaml"], tmp_path) == (75 if rank == "quick" else 128 + number)
+    finally:
+        signal.signal(signal.SIGUSR1, before[1])
+    assert signal.getsignal(number) == before[0]
+
+
+def test_more_threads_than_cpus_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(usable_cpus()))
+    note = _crowding()
+    assert f"{usable_cpus()} ranks x 2 threads share {usable_cpus()} CPUs" in note and "OMP_NUM_THREADS=1" in note
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert _crowding() == ""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_dla.files import write_json
 from megatron_dla.launch import watchdog
 from megatron_dla.launch.watchdog import NO_STACKS, place_of
 from tests.support import tiny
@@ -175,6 +176,62 @@ def test_a_slow_run_that_makes_steps_is_no_hang(tmp_path: Path, monkeypatch) -> 
     assert dog.watch(ended) == 0 and not dog.hung
 
 
+@pytest.mark.parametrize("kind", ["step", "save"])
+def test_without_a_timeout_it_is_ten_times_the_longest_of_a_kind(tmp_path: Path, monkeypatch, kind: str) -> None:
+    """Steps take no time and one save 0.3 s: a hang in a step ends after the least time, in a save after 3 s."""
+    monkeypatch.setattr(watchdog, "FLOOR_S", 0.5)
+    dog = watchdog.Watchdog(tmp_path, "6.1", None, 60, 0, watchdog.Processes())
+    beats = [("step", 0.1), ("step", 0.1), ("save", 0.3), ("step", 0.1), (kind, 0)]
+    until, started = 0.0, time.monotonic()
+
+    def ended() -> bool:
+        nonlocal until
+        if beats and time.monotonic() >= until:
+            doing, pause = beats.pop(0)
+            until = time.monotonic() + pause
+            write_json(tmp_path / "heartbeat.json", {"step": 9 - len(beats), "doing": doing, "attempt": "6.1"})
+        return time.monotonic() - started > 40
+
+    assert dog.watch(ended) == 4
+    silent = json.loads((tmp_path / "exits" / "6.1" / "hang.json").read_text())["silent_s"]
+    assert silent >= (0.5 if kind == "step" else 3) and (dog.step, dog.doing) == (9, kind)
+
+
+PAUSED = """
+import sys, threading, time
+from pathlib import Path
+from megatron_dla.launch.watchdog import Processes, Watchdog
+from megatron_dla.files import write_json
+def beat(step):
+    write_json(Path(sys.argv[1]) / "heartbeat.json", {"step": step, "attempt": "6.1"})
+beat(1)
+ended = threading.Event()
+dog = Watchdog(Path(sys.argv[1]), "6.1", 2, 2, 0, Processes())
+thread = threading.Thread(target=dog.watch, args=(ended.is_set,))
+thread.start()
+while dog.step is None:
+    time.sleep(0.01)
+print("ready", flush=True)
+sys.stdin.readline()
+beat(2)
+ended.set()
+thread.join()
+print(dog.hung, flush=True)
+"""
+
+
+def test_a_pause_of_the_whole_run_is_no_hang(tmp_path: Path) -> None:
+    """Launcher and ranks stopped and continued together: a suspended container, another user of the machine."""
+    command, pipe = [sys.executable, "-c", PAUSED, str(tmp_path)], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    assert process.communicate("\n", timeout=LIMIT_S)[0] == "False\n"
+
+
 def test_bad_usage(tmp_path: Path) -> None:
     for wrong in (["--timeout", 1], ["--timeout", 1, "--job", 5], ["--timeout", 0, "--pids", 1]):
         assert watch(tmp_path, *wrong).returncode == 2
@@ -189,10 +246,14 @@ def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
     data = tiny.build_data(tmp_path / "corpus")
     config, run_dir = tmp_path / "tiny.yaml", tmp_path / "tiny"
     config.write_text(yaml.safe_dump(tiny.config_dict(data, tmp_path, training={"steps": 100000})))
-    command = [sys.executable, "-m", "megatron_dla.cli", "run", str(config), "--nproc", "2", "--hang-timeout", "8"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    code = "import sys; from megatron_dla import cli; from megatron_dla.launch import watchdog; watchdog.FLOOR_S = 8; "
+    command = [sys.executable, "-c", code + "sys.exit(cli.main())", "run", str(config), "--nproc", "2"]
+    (tmp_path / "tmp").mkdir()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not heartbeat(run_dir):
+    seen = set()
+    while len(seen) < 4:  # the time that a step takes is known
+        seen.add(heartbeat(run_dir))
         assert process.poll() is None
         time.sleep(0.05)
     (path,) = run_dir.glob("ranks/*/rank1.json")
@@ -202,6 +263,7 @@ def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
     assert process.returncode == 4, output
     assert f"rank 1 on {frozen['host']}: {NO_STACKS}" in output
     (record,) = run_dir.glob("exits/*/hang.json")
+    assert not list((tmp_path / "tmp").iterdir()) and not (run_dir / ".launch").exists()
     waits, stopped = json.loads(record.read_text())["ranks"]
     assert stopped["at"] == NO_STACKS and "megatron_dla/" in waits["at"]
 

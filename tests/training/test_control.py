@@ -15,7 +15,7 @@ import pytest
 from megatron_dla.errors import ConfigError, FenceError, UserError
 from megatron_dla.files import write_json
 from megatron_dla.training import fence as fences
-from megatron_dla.training.control import RunControl, exit_code
+from megatron_dla.training.control import RunControl, exit_code, stop_mark
 from megatron_dla.training.fence import Claim, Fence, attempt_id, read_claim
 from tests.support import tiny, train_workers
 
@@ -69,13 +69,19 @@ def test_a_dead_process_on_this_machine_does_not_hold_the_directory(tmp_path: Pa
     process.communicate()
 
 
+@pytest.mark.parametrize("clock", [600, -600])
 @pytest.mark.parametrize("beating", [True, False])
-def test_a_holder_on_another_machine_is_known_by_its_touches(tmp_path: Path, monkeypatch, capsys, beating) -> None:
-    monkeypatch.setattr(fences, "LEASE_S", 2.0)
+def test_a_holder_on_another_machine_is_known_by_its_touches(
+    tmp_path: Path, monkeypatch, capsys, beating, clock
+) -> None:
+    """Also where the clock of this machine is 10 minutes off."""
+    monkeypatch.setattr(fences, "LEASE_S", 1.5)
     monkeypatch.setattr(fences, "BEAT_S", 0.2)
     monkeypatch.setenv("SLURMD_NODENAME", "far")
     far = claimed(tmp_path, "95.0")
     monkeypatch.setenv("SLURMD_NODENAME", "near")
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + clock)
     if beating:
         with pytest.raises(FenceError, match=r"in use by attempt 95\.0 \(process \d+ on far\)"):
             Fence(tmp_path, "96.0").claim()
@@ -162,6 +168,43 @@ def test_a_request_to_stop_from_before_the_start_counts_only_under_a_launcher(tm
             control.claim()
             assert control.asked_to_stop() == int(kept)
             assert RunControl(tmp_path, 1).asked_to_stop() == 0
+
+
+def test_a_refused_start_leaves_the_request_to_stop_to_the_run_that_is_alive(tmp_path: Path, monkeypatch) -> None:
+    first = claimed(tmp_path, "3.0")
+    (tmp_path / "stop").touch()
+    (tmp_path / ".launch" / "3.0").mkdir(parents=True)
+    (tmp_path / "ranks" / "3.0").mkdir(parents=True)
+    halves = [tmp_path / ".heartbeat.json.0123456789ab.part", tmp_path / "ranks" / "3.0" / ".rank0.json.0.part"]
+    for path in halves:
+        path.touch()
+    for attempt in ("", "4.0"):
+        monkeypatch.setenv("DLA_ATTEMPT", attempt)
+        monkeypatch.setenv("DLA_STALE_STOP", stop_mark(tmp_path))
+        with pytest.raises(FenceError):
+            RunControl(tmp_path, 0).claim()
+        assert all(path.exists() for path in (tmp_path / "stop", tmp_path / ".launch" / "3.0", *halves))
+    first.release()
+    with RunControl(tmp_path, 0) as control:
+        control.claim()
+    assert not (tmp_path / "stop").exists() and not list((tmp_path / ".launch").iterdir())
+    assert not any(path.exists() for path in halves)
+
+
+@pytest.mark.parametrize("step_s", [600, -600])
+def test_a_set_clock_does_not_keep_the_heartbeat_back(tmp_path: Path, monkeypatch, step_s) -> None:
+    control, now = RunControl(tmp_path, 0), time.time
+    control.beat(1)
+    control.beat(2)  # within a second
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["step"] == 1
+    with control.doing("save", 3):
+        beat = json.loads((tmp_path / "heartbeat.json").read_text())
+        assert (beat["step"], beat["doing"]) == (3, "save")
+    monkeypatch.setattr(time, "time", lambda: now() + step_s)
+    time.sleep(1.05)
+    control.beat(4)
+    beat = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert (beat["step"], beat["doing"]) == (4, "step") and abs(beat["time"] - now() - step_s) < 10
 
 
 @pytest.mark.parametrize(

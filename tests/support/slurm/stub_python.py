@@ -49,6 +49,8 @@ def as_rank(options: argparse.Namespace, command: list[str]) -> int:
     )
     if node == 0:
         write(run / "attempt", attempt)
+        if not asked_to_stop(run):
+            (run / "stop").unlink(missing_ok=True)
     at, who, code, *always = (ENV.get("STUB_CRASH") or "-1:0:0").split(":")
 
     def save() -> None:
@@ -73,7 +75,7 @@ def as_rank(options: argparse.Namespace, command: list[str]) -> int:
             return crash(run, attempt, node * options.nproc_per_node, host, int(code))
         if step % int(ENV.get("STUB_SAVE", "10")) == 0:
             save()
-        if not ENV.get("STUB_DEAF") and ((run / "stop").exists() or (run / "halt").exists()):
+        if not ENV.get("STUB_DEAF") and (asked_to_stop(run) or (run / "halt").exists()):
             save()
             together = (
                 run / f"saved-{attempt}"
@@ -89,6 +91,15 @@ def as_rank(options: argparse.Namespace, command: list[str]) -> int:
     if node == 0:
         write(run / "done", json.dumps({"step": step}))
     return 0
+
+
+def asked_to_stop(run: Path) -> bool:
+    """As `stop_mark` of the trainer's control files: a file from before the attempt does not count."""
+    try:
+        found = (run / "stop").stat()
+    except FileNotFoundError:
+        return False
+    return f"{found.st_ino}.{found.st_mtime_ns // 10**9}.{found.st_mtime_ns % 10**9:09d}" != ENV["DLA_STALE_STOP"]
 
 
 def reached(run: Path) -> int:
@@ -154,6 +165,7 @@ def main() -> int:
     for name in ("--nnodes", "--node-rank", "--nproc-per-node", "--max-restarts", "--master-port"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--master-addr", required=True)
+    parser.add_argument("--log-dir", required=True)
     rest = argv[2:]
     split = rest.index("-m")
     if rest[split : split + 3] != ["-m", "megatron_dla.cli", "train"]:
