@@ -23,7 +23,7 @@ else
   $(error DEVICE = $(DEVICE): use cpu, cuda or auto)
 endif
 
-.PHONY: help setup demo demo-delta-mem test aot test-triton test-hf test-clients test-slurm lint clean
+.PHONY: help setup demo demo-delta-mem test aot test-triton test-hf test-clients test-slurm fuzz lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -82,6 +82,12 @@ test-slurm: setup
 	if tests/slurm/install.sh; then \
 		$(BIN)/python -m pytest -m slurm -n 2 --dist worksteal tests/slurm; \
 	fi
+
+## make fuzz     CASES damaged or mistyped inputs of each format that the project reads; SEED=n for others
+SEED ?= 0
+CASES ?= 100
+fuzz: setup
+	FUZZ_SEED=$(SEED) FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -n $(JOBS) -rP tests/fuzz
 
 ## make lint       ruff and mypy
 lint: setup

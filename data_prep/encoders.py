@@ -15,10 +15,12 @@ import numpy as np
 
 from megatron_dla.data_prep.readers import shown
 from megatron_dla.errors import DataError
+from megatron_dla.files import parse_json
 from megatron_dla.shard_index import TOKENIZER_CONFIG
 
 SPACE = "\u2581"  # sentencepiece stores every space as this character
 WINDOW = 1 << 16  # characters encoded at once: BPE's memory grows with the length of its input
+MAX_VOCAB = 2**24
 # appended to a model, this switches its dummy prefix off: normalizer_spec { add_dummy_prefix: false }
 NO_PREFIX = b"\x1a\x02\x18\x00"
 # what published models end documents with, where no file beside tokenizer.json says it
@@ -54,11 +56,13 @@ class SentencePieceEncoder:
             self._first: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
             # for text that follows other text
             self._next: Any = sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError) as error:  # ValueError: its message is not UTF-8
             raise DataError(
                 f"{shown(path)}: not a sentencepiece model (beside Llama 3's, use its tokenizer.json); {_TRAIN}"
             ) from error
         self.vocab_size: int = self._first.get_piece_size()
+        if not self.vocab_size:
+            raise DataError(f"{shown(path)}: the model is empty or has no tokens; {_TRAIN}")
         self.eos_id: int = self._first.eos_id()
         self.bos_id: int = self._first.bos_id()
         if self.eos_id < 0:
@@ -120,6 +124,8 @@ class JsonEncoder:
         self._vocabulary: dict[str, int] = self._core.get_vocab(with_added_tokens=True)
         self._added = self._core.get_added_tokens_decoder()
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
+        if self.vocab_size > MAX_VOCAB:  # `to_str` below would count to the largest id
+            raise DataError(f"{shown(path)}: a token has id {self.vocab_size - 1}: must be below {MAX_VOCAB}")
         self.eos = self._end(path)
         self.eos_id = self._vocabulary[self.eos]
         self.bos_id = -1
@@ -174,7 +180,7 @@ def _named_ends(folder: Path) -> Iterator[str | int]:
         ("generation_config.json", "eos_token_id"), ("config.json", "eos_token_id"),
     ):  # fmt: skip
         try:
-            value = json.loads((folder / name).read_text(encoding="utf-8"))[key]
+            value = parse_json((folder / name).read_bytes())[key]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         value = value.get("content") if isinstance(value, dict) else value

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from megatron_dla.errors import CheckpointError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -80,6 +82,14 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError, also where it is nested too deeply or has too long a number."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's content. Raises OSError."""
     with open(path, "rb") as file:
@@ -116,6 +126,7 @@ class TensorWriter:
         OSError: the file cannot be written.
     """
 
+    FLOATS: ClassVar = ("F64", "F32", "BF16", "F16")
     DTYPES: ClassVar = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
@@ -154,6 +165,21 @@ class TensorWriter:
 def compact(x: Tensor) -> Tensor:
     """`x`, or a contiguous copy where it shares a larger storage, which a file or a variable would keep alive."""
     return x if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes else x.contiguous().clone()
+
+
+def check_weight(name: str, x: Tensor, where: str, fix: str) -> Tensor:
+    """`x`, which is the tensor `name` of the file or directory `where`.
+
+    Raises:
+        CheckpointError: it is no weight (float64, float32, bfloat16, float16), or has values that are not finite.
+    """
+    import torch
+
+    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise CheckpointError(f"{where}: {name} holds {str(x.dtype).removeprefix('torch.')}, not float weights: {fix}")
+    if not torch.isfinite(x).all():
+        raise CheckpointError(f"{where}: {name} has values that are not finite (NaN or infinite): {fix}")
+    return x
 
 
 def open_tensors(path: Path) -> Any:

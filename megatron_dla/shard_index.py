@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import DataError
-from megatron_dla.files import write_text
+from megatron_dla.files import parse_json, write_text
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)  # 1: shards with a sample for each document
@@ -27,6 +27,10 @@ REBUILD = "rebuild with `dla data shards ... --overwrite` or copy it again"
 def difference(what: str, expected: object, found: object) -> str:
     """The words for a value that is not the one in the index."""
     return f"expected {what} {expected}, found {found}"
+
+
+def _is_name(*names: str) -> bool:
+    return all(name not in ("", ".", "..") and "/" not in name and name.isprintable() for name in names)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class ShardIndex:
         if not file.is_file():
             raise DataError(f"{file}: no such index: the data is missing or its build did not finish; {REBUILD}")
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = parse_json(file.read_bytes())
         except (OSError, ValueError) as error:
             raise DataError(f"{file}: not a readable index ({error}); {REBUILD}") from error
         version = raw.get("format_version") if isinstance(raw, dict) else None
@@ -108,7 +112,7 @@ class ShardIndex:
         try:
             index = cls(**{**raw, "shards": [ShardInfo(**shard) for shard in raw["shards"]]})
             index._check()
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise DataError(f"{file}: damaged index ({error}); {REBUILD}") from error
         return index
 
@@ -122,9 +126,16 @@ class ShardIndex:
                 want = kinds.get(str(item.type))
                 if want and type(getattr(part, item.name)) is not want:
                     raise ValueError(f"{item.name} = {getattr(part, item.name)!r}: must be {item.type}")
+        most = 2 ** (16 if self.dtype == "uint16" else 24)
+        if not 2 <= self.vocab_size <= most or not 0 <= self.eos_id < self.vocab_size:
+            raise ValueError(
+                f"vocab_size = {self.vocab_size}, eos_id = {self.eos_id}: must be 2 to {most}, and a token below it"
+            )
+        if not isinstance(self.sources, list) or not all(isinstance(source, dict) for source in self.sources):
+            raise ValueError("sources must be a list of records")
         for shard in self.shards:
-            if min(shard.documents, shard.tokens, shard.bytes) < 1 or "/" in shard.name or "/" in shard.split:
-                raise ValueError(f"shard {shard.path!r} is empty or its name contains a slash")
+            if min(shard.documents, shard.tokens, shard.bytes) < 1 or not _is_name(shard.name, shard.split):
+                raise ValueError(f"shard {shard.path!r} is empty or has a name that is no file")
         if len({shard.path for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard is listed twice")
 

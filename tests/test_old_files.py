@@ -22,8 +22,9 @@ from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.cli import main
 from megatron_dla.config import load_config
 from megatron_dla.hf.adapter import read_any_adapter
-from megatron_dla.hf.convert import read_section, to_hf
+from megatron_dla.hf.convert import to_hf
 from megatron_dla.hf.load import load_export, load_tokenizer
+from megatron_dla.hf.section import read_section
 from megatron_dla.serving.load import load_adapted
 from megatron_dla.serving.session_file import load_session
 from tests.support import train_workers

@@ -53,6 +53,7 @@ class DeltaMemConfig:
     """Writes by message without message ids. token: silently by token (the published code)."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         names = tuple(_MODULES.get(name, name) for name in self.target_modules)
         object.__setattr__(self, "target_modules", names)
         if self.layers_to_transform is not None:
@@ -72,9 +73,25 @@ class DeltaMemConfig:
         if self.update == "no_lambda" and not self.couple_lambda:
             raise ConfigError("delta_mem.update = 'no_lambda' has no keep gate: set delta_mem.couple_lambda to true")
 
+    def _check_types(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is bool and not isinstance(value, bool):
+                raise ConfigError(f"delta_mem.{name} = {value!r}: must be true or false")
+            if kind is float and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6
+            ):
+                raise ConfigError(f"delta_mem.{name} = {value!r}: must be a number between -1e6 and 1e6")
+        for name, of in (("target_modules", str), ("layers_to_transform", int)):
+            value = getattr(self, name)
+            if name == "layers_to_transform" and value is None:
+                continue
+            if not isinstance(value, list | tuple) or not all(type(item) is of for item in value):
+                raise ConfigError(f"delta_mem.{name} = {value!r}: must be a list of {of.__name__}")
+
     def _in_range(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or not low <= value <= high:
+        if type(value) is not int or not low <= value <= high:
             raise ConfigError(f"delta_mem.{name} = {value!r}: want an integer from {low} to {high}")
 
     @property

@@ -25,7 +25,7 @@ from megatron_dla.adapters import upstream
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.errors import CheckpointError, ConfigError
-from megatron_dla.files import atomic_path, load_tensors, save_tensors
+from megatron_dla.files import atomic_path, check_weight, load_tensors, parse_json, save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "DELTA_MEM"
@@ -125,6 +125,9 @@ def read_adapter(directory: str | Path) -> Adapter:
     where = repr(str(directory / upstream.CONFIG))
     config = upstream.from_upstream(_read_json(directory / upstream.CONFIG), where)
     tensors = upstream.load_weights(directory / upstream.WEIGHTS)
+    for layer, named in tensors.items():
+        for key, x in named.items():
+            check_weight(upstream.tensor_key(layer, key), x, repr(str(directory)), "use an intact copy")
     upstream.drop_inactive(tensors, config, repr(str(directory / upstream.WEIGHTS)))
     return Adapter(config, tensors)
 
@@ -135,20 +138,35 @@ def _read_safetensors(directory: Path) -> Adapter:
         raise CheckpointError(f"{where}: peft_type = {values.get('peft_type')!r}: only {PEFT_TYPE} adapters are loaded")
     try:
         config = DeltaMemConfig.from_dict(values["delta_mem"])
-    except (ConfigError, KeyError, TypeError) as error:
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where} is damaged ({error})") from error
     path = directory / WEIGHTS
     try:
         flat, _ = load_tensors(path)
     except Exception as error:
         raise CheckpointError(f"{str(path)!r} is missing or damaged ({error})") from error
-    sha, name = values.get("base_model_sha256"), values.get("base_model_name_or_path")
-    return Adapter(config, upstream.by_layer(flat, path), Fingerprint(name or "", sha) if sha else None)
+    base = _base(values, where)
+    for key, x in flat.items():
+        check_weight(key, x, repr(str(path)), "use an intact copy")
+    return Adapter(config, upstream.by_layer(flat, path), base)
+
+
+def _base(values: dict[str, Any], where: str) -> Fingerprint | None:
+    """The base model that a config names; None where it says null twice (converted from the published form)."""
+    keys = ("base_model_sha256", "base_model_name_or_path")
+    if missing := [key for key in keys if key not in values]:
+        raise CheckpointError(f"{where} has no {missing[0]}: it would fit any base model; use an intact copy")
+    sha, name = (values[key] for key in keys)
+    if sha is None and name is None:
+        return None
+    if not isinstance(sha, str) or not sha or not isinstance(name, str):
+        raise CheckpointError(f"{where}: base_model_sha256 = {sha!r}, base_model_name_or_path = {name!r}: want both")
+    return Fingerprint(name, sha)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_bytes())
         if not isinstance(values, dict):
             raise ValueError("not an object")
         return values

@@ -110,13 +110,13 @@ def from_upstream(values: Mapping[str, Any], where: str) -> DeltaMemConfig:
     heads = [head.strip() for head in heads.split(",")] if isinstance(heads, str) else heads
     ours: dict[str, Any] = {name: values[published] for name, published in _SAME.items() if published in values}
     ours.setdefault("output_init", "zero")
-    ours["lambda_bias"] = -float(ours.get("beta_bias", -1.5))
     ours |= {"write": write, "message_read": "pre_call" if write == "message" else "streaming"}
     ours["target_modules"] = tuple(f"{head}_proj" for head in heads if head in "qo")
     ours["layers_to_transform"] = values.get("target_layers") or None
     try:
+        ours["lambda_bias"] = -float(ours.get("beta_bias", -1.5))
         return DeltaMemConfig(**ours)
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
 

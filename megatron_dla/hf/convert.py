@@ -17,11 +17,10 @@ from torch import Tensor
 from megatron_dla.checkpoint.find import COMPLETE, LAYOUT, resolve_checkpoint
 from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights, split_merged, weight_file
 from megatron_dla.config import ModelSection, layer_letters
-from megatron_dla.config.checks import check_model, check_tensor_parallel
-from megatron_dla.config.load import from_dict
+from megatron_dla.config.checks import check_tensor_parallel
 from megatron_dla.console import progress_bar
 from megatron_dla.errors import CheckpointError, UserError
-from megatron_dla.files import TensorWriter, file_sha256
+from megatron_dla.files import TensorWriter, check_weight, file_sha256
 from megatron_dla.hf import mapping
 from megatron_dla.hf.backbones import read_backbone, read_weights
 from megatron_dla.hf.card import model_card
@@ -39,6 +38,7 @@ from megatron_dla.hf.directory import (
 from megatron_dla.hf.fast_tokenizer import SpecialTokens, write_tokenizer
 from megatron_dla.hf.linear_models import LINEAR_FAMILIES, is_linear, linear_weights, read_linear
 from megatron_dla.hf.load import check_tokenizer
+from megatron_dla.hf.section import RENAMED, read_section
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.counts import count_parameters
 
@@ -49,20 +49,6 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM",
     "AutoModelForSequenceClassification": "modeling_dla.DLAForSequenceClassification",
 }
-_EXPORT_AGAIN = "export the model again"
-_RENAMED = {"tie_embeddings": "tie_word_embeddings"}
-# fields that the first exports did not have; they mean the defaults
-_ADDED = (
-    "attention_head_dim",
-    "qk_norm",
-    "rope_type",
-    "rope_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_length",
-    "conv_bias",
-    "gated_norm",
-)
 
 
 @contextmanager
@@ -111,7 +97,7 @@ def tokenizer_file(checkpoint: Path, given: str | Path | None, layout: Checkpoin
 
 def _config(layout: CheckpointLayout, tokens: SpecialTokens, dtype: torch.dtype) -> dict[str, Any]:
     """config.json: every field of the model section, so that `from_hf` gets the same section back."""
-    fields = {_RENAMED.get(name, name): value for name, value in asdict(layout.model).items() if name != "pattern"}
+    fields = {RENAMED.get(name, name): value for name, value in asdict(layout.model).items() if name != "pattern"}
     return {
         "architectures": ["DLAForCausalLM"],
         "model_type": "dla",
@@ -148,11 +134,12 @@ def write_state(
     """
     state = mapping.to_hf_names(weights, weights.layout.model, dense)
     names = sorted(state, key=lambda name: not _is_fp32(name))
+    where = f"the checkpoint of {title}"
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with progress_bar(weights.parameters, f"writing {title}", unit=" parameters") as bar:
             for name in names:
-                x = state[name]
+                x = check_weight(name, state[name], where, "use an older checkpoint")
                 yield name, x if dtype is None else x.to(torch.float32 if _is_fp32(name) else dtype)
                 bar.update(x.numel())
 
@@ -231,23 +218,6 @@ def _check_sizes(held: int, section: ModelSection, vocab_size: int, path: Path) 
         raise CheckpointError(
             f"{str(path)!r}: the weights hold {held:,} parameters, its configuration describes {wanted:,}: restore both"
         )
-
-
-def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
-    """Model section and raw config.json of an exported directory. Raises CheckpointError where it is not one."""
-    config = read_config(hf_dir, _EXPORT_AGAIN)
-    if config.get("model_type") != "dla":
-        raise CheckpointError(f"{str(hf_dir)!r}: model_type is {config.get('model_type')!r}, this reads 'dla' only")
-    try:
-        defaults = asdict(ModelSection())
-        config = {name: defaults[name] for name in _ADDED} | config
-        names = {name: _RENAMED.get(name, name) for name in defaults if name != "pattern"}
-        fields = {name: config[theirs] for name, theirs in names.items()}
-        section = from_dict({"model": {"pattern": config["layer_letters"], **fields}}).model
-        check_model(section)
-        return section, config
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{str(hf_dir / CONFIG)!r} is damaged ({error}): {_EXPORT_AGAIN}") from error
 
 
 def _training_rows(config: dict[str, Any], section: ModelSection, path: Path) -> int:

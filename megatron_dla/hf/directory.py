@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import TensorWriter, file_sha256, open_tensors
+from megatron_dla.files import TensorWriter, check_weight, file_sha256, open_tensors, parse_json
 
 CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
@@ -29,7 +29,7 @@ def read_config(hf_dir: str | Path, fix: str = "fetch it again") -> dict[str, An
     if not path.is_file():
         raise CheckpointError(f"{str(hf_dir)!r} is not a Hugging Face model directory ({CONFIG} is missing): {fix}")
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_bytes())
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
         return config
@@ -53,7 +53,7 @@ class DirectoryWeights(Mapping[str, Tensor]):
         shapes: name -> shape of every tensor, from the files' headers. parameters: how many numbers they hold.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged; a tensor that is asked for is no weight or not finite.
     """
 
     def __init__(self, hf_dir: str | Path) -> None:
@@ -93,7 +93,9 @@ class DirectoryWeights(Mapping[str, Tensor]):
         self.leave_out(head)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        return check_weight(
+            name, self._files[name].get_tensor(name), repr(str(self.hf_dir)), "fetch or export it again"
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -107,9 +109,23 @@ def _weight_files(hf_dir: Path) -> list[Path]:
     if not index.is_file():
         return [hf_dir / WEIGHTS]
     try:
-        return [hf_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [hf_dir / name for name in sorted(set(parse_json(index.read_bytes())["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(index)!r} is damaged ({error}): fetch it again") from error
+
+
+def check_stored_dtypes(hf_dir: Path) -> None:
+    """CheckpointError where a safetensors file of the directory holds anything but float weights, which transformers
+    would convert without a word. Reads the headers only."""
+    for path in hf_dir.glob("*.safetensors"):
+        try:
+            file = open_tensors(path)
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except Exception as error:
+            raise CheckpointError(f"{str(path)!r} is damaged ({error}): fetch it again") from error
+        for name, dtype in dtypes.items():
+            if dtype not in TensorWriter.FLOATS:
+                raise CheckpointError(f"{str(path)!r}: {name} holds {dtype}, not float weights: fetch it again")
 
 
 def write_weights(

@@ -6,6 +6,7 @@ and `load_export_tokenizer` take what `dla convert to-hf` wrote, and run the cod
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from torch import nn
 
 from megatron_dla.errors import CheckpointError, UserError
-from megatron_dla.files import file_sha256
+from megatron_dla.files import check_weight, file_sha256
 from megatron_dla.hf.code_files import current_code
-from megatron_dla.hf.directory import CONFIG, TOKENIZER, read_config
+from megatron_dla.hf.directory import CONFIG, TOKENIZER, check_stored_dtypes, read_config
 from megatron_dla.hf.families import check_servable
+from megatron_dla.hf.section import read_section
 
 _EXPORT = "write it with `dla convert to-hf` (`--overwrite` replaces a damaged export)"
 
@@ -97,7 +99,8 @@ def load_export(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", device
             transformers cannot keep the code of exports.
     """
     check_device(device)
-    read_config(hf_dir, _EXPORT)
+    if read_config(hf_dir, _EXPORT).get("model_type") == "dla":
+        read_section(Path(hf_dir))
     check_modules_cache()
     with current_code(Path(hf_dir)) as directory:
         model = _load_model(directory, _EXPORT, _EXPORT, dtype=dtype, trust_remote_code=True)
@@ -149,7 +152,9 @@ def check_tokenizer(hf_dir: str | Path) -> str:
             f"{str(hf_dir)!r} holds a model of type {config.get('model_type')}, not an export of DLA layers: use "
             "transformers itself, or `dla generate --adapter` for one that carries a δ-mem"
         )
-    wanted = str(config["tokenizer_sha256"])
+    wanted = config["tokenizer_sha256"]
+    if not isinstance(wanted, str) or not re.fullmatch("[0-9a-f]{64}", wanted):
+        raise CheckpointError(f"{str(Path(hf_dir) / CONFIG)!r}: tokenizer_sha256 = {wanted!r} is no sha256: {_EXPORT}")
     if not path.exists() and path.with_name("tokenizer.json").is_file():
         return wanted
     if not path.exists():
@@ -184,6 +189,7 @@ def _load_model(hf_dir: str | Path, damaged: str, incomplete: str, **options: An
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    check_stored_dtypes(Path(hf_dir))
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report on the weights: ours follows
@@ -198,12 +204,27 @@ def _load_model(hf_dir: str | Path, damaged: str, incomplete: str, **options: An
         if bars:
             logging.enable_progress_bar()
     model, report = loaded
+    _check_token_ids(model, repr(str(hf_dir)), damaged)
     _check_weights(model, report, repr(str(hf_dir)), incomplete)
     return model
 
 
+def _check_token_ids(model: Any, where: str, fix: str) -> None:
+    """CheckpointError where config.json or generation_config.json names a token that the model does not have."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    for config in (model.config, model.generation_config):
+        for key in ("eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens"):
+            value = getattr(config, key, None)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(token) is int and 0 <= token < rows for token in ids):
+                raise CheckpointError(
+                    f"{where}: {key} = {str(value)[:200]!r}: must be tokens from 0 to {rows - 1}: {fix}"
+                )
+
+
 def _check_weights(model: Any, report: dict[str, Any], where: str, fix: str) -> None:
-    """CheckpointError unless every weight came from the files, and every weight of the files went somewhere."""
+    """CheckpointError unless every weight came from the files, is finite, and every weight of the files went
+    somewhere."""
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise CheckpointError(f"{where}: {name} has shape {list(found)}, config.json asks for {list(wanted)}: {fix}")
     for names, what in (
@@ -212,6 +233,8 @@ def _check_weights(model: Any, report: dict[str, Any], where: str, fix: str) -> 
     ):
         if names:
             raise CheckpointError(f"{where}: {min(names)} {what} ({len(names)} in all): {fix}")
+    for name, x in model.named_parameters():
+        check_weight(name, x.detach(), where, fix)
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if model.config.tie_word_embeddings and not torch.equal(head, embedding):
         raise CheckpointError(

@@ -19,10 +19,10 @@ from megatron_dla.checkpoint.find import resolve_checkpoint
 from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights, split_merged
 from megatron_dla.console import progress_bar
 from megatron_dla.errors import CheckpointError, UserError
-from megatron_dla.hf.convert import read_section
 from megatron_dla.hf.directory import DirectoryWeights
 from megatron_dla.hf.load import check_tokenizer, load_export
 from megatron_dla.hf.mapping import check_names, to_hf_names
+from megatron_dla.hf.section import read_section
 from megatron_dla.parallel.tags import get_tag
 
 

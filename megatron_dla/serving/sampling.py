@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 
 from megatron_dla.errors import UserError
 
+MAX_THREADS = 1024
 SMALL_MODEL = 100_000_000
 """Parameters below which `dla generate` uses one CPU thread: its matrices are too small to share."""
 
@@ -41,11 +41,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
-            (math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "a finite number, at least 0"),
+            (1 <= self.max_new_tokens < 2**31, "max_new_tokens", "1 to 2^31 - 1"),
+            (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3, "temperature", "0, or 0.001 to 1000"),
             (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
-            (self.top_k >= 0, "top_k", "at least 0"),
-            (0 < self.repetition_penalty < math.inf, "repetition_penalty", "a finite number above 0"),
+            (0 <= self.top_k < 2**31, "top_k", "0 to 2^31 - 1"),
+            (1e-3 <= self.repetition_penalty <= 1e3, "repetition_penalty", "0.001 to 1000"),
             (all(self.stop), "stop", "a string that is not empty"),
             (0 <= self.seed < 2**63, "seed", "in [0, 2^63)"),
         )
@@ -89,10 +89,10 @@ def cpu_threads(model: nn.Module, threads: int | None = None) -> Iterator[None]:
     """Run with so many threads of torch; None: one for a small model on a CPU, where more only wait for each other.
 
     Raises:
-        UserError: threads < 1.
+        UserError: threads < 1 or > MAX_THREADS.
     """
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads {threads}: want at least 1")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UserError(f"--threads {threads}: want 1 to {MAX_THREADS}")
     before = torch.get_num_threads()
     small = next(model.parameters()).device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_MODEL
     torch.set_num_threads(threads or (1 if small else before))
