@@ -5,19 +5,43 @@ Needs the standard library alone (safetensors is imported when tensors are writt
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_dla.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+CHUNK = 8 << 20  # bytes hashed and written at a time; Python's lock is free meanwhile
+
+
+@contextmanager
+def naming_full_disk(path: Path, size: int = 0) -> Iterator[None]:
+    """An OSError of the body for a full disk, or a quota that is used up, names `path` and the bytes that it needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        need = f" ({size:,} bytes are needed, {free_bytes(path):,} are free)" if size else ""
+        raise OSError(error.errno, f"{os.strerror(error.errno)}{need}", str(path)) from error
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk that a path is on, whether it exists or not."""
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 
 @contextmanager
@@ -27,17 +51,21 @@ def atomic_path(path: Path, *, fsync: bool = True) -> Iterator[Path]:
     A reader, on any node, sees the old file or the whole new one.
 
     Args:
-        fsync: the content is on the disk before the rename. False for status files that only running processes read.
+        fsync: the content is on the disk before the rename, and the name after it. False for status files that only
+            running processes read.
 
     Raises:
         OSError: the file cannot be written.
     """
     part = _temporary(path)
     try:
-        yield part
-        if fsync:
-            fsync_file(part)
-        os.replace(part, path)
+        with naming_full_disk(path):
+            yield part
+            if fsync:
+                fsync_file(part)
+            os.replace(part, path)
+            if fsync:
+                fsync_directory(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -90,30 +118,87 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def fsync_directory(path: Path) -> None:
+    """Returns when the names in the directory are on the disk, as far as its file system can say so."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync names by themselves
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's content. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_TENSOR_TYPES = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+
+
+def _entry(x: Tensor, start: int) -> dict[str, Any]:
+    """A tensor's part of a safetensors header."""
+    kind = _TENSOR_TYPES[str(x.dtype).removeprefix("torch.")]
+    return {"dtype": kind, "shape": list(x.shape), "data_offsets": [start, start + x.nbytes]}
+
+
+def _content(x: Tensor) -> memoryview:
+    import torch
+
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None, *, private: bool = False
-) -> None:
+) -> str:
     """Write a safetensors file that is on the disk on return; not atomic by itself (`atomic_path`).
 
+    No copy is made of a contiguous CPU tensor. The bytes are hashed on their way to the file.
+
     Args:
-        private: readable by its owner alone (0600, as safetensors makes every file). False: as the umask says.
+        private: readable by its owner alone (0600). False: as the umask says.
+
+    Returns:
+        The file's SHA-256 in hex.
 
     Raises:
-        OSError, safetensors.SafetensorError: the file cannot be written.
+        OSError: the file cannot be written. It names the file and its size where the disk is full.
     """
-    from safetensors.torch import save_file
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps all of them aligned
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in names:
+        header[name] = _entry(tensors[name], end)
+        end = header[name]["data_offsets"][1]
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    digest = hashlib.sha256()
+    with naming_full_disk(path, 8 + len(text) + end), _create(path, private) as file:
+        head = memoryview(len(text).to_bytes(8, "little") + text)
+        for data in chain([head], (_content(tensors[name]) for name in names)):
+            for start in range(0, len(data), CHUNK):
+                chunk = data[start : start + CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
-    path.touch()
-    mode = 0o600 if private else path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)
-    os.chmod(path, mode)
-    fsync_file(path)
+
+def _create(path: Path, private: bool) -> BinaryIO:
+    def opener(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags, 0o600 if private else 0o666)
+        if private:
+            os.fchmod(descriptor, 0o600)  # of a file that was there
+        return descriptor
+
+    return open(path, "wb", opener=opener)
 
 
 class TensorWriter:
@@ -126,15 +211,12 @@ class TensorWriter:
         OSError: the file cannot be written.
     """
 
-    FLOATS: ClassVar = ("F64", "F32", "BF16", "F16")
-    DTYPES: ClassVar = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
-
     def __init__(self, path: Path, names: Iterable[str]) -> None:
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         longest = {"dtype": "BF16", "shape": [2**40] * 4, "data_offsets": [2**60, 2**60]}
         room = len(json.dumps(self._header | dict.fromkeys(names, longest)).encode())
         self._start = 8 + -(-room // 8) * 8
-        self._file = path.open("wb")
+        self._path, self._file = path, path.open("wb")
         self._file.seek(self._start)
         self.nbytes = 0
 
@@ -142,18 +224,15 @@ class TensorWriter:
         return self
 
     def add(self, name: str, x: Tensor) -> None:
-        import torch
-
-        end = self.nbytes + x.nbytes
-        dtype = self.DTYPES[str(x.dtype).removeprefix("torch.")]
-        self._header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [self.nbytes, end]}
-        self._file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        self.nbytes = end
+        self._header[name] = _entry(x, self.nbytes)
+        self.nbytes += x.nbytes
+        with naming_full_disk(self._path, self._start + self.nbytes):
+            self._file.write(_content(x))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """The header, padded with spaces, which the format allows; the file is on the disk on return. After an error
         there is no header, so that nothing reads the file."""
-        with self._file:
+        with naming_full_disk(self._path, self._start + self.nbytes), self._file:
             if kind is None:
                 header = json.dumps(self._header).encode().ljust(self._start - 8)
                 self._file.seek(0)

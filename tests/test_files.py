@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from megatron_dla import files
 from megatron_dla.files import (
     TensorWriter,
     atomic_path,
@@ -108,12 +110,13 @@ def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path) -> Non
 
 
 @pytest.mark.parametrize("fsync", [True, False])
-def test_the_content_is_synced_before_the_rename(fsync, tmp_path, monkeypatch) -> None:
+def test_the_content_is_synced_before_the_rename_and_the_name_after_it(fsync, tmp_path, monkeypatch) -> None:
     events = []
     real_fsync, real_replace = os.fsync, os.replace
 
     def sync(descriptor):
-        events.append(("fsync", os.pread(descriptor, 100, 0)))
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        events.append(("fsync", tmp_path if folder else os.pread(descriptor, 100, 0)))
         real_fsync(descriptor)
 
     def replace(source, target):
@@ -123,7 +126,8 @@ def test_the_content_is_synced_before_the_rename(fsync, tmp_path, monkeypatch) -
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", replace)
     write_bytes(tmp_path / "file", b"new", fsync=fsync)
-    assert events == ([("fsync", b"new")] if fsync else []) + [("replace", b"new")]
+    replaced = [("replace", b"new")]
+    assert events == ([("fsync", b"new"), *replaced, ("fsync", tmp_path)] if fsync else replaced)
 
 
 def test_tensors_are_synced(tmp_path, monkeypatch) -> None:
@@ -146,6 +150,32 @@ def test_one_of_many_creates_a_file(tmp_path) -> None:
         mine = list(pool.map(lambda n: create_json(path, {"n": n}), range(8)))
     assert mine.count(True) == 1 and path.read_text() == f'{{"n": {mine.index(True)}}}'
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_names_the_file_and_the_bytes(tmp_path) -> None:
+    (tmp_path / "x").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        save_tensors({"x": torch.ones(1000)}, tmp_path / "x")
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "x")
+    assert "4,0" in error.value.strerror  # 4,000 bytes and the header
+    with pytest.raises(OSError) as error, TensorWriter(tmp_path / "x", ["a"]) as writer:
+        writer.add("a", torch.ones(100_000))
+    assert error.value.filename == str(tmp_path / "x") and "400,2" in error.value.strerror
+
+
+def test_tensors_are_written_in_pieces_and_hashed(tmp_path, monkeypatch) -> None:
+    """As safetensors' own writer would: of every dtype and form, also larger than a piece."""
+    monkeypatch.setattr(files, "CHUNK", 64)
+    tensors = {
+        "z": torch.randn(5, 7).T, "a": torch.arange(9, dtype=torch.uint8)[::2], "b": torch.tensor(True),
+        "c": torch.randn(33).bfloat16(), "d": torch.zeros(0, 3, dtype=torch.int64), "e": torch.randn(2)[1],
+    }  # fmt: skip
+    digest = save_tensors(tensors, tmp_path / "x")
+    assert digest == file_sha256(tmp_path / "x")
+    found = load_file(tmp_path / "x")
+    assert found.keys() == tensors.keys()
+    for name, x in tensors.items():
+        assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
 
 
 def test_a_missing_directory_is_an_os_error(tmp_path) -> None:

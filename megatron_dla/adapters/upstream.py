@@ -7,6 +7,7 @@ one call, and the initial values of an uncoupled keep gate (the trained ones are
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,7 +137,9 @@ def drop_inactive(tensors: dict[int, dict[str, Tensor]], config: DeltaMemConfig,
 
 def save_weights(tensors: dict[int, dict[str, Tensor]], path: Path) -> None:
     flat = {tensor_key(layer, name): x.cpu() for layer, named in tensors.items() for name, x in named.items()}
-    torch.save(flat, path)
+    data = io.BytesIO()  # a few MB; to a file, torch would raise an error of its own where the disk is full
+    torch.save(flat, data)
+    path.write_bytes(data.getbuffer())
 
 
 def load_weights(path: Path) -> dict[int, dict[str, Tensor]]:

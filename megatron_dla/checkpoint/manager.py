@@ -1,16 +1,21 @@
-"""Save, find, load and prune the checkpoints of a run.
+"""Save, verify and load the checkpoints of a run.
 
-A checkpoint is written as step_N.ATTEMPT.partial and renamed to step_N when it is complete: weights and optimizer state
-fsynced, the marker file last.
+A checkpoint is written as step_N.ATTEMPT.partial and renamed to step_N when it is complete: all files and directories
+synced to the disk, the marker last. Training goes on meanwhile (`checkpoint.writer`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
 import shutil
+import threading
+import uuid
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +24,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_dla.checkpoint.find import COMPLETE, LAYOUT, checkpoint_dir, complete_checkpoints
-from megatron_dla.checkpoint.optimizer import load_optimizer, save_optimizer
+from megatron_dla.checkpoint.find import LAYOUT, PARTIAL, checkpoint_dir, remove
+from megatron_dla.checkpoint.integrity import DATA_STATE, find_faults, read_marker, seal
+from megatron_dla.checkpoint.optimizer import OPTIMIZER, load_optimizer, optimizer_file, optimizer_pieces, updates_seen
+from megatron_dla.checkpoint.retention import Retention, prune
 from megatron_dla.checkpoint.weights import (
+    WEIGHTS,
     CheckpointLayout,
     load_merged,
     parameter_tags,
-    save_weights,
     split_merged,
+    weight_file,
 )
+from megatron_dla.checkpoint.writer import Files, HostBuffer, Report, start_thread
 from megatron_dla.config import layer_letters
-from megatron_dla.errors import CheckpointError, FenceError
-from megatron_dla.files import write_text
+from megatron_dla.errors import CheckpointError
+from megatron_dla.files import FULL, free_bytes, fsync_directory, naming_full_disk
 from megatron_dla.parallel.groups import on_main
 
-DATA_STATE = "data_state.json"
+CONFIG = "config.yaml"
 
 
 def _random_state() -> dict[str, Any]:
@@ -48,6 +57,12 @@ def _random_state() -> dict[str, Any]:
     return state
 
 
+def _random_bytes() -> bytes:
+    data = io.BytesIO()
+    torch.save(_random_state(), data)
+    return data.getvalue()
+
+
 def _set_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -58,120 +73,229 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _marker(path: Path) -> dict[str, Any]:
-    try:
-        marker = json.loads((path / COMPLETE).read_text())
-        return {"step": int(marker["step"])} | marker
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{str(path / COMPLETE)!r} is damaged ({error!r}): use another checkpoint") from error
-
-
 def is_weights_only(path: Path) -> bool:
     """Whether a checkpoint has no optimizer state (`dla convert from-hf`): a run starts from its weights at step 0."""
-    return "zero_stage" not in _marker(path)
+    return "zero_stage" not in read_marker(path)
 
 
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module, tp: dist.ProcessGroup) -> None:
-    """Copy a checkpoint's weights into a model at any tensor-parallel size."""
-    merged, _ = load_merged(path)
+    """Copy the weights of a checkpoint without faults (`agreed_faults`) into a model at any tensor-parallel size."""
+    merged, _ = load_merged(path, verify=False)
     local = split_merged(merged, parameter_tags(model), tp.rank(), tp.size())
     for name, value in local.items():
         model.get_parameter(name).copy_(value)
+
+
+def _whole(parameter: Tensor, stage3: bool) -> contextlib.AbstractContextManager[Any]:
+    """The whole parameter; ZeRO-3 gathers it, one at a time."""
+    if not stage3:
+        return contextlib.nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter])
+
+
+def agreed_faults(path: Path) -> list[str]:
+    """`find_faults` with the files shared out over all ranks, each of which gets all that was found (a collective)."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, find_faults(path, rank=dist.get_rank(), size=dist.get_world_size()))
+    return sorted({fault for faults in found for fault in faults})
 
 
 class Checkpointer:
     """Checkpoints of one run at one layout.
 
     Args:
-        run_dir: the run's directory. engine: the DeepSpeed engine. groups: ProcessGroupCollection. keep: newest
-            checkpoints to keep, 0 = all. control: `RunControl`, to check that this run still owns the directory.
+        run_dir: the run's directory. engine: the DeepSpeed engine. groups: ProcessGroupCollection. keep: which
+            checkpoints are not deleted. control: `RunControl`, to check that this run still owns the directory.
+        background: write while training goes on. max_failures: so many failed saves in a row are an error.
+
+    Use it as a context manager: a save that is in progress is finished at its end.
     """
 
-    def __init__(self, run_dir: Path, engine: Any, groups: Any, keep: int, control: Any) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Any,
+        groups: Any,
+        keep: Retention,
+        control: Any,
+        *,
+        background: bool = True,
+        max_failures: int = 1,
+    ) -> None:
         self.run_dir, self.engine, self.groups, self.keep, self.control = run_dir, engine, groups, keep, control
+        self.background, self.max_failures = background, max_failures
         self.rank = dist.get_rank()
+        self._buffers = {WEIGHTS: HostBuffer(), OPTIMIZER: HostBuffer()}
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._outcome: Exception | None = None  # of the last save, on rank 0
+        self._pending, self._failures = False, 0  # failures in a row; the same on every rank
 
-    def save(self, layout: CheckpointLayout, data_state: dict[str, Any]) -> Path:
-        """Write a checkpoint (a collective); returns its directory.
+    def __enter__(self) -> Checkpointer:
+        return self
 
-        `data_state` is the loader's state of the whole batch, already merged over the data-parallel ranks.
+    def __exit__(self, *_: object) -> None:
+        """Let a save in progress finish; no collective: other ranks may have failed."""
+        self._ending.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def save(
+        self, layout: CheckpointLayout, data_state: dict[str, Any], config: str, *, wait: bool, **values: Any
+    ) -> None:
+        """Copy the state and write it as a checkpoint (a collective); training may go on when this returns.
+
+        A save that fails, for lack of space above all, is a warning; the `max_failures`-th in a row is an error.
+
+        Args:
+            data_state: the loader's state of the whole batch, already merged over the data-parallel ranks.
+            config: the run's, as YAML. wait: return when it is complete. values: go into the marker.
 
         Raises:
             FenceError: another run has taken over the directory; nothing is published or deleted.
             FloatingPointError: a weight is not finite; nothing is written.
+            OSError: this save with `wait`, or too many, could not be written.
         """
+        self.finish()
         on_main(self.control.check)  # before the work; again before the result is published
-        weights = self._weights()
-        self._check_finite(weights, layout.step)
-        root = checkpoint_dir(self.run_dir)
-        partial = root / f"step_{layout.step}.{self.control.attempt}.partial"
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
+        step = layout.step
+        weights = self._weights(step)
+        directory = checkpoint_dir(self.run_dir) / f"step_{step}.{self.control.attempt}{PARTIAL}"
+        report = Report(on_main(lambda: self._begin(directory)))
         tensor_rank, data_rank = self.groups.tp.rank(), self.groups.dp_cp.rank()
-        updates = save_optimizer(self.engine, partial, tensor_rank, data_rank)
-        if data_rank == 0:
-            save_weights(weights, partial, tensor_rank)
-        torch.save(_random_state(), partial / f"random_{self.rank:05d}.pt")
-        dist.barrier()
-        return on_main(lambda: self._publish(partial, layout, data_state, updates))
-
-    def _publish(self, partial: Path, layout: CheckpointLayout, data_state: dict[str, Any], updates: int) -> Path:
-        """On rank 0: mark the checkpoint complete, give it its name, delete older ones."""
-        final = checkpoint_dir(self.run_dir) / f"step_{layout.step}"
-        layout.save(partial / LAYOUT)
-        (partial / DATA_STATE).write_text(json.dumps(data_state))
+        files = Files({weight_file(tensor_rank): weights} if data_rank == 0 else {})
+        if pieces := optimizer_pieces(self.engine, data_rank):
+            files.tensors[optimizer_file(tensor_rank, data_rank)] = self._buffers[OPTIMIZER].copy(pieces)
+        files.bytes[f"random_{self.rank:05d}.pt"] = _random_bytes()
+        if self.rank == 0:
+            texts = {LAYOUT: layout.to_json(), DATA_STATE: json.dumps(data_state), CONFIG: config}
+            files.bytes |= {name: text.encode() for name, text in texts.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         marker = {
-            "step": layout.step,
+            "step": step,
             "tensor_parallel": self.groups.tp.size(),
             "data_parallel": self.groups.dp.size(),
             "context_parallel": self.groups.cp.size(),
             "zero_stage": self.engine.zero_optimization_stage(),
-            "optimizer_updates": updates,
+            "optimizer_updates": updates_seen(self.engine),
+            **values,
         }
-        try:
-            with self.control.publishing():
-                write_text(partial / COMPLETE, json.dumps(marker))
-                if final.exists():
-                    shutil.rmtree(final)
-                os.rename(partial, final)
-                self._prune()
-        except FenceError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        return final
+        work = partial(self._work, directory, files, report, marker)
+        self._pending = True
+        if wait or not self.background or self._failures + 1 >= self.max_failures:
+            work()
+            self.finish(must=wait)
+        else:
+            self._thread = start_thread(work)
 
-    def _check_finite(self, weights: dict[str, Tensor], step: int) -> None:
-        """Collective: ZeRO-0 applies a gradient that is not finite, the other stages drop it."""
-        name = next((name for name, x in weights.items() if not x.isfinite().all()), "")
+    def _begin(self, directory: Path) -> str:
+        """On rank 0: a name for the reports on a new save into `directory`, which an earlier one may have left."""
+        remove(directory)
+        return f"{directory.name}.{uuid.uuid4().hex}"
+
+    def finish(self, *, must: bool = False) -> None:
+        """Wait for the save in progress, if any (a collective).
+
+        Raises:
+            OSError: it failed, and `must` or it was one too many. FenceError: see `save`.
+        """
+        if not self._pending:
+            return
+        if self.rank and self._thread is not None:
+            self._thread.join()
+        dist.barrier()  # a rank that died fails this; rank 0's thread would wait for its files
+        background = self._thread is not None
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, self._pending = None, False
+        outcome: list[Exception | None] = [self._outcome]
+        dist.broadcast_object_list(outcome)
+        self._outcome, error = None, outcome[0]
+        if error is None:
+            self._failures = 0
+            return
+        if must or not isinstance(error, OSError) or self._failures + 1 >= self.max_failures:
+            raise error
+        if self.rank == 0 and not background:
+            self._warn(error)
+        self._failures += 1
+
+    def _warn(self, error: OSError) -> None:
+        count = f"{self._failures + 1} of at most {self.max_failures} in a row"
+        print(f"warning: saving failed ({count}), training goes on: {error.filename!r}: {error.strerror}", flush=True)
+
+    def _work(self, directory: Path, files: Files, report: Report, marker: dict[str, Any]) -> None:
+        """On every rank: write its files. On rank 0: publish them when all are written; sets the outcome."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            report.give({"files": files.write(directory), "size": files.size})
+        except OSError as error:
+            reason = [error.errno, error.strerror or str(error), str(error.filename or directory)]
+            report.give({"error": reason, "size": files.size})
+        except Exception as error:
+            report.give({"error": repr(error), "size": files.size})
+        if self.rank:
+            return
+        try:
+            self._publish(directory, marker, report.collect(self._ending))
+        except Exception as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            self._outcome = error
+            if isinstance(error, OSError) and threading.current_thread() is self._thread:
+                self._warn(error)
+
+    def _publish(self, directory: Path, marker: dict[str, Any], reports: list[dict[str, Any]]) -> None:
+        """On rank 0: mark the checkpoint complete, give it its name, delete what is not kept."""
+        final = checkpoint_dir(self.run_dir) / f"step_{marker['step']}"
+        for failed in (x["error"] for x in reports if "error" in x):
+            if isinstance(failed, str):
+                raise RuntimeError(f"{str(directory)!r} could not be written: {failed}")
+            number, text, path = failed
+            if number in FULL:
+                shutil.rmtree(directory, ignore_errors=True)
+                needed, free = sum(x["size"] for x in reports), free_bytes(directory)
+                text = f"{os.strerror(number)} (the checkpoint needs {needed:,} bytes, {free:,} are free)"
+            raise OSError(number, text, path)
+        with naming_full_disk(directory):
+            seal(directory, marker, {name: record for x in reports for name, record in x["files"].items()})
+        with self.control.publishing():
+            if final.exists() or final.is_symlink():
+                remove(final)
+            os.rename(directory, final)
+            fsync_directory(final.parent)
+            problems = prune(self.run_dir, self.keep)
+        for line in (f"saved {final}", *(f"warning: {problem}" for problem in problems)):
+            print(line, flush=True)
+
+    def _weights(self, step: int) -> dict[str, Tensor]:
+        """A copy of this tensor-parallel rank's parameters, on its first data-parallel rank (a collective).
+
+        Raises:
+            FloatingPointError: on every rank, where a parameter is not finite. ZeRO-0 applies a gradient that is not
+                finite, the other stages drop it.
+        """
+        parameters = {n: p for n, p in self.engine.module.named_parameters() if p.requires_grad}
+        stage3, bad = self.engine.zero_optimization_stage() == 3, ""
+        copies: dict[str, Tensor] = {}
+        if self.groups.dp_cp.rank() == 0:
+            like = {name: (getattr(p, "ds_shape", p.shape), p.dtype) for name, p in parameters.items()}
+            copies = self._buffers[WEIGHTS].room(like)
+        for name, parameter in parameters.items():
+            with _whole(parameter, stage3):
+                if name in copies:
+                    copies[name].copy_(parameter.detach(), non_blocking=True)
+                    bad = bad or ("" if parameter.isfinite().all() else name)
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, name)
+        dist.all_gather_object(found, bad)
         if name := max(found):
             raise FloatingPointError(
                 f"{name} is not finite after step {step}, which is not saved: lower optimizer.lr or check the data"
             )
-
-    def _weights(self) -> dict[str, Tensor]:
-        """This tensor-parallel rank's parameters (a collective under ZeRO-3, which gathers one at a time)."""
-        parameters: dict[str, Tensor] = {n: p for n, p in self.engine.module.named_parameters() if p.requires_grad}
-        if self.engine.zero_optimization_stage() < 3:
-            return parameters
-        from deepspeed.runtime.zero import GatheredParameters
-
-        whole = {}
-        for name, parameter in parameters.items():
-            with GatheredParameters([parameter]):
-                if self.groups.dp_cp.rank() == 0:
-                    whole[name] = parameter.detach().cpu().clone()
-        return whole
-
-    def _prune(self) -> None:
-        if self.keep:
-            for _, path in complete_checkpoints(self.run_dir)[: -self.keep]:
-                (path / COMPLETE).unlink()  # first: a half-deleted checkpoint must not be resumed
-                shutil.rmtree(path)
+        return copies
 
     def load(self, path: Path, layout: CheckpointLayout) -> tuple[int, dict[str, Any]]:
         """Restore optimizer, schedule and random state; returns the step and the loader's state.
@@ -186,7 +310,7 @@ class Checkpointer:
             CheckpointError: another model or tokenizer; damaged files.
         """
         check_same_model(path, layout)
-        marker = _marker(path)
+        marker = read_marker(path)
         step, random_file = marker["step"], path / f"random_{self.rank:05d}.pt"
         try:
             load_optimizer(self.engine, path, marker["optimizer_updates"], self.groups.tp.rank(), self.groups.tp.size())

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import save_tensors
 from megatron_dla.parallel.tags import Tag, get_tag
 
 OPTIMIZER = "optimizer"
@@ -80,27 +79,26 @@ def fragments(engine: Any) -> Iterator[tuple[str, Fragment]]:
             yield name, Fragment(0, p.numel(), p, 0)
 
 
-def _file(directory: Path, tensor_rank: int, data_rank: int) -> Path:
-    return directory / OPTIMIZER / f"tp_{tensor_rank:02d}_dp_{data_rank:04d}.safetensors"
+def optimizer_file(tensor_rank: int, data_rank: int) -> str:
+    """Path inside a checkpoint; `data_rank` is over data x context."""
+    return f"{OPTIMIZER}/tp_{tensor_rank:02d}_dp_{data_rank:04d}.safetensors"
 
 
-def save_optimizer(engine: Any, directory: Path, tensor_rank: int, data_rank: int) -> int:
-    """Write this rank's fragments; returns the number of updates that the moments have seen.
-
-    Args:
-        data_rank: over data x context. Where every such rank holds all (no ZeRO), only the first one writes.
-    """
+def optimizer_pieces(engine: Any, data_rank: int) -> dict[str, Tensor]:
+    """{key: view} of this rank's fragments; nothing where a rank before it holds the same ones (no ZeRO)."""
+    if data_rank and not engine.zero_optimization_stage() and not hasattr(engine.optimizer, "optimizer"):
+        return {}
     state = _inner(engine).state
-    pieces = {
-        f"{name}|{quantity}|{fragment.start}": view.cpu().clone()
+    return {
+        f"{name}|{quantity}|{fragment.start}": view
         for name, fragment in fragments(engine)
         for quantity, view in fragment.views(state).items()
     }
-    if data_rank == 0 or engine.zero_optimization_stage() or hasattr(engine.optimizer, "optimizer"):
-        path = _file(directory, tensor_rank, data_rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(pieces, path)
-    return int(next(iter(state.values()))["step"])
+
+
+def updates_seen(engine: Any) -> int:
+    """The number of updates that the moments have seen."""
+    return int(next(iter(_inner(engine).state.values()))["step"])
 
 
 @torch.no_grad()

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dla.checkpoint.find import COMPLETE, LAYOUT
+from megatron_dla.checkpoint.integrity import FORMAT_VERSION, damaged_error, find_faults
 from megatron_dla.config import ModelSection, check_model, from_dict
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import compact, open_tensors, save_tensors
+from megatron_dla.files import compact, open_tensors
 from megatron_dla.parallel.tags import Tag, get_tag
 
 WEIGHTS = "weights"
-FORMAT_VERSION = 1
+_FIX = "restore it or use another step"
 
 
 @dataclass
@@ -51,12 +52,15 @@ class CheckpointLayout:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
 
+    def to_json(self) -> str:
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
+
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1))
+        path.write_text(self.to_json())
 
     @classmethod
     def load(cls, directory: Path) -> CheckpointLayout:
-        """Raises CheckpointError where the directory holds no complete checkpoint of this format."""
+        """Raises CheckpointError where the directory holds no complete checkpoint of this format, or it is damaged."""
         if not (directory / COMPLETE).is_file():
             raise CheckpointError(
                 f"{str(directory)!r} is not a complete checkpoint ({COMPLETE} is missing): give a step_N directory"
@@ -64,8 +68,10 @@ class CheckpointLayout:
         try:
             values: dict[str, Any] = json.loads((directory / LAYOUT).read_text())
             version = values.pop("format_version", None)
-            if version != FORMAT_VERSION:
-                raise CheckpointError(f"{str(directory)!r} has format {version}, this version reads {FORMAT_VERSION}")
+            if version not in range(1, FORMAT_VERSION + 1):
+                raise CheckpointError(f"{str(directory)!r} has format {version}, this reads up to {FORMAT_VERSION}")
+            if version > 1 and (faults := find_faults(directory, [LAYOUT])):
+                raise damaged_error(directory, faults, _FIX)
             tags = {
                 name: Tag(tag["kind"], tag["dim"], tuple((s, n) for s, n in tag["sections"]))
                 for name, tag in values.pop("tags").items()
@@ -76,7 +82,7 @@ class CheckpointLayout:
         except CheckpointError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"{str(directory / LAYOUT)!r} is missing or damaged ({error}): restore it or use another step"
+            message = f"{str(directory / LAYOUT)!r} is missing or damaged ({error}): {_FIX}"
             raise CheckpointError(message) from error
 
 
@@ -85,15 +91,9 @@ def parameter_tags(model: nn.Module) -> dict[str, Tag]:
     return {name: get_tag(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def weight_file(directory: Path, rank: int) -> Path:
-    return directory / WEIGHTS / f"tp_{rank:02d}.safetensors"
-
-
-def save_weights(state: dict[str, Tensor], directory: Path, rank: int) -> None:
-    """Write this tensor-parallel rank's parameters."""
-    path = weight_file(directory, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors({name: compact(x.detach().cpu()) for name, x in state.items()}, path)
+def weight_file(rank: int) -> str:
+    """Path inside a checkpoint of a tensor-parallel rank's parameters."""
+    return f"{WEIGHTS}/tp_{rank:02d}.safetensors"
 
 
 class MergedWeights(Mapping[str, Tensor]):
@@ -103,6 +103,9 @@ class MergedWeights(Mapping[str, Tensor]):
     `decoder.layers.0.mlp.gate`; a parameter of one section keeps its name. The last parameter is kept, so that sections
     which are asked for in order are read once.
 
+    Args:
+        verify: hash the files first; False where that is done.
+
     Attributes:
         layout: of the checkpoint. parameters: how many numbers the whole model holds.
 
@@ -110,18 +113,18 @@ class MergedWeights(Mapping[str, Tensor]):
         CheckpointError: incomplete, or a file is missing or damaged.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         directory = Path(directory)
         self.layout = CheckpointLayout.load(directory)
+        files = [weight_file(rank) for rank in range(self.layout.tensor_parallel)]
+        if verify and (faults := find_faults(directory, files)):
+            raise damaged_error(directory, faults, _FIX)
         self._files, self.parameters = [], 0
-        for rank in range(self.layout.tensor_parallel):
-            path = weight_file(directory, rank)
+        for path in (directory / name for name in files):
             try:
                 self._files.append(open_tensors(path))
             except Exception as error:  # safetensors raises its own and OSError alike
-                raise CheckpointError(
-                    f"{str(path)!r} is missing or damaged ({error}): restore it or use another step"
-                ) from error
+                raise CheckpointError(f"{str(path)!r} is missing or damaged ({error}): {_FIX}") from error
         names = [set(file.keys()) for file in self._files]
         self._places: dict[str, tuple[str, int]] = {}
         for name, tag in self.layout.tags.items():
@@ -147,9 +150,9 @@ class MergedWeights(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def load_merged(directory: str | Path) -> tuple[dict[str, Tensor], CheckpointLayout]:
+def load_merged(directory: str | Path, *, verify: bool = True) -> tuple[dict[str, Tensor], CheckpointLayout]:
     """The tensors of `MergedWeights`, all of them in memory, and the layout. Raises CheckpointError likewise."""
-    weights = MergedWeights(directory)
+    weights = MergedWeights(directory, verify=verify)
     return dict(weights), weights.layout
 
 

@@ -12,9 +12,10 @@ from megatron_dla.config.checks import (
     layer_letters,
     softmax_layers,
 )
-from megatron_dla.config.load import dump_config, from_dict, load_config, to_dict
+from megatron_dla.config.load import dump_config, from_dict, load_config, to_dict, to_yaml
 from megatron_dla.config.pattern import LETTERS
 from megatron_dla.config.schema import (
+    CheckpointSection,
     DataSection,
     DebugSection,
     ModelSection,
@@ -29,6 +30,7 @@ from megatron_dla.config.schema import (
 __all__ = [
     "LETTERS",
     "AdapterRunConfig",
+    "CheckpointSection",
     "DataSection",
     "DebugSection",
     "ModelSection",
@@ -53,4 +55,5 @@ __all__ = [
     "row_length",
     "softmax_layers",
     "to_dict",
+    "to_yaml",
 ]

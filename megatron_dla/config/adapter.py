@@ -9,6 +9,7 @@ from pydantic import Field
 
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.config.schema import (
+    CheckpointSection,
     DebugSection,
     Directory,
     Number,
@@ -81,5 +82,6 @@ class AdapterRunConfig:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     optimizer: OptimizerSection = field(default_factory=_optimizer)
     training: TrainingSection = field(default_factory=_training)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     gate_loss: GateLossSection = field(default_factory=GateLossSection)
     debug: DebugSection = field(default_factory=DebugSection)

@@ -158,7 +158,12 @@ def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+def to_yaml(config: RunConfig | AdapterRunConfig) -> str:
+    """The resolved config as `load_config` reads it."""
+    plain = json.loads(json.dumps(to_dict(config)))  # tuples as lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
 def dump_config(config: RunConfig | AdapterRunConfig, path: str | Path) -> None:
     """Write the resolved config as YAML."""
-    plain = json.loads(json.dumps(to_dict(config)))  # tuples as lists
-    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    Path(path).write_text(to_yaml(config), encoding="utf-8")

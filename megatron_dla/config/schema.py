@@ -220,9 +220,28 @@ class TrainingSection:
     save_every: NumberOrNone = 500
     """Steps between checkpoints; the last step always saves. 0 = only the last."""
     keep_checkpoints: NumberOrNone = 2
-    """Newest checkpoints to keep; 0 = all."""
+    """Newest checkpoints to keep; 0 = all. `checkpoint` keeps more."""
     resume: bool = True
     """Resume from the newest complete checkpoint in the run's directory."""
+
+
+@dataclass
+class CheckpointSection:
+    """How checkpoints are written, kept beside the newest (training.keep_checkpoints), and verified."""
+
+    background: bool = True
+    """Training goes on while a checkpoint is written, for a copy of the state in host memory. The last checkpoint and
+    the one at a stop are waited for."""
+    max_failures: Number = 3
+    """Saves in a row that may fail (a full disk) before the run ends with an error; each is a warning."""
+    keep_every: NumberOrNone = 0
+    """Also keep the checkpoints whose step is a multiple; 0 = none."""
+    keep_best: NumberOrNone = 0
+    """Also keep so many with the lowest val_loss, of steps that are both validated and saved."""
+    permanent: tuple[Number, ...] = ()
+    """Steps that are saved and never deleted."""
+    damaged: Literal["fallback", "refuse"] = "fallback"
+    """At a start whose newest checkpoint does not match its checksums: use the one before, or end with an error."""
 
 
 @dataclass
@@ -256,5 +275,6 @@ class RunConfig:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: TrainingSection = field(default_factory=TrainingSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     tau: TauSection = field(default_factory=TauSection)
     debug: DebugSection = field(default_factory=DebugSection)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_dla.checkpoint.find import COMPLETE, LAYOUT, resolve_checkpoint
+from megatron_dla.checkpoint.integrity import seal
 from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights, split_merged, weight_file
 from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.config.checks import check_tensor_parallel
 from megatron_dla.console import progress_bar
 from megatron_dla.errors import CheckpointError, UserError
-from megatron_dla.files import TensorWriter, check_weight, file_sha256
+from megatron_dla.files import TensorWriter, check_weight, file_sha256, naming_full_disk
 from megatron_dla.hf import mapping
 from megatron_dla.hf.backbones import read_backbone, read_weights
 from megatron_dla.hf.card import model_card
@@ -66,10 +67,8 @@ def fresh_directory(out: Path, overwrite: bool | None, marker: str) -> Iterator[
     new, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     new.mkdir()
     try:
-        yield new
-        mode = (new / marker).stat().st_mode  # from the umask; safetensors creates files with mode 600
-        for path in new.iterdir():
-            path.chmod(mode)
+        with naming_full_disk(out):
+            yield new
         if out.exists():
             out.rename(old)
         new.rename(out)
@@ -310,7 +309,7 @@ def from_hf(
         total = count_parameters(section, vocab_size)
         names = sorted(tags, key=lambda name: not _is_fp32(name))
         for rank in range(tensor_parallel):
-            path = weight_file(new, rank)
+            path = new / weight_file(rank)
             path.parent.mkdir(exist_ok=True)
             title = f"writing {out.name}, rank {rank}"
             with TensorWriter(path, names) as writer, progress_bar(total, title, unit=" parameters") as bar:
@@ -322,5 +321,5 @@ def from_hf(
             model=section, vocab_size=vocab_size, tokenizer_sha256=digest, tensor_parallel=tensor_parallel,
             seq_len=seq_len, step=0, tags=tags,
         ).save(new / LAYOUT)  # fmt: skip
-        _write_json(new / COMPLETE, {"step": 0, "source": str(source)})
+        seal(new, {"step": 0, "source": str(source)})
     return out

@@ -8,12 +8,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from megatron_dla.checkpoint.find import complete_checkpoints
+from megatron_dla.checkpoint.find import step_directories
+from megatron_dla.checkpoint.integrity import find_faults, newest_whole
 from megatron_dla.checkpoint.manager import check_same_model
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config
 from megatron_dla.errors import CheckpointError
@@ -48,12 +50,15 @@ def check_run(config: Config, world_size: int) -> tuple[Task, Device]:
 def _check_older_run(task: Task) -> None:
     """CheckpointError where the run directory holds checkpoints that this run cannot resume."""
     run_dir = run_directory(task.config)
-    if found := complete_checkpoints(run_dir):
+    if steps := step_directories(run_dir):
         if not task.config.training.resume:
             raise CheckpointError(
                 f"{str(run_dir)!r} already holds checkpoints: choose another run.name, or training.resume=true"
             )
-        check_same_model(found[-1][1], task.layout())
+        fall_back = task.config.checkpoint.damaged == "fallback"
+        newest, _ = newest_whole(steps, fall_back, partial(find_faults, content=False))  # the start reads it all
+        if newest is not None:
+            check_same_model(newest, task.layout())
 
 
 def describe(task: Task, world_size: int, device: Device) -> str:

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from traceback import format_exception_only
 
+from megatron_dla.checkpoint.find import remove_leftovers
 from megatron_dla.errors import BAD_INPUT, FenceError, UserError, is_wrong_path
 from megatron_dla.files import write_json
 from megatron_dla.training.fence import Fence, attempt_id, node_name
@@ -32,7 +33,6 @@ from megatron_dla.training.fence import Fence, attempt_id, node_name
 STOP, HALT, DONE, HEARTBEAT = "stop", "halt", "done", "heartbeat.json"
 RANKS, EXITS, STACKS, LAUNCH = "ranks", "exits", "stacks", ".launch"
 DOING = {"step": "after step", "save": "in the save of step", "validate": "in the validation of step"}
-LEFTOVERS = "step_*.partial"  # of checkpoints that were never published
 REASONS = {1: "the file `stop`", 2: "the file `halt`", 3: "a newer attempt"}  # larger: the number of a signal
 
 
@@ -99,8 +99,7 @@ class RunControl:
             # a launcher says what it found: a newer file asks this attempt to stop, which was starting then
             if "DLA_ATTEMPT" not in os.environ or os.environ.get("DLA_STALE_STOP") == stop_mark(self.run_dir):
                 (self.run_dir / STOP).unlink(missing_ok=True)
-            for path in (self.run_dir / "checkpoints").glob(LEFTOVERS):
-                shutil.rmtree(path, ignore_errors=True)
+            remove_leftovers(self.run_dir)
             self._remove_files_of_the_dead()
         return self.attempt
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_dla.checkpoint.find import set_aside, step_directories
+from megatron_dla.checkpoint.integrity import describe_damage, newest_whole
 from megatron_dla.checkpoint.manager import (
     Checkpointer,
+    agreed_faults,
     check_same_model,
-    complete_checkpoints,
     is_weights_only,
     load_weights,
 )
 from megatron_dla.checkpoint.optimizer import local_shapes
+from megatron_dla.checkpoint.retention import Retention
 from megatron_dla.checkpoint.weights import parameter_tags
+from megatron_dla.config import to_yaml
 from megatron_dla.errors import STOPPED
 from megatron_dla.metrics.meters import StepMeter, memory_gb
 from megatron_dla.metrics.sinks import JsonlSink, console_line
@@ -57,16 +62,21 @@ class Trainer:
         self.runtime = Runtime(self.groups, device.current(), device.dtype)
         model = task.build(self.runtime)
         self.layout = replace(task.layout(), tags=parameter_tags(model), shapes=local_shapes(model))
-        found = complete_checkpoints(run_dir) if config.training.resume else []
-        newest = found[-1][1] if found else None
+        steps = on_main(lambda: step_directories(run_dir)) if config.training.resume else []
+        newest, damaged = newest_whole(steps, config.checkpoint.damaged == "fallback", agreed_faults)
         if newest is not None:
             check_same_model(newest, self.layout)
             load_weights(newest, model, self.groups.tp)  # before ZeRO takes its copies
         optimizer_groups = parameter_groups(model, config)
         self.engine = build_engine(model, optimizer_groups, config, self.groups, device.bf16)
-        self.checkpoints = Checkpointer(
-            run_dir, self.engine, self.groups, config.training.keep_checkpoints, self.control
+        section = config.checkpoint
+        keep = Retention(
+            config.training.keep_checkpoints, section.keep_every, section.keep_best, tuple(section.permanent)
         )
+        self.checkpoints = Checkpointer(
+            run_dir, self.engine, self.groups, keep, self.control,
+            background=section.background, max_failures=section.max_failures,
+        )  # fmt: skip
         self.step = 0
         if newest is not None and not is_weights_only(newest):
             self.step, state = self.checkpoints.load(newest, self.layout)
@@ -76,6 +86,9 @@ class Trainer:
             check_replicas(self.engine.module, self.groups, "before the first step")
         is_main = dist.get_rank() == 0
         self.sink = JsonlSink(run_dir / "metrics.jsonl", self.step if newest else None) if is_main else None
+        for path, faults in damaged.items():
+            kept = on_main(partial(set_aside, path))
+            self.runtime.print(f"{describe_damage(path, faults)}: set aside as {kept.name}")
         if newest is not None:
             self.runtime.print(f"resuming from {newest} at step {self.step}")
 
@@ -83,7 +96,8 @@ class Trainer:
         training, check_every = self.config.training, self.config.debug.check_replicas
         tokens_per_step = training.global_batch_size * self.task.seq_len
         meter = StepMeter(self.step, training.steps)
-        with self.control, StopRequest(self.runtime.device, self.control.asked_to_stop) as stop:
+        request = StopRequest(self.runtime.device, self.control.asked_to_stop)
+        with self.control, self.checkpoints, request as stop:
             if self.step == 0 and training.eval_every:
                 self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.step < training.steps:
@@ -96,14 +110,17 @@ class Trainer:
                 meter.add(tokens_per_step, time.monotonic() - started)
                 last = self.step == training.steps
                 validating = training.eval_every and (last or self.step % training.eval_every == 0)
+                validated: dict[str, Any] = {}
                 if last or validating or self.step % training.log_every == 0:
                     metrics = self._metrics(loss, meter)
-                    self._log(metrics | self._validate() if validating else metrics)
+                    validated = self._validate() if validating else {}
+                    self._log(metrics | validated)
                 reason = stop.agreed()
                 stopping = reason and not last
-                if last or stopping or (training.save_every and self.step % training.save_every == 0):
+                due = training.save_every and self.step % training.save_every == 0
+                if last or stopping or due or self.step in self.config.checkpoint.permanent:
                     with self.control.doing("save", self.step):
-                        self._save()
+                        self._save(validated.get("val_loss"), wait=bool(last or stopping))
                 if stopping:
                     by = REASONS.get(reason, "a signal")
                     self.runtime.print(f"stopped by {by} after step {self.step}; run the same command to resume")
@@ -139,10 +156,10 @@ class Trainer:
             "eta_s": meter.eta_s(self.step),
         } | self.task.metrics()
 
-    def _save(self) -> None:
+    def _save(self, val_loss: float | None, *, wait: bool) -> None:
         self.layout.step = self.step
-        path = self.checkpoints.save(self.layout, self.task.state_dict())
-        self.runtime.print(f"saved {path}")
+        values = {} if val_loss is None else {"val_loss": val_loss}
+        self.checkpoints.save(self.layout, self.task.state_dict(), to_yaml(self.config), wait=wait, **values)
 
     def _log(self, metrics: dict[str, Any]) -> None:
         if self.sink is not None:

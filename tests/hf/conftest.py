@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from megatron_dla import compat
-from megatron_dla.checkpoint.find import COMPLETE, LAYOUT
-from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, save_weights, split_merged
+from megatron_dla.checkpoint.find import LAYOUT
+from megatron_dla.checkpoint.integrity import seal
+from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged, split_merged, weight_file
 from megatron_dla.config import ModelSection, ParallelSection
 from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
+from megatron_dla.files import save_tensors
 from megatron_dla.hf import mapping
 from megatron_dla.hf.convert import to_hf
 from megatron_dla.hf.load import load_export
@@ -55,15 +57,20 @@ def randomise(model: torch.nn.Module) -> None:
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
+def write_weights(state: dict[str, torch.Tensor], directory: Path, rank: int) -> None:
+    (directory / weight_file(rank)).parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(state, directory / weight_file(rank))
+
+
 def _write_checkpoint(
     merged: dict, section: ModelSection, directory: Path, sha256: str, tensor_parallel: int = 1, step: int = 3
 ) -> Path:
     """A step_N directory in `tensor_parallel` shards, as that many ranks would write it."""
     tags = mapping.parameter_tags(section, tensor_parallel)
     for rank in range(tensor_parallel):
-        save_weights(split_merged(merged, tags, rank, tensor_parallel), directory, rank)
+        write_weights(split_merged(merged, tags, rank, tensor_parallel), directory, rank)
     CheckpointLayout(section, 384, sha256, tensor_parallel, 128, step, tags).save(directory / LAYOUT)
-    (directory / COMPLETE).write_text("{}")
+    seal(directory, {"step": step})
     return directory
 
 
@@ -87,9 +94,9 @@ def saved(tokenizer: Tokenizer):
         model = build_model(section, ParallelSection(), vocab_size=tokenizer.vocab_size, seq_len=128, seed=7).eval()
         randomise(model)
         step = run / "checkpoints" / "step_3"
-        save_weights(dict(model.named_parameters()), step, 0)
+        write_weights(dict(model.named_parameters()), step, 0)
         CheckpointLayout(section, 384, tokenizer.sha256, 1, 128, 3, parameter_tags(model)).save(step / LAYOUT)
-        (step / COMPLETE).write_text("{}")
+        seal(step, {"step": 3})
         (run / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
         return model, step
 

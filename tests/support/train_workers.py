@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.support.workers import lay_out
 
 compat.install()
 
+from megatron_dla.checkpoint.writer import Files  # noqa: E402
 from megatron_dla.config import AdapterRunConfig, from_dict, load_config  # noqa: E402
 from megatron_dla.config.load import fill, to_dict  # noqa: E402
 from megatron_dla.data import TokenLoader  # noqa: E402
@@ -133,6 +135,29 @@ def poisoned(values: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
             print(error)
     torch.distributed.barrier()
     return printed.getvalue(), read_metrics(trainer.run_dir / "metrics.jsonl")
+
+
+def on_a_full_disk(values: dict[str, Any], steps: list[int]) -> tuple[str, str, list[dict[str, Any]]]:
+    """A run where the last rank's disk is full in the saves of `steps`: what it prints, its OSError, its metrics."""
+    trainer, write, error = make_trainer(values), Files.write, ""
+
+    def full(files: Files, directory: Path) -> Any:
+        records = write(files, directory)
+        if int(directory.name.split(".")[0].removeprefix("step_")) in steps:
+            raise OSError(errno.ENOSPC, "No space left on device", str(directory / next(iter(records))))
+        return records
+
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        Files.write = full  # type: ignore[method-assign]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            trainer.run()
+    except OSError as caught:
+        error = f"{caught.errno} {caught.filename} {caught.strerror}"
+    finally:
+        Files.write = write  # type: ignore[method-assign]
+    torch.distributed.barrier()
+    return printed.getvalue(), error, read_metrics(trainer.run_dir / "metrics.jsonl")
 
 
 def resumed_optimizer(values: dict[str, Any]) -> list[tuple[str, float, float]]:

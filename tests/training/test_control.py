@@ -287,7 +287,8 @@ def test_the_loser_of_a_run_directory_ends_at_the_next_heartbeat(ranks, data, tm
 
 
 def test_a_loser_that_is_saving_publishes_and_deletes_nothing(ranks, data, tmp_path) -> None:
-    values = tiny.config_dict(data, tmp_path, training={"save_every": 1, "keep_checkpoints": 2})
+    training = {"save_every": 1, "keep_checkpoints": 2}
+    values = tiny.config_dict(data, tmp_path, training=training, checkpoint={"background": False})
     for code, step, error in ranks(2).run(train_workers.disturbed, values, 3, {"attempt": WINNER}, True):
         assert code is None and step == 3 and "taken over by attempt 9.1" in error
     checkpoints = tmp_path / "tiny" / "checkpoints"
