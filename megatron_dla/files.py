@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from megatron_dla.errors import CheckpointError
 
@@ -210,6 +210,8 @@ class TensorWriter:
     Raises:
         OSError: the file cannot be written.
     """
+
+    FLOATS: ClassVar = ("F64", "F32", "BF16", "F16")
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
