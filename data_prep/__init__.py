@@ -2,5 +2,5 @@
 
 Modules: `listing` and `readers` (files and their records), `sources` (documents), `encoders` and `tokenizer` (train and
 use), `tokenise` and `spool` (documents to tokens on disk), `layout` and `shards` (build), `verify`, `cli`. Nothing is
-imported here, so that reading an index needs neither sentencepiece nor webdataset.
+imported here, so that reading an index does not need sentencepiece.
 """

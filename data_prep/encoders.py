@@ -1,6 +1,6 @@
 """The two kinds of tokenizer files: sentencepiece's `tokenizer.model` and `tokenizer.json` of `tokenizers`.
 
-Both have `vocab_size`, `eos_id`, `bos_id` (-1: none), `encode`, `decode` and `token_bytes`, as `Tokenizer` documents.
+Both have `vocab_size`, `eos_id`, `bos_id` (-1: none), `parts`, `decode` and `token_bytes`, as `Tokenizer` documents.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Encoder(Protocol):
     eos_id: int
     bos_id: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def parts(self, text: str) -> Iterator[list[int]]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
     def token_bytes(self) -> np.ndarray: ...
 
@@ -72,19 +72,20 @@ class SentencePieceEncoder:
         self._prefix = [self._first.piece_to_id(SPACE)] if self._first.encode("a") != self._next.encode("a") else []
         self._strips = self.decode(self._first.encode("a  b ")) != "a  b "
 
-    def encode(self, text: str) -> list[int]:
+    def parts(self, text: str) -> Iterator[list[int]]:
         if self._strips:
-            return self._first.encode(text)
-        ids = list(self._prefix) if text.startswith(SPACE) and self._marker else []
+            yield self._first.encode(text)
+            return
+        if text.startswith(SPACE) and self._marker:
+            yield self._prefix
         processor = self._first
         for i, part in enumerate(text.split(SPACE) if self._marker else [text]):
             if i:
-                ids.extend(self._marker)
+                yield self._marker
                 processor = self._next
             for window in windows(part):
-                ids.extend(processor.encode(window))
+                yield processor.encode(window)
                 processor = self._next
-        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._first.decode([int(i) for i in ids]))
@@ -130,11 +131,11 @@ class JsonEncoder:
         self.eos_id = self._vocabulary[self.eos]
         self.bos_id = -1
         described = json.loads(self._core.to_str())
-        steps = json.dumps([described["normalizer"], described["pre_tokenizer"], described["decoder"]])
-        self._bytewise = '"ByteLevel"' in steps
+        before = json.dumps([described["normalizer"], described["pre_tokenizer"]])
+        self._bytewise = '"ByteLevel"' in before + json.dumps(described["decoder"])
         # what changes the start or the end of each text that it is given
         at_ends = ('"Prepend"', '"Strip"', '"Metaspace"', '"add_prefix_space": true', '"BertNormalizer"')
-        self._windowed = bool(described["pre_tokenizer"]) and not any(step in steps for step in at_ends)
+        self._windowed = bool(described["pre_tokenizer"]) and not any(step in before for step in at_ends)
 
     def _end(self, path: Path) -> str:
         named = _named_ends(path.parent)
@@ -148,13 +149,11 @@ class JsonEncoder:
             f'{TOKENIZER_CONFIG} with {{"eos_token": "..."}}'
         )
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
+    def parts(self, text: str) -> Iterator[list[int]]:
         for window in _line_windows(text) if self._windowed else [text]:
             # unlike `encode`, it does not find out where each token is in the text
             (encoded,) = self._core.encode_batch_fast([window], add_special_tokens=False)
-            ids.extend(encoded.ids)
-        return ids
+            yield encoded.ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._core.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,14 @@ import numpy as np
 from megatron_dla.errors import DataError
 
 _BLOCK = 1 << 16  # records read at once
-_BUCKET = 1 << 22  # hashes that are compared at once
+_BUCKET = 1 << 20  # hashes that are compared at once
+
+
+def release(array: np.ndarray) -> None:
+    """Take the pages of a mapped file out of this process's memory; what was written stays in the file."""
+    pages = getattr(array, "_mmap", None)
+    if isinstance(pages, mmap.mmap):
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 def mark_copies(records: np.ndarray, folder: Path) -> tuple[np.ndarray, int]:
@@ -38,6 +46,7 @@ def mark_copies(records: np.ndarray, folder: Path) -> tuple[np.ndarray, int]:
         _, first = np.unique(pairs["hash"], return_index=True)  # the first of equal ones
         later = np.delete(pairs["document"], first)
         copies[later] = True
+        release(copies)
         total += len(later)
     return copies, total
 
@@ -45,6 +54,7 @@ def mark_copies(records: np.ndarray, folder: Path) -> tuple[np.ndarray, int]:
 def _blocks(records: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, len(records), _BLOCK):
         yield start, np.array(records[start : start + _BLOCK])
+        release(records)
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,7 @@ def assign(
                 chosen[i] = shard + split * counts[0]
                 heapq.heapreplace(heaps[split], (size + count, shard))
         shard_of[start : start + len(which)] = chosen
+        release(shard_of)
         sizes += np.bincount(chosen[chosen >= 0], minlength=len(sizes))
     members = _sorted_by_shard(shard_of, sizes, folder)
     named = {"train": sizes[: counts[0]], "val": sizes[counts[0] :]}
@@ -161,5 +172,7 @@ def _sorted_by_shard(shard_of: np.ndarray, sizes: np.ndarray, folder: Path) -> n
         begins = np.flatnonzero(np.concatenate([[True], shards[1:] != shards[:-1]]))
         rank = np.arange(len(shards)) - np.repeat(begins, np.diff(np.concatenate([begins, [len(shards)]])))
         members[next_free[shards] + rank] = order + start
+        release(members)
+        release(shard_of)
         next_free += np.bincount(shards, minlength=len(sizes))
     return members

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.bpe_form import export_note
-from megatron_dla.data_prep.layout import Layout, assign, choose_validation, mark_copies
+from megatron_dla.data_prep.layout import Layout, assign, choose_validation, mark_copies, release
 from megatron_dla.data_prep.readers import shown
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.data_prep.spool import Spool
@@ -95,6 +96,7 @@ class _Writer:
 
     def _write(self, path: Path, split: str, members: np.ndarray, tokens: int) -> ShardInfo:
         records = self.records[members]
+        release(self.records)
         _write_shard(path, *self._content(records, tokens))
         return ShardInfo(
             name=path.name, split=split, bytes=path.stat().st_size, sha256=file_sha256(path), documents=len(records),
@@ -112,13 +114,15 @@ class _Writer:
 
 
 def _write_shard(path: Path, tokens: np.ndarray, ends: np.ndarray, columns: dict[str, list[Any]]) -> None:
-    import webdataset as wds
-
+    sample = {TOKENS: _npy(tokens), ENDS: _npy(ends), RECORDS: json.dumps(columns, ensure_ascii=False).encode()}
     with open(path, "wb") as file:
-        # with the time of the build, two builds of the same data would differ
-        with wds.TarWriter(file, encoder=False, mtime=0) as writer:
-            sample = {TOKENS: _npy(tokens), ENDS: _npy(ends), RECORDS: json.dumps(columns, ensure_ascii=False).encode()}
-            writer.write({"__key__": path.stem, **sample})
+        # as webdataset.TarWriter writes it, which would import torch into the build
+        with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+            for name, content in sorted(sample.items()):
+                # no time of the build, with which two builds of the same data would differ
+                member = tarfile.TarInfo(f"{path.stem}.{name}")
+                member.size, member.mode, member.uname, member.gname = len(content), 0o444, "bigdata", "bigdata"
+                tar.addfile(member, io.BytesIO(content))
         file.flush()
         os.fsync(file.fileno())
 
@@ -275,7 +279,7 @@ def _created_by() -> str:
 
     from megatron_dla import __version__
 
-    return f"megatron-dla {__version__}, sentencepiece {version('sentencepiece')}, webdataset {version('webdataset')}"
+    return f"megatron-dla {__version__}, sentencepiece {version('sentencepiece')}"
 
 
 def _sources(source: DocumentSource) -> list[dict[str, Any]]:

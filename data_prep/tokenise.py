@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import hashlib
 import multiprocessing
 import os
@@ -25,10 +26,23 @@ _CHUNK_BYTES = 1 << 18  # text per task of a worker process
 Position = tuple[int, Progress]  # bytes read, and what was found, up to a document
 
 _tokenizer: Tokenizer | None = None  # set in each worker process
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def _return_large_blocks() -> None:
+    """Have glibc return freed blocks of over 1 MB to the system.
+
+    It would keep them after the first long document, and the heap would grow with the number of such documents.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for name in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            mallopt(name, 1 << 20)
 
 
 def _start_worker(path: str) -> None:
     global _tokenizer
+    _return_large_blocks()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = Tokenizer(path)
 
@@ -50,9 +64,9 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], seed: int) -> Encod
     dtype = token_dtype(tokenizer)
     out: Encoded = []
     for text, n_bytes, file, number in documents:
-        ids = tokenizer.encode(text)
-        changed = bool(tokenizer.losses) and tokenizer.decode(ids) != text
-        tokens = np.array([*ids, tokenizer.eos_id], dtype=dtype)
+        parts = [np.array(ids, dtype) for ids in tokenizer.parts(text)]
+        tokens = np.concatenate([*parts, np.array([tokenizer.eos_id], dtype)])
+        changed = bool(tokenizer.losses) and tokenizer.decode(tokens[:-1].tolist()) != text
         # Hash of the content, so that exact copies of a document end up in the same split.
         digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
         out.append((tokens.tobytes(), n_bytes, int.from_bytes(digest, "big"), file, number, changed))
@@ -110,6 +124,7 @@ def tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, workers
 
     Raises DataError, after all documents, if there were bad records or damaged files.
     """
+    _return_large_blocks()
     with progress_bar(source.total_bytes, "tokenising") as bar:
         try:
             chunks = _chunks(source, copy.deepcopy(spool.progress))

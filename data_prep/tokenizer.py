@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -70,13 +71,20 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without bos or eos. Raises DataError for a lone surrogate, which is not text."""
+        return list(itertools.chain.from_iterable(self.parts(text)))
+
+    def parts(self, text: str) -> Iterator[list[int]]:
+        """The ids that `encode` gives, in lists of those of 65,536 characters where the tokenizer allows it.
+
+        As Python integers, the ids of a long document take ten times the memory of its text.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
                 f"lone surrogate at character {error.start} of the text is not valid Unicode; remove it"
             ) from None
-        return self._encoder.encode(text)
+        return self._encoder.parts(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bos and eos decode to nothing."""

@@ -91,6 +91,10 @@ def _add_data(actions: Any) -> None:
     data.add_argument(
         "--steps", type=int, default=40, metavar="N", help="steps of the simulated ranks (default: 40; 0: none)"
     )
+    data.add_argument(
+        "--memory", type=int, metavar="N",
+        help="measure the memory of `dla data shards` instead, for the text and for N times as much",
+    )  # fmt: skip
     data.add_argument("--step-seconds", type=float, default=0.5, metavar="S", help="time of such a step (default: 0.5)")
     data.add_argument(
         "--work", type=Path, metavar="DIR", help="for temporary files, ten times the text (default: the system's)"
@@ -113,8 +117,9 @@ def _export(args: argparse.Namespace) -> int:
 
 def _data(args: argparse.Namespace) -> int:
     from .data import bench_data
+    from .data_memory import bench_memory
 
-    return bench_data(args)
+    return bench_data(args) if args.memory is None else bench_memory(args)
 
 
 def _gpu(args: argparse.Namespace) -> int:

@@ -280,8 +280,8 @@ def line(record: Record) -> str:
     return start + f"{record['share']:.1%} of {record['steps']} steps of {record['step_seconds']:g} s wait over 10 ms"
 
 
-def bench_data(args: argparse.Namespace) -> int:
-    """Print and write every number; exit code 0. Raises UserError for a wrong argument."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for a wrong argument."""
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is a file: give a directory")
     seconds(args.budget)
@@ -289,6 +289,11 @@ def bench_data(args: argparse.Namespace) -> int:
         raise UserError(f"--mb {args.mb:g}: want megabytes, more than 0")
     if min(args.workers) < 1:
         raise UserError(f"--workers {min(args.workers)}: want at least 1")
+
+
+def bench_data(args: argparse.Namespace) -> int:
+    """Print and write every number; exit code 0. Raises UserError for a wrong argument."""
+    check_arguments(args)
     characters = round(args.mb * 1e6)
     text = read_text(args.input, characters) if args.input else generated_text(characters)
     # as many threads as processes, in all libraries alike

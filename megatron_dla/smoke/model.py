@@ -20,7 +20,7 @@ import torch
 from megatron_dla.kernels.bench.stages import CheckFailed, Skipped, Stages
 from megatron_dla.smoke.text import document, write_corpus
 
-TRAINER_NEEDS = ("megatron.core", "deepspeed", "transformers", "webdataset", "sentencepiece", "yaml", "psutil")
+TRAINER_NEEDS = ("megatron.core", "deepspeed", "transformers", "sentencepiece", "yaml", "psutil")
 EXPORT_NEEDS = ("transformers", "safetensors", "sentencepiece", "huggingface_hub", "yaml")
 PROMPT = "In the harbour, the ship "
 

@@ -79,7 +79,7 @@ def _start(stages: Stages, facts: dict[str, Any], device: torch.device, seed: in
             f"megatron-dla {__version__}, Python {facts['python']}, torch {facts['torch']}, triton {facts['triton']}"
         )
         stages.say(f"{facts.get('gpu', 'no GPU used')}; {facts['machine']}, {facts['threads']} threads")
-        optional = ("megatron.core", "deepspeed", "transformers", "webdataset", "sentencepiece", "matplotlib")
+        optional = ("megatron.core", "deepspeed", "transformers", "sentencepiece", "matplotlib")
         if absent := not_installed(optional):
             stages.say(f"not installed: {', '.join(absent)}")
         backend, words = usable_backend(device)

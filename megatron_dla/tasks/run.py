@@ -25,7 +25,7 @@ from megatron_dla.training.control import RunControl
 from megatron_dla.training.device import Device, resolve_device
 from megatron_dla.training.task import Task
 
-PACKAGES = ("torch", "megatron-core", "deepspeed", "triton", "webdataset", "sentencepiece", "transformers", "numpy")
+PACKAGES = ("torch", "megatron-core", "deepspeed", "triton", "sentencepiece", "transformers", "numpy")
 Config = RunConfig | AdapterRunConfig
 
 

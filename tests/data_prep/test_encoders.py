@@ -1,6 +1,7 @@
 """Published tokenizers: sentencepiece models with a dummy prefix or normalisation, and tokenizer.json."""
 
 import io
+import itertools
 import json
 import random
 
@@ -12,7 +13,7 @@ from tokenizers import models
 from megatron_dla.cli import main
 from megatron_dla.data_prep import encoders
 from megatron_dla.data_prep.bpe_form import export_note
-from megatron_dla.data_prep.tokenizer import Tokenizer
+from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
 from megatron_dla.errors import CheckpointError, DataError
 from megatron_dla.hf.fast_tokenizer import write_tokenizer
 from megatron_dla.shard_index import ShardIndex
@@ -109,6 +110,22 @@ def test_tokenizer_json(tmp_path, prefix):
     assert [probe for probe, _ in tokenizer.losses if "e\u0301" in probe] != []  # NFC
     long = "hello  world, 12345.\n" * 9000 + "end"
     assert tokenizer.encode(long) == core.encode(long, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_long_documents_are_encoded_in_parts(tmp_path, kind):
+    if kind == "tokenizer.json":
+        core = byte_level(tmp_path, LINES)
+    else:
+        (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+        train_tokenizer([tmp_path / "c.jsonl"], tmp_path, 290)
+    tokenizer = Tokenizer(tmp_path / kind)
+    text = "\u2581one two three.\n" * 15_000
+    parts = list(tokenizer.parts(text))
+    ids = list(itertools.chain(*parts))
+    assert len(parts) > 3 and max(map(len, parts)) < len(ids) / 3 and tokenizer.decode(ids) == text
+    if kind == "tokenizer.json":
+        assert ids == core.encode(text, add_special_tokens=False).ids
 
 
 def test_the_end_of_a_document_is_that_of_the_directory(tmp_path):

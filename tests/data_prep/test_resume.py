@@ -275,6 +275,22 @@ def test_layout_is_that_of_lists_in_memory(tmp_path, dedup, val_fraction, val_do
     assert made.members.tolist() == [i for part in want.values() for shard in part for i in shard]
 
 
+def test_mapped_files_do_not_stay_in_memory(tmp_path):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    records = np.memmap(tmp_path / "documents", spool.DOCUMENT, "w+", shape=(1 << 19,))
+    before = resident()
+    records["hash"] = np.arange(len(records))
+    written = resident()
+    layout.release(records)
+    assert written - before > records.nbytes / 2 > resident() - before
+    assert int(records["hash"][-1]) == len(records) - 1
+    for _ in layout._blocks(records):
+        pass
+    assert resident() - before < records.nbytes / 2
+
+
 def test_workers_end_with_a_killed_build(corpus, tmp_path):
     code = "import sys; from megatron_dla.cli import main; main(sys.argv[1:])"
     write(tmp_path / "a.jsonl", 20_000)

@@ -3,7 +3,10 @@
 import argparse
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -74,6 +77,23 @@ def test_shards_hold_every_document_once(base, tmp_path):
     sizes = [shard.tokens for shard in index.split("train")]
     assert max(sizes) - min(sizes) <= 130  # no more than one document apart
     assert ShardIndex.load(tmp_path) == index
+
+
+def test_shards_are_those_of_webdataset(base, tmp_path):
+    build(base, tmp_path)
+    for path in (tmp_path / "train").iterdir():
+        (sample,) = wds.WebDataset([str(path)], shardshuffle=False)
+        written = io.BytesIO()
+        with wds.TarWriter(written, encoder=False, mtime=0) as writer:
+            writer.write({name: value for name, value in sample.items() if name == "__key__" or name[0] != "_"})
+        assert written.getvalue() == path.read_bytes()
+
+
+def test_a_build_does_not_load_torch(base, tmp_path):
+    code = "import sys; from megatron_dla.cli import main; assert not main(sys.argv[1:]) and 'torch' not in sys.modules"
+    words = ("--input", base / "d.jsonl", "--tokenizer", base, "--output", tmp_path / "out", "--workers", 1)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code, "data", "shards", *map(str, words)], check=True, env=environment)
 
 
 def test_default_shards_suffice_for_the_streams_of_every_shipped_config(base, tmp_path, capsys):

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from megatron_dla.cli import main
 from megatron_dla.data import ShardReader
 from megatron_dla.data_prep.shards import build_shards
-from megatron_dla.kernels.bench import data, data_peers
+from megatron_dla.kernels.bench import data, data_memory, data_peers
 
 PEERS = {
     "datasets.map, tokenizers": "datasets", "datasets, 1,000 documents a batch": "datasets",
@@ -72,10 +73,31 @@ def test_samples_of_webdataset_are_the_documents(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--mb", "0"], ["--workers", "2", "0"], ["--budget", "nan"], ["--input", "/nowhere"]]
+    "options", [["--memory", "1"], ["--mb", "0"], ["--workers", "2", "0"], ["--budget", "nan"], ["--input", "/nowhere"]]
 )
 def test_arguments_out_of_range(options, tmp_path: Path, capsys) -> None:
     assert main(["bench", "data", *options, "--out", str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err
     assert options[-1] in error and (options[0] in error or "/nowhere" in error)
     assert not (tmp_path / "new").exists()
+
+
+def test_memory_of_a_build_and_of_a_larger_one(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.delitem(data_memory.FORMATS, "jsonl.xz")
+    options = ["--memory", "2", "--mb", "0.02", "--vocab-size", "300", "--workers", "1", "--out", str(tmp_path)]
+    assert main(["bench", "data", *options]) == 0
+    records = json.loads((tmp_path / "data_memory.json").read_text())["records"]
+    assert [(r["name"], r["times"]) for r in records] == [("parquet", 1), ("parquet", 2)]
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert 0.02 <= records[0]["text_mb"] < 0.021 and 0.04 <= records[1]["text_mb"] < 0.041
+    for record in records:
+        assert 5 < record["anonymous_mb"] <= record["pss_mb"] <= record["rss_mb"] and record["main_mb"] > 20
+
+
+def test_memory_of_all_processes_is_counted() -> None:
+    code = "import subprocess, sys, time; held = bytearray(30_000_000); "
+    child = code + "time.sleep(1)"
+    found = data_memory.peak_memory([sys.executable, "-c", f"{code}subprocess.run([sys.executable, '-c', {child!r}])"])
+    assert 28 < found["main_mb"] < 58 < found["pss_mb"] < 100
+    with pytest.raises(RuntimeError, match="no such thing"):
+        data_memory.peak_memory([sys.executable, "-c", "raise SystemExit('no such thing')"])
