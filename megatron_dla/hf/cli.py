@@ -46,6 +46,7 @@ def add_convert_parser(subparsers: Any) -> None:
     verify.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (default: 1e-4)")
     verify.add_argument("--tokens", type=int, default=256, help="tokens to compare over (default: 256)")
     verify.add_argument("--weights-only", action="store_true", help="compare the weights only, one tensor at a time")
+    verify.add_argument("--trust-remote-code", action="store_true", help="run the code beside the export, not ours")
     verify.set_defaults(func=_verify)
     adapter = actions.add_parser("adapter", help="a trained δ-mem adapter as a directory, or in another format")
     adapter.add_argument("adapter", help="a run directory, a step_N directory, or an adapter directory")
@@ -93,7 +94,10 @@ def _smollm2(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from megatron_dla.hf.verify import verify
 
-    options = {"tolerance": args.tolerance, "tokens": args.tokens, "weights_only": args.weights_only}
+    options = {
+        "tolerance": args.tolerance, "tokens": args.tokens, "weights_only": args.weights_only,
+        "trust_remote_code": args.trust_remote_code,
+    }  # fmt: skip
     verify(args.checkpoint, args.model, **options)
     return 0
 

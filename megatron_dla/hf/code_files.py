@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import tempfile
@@ -10,6 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_dla.DLAConfig",
+    "AutoModel": "modeling_dla.DLAModel",
+    "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_dla.DLAForSequenceClassification",
+}
+_DATA = (".json", ".safetensors")
 ENTRY_FILES = ("modeling_dla", "configuration_dla")
 # packages that hold the modules of an exported directory, first match wins
 _SOURCES = ("megatron_dla.hf", "megatron_dla.kernels.dla", "megatron_dla.mixers", "megatron_dla.config")
@@ -46,18 +54,17 @@ def code_files() -> dict[str, Path]:
 
 
 @contextmanager
-def current_code(hf_dir: Path) -> Iterator[Path]:
-    """The exported directory, or, for one whose own code knows no newer release of transformers than 5.23 (it has no
-    `releases.py`), a temporary one with the same files and the code of this version."""
-    if (hf_dir / "releases.py").is_file() or not (hf_dir / "modeling_dla.py").is_file():
-        yield hf_dir
-        return
+def own_code(hf_dir: Path) -> Iterator[Path]:
+    """A temporary directory with the data of an exported one and the code of this package: nothing that lies beside the
+    data runs, whatever its config.json asks for. Raises OSError, ValueError."""
     with tempfile.TemporaryDirectory() as place:
-        new = Path(place) / hf_dir.resolve().name  # transformers names the module after it
+        new = Path(place) / "dla_export"  # transformers names the module after it
         new.mkdir()
         for path in hf_dir.resolve().iterdir():
-            if path.suffix != ".py":
+            if path.suffix in _DATA and path.is_file() and path.name != "config.json":
                 (new / path.name).symlink_to(path)
+        config = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
+        (new / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
         for name, path in code_files().items():
             shutil.copyfile(path, new / name)
         yield new

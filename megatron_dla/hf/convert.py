@@ -25,7 +25,7 @@ from megatron_dla.files import TensorWriter, check_weight, file_sha256, naming_f
 from megatron_dla.hf import mapping
 from megatron_dla.hf.backbones import read_backbone, read_weights
 from megatron_dla.hf.card import model_card
-from megatron_dla.hf.code_files import code_files
+from megatron_dla.hf.code_files import AUTO_MAP, code_files
 from megatron_dla.hf.directory import (
     CONFIG,
     MAX_FILE_BYTES,
@@ -44,12 +44,6 @@ from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.counts import count_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_AUTO_MAP = {
-    "AutoConfig": "configuration_dla.DLAConfig",
-    "AutoModel": "modeling_dla.DLAModel",
-    "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_dla.DLAForSequenceClassification",
-}
 
 
 @contextmanager
@@ -100,7 +94,7 @@ def _config(layout: CheckpointLayout, tokens: SpecialTokens, dtype: torch.dtype)
     return {
         "architectures": ["DLAForCausalLM"],
         "model_type": "dla",
-        "auto_map": _AUTO_MAP,
+        "auto_map": AUTO_MAP,
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": layout.vocab_size,
         "layer_letters": layer_letters(layout.model),

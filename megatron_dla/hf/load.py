@@ -1,7 +1,7 @@
 """Models and tokenizers of Hugging Face directories, complete or not at all, with errors that name the fix.
 
-`load_backbone` and `load_tokenizer` take a plain model of `families` and run no code of its directory; `load_export`
-and `load_export_tokenizer` take what `dla convert to-hf` wrote, and run the code that it put there.
+`load_backbone` and `load_tokenizer` take a plain model of `families`, `load_export` and `load_export_tokenizer` what
+`dla convert to-hf` wrote. None runs code of the directory, unless it is told to trust it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import nn
 
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.files import check_weight, file_sha256
-from megatron_dla.hf.code_files import current_code
-from megatron_dla.hf.directory import CONFIG, TOKENIZER, check_stored_dtypes, read_config
+from megatron_dla.hf.code_files import own_code
+from megatron_dla.hf.directory import CONFIG, TOKENIZER, TOKENIZER_JSON, check_stored_dtypes, read_config
 from megatron_dla.hf.families import check_servable
+from megatron_dla.hf.fast_tokenizer import write_tokenizer
 from megatron_dla.hf.section import read_section
 
 _EXPORT = "write it with `dla convert to-hf` (`--overwrite` replaces a damaged export)"
@@ -91,19 +92,30 @@ def load_tokenizer(hf_dir: str | Path) -> Any:
 # ---- exports
 
 
-def load_export(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
-    """The causal language model of an exported directory, in eval mode; an old one with the code of this version.
+def load_export(
+    hf_dir: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal language model of an exported directory, in eval mode, with the code of this package.
+
+    Args:
+        trust_remote_code: with the code of the directory, which then may do anything.
 
     Raises:
         CheckpointError: the directory holds no exported model, or not all of it. UserError: no such device, or
             transformers cannot keep the code of exports.
     """
     check_device(device)
-    if read_config(hf_dir, _EXPORT).get("model_type") == "dla":
-        read_section(Path(hf_dir))
+    read_section(Path(hf_dir))
     check_modules_cache()
-    with current_code(Path(hf_dir)) as directory:
-        model = _load_model(directory, _EXPORT, _EXPORT, dtype=dtype, trust_remote_code=True)
+    if trust_remote_code:
+        model = _load_model(hf_dir, _EXPORT, _EXPORT, dtype=dtype, trust_remote_code=True)
+    else:
+        with own_code(Path(hf_dir)) as directory:
+            model = _load_model(directory, _EXPORT, _EXPORT, where=hf_dir, dtype=dtype, trust_remote_code=True)
     model.name_or_path = model.config.name_or_path = str(hf_dir)
     return model.eval().to(device)
 
@@ -124,18 +136,30 @@ def check_modules_cache() -> None:
         ) from error
 
 
-def load_export_tokenizer(hf_dir: str | Path) -> Any:
-    """The tokenizer of an exported directory.
+def load_export_tokenizer(hf_dir: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of an exported directory; one without a tokenizer.json gets that of its tokenizer.model.
+
+    Args:
+        trust_remote_code: with the code of the directory, if it has any.
 
     Raises:
         CheckpointError: it is missing or of another model. UserError: see `check_modules_cache`.
     """
     check_tokenizer(hf_dir)
-    check_modules_cache()
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    path = Path(hf_dir)
     try:
-        return AutoTokenizer.from_pretrained(str(hf_dir), trust_remote_code=True)
+        if trust_remote_code:
+            check_modules_cache()
+            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=True)
+        if (path / TOKENIZER_JSON).is_file():
+            return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        with tempfile.TemporaryDirectory() as place:
+            write_tokenizer(Path(place), path / TOKENIZER, read_section(path)[1]["vocab_size"])
+            return PreTrainedTokenizerFast.from_pretrained(place, local_files_only=True)
+    except UserError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{str(hf_dir)!r} is damaged ({error}): {_EXPORT}") from error
 
@@ -177,11 +201,14 @@ def check_tokenizer(hf_dir: str | Path) -> str:
 # ---- both
 
 
-def _load_model(hf_dir: str | Path, damaged: str, incomplete: str, **options: Any) -> Any:
+def _load_model(
+    hf_dir: str | Path, damaged: str, incomplete: str, where: str | Path | None = None, **options: Any
+) -> Any:
     """`AutoModelForCausalLM.from_pretrained`, quiet, and only if every weight came from the files.
 
     Args:
-        damaged, incomplete: the fix, for the messages. options: of transformers.
+        damaged, incomplete: the fix, for the messages. where: the directory to name, if `hf_dir` is a copy.
+        options: of transformers.
 
     Raises:
         CheckpointError: weights that are damaged, missing, left over or of another shape.
@@ -190,6 +217,7 @@ def _load_model(hf_dir: str | Path, damaged: str, incomplete: str, **options: An
     from transformers.utils import logging
 
     check_stored_dtypes(Path(hf_dir))
+    named = repr(str(hf_dir if where is None else where))
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report on the weights: ours follows
@@ -198,14 +226,14 @@ def _load_model(hf_dir: str | Path, damaged: str, incomplete: str, **options: An
             str(hf_dir), local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:  # transformers and safetensors raise almost anything for a damaged file
-        raise CheckpointError(f"{str(hf_dir)!r} is damaged ({_first_line(error)}): {damaged}") from error
+        raise CheckpointError(f"{named} is damaged ({_first_line(error)}): {damaged}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
     model, report = loaded
-    _check_token_ids(model, repr(str(hf_dir)), damaged)
-    _check_weights(model, report, repr(str(hf_dir)), incomplete)
+    _check_token_ids(model, named, damaged)
+    _check_weights(model, report, named, incomplete)
     return model
 
 

@@ -166,6 +166,7 @@ def verify(
     tolerance: float = 1e-4,
     tokens: int = 256,
     weights_only: bool = False,
+    trust_remote_code: bool = False,
 ) -> Report | None:
     """Compare the checkpoint with the export; prints what was compared.
 
@@ -174,6 +175,7 @@ def verify(
         tokens: length of the longer row of random tokens.
         weights_only: do not build the two models (Megatron's, TP = 1, CPU, then the export's), each of which holds all
             weights in fp32, and return None.
+        trust_remote_code: run the export with the code beside it instead of this package's.
 
     Raises:
         UserError: a weight that differs, or a logit by more than the tolerance. CheckpointError: either side is missing
@@ -191,15 +193,18 @@ def verify(
         )
     check_tokenizer(out)
     print(compare_weights(checkpoint, out), flush=True)
-    return None if weights_only else verify_logits(checkpoint, out, tolerance, tokens)
+    return None if weights_only else verify_logits(checkpoint, out, tolerance, tokens, trust_remote_code)
 
 
-def verify_logits(checkpoint: Path, out: Path, tolerance: float, tokens: int) -> Report:
+def verify_logits(
+    checkpoint: Path, out: Path, tolerance: float, tokens: int, trust_remote_code: bool = False
+) -> Report:
     """The second half of `verify`, with its arguments. One of the two models is in memory at a time."""
     rows = _token_rows(CheckpointLayout.load(checkpoint).vocab_size, tokens)
     for dtype in (torch.float32, torch.float64):
         want = reference_logits(checkpoint, rows, dtype)
-        report = compare(want, load_export(out, dtype=torch.float32).to(dtype), rows, dtype)
+        exported = load_export(out, dtype=torch.float32, trust_remote_code=trust_remote_code).to(dtype)
+        report = compare(want, exported, rows, dtype)
         print(report, flush=True)
         if report.worst <= tolerance:
             return report

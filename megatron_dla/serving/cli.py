@@ -23,6 +23,9 @@ def add_generate_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=8, help="with --prompts: decoded together (default 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of text")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code in the model's directory, not this package's"
+    )
     _add_sampling(parser, max_new_tokens=100)
     _add_session(parser)
     parser.set_defaults(func=_generate)
@@ -80,10 +83,13 @@ def _generate(args: argparse.Namespace) -> int:
             raise UserError("--session and --any-base are for --adapter DIR")
         prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
         options = {"device": args.device, "threads": args.threads, "batch_size": args.batch_size}
+        options["trust_remote_code"] = args.trust_remote_code
         run(args.model, prompts, sampling, as_json=args.json, **options)
         return 0
     from megatron_dla.serving.terminal import generate_with_memory
 
+    if args.trust_remote_code:
+        raise UserError("--trust-remote-code is not for --adapter: base models run with transformers' own code")
     if args.prompts is not None or args.json:
         raise UserError("--prompts and --json are not for --adapter: a session has one prompt after another")
     generate_with_memory(args.model, args.prompt, sampling, **_session(args))

@@ -94,12 +94,14 @@ def generate(
     device: str = "cpu",
     threads: int | None = None,
     batch_size: int = 8,
+    trust_remote_code: bool = False,
     out: TextIO | None = None,
 ) -> Iterator[tuple[list[Generation], Cost]]:
     """Continue `prompts`; yields the results of each batch of them, in order.
 
     Args:
         device: `cpu` or `cuda`. threads: see `cpu_threads`. batch_size: prompts that are decoded together.
+        trust_remote_code: run the code beside the model instead of this package's.
         out: where a single prompt and its text are written as it is generated.
 
     Raises:
@@ -111,7 +113,8 @@ def generate(
         raise UserError(f"--batch-size {batch_size}: want at least 1")
     sampling = sampling or Sampling()
     check_tokenizer(hf_dir)
-    model, tokenizer = load_export(hf_dir, device=device), load_export_tokenizer(hf_dir)
+    model = load_export(hf_dir, device=device, trust_remote_code=trust_remote_code)
+    tokenizer = load_export_tokenizer(hf_dir, trust_remote_code=trust_remote_code)
     torch.manual_seed(sampling.seed)
     with cpu_threads(model, threads):
         for first in range(0, len(prompts), batch_size):
