@@ -45,7 +45,7 @@ class Sampling:
             (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3, "temperature", "0, or 0.001 to 1000"),
             (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
             (0 <= self.top_k < 2**31, "top_k", "0 to 2^31 - 1"),
-            (1e-3 <= self.repetition_penalty <= 1e3, "repetition_penalty", "0.001 to 1000"),
+            (1e-6 <= self.repetition_penalty <= 1e6, "repetition_penalty", "1e-6 to 1e6"),
             (all(self.stop), "stop", "a string that is not empty"),
             (0 <= self.seed < 2**63, "seed", "in [0, 2^63)"),
         )
