@@ -23,7 +23,7 @@ else
   $(error DEVICE = $(DEVICE): use cpu, cuda or auto)
 endif
 
-.PHONY: help setup demo demo-delta-mem test aot test-triton test-hf test-clients test-slurm fuzz lint clean
+.PHONY: help setup demo demo-delta-mem test aot test-triton test-hf test-clients test-slurm chaos fuzz lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,6 +57,11 @@ test: setup
 ## make aot        every kernel compiled for sm_80, sm_90 and sm_100 in every configuration (make test: the shipped ones)
 aot: setup
 	env -u TRITON_INTERPRET $(BIN)/python -m megatron_dla.kernels.aot --jobs $(JOBS)
+
+## make chaos      50 seeded kills of training runs, each resumed bit for bit (under 30 minutes); CHAOS="--seed N --kills 9"
+CHAOS ?=
+chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.kills $(CHAOS)
 
 ## make test-triton  the kernels in the interpreter and compiled ahead of time on another triton (3.7.1, torch 2.13's own)
 TRITON ?= 3.7.1

@@ -41,6 +41,7 @@ from megatron_dla.config import layer_letters
 from megatron_dla.errors import CheckpointError
 from megatron_dla.files import FULL, free_bytes, fsync_directory, naming_full_disk
 from megatron_dla.parallel.groups import on_main
+from megatron_dla.processes import print_or_drop
 
 CONFIG = "config.yaml"
 
@@ -226,7 +227,7 @@ class Checkpointer:
 
     def _warn(self, error: OSError) -> None:
         count = f"{self._failures + 1} of at most {self.max_failures} in a row"
-        print(f"warning: saving failed ({count}), training goes on: {error.filename!r}: {error.strerror}", flush=True)
+        print_or_drop(f"warning: saving failed ({count}), training goes on: {error.filename!r}: {error.strerror}")
 
     def _work(self, directory: Path, files: Files, report: Report, marker: dict[str, Any]) -> None:
         """On every rank: write its files. On rank 0: publish them when all are written; sets the outcome."""
@@ -269,7 +270,7 @@ class Checkpointer:
             fsync_directory(final.parent)
             problems = prune(self.run_dir, self.keep)
         for line in (f"saved {final}", *(f"warning: {problem}" for problem in problems)):
-            print(line, flush=True)
+            print_or_drop(line)
 
     def _weights(self, step: int) -> dict[str, Tensor]:
         """A copy of this tensor-parallel rank's parameters, on its first data-parallel rank (a collective).
