@@ -64,7 +64,7 @@ def _submit(args: argparse.Namespace) -> int:
     for name in known_bad_nodes(request.run_dir)[1]:
         print(f"ignored      {name!r} in {request.run_dir / 'bad_nodes'} is not a node of this cluster")
     if args.dry_run:
-        print("environment  " + " ".join(f"{k}={shlex.quote(v)}" for k, v in env.items()))
+        print("environment  " + " ".join(f"{k}={shlex.quote(v)}" for k, v in submit.without_secrets(env).items()))
         print(f"command      {shlex.join(argv)}")
         if shutil.which("sbatch") is None:
             print("slurm        not installed on this machine, so sbatch --test-only was skipped")

@@ -128,6 +128,9 @@ def _check(profile: Profile) -> None:
     for word in (*profile.srun_args, *profile.exec_prefix):
         if not word or re.search(r"[\s*?\[]", word):  # the batch script splits at spaces
             raise ConfigError(f"srun_args, exec_prefix: {word!r} must be one word, without spaces or wildcards")
+    for key, words in (("sbatch_args", profile.sbatch_args), ("srun_args", profile.srun_args)):
+        if wrong := [word for word in words if re.match(r"--export(=|$)", word)]:
+            raise ConfigError(f"{key}: {wrong[0]!r}: the settings of a run travel by its environment; leave it out")
     for name in profile.env:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise ConfigError(f"env.{name}: not a valid name of an environment variable")

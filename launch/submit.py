@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, call
 from megatron_dla.resources import resource
 
 SCRIPT = resource("slurm/pretrain.sbatch")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(?<![A-Z])KEY|KEY(?![A-Z])", re.IGNORECASE)
 RECORDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX")  # may not include secrets
 
 
@@ -67,6 +69,7 @@ def sbatch_argv(request: Request) -> list[str]:
     return [
         "sbatch",
         "--parsable",
+        "--export=ALL",  # the settings travel by the environment; SBATCH_EXPORT=NONE is a common default of sites
         *(f"{name}={value}" for name, value in flags.items() if value != ""),
         *filter(None, [f"--gres={profile.gres}" if profile.gres else gpus]),
         *([] if profile.requeue and request.chain == 1 else ["--no-requeue"]),
@@ -98,12 +101,20 @@ def job_environment(request: Request) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads)} | profile.env | {k: str(v) for k, v in settings.items() if v != ""}
 
 
-def _sbatch(argv: list[str], env: dict[str, str]) -> str:
+def without_secrets(env: dict[str, str]) -> dict[str, str]:
+    """For output and files: *** for the values of variables such as HF_TOKEN, and for passwords in URLs."""
+    return {
+        name: "***" if _SECRET.search(name) else re.sub(r"(://[^/\s:@]*):[^@/\s]+@", r"\1:***@", value)
+        for name, value in env.items()
+    }
+
+
+def _sbatch(argv: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     done = call(argv, clean_environment() | env)
     if done.returncode:
         reason = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
         raise SlurmError(f"sbatch failed: {reason}; the command was: {shlex.join(argv)}")
-    return (done.stdout + done.stderr).strip()
+    return done
 
 
 def test_only(argv: list[str], env: dict[str, str]) -> str:
@@ -112,7 +123,8 @@ def test_only(argv: list[str], env: dict[str, str]) -> str:
     Raises:
         SlurmError: it can never start.
     """
-    return _sbatch([argv[0], "--test-only", *argv[1:]], env).removeprefix("sbatch: ")
+    done = _sbatch([argv[0], "--test-only", *argv[1:]], env)
+    return (done.stdout + done.stderr).strip().removeprefix("sbatch: ")
 
 
 def make_request(
@@ -166,7 +178,7 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
     record: dict[str, Any] = {
         "time": time.time(), "jobs": [], "argv": argv, "directory": os.getcwd(),
         "nodes": request.nodes, "world_size": request.world_size,
-        "environment": {k: os.environ[k] for k in RECORDED if k in os.environ} | env, **about,
+        "environment": {k: os.environ[k] for k in RECORDED if k in os.environ} | without_secrets(env), **about,
     }  # fmt: skip
     made = next((p for p in (run_dir, *run_dir.parents) if p.parent.exists() and not p.exists()), None)
     resolved, submissions = run_dir / "config.yaml", run_dir / SUBMISSIONS
@@ -216,12 +228,27 @@ def _submit_chain(request: Request, argv: list[str], env: dict[str, str]) -> lis
     for place in range(1, request.chain + 1):
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
         try:
-            printed = _sbatch([*argv[:2], *after, *argv[2:]], env | {"DLA_CHAIN": str(place)})
+            done = _sbatch([*argv[:2], *after, *argv[2:]], env | {"DLA_CHAIN": str(place)})
+            jobs.append(_job_number(done.stdout))
         except BaseException:
             _cancel(jobs)  # the whole chain or nothing
             raise
-        jobs.append(printed.splitlines()[0].split(";")[0])
     return jobs
+
+
+def _job_number(printed: str) -> str:
+    """The job in what `sbatch --parsable` printed: a line NUMBER or NUMBER;CLUSTER, maybe among lines of the site.
+
+    Raises:
+        SlurmError: there is no such line, or several.
+    """
+    found = re.findall(r"^\s*(\d+)(?:;\S+)?\s*$", printed, re.MULTILINE)
+    if len(found) != 1:
+        raise SlurmError(
+            f"sbatch printed no line with a job number, but {printed.strip()[:300]!r}: the job may be in the queue, "
+            "see squeue --me, and end it with scancel"
+        )
+    return found[0]
 
 
 def _cancel(jobs: list[str]) -> None:

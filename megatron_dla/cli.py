@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_dla import __version__
+from megatron_dla.console import escaped, protect
 from megatron_dla.errors import UserError, is_wrong_path
 
 
@@ -102,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _report(line: str) -> None:
     """Print one line to stderr; a rank of `dla run` writes it to a file, and the launcher prints the first one."""
-    line = "; ".join(part.strip() for part in line.splitlines() if part.strip()).replace(":;", ":")
+    line = escaped("; ".join(part.strip() for part in line.splitlines() if part.strip()).replace(":;", ":"))
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if os.environ.get("DLA_LAUNCHED") and path:
         Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
@@ -147,6 +148,8 @@ def entry() -> NoReturn:
     A rank ends without the interpreter's shutdown: a gloo thread that drops a Python object during it would end the
     process with SIGABRT, whatever the exit code was to be.
     """
+    if sys.stdout is not None:
+        sys.stdout = protect(sys.stdout)
     try:
         code = main()
     except Exception:

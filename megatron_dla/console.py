@@ -3,13 +3,52 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, TextIO
+import unicodedata
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 LOG_INTERVAL_S = 30.0
 LOG_FORMAT = "{desc}: {percentage:3.0f}%  {n_fmt}/{total_fmt}  {rate_fmt}  elapsed {elapsed}, left {remaining}{postfix}"
+
+
+def escaped(text: str) -> str:
+    """`text` without what controls a terminal: C0 and C1 codes but newline and tab, and marks that reverse text."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        letter if letter in "\n\t" or not _controls(letter) else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def _controls(letter: str) -> bool:
+    return (
+        unicodedata.category(letter) in ("Cc", "Cs")
+        or letter in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    )
+
+
+class _Terminal:
+    """A terminal on which text of files and models is shown, and does nothing else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(escaped(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def protect(stream: Any) -> Any:
+    """Standard output as `dla` writes to it: characters that its encoding does not have are escaped, and on a terminal
+    control characters too."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    return _Terminal(stream) if stream.isatty() else stream
 
 
 class _LogFile:

@@ -151,6 +151,10 @@ def _generate_batch(
     return done, cost
 
 
+def _takes_unicode(stream: TextIO) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
 def run(
     hf_dir: str | Path, prompts: Sequence[str], sampling: Sampling, *, as_json: bool = False, **options: Any
 ) -> None:
@@ -163,7 +167,7 @@ def run(
     for done, cost in generate(hf_dir, prompts, sampling, out=stream, **options):
         for one in done:
             if as_json:
-                print(json.dumps(asdict(one), ensure_ascii=False), flush=True)
+                print(json.dumps(asdict(one), ensure_ascii=not _takes_unicode(sys.stdout)), flush=True)
             elif stream is None:
                 print(one.prompt + one.text, flush=True)
         print(cost, file=sys.stderr, flush=True)

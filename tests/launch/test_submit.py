@@ -289,3 +289,58 @@ def test_missing_slurm_is_reported(capsys, tmp_path: Path, monkeypatch: pytest.M
     assert "scontrol" in capsys.readouterr().err
     assert main(["logs", "other", "--runs", str(tmp_path / "runs")]) == 2
     assert "'other'" in capsys.readouterr().err
+
+
+def test_the_environment_reaches_the_job_whatever_the_site_exports(
+    slurm: Path, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    submit.submit(submit.make_request(str(paths[0]), [], str(paths[1]), 2), {})
+    assert "--export=ALL" in (slurm / "calls").read_text()  # sbatch prefers the command line to its variables
+    (line,) = [line for line in submit.SCRIPT.read_text().splitlines() if line.startswith("srun=(")]
+    assert "--export=ALL" in line
+
+
+@pytest.mark.parametrize("key", ["sbatch_args", "srun_args"])
+def test_a_profile_cannot_keep_the_environment_back(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path / "p.yaml", f"gpus_per_node: 8\n{key}: [--exclusive, --export=NONE]\n")
+    with pytest.raises(ConfigError, match=f"{key}: '--export=NONE'"):
+        load_profile(path)
+
+
+BANNER = "-----\nWelcome to the cluster, 12 nodes are down\n"
+
+
+def test_the_job_number_is_found_among_the_lines_of_a_site(slurm: Path, paths: tuple[Path, Path]) -> None:
+    sbatch = slurm / "sbatch"
+    write(sbatch, sbatch.read_text().replace('echo "10$n"', f"printf '{BANNER}'\necho \"10$n;big\"\necho bye"))
+    request = submit.make_request(str(paths[0]), [], str(paths[1]), 2, chain=2)
+    assert submit.submit(request, {}) == ["101", "102"]
+    assert "--dependency=afterany:101 " in (slurm / "calls").read_text()
+
+
+def test_no_job_number_is_said_and_the_chain_is_cancelled(
+    slurm: Path, tmp_path: Path, paths: tuple[Path, Path]
+) -> None:
+    sbatch = slurm / "sbatch"
+    write(sbatch, sbatch.read_text().replace('echo "10$n"', '[ $n = 2 ] && echo queued || echo "10$n"'))
+    with pytest.raises(SlurmError, match="queued"):
+        submit.submit(submit.make_request(str(paths[0]), [], str(paths[1]), 2, chain=2), {})
+    assert (slurm / "calls").read_text().splitlines()[-1] == "scancel 101"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_secrets_reach_the_job_and_nothing_else(
+    slurm: Path, tmp_path: Path, paths: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    env = {"HF_TOKEN": "s3cret1", "WANDB_API_KEY": "s3cret2", "https_proxy": "http://me:s3cret3@proxy:80", "KEYS": "9"}
+    values = {"processes_per_node": 1, "env": env}
+    profile = write(tmp_path / "p.yaml", yaml.safe_dump(values))
+    request = submit.make_request(str(paths[0]), [], str(profile), 2)
+    submit.submit(request, {})
+    given = (slurm / "environment1").read_text()
+    assert all(f"s3cret{i}" in given for i in (1, 2, 3))
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert written and not [path for path in written if "s3cret" in path.read_text()]
+    (record,) = submissions(tmp_path / "runs" / "tiny")
+    assert record["environment"]["https_proxy"] == "http://me:***@proxy:80"
