@@ -84,12 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
     from megatron_dla.launch.preflight import add_preflight_parser
     from megatron_dla.serving.cli import add_chat_parser, add_generate_parser
     from megatron_dla.smoke.cli import add_smoke_parser
+    from megatron_dla.training.checkpoint_cli import add_checkpoint_parser
 
     parser = argparse.ArgumentParser(prog="dla", description="Pretraining with Dynamic Linear Attention.")
     parser.add_argument("--version", action="version", version=f"megatron-dla {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_data_parser(subparsers)
     _add_training(subparsers)
+    add_checkpoint_parser(subparsers)
     add_convert_parser(subparsers)
     add_generate_parser(subparsers)
     add_chat_parser(subparsers)
