@@ -102,6 +102,7 @@ class Run:
     def start(self) -> None:
         self.log.write_text("")
         env = {"TMPDIR": str(self.tmp), "OMP_NUM_THREADS": "1", MARK: self.mark}
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(self.tmp.parent / "cache")  # of all runs of a user, in TMPDIR by default
         self.process = self.start_process([str(self.config), "--nproc", "2"], self.log, env)
 
     def finish(self) -> None:
