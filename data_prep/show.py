@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
+from megatron_dla.shard_index import REBUILD
 
 if TYPE_CHECKING:
     from megatron_dla.data.loader import Packing
@@ -34,9 +35,12 @@ def show_document(directory: str | os.PathLike[str], number: int, split: str = "
             break
         left -= shard.documents
     tokens = reader.read(shard).split()[left]
-    with reader.open(shard) as file:
-        record = read_records(file.read())[left]
-    about = f"{record['source']}, {len(tokens):,} tokens, {record['n_bytes']:,} bytes of text, {shard.path}"
+    try:
+        with reader.open(shard) as file:
+            record = read_records(file.read())[left]
+        about = f"{record['source']}, {len(tokens):,} tokens, {int(record['n_bytes']):,} bytes of text, {shard.path}"
+    except Exception as error:  # tarfile and json raise many types for damaged bytes
+        raise DataError(f"{root}: {shard.path}: damaged records ({error}); {REBUILD}") from error
     return f"document {number} of {count:,} ({split}): {about}\n{Tokenizer(_path(root)).decode(tokens[:-1].tolist())}"
 
 

@@ -104,7 +104,7 @@ def _problems(reader: ShardReader, shard: ShardInfo, *, token_bytes: np.ndarray 
     try:
         documents, records = reader.documents(shard, content), read_records(content)
         n_bytes = np.array([int(record["n_bytes"]) for record in records], dtype=np.int64)
-    except (DataError, KeyError, TypeError, ValueError) as error:
+    except (DataError, KeyError, TypeError, ValueError, OverflowError) as error:
         return [f"{type(error).__name__}: {error}"]
     if len(records) != len(documents.ends):
         return [difference("records", len(documents.ends), len(records))]

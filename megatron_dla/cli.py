@@ -18,6 +18,8 @@ from megatron_dla import __version__
 from megatron_dla.console import escaped, protect
 from megatron_dla.errors import UserError, is_wrong_path
 
+MAX_LINE = 3000
+
 
 def _train(args: argparse.Namespace) -> int:
     from megatron_dla.config import load_config
@@ -106,6 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _report(line: str) -> None:
     """Print one line to stderr; a rank of `dla run` writes it to a file, and the launcher prints the first one."""
     line = escaped("; ".join(part.strip() for part in line.splitlines() if part.strip()).replace(":;", ":"))
+    if len(line) > MAX_LINE:  # a parser's error quotes what it read
+        line = f"{line[: MAX_LINE // 2]} [...] {line[-MAX_LINE // 2 :]}"
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if os.environ.get("DLA_LAUNCHED") and path:
         Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
@@ -150,8 +154,7 @@ def entry() -> NoReturn:
     A rank ends without the interpreter's shutdown: a gloo thread that drops a Python object during it would end the
     process with SIGABRT, whatever the exit code was to be.
     """
-    if sys.stdout is not None:
-        sys.stdout = protect(sys.stdout)
+    sys.stdout = protect(sys.stdout)
     try:
         code = main()
     except Exception:

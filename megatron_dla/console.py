@@ -48,7 +48,7 @@ def protect(stream: Any) -> Any:
     control characters too."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
-    return _Terminal(stream) if stream.isatty() else stream
+    return _Terminal(stream) if stream is not None and stream.isatty() else stream  # None: a process without one
 
 
 class _LogFile:

@@ -115,7 +115,7 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         directory = Path(directory)
-        self.layout = CheckpointLayout.load(directory)
+        self._where, self.layout = repr(str(directory)), CheckpointLayout.load(directory)
         files = [weight_file(rank) for rank in range(self.layout.tensor_parallel)]
         if verify and (faults := find_faults(directory, files)):
             raise damaged_error(directory, faults, _FIX)
@@ -140,7 +140,12 @@ class MergedWeights(Mapping[str, Tensor]):
         if name != self._last[0]:
             self._last = ("", ())  # before the next one is read
             tag = self.layout.tags[name]
-            self._last = (name, tag.split(tag.unshard([file.get_tensor(name) for file in self._files])))
+            try:
+                self._last = (name, tag.split(tag.unshard([file.get_tensor(name) for file in self._files])))
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise CheckpointError(
+                    f"{self._where}: {name} does not fit {LAYOUT} ({str(error)[:200]}): use another checkpoint"
+                ) from error
         return self._last[1][section].contiguous()
 
     def __iter__(self) -> Iterator[str]:

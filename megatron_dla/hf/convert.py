@@ -42,6 +42,8 @@ from megatron_dla.hf.load import check_tokenizer
 from megatron_dla.hf.section import RENAMED, read_section
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.counts import count_parameters
+from megatron_dla.model.parameters import model_parameters
+from megatron_dla.parallel.tags import Tag
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -132,7 +134,10 @@ def write_state(
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with progress_bar(weights.parameters, f"writing {title}", unit=" parameters") as bar:
             for name in names:
-                x = check_weight(name, state[name], where, "use an older checkpoint")
+                try:
+                    x = check_weight(name, state[name], where, "use an older checkpoint")
+                except (RuntimeError, IndexError) as error:
+                    raise CheckpointError(f"{where}: {name} cannot be read ({str(error)[:200]})") from error
                 yield name, x if dtype is None else x.to(torch.float32 if _is_fp32(name) else dtype)
                 bar.update(x.numel())
 
@@ -248,6 +253,22 @@ class PaddedRows(Mapping[str, Tensor]):
         return len(self._merged)
 
 
+def _local(
+    merged: Mapping[str, Tensor], name: str, tag: Tag, rank: int, size: int, wanted: tuple[int, ...], source: Path
+) -> Tensor:
+    """One rank's part of a parameter. Raises CheckpointError where the whole one would have another shape."""
+    try:
+        local = split_merged(merged, {name: tag}, rank, size)[name]
+    except (RuntimeError, IndexError) as error:
+        raise CheckpointError(f"{str(source)!r}: {name} cannot be cut ({str(error)[:200]}): fetch it again") from error
+    if tuple(tag.full_shape(local.shape, size)) != tuple(wanted):
+        raise CheckpointError(
+            f"{str(source)!r}: {name} has shape {list(local.shape)} on {size} rank(s), the config describes "
+            f"{list(wanted)} in all: they are of different models"
+        )
+    return local
+
+
 def from_hf(
     hf_dir: str | Path,
     out_checkpoint_dir: str | Path,
@@ -300,7 +321,7 @@ def from_hf(
         check_tensor_parallel(section, tensor_parallel, False, seq_len)
     with fresh_directory(out, None, COMPLETE) as new:
         tags = mapping.parameter_tags(section, tensor_parallel)
-        total = count_parameters(section, vocab_size)
+        total, wanted = count_parameters(section, vocab_size), model_parameters(section, vocab_size, tensor_parallel)
         names = sorted(tags, key=lambda name: not _is_fp32(name))
         for rank in range(tensor_parallel):
             path = new / weight_file(rank)
@@ -308,7 +329,7 @@ def from_hf(
             title = f"writing {out.name}, rank {rank}"
             with TensorWriter(path, names) as writer, progress_bar(total, title, unit=" parameters") as bar:
                 for name in names:
-                    local = split_merged(merged, {name: tags[name]}, rank, tensor_parallel)[name]
+                    local = _local(merged, name, tags[name], rank, tensor_parallel, wanted[name].shape, source)
                     writer.add(name, local)
                     bar.update(tags[name].full_shape(local.shape, tensor_parallel).numel())
         CheckpointLayout(

@@ -25,7 +25,7 @@ from megatron_dla.model.counts import count_parameters, flops_per_token, recurre
 from megatron_dla.model.gpt import build_model, packed_sequence, padded_vocab, slot_mixers
 from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex
 from megatron_dla.training.device import Device
-from megatron_dla.training.plan import make_plan, render
+from megatron_dla.training.plan import checkpoint_bytes, make_plan, render, render_disk
 from megatron_dla.training.schedule import gate_temperature
 from megatron_dla.training.step import train_step
 from megatron_dla.training.task import Runtime, Task
@@ -165,7 +165,9 @@ class PretrainTask(Task):
         return lines
 
     def plan(self, world_size: int, device: Device) -> str:
-        return render(make_plan(self.config, world_size, self._planned_vocab(), device.bf16))
+        config, vocab_size = self.config, self._planned_vocab()
+        disk = render_disk(*checkpoint_bytes(config, vocab_size, device.bf16), Path(config.run.dir) / config.run.name)
+        return f"{render(make_plan(config, world_size, vocab_size, device.bf16))}\n{disk}"
 
     def _planned_vocab(self) -> int:
         try:

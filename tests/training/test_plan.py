@@ -12,6 +12,7 @@ from megatron_dla.model.counts import count_parameters, parameters_per_rank
 from megatron_dla.model.gpt import padded_vocab
 from megatron_dla.parallel.groups import initialize_distributed
 from megatron_dla.tasks import pretrain
+from megatron_dla.training import plan
 from megatron_dla.training.device import Device
 from tests.support import workers
 from tests.support.engine_workers import BASE
@@ -129,3 +130,20 @@ def test_layers_without_mlp_cost_what_the_mixers_do() -> None:
     tokens = config.training.micro_batch_size * config.data.seq_len
     mlp = 2 * config.model.hidden_size * 2 + 3 * config.model.ffn_hidden_size // 2 * 2  # bytes a token, TP 2, bf16
     assert with_mlp.memory["activations"] - without.memory["activations"] == tokens * config.model.num_layers * mlp
+
+
+def test_the_plan_says_what_the_checkpoints_take_and_what_is_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(CONFIGS / "demo_cpu.yaml", ["training.steps=100", "training.save_every=10"])
+    one, number = plan.checkpoint_bytes(config, 1024, bf16=False)
+    assert one == count_parameters(config.model, 1024) * 16 and number == config.training.keep_checkpoints + 1
+    kept = load_config(
+        CONFIGS / "demo_cpu.yaml", ["training.steps=100", "training.save_every=10", "checkpoint.keep_every=50"]
+    )
+    assert plan.checkpoint_bytes(kept, 1024, bf16=True) == (one // 16 * 14, number + 2)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": one * number})())
+    assert "do not fit" not in plan.render_disk(one, number, tmp_path / "runs/new")
+    assert str(tmp_path) in plan.render_disk(one, number + 1, tmp_path / "runs/new").splitlines()[1]
+    main(["train", str(CONFIGS / "demo_cpu.yaml"), "--dry-run", "--world-size", "2", f"run.dir={tmp_path}"])
+    assert "a checkpoint" in capsys.readouterr().out
