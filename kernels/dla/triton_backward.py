@@ -211,33 +211,38 @@ def newer_starts(p_counts, o_t, end, T, lo, hi):
 
 
 @triton.jit
+def decay_tile_t(p_g, o_t, o_p, end):
+    """Decay from key p to query t as [keys, queries], at most 1 where p > t, whose slot weight is 0 (Mamba-2)."""
+    b_gt, b_gp = tl.load(p_g + o_t, mask=o_t < end, other=0.0), tl.load(p_g + o_p, mask=o_p < end, other=0.0)
+    return tl.exp(tl.minimum(b_gt[None, :] - b_gp[:, None], 0.0))
+
+
+@triton.jit
 def pair_tile_t(
     p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, stride_at,
     DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """`pair_tile` transposed, [keys, queries], computed in this order and not by tl.trans (see `triton_local.py`)."""
-    causal = (o_p[:, None] <= o_t[None, :]) & (o_t < end)[None, :]
     if GDN:
+        causal = (o_p[:, None] <= o_t[None, :]) & (o_t < end)[None, :]
         p_pair = p_at + o_t.to(tl.int64)[None, :] * stride_at + (o_p - first)[:, None]
         b_at = tl.load(p_pair, mask=causal, other=0.0).to(tl.float32)
-        b_decay = tl.where(causal, 1.0, 0.0)
     else:
         b_at = token_products(p_k, p_q, o_p, o_t, end, stride_q, DK, BK, BT, DOT, PREC)
-        b_gt, b_gp = tl.load(p_g + o_t, mask=o_t < end, other=0.0), tl.load(p_g + o_p, mask=o_p < end, other=0.0)
-        b_decay = tl.exp(tl.where(causal, b_gt[None, :] - b_gp[:, None], float("-inf")))
-        b_at = b_at * b_decay
-    return b_at, b_decay
+        b_at *= decay_tile_t(p_g, o_t, o_p, end)
+    return b_at
 
 
 @triton.jit
-def slot_weights_tile_t(p_lam, p_life, b_newer, b_count, o_t, o_p, end, stride_lam, K):
+def slot_weights_tile_t(p_lam, p_life, b_newer, b_count, o_t, o_p, first, end, stride_lam, K):
     """`slot_weights_tile` transposed: M[t, p] as [keys, queries]."""
     b_death = tl.load(p_life + o_p, mask=o_p < end, other=0)
     causal = (o_p[:, None] <= o_t[None, :]) & (o_t < end)[None, :]
     b_alive = ((b_death[:, None] > o_t[None, :]) & causal).to(tl.int32)
     b_slot = b_newer[None, :] + b_count[None, :] - tl.cumsum(b_alive, 0)
     b_slot = tl.minimum(tl.maximum(b_slot, 0), K - 1)
-    b_lam = tl.load(p_lam + o_t.to(tl.int64)[None, :] * stride_lam + b_slot, mask=causal, other=0.0)
+    p_block = p_lam + first.to(tl.int64) * stride_lam  # and 32-bit offsets: half the registers of pointers
+    b_lam = tl.load(p_block + (((o_t - first) * stride_lam)[None, :] + b_slot), mask=causal, other=0.0)
     return b_lam.to(tl.float32)
 
 
@@ -274,13 +279,13 @@ def value_gradient_kernel(
         for i_x in range(i_c, TILES):
             o_t = first + i_x * BT + tl.arange(0, BT)
             if first + i_x * BT < end:
-                b_at, _ = pair_tile_t(
+                b_at = pair_tile_t(
                     p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_k if not GDN else DK, H * TILES * BT, DK, BK, BT,
                     GDN, DOT, PREC,
                 )  # fmt: skip
                 b_newer = newer_starts(p_counts, o_t, end, T, i_c + 1, i_x + 1)
                 b_count = tl.load(p_counts + i_c.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
-                b_lam = slot_weights_tile_t(p_lam, p_life, b_newer, b_count, o_t, o_p, end, H * K, K)
+                b_lam = slot_weights_tile_t(p_lam, p_life, b_newer, b_count, o_t, o_p, first, end, H * K, K)
                 m_do = (o_t < end)[:, None] & (o_v < DV)[None, :]
                 # with `do + i_h * DV` computed before the loop, sm_80 spills with one head
                 p_do = do + o_t.to(tl.int64)[:, None] * stride_v + i_h * DV + o_v[None, :]
@@ -313,20 +318,17 @@ def key_pair_gradient(
 ):  # fmt: skip
     """dK [BT, BK] and the decay gradient [BT] of the pairs of the tile's keys with queries of the block (Mamba-2)."""
     b_dg = tl.zeros([BT], tl.float32)
-    for i_x in range(i_c, TILES):
+    for i_x in range(i_c, (end - first + BT - 1) // BT):
         o_t = first + i_x * BT + tl.arange(0, BT)
-        if first + i_x * BT < end:
-            b_x = token_products(p_v, p_do, o_p, o_t, end, stride_v, DV, BV, BT, DOT, PREC)
-            b_at, b_decay = pair_tile_t(
-                p_q, p_k, p_g, p_g, o_t, o_p, end, first, stride_q, 0, DK, BK, BT, False, DOT, PREC
-            )
-            b_newer = newer_starts(p_counts, o_t, end, T, i_c + 1, i_x + 1)
-            b_count = tl.load(p_counts + i_c.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
-            b_x *= slot_weights_tile_t(p_lam, p_life, b_newer, b_count, o_t, o_p, end, stride_lam, K)
-            b_dg -= tl.sum(b_x * b_at, 1)
-            b_q = raw_rows(p_q, o_t, o_k, end, stride_q, DK)
-            # [BT, BT] @ [BT, BK] -> [BT, BK]
-            b_dk = tl.dot((b_x * b_decay).to(DOT), b_q.to(DOT), b_dk, input_precision=PREC)
+        b_x = token_products(p_v, p_do, o_p, o_t, end, stride_v, DV, BV, BT, DOT, PREC)
+        b_newer = newer_starts(p_counts, o_t, end, T, i_c + 1, i_x + 1)
+        b_count = tl.load(p_counts + i_c.to(tl.int64) * T + o_t, mask=o_t < end, other=0)
+        b_x *= slot_weights_tile_t(p_lam, p_life, b_newer, b_count, o_t, o_p, first, end, stride_lam, K)
+        b_x *= decay_tile_t(p_g, o_t, o_p, end)
+        b_dg -= tl.sum(b_x * token_products(p_k, p_q, o_p, o_t, end, stride_q, DK, BK, BT, DOT, PREC), 1)
+        b_q = raw_rows(p_q, o_t, o_k, end, stride_q, DK)
+        # [BT, BT] @ [BT, BK] -> [BT, BK]
+        b_dk = tl.dot(b_x.to(DOT), b_q.to(DOT), b_dk, input_precision=PREC)
     return b_dk, b_dg
 
 
@@ -353,12 +355,11 @@ def key_state_gradient(
             b_v = tl.load(p_v + o_p64[:, None] * stride_v + o_v[None, :], mask=m_v, other=0.0)
             b_ds = load_tile_t(p_ds + tl.cast(i_s, tl.int64) * DK * DV, o_k, o_v, DK, DV)
             b_y = tl.dot(b_v.to(DOT), b_ds, b_y, input_precision=PREC)  # [BT, BV] @ [BV, BK] -> [BT, BK]
-        b_y *= b_scale[:, None]
-        b_dk += b_y
         if not GDN:
             m_k = mine[:, None] & (o_k < DK)[None, :]
             b_k = tl.load(p_k + o_p64[:, None] * stride_q + o_k[None, :], mask=m_k, other=0.0)
-            b_last += tl.sum(b_y * b_k.to(tl.float32), 1)
+            b_last += b_scale * tl.sum(b_y * b_k.to(tl.float32), 1)
+        b_dk += b_y * b_scale[:, None]
     return b_dk, b_last
 
 

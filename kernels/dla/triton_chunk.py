@@ -487,7 +487,7 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor | None, do: Te
     initial, dkeep = work.reverse_scan(snap, dstates, carry)
     dat = torch.empty_like(work.at) if plan.gdn else x.v
     dqt, rows = _query_gradient(work, snap, do, grads, dat)
-    dims = plan.launch("key_gradient", do.device)
+    dims = plan.launch("key_gradient_gdn" if plan.gdn else "key_gradient", do.device)
     splits = H // grads.heads
     dkh = work.new(work.tokens, H, plan.DK) if plan.gdn else grads.dk_parts
     parts = ceil_div(plan.DK, dims["BK"])
@@ -496,7 +496,7 @@ def backward_window(work: WindowPass, snap: Tensor, carry: Tensor | None, do: Te
         x.q, x.k, x.v, do, tables.cg, x.lam, tables.life, tables.counts, blocks, dstates, dkh, cols, ends, *sizes,
         HEADS=grads.heads, **dims, **plan.tiled(), **math,
     )  # fmt: skip
-    dims = plan.launch("value_gradient", do.device)
+    dims = plan.launch("value_gradient_gdn" if plan.gdn else "value_gradient", do.device)
     value_gradient_kernel[(work.tiles, H, ceil_div(plan.DV, dims["BV"]))](
         x.q, work.kh, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, dstates, grads.dv, *sizes,
         **dims, **plan.tiled(), **math,

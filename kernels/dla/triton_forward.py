@@ -108,7 +108,7 @@ def output_kernel(
         p_g, p_counts, p_life = cg + i_h * T, counts + i_h * TILES * T, life + i_h * T
         b_o = tl.zeros([BT, BV], tl.float32)
         b_newer = tl.zeros([BT], tl.int32)
-        for back in tl.range(0, i_c + 1, num_stages=1 if GDN else None):  # At ahead of time does not fit in registers
+        for back in tl.range(0, i_c + 1, num_stages=1):  # the next tiles ahead of time do not fit in registers
             i_x = i_c - back
             o_p = first + i_x * BT + tl.arange(0, BT)
             b_at, _ = pair_tile(

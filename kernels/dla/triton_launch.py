@@ -19,16 +19,17 @@ DETECT_TILE = 32  # tokens a chunk of the detection pass: its C x C arrays stay 
 WINDOW_ROWS = 64  # at least so many blocks (and segment ends) have their slot states in memory at once,
 WINDOW_BYTES = 4 << 30  # and as many as take so many bytes
 
-# kernel (`.256`: for dk > 128; `.v64`: for dv <= 64, where a loop over value dims that runs once holds more registers;
-# `.sm80`: on GPUs before Hopper, where operands take up registers; `.sm100`: from Blackwell on): (BK, BV, warps,
-# stages) for bf16 and for operands of 4 bytes, and its operation
+# kernel (`.256`: for dk > 128; `.odd`: for dims that 64 does not divide; `.v64`: for dv <= 64, where a loop over value
+# dims that runs once holds more registers; `.sm80`: on GPUs before Hopper, where operands take up registers; `.sm100`:
+# from Blackwell on): (BK, BV, warps, stages) for bf16 and for operands of 4 bytes, and its operation
 LAUNCH = {
     "block_states": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
     "carry": ((1, 2048, 1, 1), (1, 1024, 1, 1), "forward"),  # BV: for all slots together, here and in the next lines
     "slots_gdn": ((128, 128, 8, 2), (32, 64, 4, 1), "forward"),
     "slots_gdn.256": ((256, 64, 8, 1), (32, 64, 4, 1), "forward"),
     "scan_gdn": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
-    "output": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
+    "output": ((128, 64, 4, 2), (64, 64, 8, 1), "forward"),
+    "output.sm80": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
     "output.v64": ((128, 64, 8, 2), (64, 64, 8, 1), "forward"),
     "output.v64.sm80": ((64, 64, 8, 2), (64, 64, 8, 1), "forward"),
     "state_gradient": ((128, 128, 8, 2), (64, 64, 8, 1), "backward"),
@@ -41,10 +42,15 @@ LAUNCH = {
     "query_gradient_gdn": ((32, 64, 8, 1), (32, 32, 8, 1), "backward"),
     "query_gradient.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "backward"),
     "query_gradient.256": ((32, 64, 8, 1), (32, 64, 8, 1), "backward"),
-    "key_gradient": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
-    "key_gradient.v64": ((64, 32, 8, 1), (64, 64, 8, 1), "backward"),
+    "key_gradient": ((64, 64, 4, 2), (64, 32, 8, 1), "backward"),
+    "key_gradient.sm80": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
+    "key_gradient.256": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
+    "key_gradient.odd": ((64, 64, 8, 1), (64, 32, 8, 1), "backward"),
+    "key_gradient.v64": ((64, 64, 4, 1), (64, 64, 8, 1), "backward"),
     "key_gradient.v64.sm80": ((32, 32, 8, 1), (64, 64, 8, 1), "backward"),
-    "value_gradient": ((64, 128, 8, 2), (64, 64, 8, 1), "backward"),
+    "key_gradient_gdn": ((64, 64, 4, 1), (64, 64, 8, 1), "backward"),
+    "value_gradient": ((64, 128, 4, 2), (64, 64, 8, 1), "backward"),
+    "value_gradient_gdn": ((64, 128, 8, 2), (64, 64, 8, 1), "backward"),
     "dphi": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
     "dphi.sm80": ((64, 64, 8, 2), (32, 32, 8, 1), "backward"),
     "inverse": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
@@ -138,7 +144,11 @@ class LaunchPlan:
     def found(self, kernel: str, device: torch.device) -> dict[str, int]:
         """What the table or a measured file says for these dims, dtype and GPU."""
         name = kernel
-        for variant, holds in ((".256", self.DK > 128), (".v64", self.DV <= 64)):
+        for variant, holds in (
+            (".256", self.DK > 128),
+            (".odd", self.DK % 64 or self.DV % 64),
+            (".v64", self.DV <= 64),
+        ):
             if holds and name + variant in LAUNCH:
                 name += variant
         capability = compute_capability(device)
