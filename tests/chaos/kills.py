@@ -27,6 +27,7 @@ import yaml
 
 from megatron_dla.checkpoint.find import complete_checkpoints
 from megatron_dla.files import load_tensors
+from megatron_dla.training.fence import process_start
 from tests.chaos import starts
 from tests.support import tiny
 
@@ -137,12 +138,15 @@ class Run:
         ranks = [json.loads(path.read_text())["pid"] for path in (self.dir / "ranks" / attempt).glob("rank*.json")]
         assert len(ranks) == 2, ranks
         victims = {"rank": [rng.choice(ranks)], "ranks": ranks, "launcher": [self.process.pid]}[kill.target]
+        if kill.target == "launcher":  # so that only the end of the launcher can end them
+            for pid in ranks:
+                os.kill(pid, signal.SIGSTOP)
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         code = self.process.wait(LIMIT_S)
         assert code == (-signal.SIGKILL if kill.target == "launcher" else 1), f"exit code {code}"
         deadline = time.monotonic() + 30
-        while orphans := processes(self.mark):
+        while orphans := processes(self.mark) | {pid for pid in ranks if process_start(pid) is not None}:
             assert time.monotonic() < deadline, f"left running: {orphans}"
             time.sleep(0.02)
         return bool(self.partials())
