@@ -205,6 +205,7 @@ def verify_logits(
         want = reference_logits(checkpoint, rows, dtype)
         exported = load_export(out, dtype=torch.float32, trust_remote_code=trust_remote_code).to(dtype)
         report = compare(want, exported, rows, dtype)
+        del exported  # before the next pair is read
         print(report, flush=True)
         if report.worst <= tolerance:
             return report
