@@ -63,6 +63,12 @@ def load_backbone(hf_dir: str | Path, *, dtype: torch.dtype | str = "auto", devi
     return _load_model(hf_dir, "fetch it again", other, dtype=dtype).eval().to(device)
 
 
+def _tried(tokenizer: Any) -> Any:
+    """The tokenizer, if a text goes through it: settings of a wrong type show here and not later."""
+    tokenizer.decode(tokenizer("a")["input_ids"])
+    return tokenizer
+
+
 def load_tokenizer(hf_dir: str | Path) -> Any:
     """The tokenizer of a plain model's directory.
 
@@ -77,7 +83,7 @@ def load_tokenizer(hf_dir: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
+        tokenizer = _tried(AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True))
     except Exception as error:
         raise CheckpointError(f"{str(hf_dir)!r} has no tokenizer that loads ({_first_line(error)})") from error
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -152,9 +158,9 @@ def load_export_tokenizer(hf_dir: str | Path, *, trust_remote_code: bool = False
     try:
         if trust_remote_code:
             check_modules_cache()
-            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=True)
+            return _tried(AutoTokenizer.from_pretrained(str(path), trust_remote_code=True))
         if (path / TOKENIZER_JSON).is_file():
-            return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+            return _tried(PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True))
         with tempfile.TemporaryDirectory() as place:
             write_tokenizer(Path(place), path / TOKENIZER, read_section(path)[1]["vocab_size"])
             return PreTrainedTokenizerFast.from_pretrained(place, local_files_only=True)

@@ -104,6 +104,14 @@ def test_padded_vocabularies_are_normal_and_short_ones_are_not(base) -> None:
         load_tokenizer(directory)
 
 
+def test_a_tokenizer_setting_of_a_wrong_type_is_found_as_it_loads(base) -> None:
+    directory = base()
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": [512]}))
+    with pytest.raises(CheckpointError, match=re.escape(repr(str(directory)))):
+        load_tokenizer(directory)
+
+
 SERVED = {
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
