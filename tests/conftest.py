@@ -1,6 +1,7 @@
 """Triton on the CPU where there is no GPU; shared fixtures: gloo rank pools, restarted where a test broke one."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start: tests run side by side
@@ -15,6 +16,11 @@ if not torch.cuda.is_available():
     triton_interpreter.use_interpreter()  # before any test imports triton
 
 torch.set_num_threads(1)  # tests run side by side
+
+# a shell starts jobs in the background with these ignored, and programs keep what was ignored
+for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, action)
 
 # half a minute or more: first, so that no worker is left with one of them at the end (`make test`)
 LONG = (

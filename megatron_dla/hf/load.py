@@ -20,7 +20,6 @@ from megatron_dla.hf.code_files import own_code
 from megatron_dla.hf.directory import CONFIG, TOKENIZER, TOKENIZER_JSON, check_stored_dtypes, read_config
 from megatron_dla.hf.families import check_servable
 from megatron_dla.hf.fast_tokenizer import write_tokenizer
-from megatron_dla.hf.section import read_section
 
 _EXPORT = "write it with `dla convert to-hf` (`--overwrite` replaces a damaged export)"
 
@@ -115,6 +114,8 @@ def load_export(
             transformers cannot keep the code of exports.
     """
     check_device(device)
+    from megatron_dla.hf.section import read_section  # needs pydantic, which `dla smoke --kernels-only` does without
+
     read_section(Path(hf_dir))
     check_modules_cache()
     if trust_remote_code:
@@ -162,6 +163,8 @@ def load_export_tokenizer(hf_dir: str | Path, *, trust_remote_code: bool = False
         if (path / TOKENIZER_JSON).is_file():
             return _tried(PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True))
         with tempfile.TemporaryDirectory() as place:
+            from megatron_dla.hf.section import read_section
+
             write_tokenizer(Path(place), path / TOKENIZER, read_section(path)[1]["vocab_size"])
             return PreTrainedTokenizerFast.from_pretrained(place, local_files_only=True)
     except UserError:
