@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -111,6 +112,8 @@ def test_a_stop_signal_saves_and_a_second_one_ends_the_ranks_at_once(
 
         return ranks
 
+    others, children = set(psutil.Process().children()), psutil.Process.children  # of other tests: not ranks
+    monkeypatch.setattr(psutil.Process, "children", lambda self: [x for x in children(self) if x not in others])
     monkeypatch.setattr(local, "elastic_launch", launch)
     before = signal.getsignal(number), signal.getsignal(signal.SIGUSR1)
     try:
