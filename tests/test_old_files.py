@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dla import compat
-from megatron_dla.checkpoint.weights import load_merged
+from megatron_dla.checkpoint.weights import CheckpointLayout, load_merged
 from megatron_dla.cli import main
 from megatron_dla.config import load_config
+from megatron_dla.errors import CheckpointError
 from megatron_dla.hf.adapter import read_any_adapter
 from megatron_dla.hf.convert import to_hf
 from megatron_dla.hf.load import load_export, load_tokenizer
@@ -150,3 +151,25 @@ def test_shards_are_read() -> None:
 
 def test_fixtures_stay_small() -> None:
     assert sum(path.stat().st_size for path in OLD.rglob("*") if path.is_file()) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope_theta", "500000.0"), ("vocab_size", None), ("vocab_size", True), ("hidden_size", "x")]
+)
+def test_an_export_whose_config_has_another_type_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    config = json.loads((OLD / "export/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError, match=f"config.json.*{key}"):
+        read_section(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("adapter", ["base"]), ("adapter", {"base": {}}), ("shapes", 3), ("step", "3")]
+)
+def test_a_layout_with_another_type_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    step = OLD / "trained/gdn/checkpoints/step_3"
+    layout = json.loads((step / "layout.json").read_text())
+    (tmp_path / "complete.json").write_bytes((step / "complete.json").read_bytes())
+    (tmp_path / "layout.json").write_text(json.dumps(layout | {key: value}))
+    with pytest.raises(CheckpointError, match=f"layout.json.*{key}"):
+        CheckpointLayout.load(tmp_path)

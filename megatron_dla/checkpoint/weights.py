@@ -52,6 +52,17 @@ class CheckpointLayout:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
 
+    def check_types(self) -> None:
+        """Raises TypeError where a file gave a field another type."""
+        kinds = {"vocab_size": int, "seq_len": int, "step": int, "tensor_parallel": int, "tokenizer_sha256": str,
+                 "shapes": dict, "adapter": dict}  # fmt: skip
+        parts = self.adapter if isinstance(self.adapter, dict) else {}
+        wrong = [name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)]
+        if parts:
+            wrong += [f"adapter.{key}" for key in ("base", "delta_mem") if not isinstance(parts.get(key), dict)]
+        if wrong:
+            raise TypeError(f"{wrong[0]} has a wrong type")
+
     def to_json(self) -> str:
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
 
@@ -78,7 +89,9 @@ class CheckpointLayout:
             }
             model = from_dict({"model": values.pop("model")}).model
             check_model(model)
-            return cls(model=model, tags=tags, **values)
+            layout = cls(model=model, tags=tags, **values)
+            layout.check_types()
+            return layout
         except CheckpointError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

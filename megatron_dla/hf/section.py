@@ -40,6 +40,11 @@ def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
         fields = {name: config[theirs] for name, theirs in names.items()}
         section = from_dict({"model": {"pattern": config["layer_letters"], **fields}}).model
         check_model(section)
+        if type(config["vocab_size"]) is not int or config["vocab_size"] < 1:
+            raise TypeError(f"vocab_size = {config['vocab_size']!r}")
+        for name, value in fields.items():  # a config file's "1e-5" is read as a number; transformers would keep text
+            if isinstance(value, str) and not isinstance(getattr(section, name), str):
+                raise TypeError(f"{names[name]} = {value!r} is text, not a number")
         return section, config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(hf_dir / CONFIG)!r} is damaged ({error}): {_EXPORT_AGAIN}") from error
