@@ -4,13 +4,16 @@ import json
 import re
 from pathlib import Path
 
+import yaml
+
 from tests.support.slurm.lab import Cluster
 from tests.support.slurm.real import submit, text_of, until_attempt_steps, write_inputs
 
 
 def test_a_hung_and_a_killed_rank_end_their_attempt_and_are_named(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     config, profile = write_inputs(tmp_path, data, steps=100_000)
-    profile.write_text(profile.read_text() + "max_failures: 2\nhang_timeout: 30\n")
+    keys = yaml.safe_load(profile.read_text()) | {"max_failures": 2, "hang_timeout": 30}
+    profile.write_text(yaml.safe_dump(keys))
     run = tmp_path / "runs" / "hung"
     job = submit(cluster, run, (config, profile), 2)
     for attempt, signal in enumerate(("STOP", "KILL")):
