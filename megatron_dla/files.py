@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -155,7 +155,12 @@ def _content(x: Tensor) -> memoryview:
 
 
 def save_tensors(
-    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None, *, private: bool = False
+    tensors: dict[str, Tensor],
+    path: Path,
+    metadata: dict[str, str] | None = None,
+    *,
+    private: bool = False,
+    after_chunk: Callable[[int], None] | None = None,
 ) -> str:
     """Write a safetensors file that is on the disk on return; not atomic by itself (`atomic_path`).
 
@@ -163,6 +168,7 @@ def save_tensors(
 
     Args:
         private: readable by its owner alone (0600). False: as the umask says.
+        after_chunk: called with the file's descriptor after each piece of at most 8 MB.
 
     Returns:
         The file's SHA-256 in hex.
@@ -186,6 +192,8 @@ def save_tensors(
                 chunk = data[start : start + CHUNK]
                 digest.update(chunk)
                 file.write(chunk)
+                if after_chunk:
+                    after_chunk(file.fileno())
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

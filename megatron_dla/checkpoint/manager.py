@@ -36,7 +36,7 @@ from megatron_dla.checkpoint.weights import (
     split_merged,
     weight_file,
 )
-from megatron_dla.checkpoint.writer import Files, HostBuffer, Report, start_thread
+from megatron_dla.checkpoint.writer import Files, HostBuffer, Pace, Report, background_share, start_thread
 from megatron_dla.config import layer_letters
 from megatron_dla.errors import CheckpointError
 from megatron_dla.files import FULL, free_bytes, fsync_directory, naming_full_disk
@@ -97,6 +97,11 @@ def _whole(parameter: Tensor, stage3: bool) -> contextlib.AbstractContextManager
     return GatheredParameters([parameter])
 
 
+def _is_finite(x: Tensor) -> bool:
+    """The sum, which is quick, decides unless finite values overflow in it."""
+    return bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all())
+
+
 def agreed_faults(path: Path) -> list[str]:
     """`find_faults` with the files shared out over all ranks, each of which gets all that was found (a collective)."""
     found: list[Any] = [None] * dist.get_world_size()
@@ -132,6 +137,7 @@ class Checkpointer:
         self._buffers = {WEIGHTS: HostBuffer(), OPTIMIZER: HostBuffer()}
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
+        self._pace = Pace(1.0)  # of the save in progress
         self._outcome: Exception | None = None  # of the last save, on rank 0
         self._pending, self._failures = False, 0  # failures in a row; the same on every rank
 
@@ -141,6 +147,7 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         """Let a save in progress finish; no collective: other ranks may have failed."""
         self._ending.set()
+        self._pace.hurry()
         if self._thread is not None:
             self._thread.join()
 
@@ -191,7 +198,8 @@ class Checkpointer:
             work()
             self.finish(must=wait)
         else:
-            self._thread = start_thread(work)
+            self._pace = Pace(background_share())
+            self._thread = start_thread(partial(work, self._pace))
 
     def _begin(self, directory: Path) -> str:
         """On rank 0: a name for the reports on a new save into `directory`, which an earlier one may have left."""
@@ -206,6 +214,7 @@ class Checkpointer:
         """
         if not self._pending:
             return
+        self._pace.hurry()
         if self.rank and self._thread is not None:
             self._thread.join()
         dist.barrier()  # a rank that died fails this; rank 0's thread would wait for its files
@@ -229,11 +238,13 @@ class Checkpointer:
         count = f"{self._failures + 1} of at most {self.max_failures} in a row"
         print_or_drop(f"warning: saving failed ({count}), training goes on: {error.filename!r}: {error.strerror}")
 
-    def _work(self, directory: Path, files: Files, report: Report, marker: dict[str, Any]) -> None:
+    def _work(
+        self, directory: Path, files: Files, report: Report, marker: dict[str, Any], pace: Pace | None = None
+    ) -> None:
         """On every rank: write its files. On rank 0: publish them when all are written; sets the outcome."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            report.give({"files": files.write(directory), "size": files.size})
+            report.give({"files": files.write(directory, pace), "size": files.size})
         except OSError as error:
             reason = [error.errno, error.strerror or str(error), str(error.filename or directory)]
             report.give({"error": reason, "size": files.size})
@@ -289,7 +300,7 @@ class Checkpointer:
             with _whole(parameter, stage3):
                 if name in copies:
                     copies[name].copy_(parameter.detach(), non_blocking=True)
-                    bad = bad or ("" if parameter.isfinite().all() else name)
+                    bad = bad or ("" if _is_finite(parameter) else name)
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, bad)
         if name := max(found):

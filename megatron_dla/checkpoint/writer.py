@@ -1,7 +1,8 @@
 """Writing a checkpoint's files beside training: reused host buffers, one thread a rank, no collectives.
 
 Training uses the process groups meanwhile, so ranks tell rank 0 through the groups' store that their files are on the
-disk. A thread is enough: hashing, writing and syncing hold Python's lock only between pieces of 8 MB.
+disk. A thread is enough: hashing, writing and syncing hold Python's lock only between pieces of 8 MB. Where the ranks
+compute on all processors, it works slowly, so that each step gives up a few per cent instead of one step half a second.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from torch import Tensor
 
 from megatron_dla.checkpoint.integrity import FilesRecord, file_record
 from megatron_dla.files import fsync_file, naming_full_disk, save_tensors
+from megatron_dla.processes import usable_cpus
 
 POLL_S = 0.02
+CROWDED_SHARE = 0.05  # of a processor, for a save on a machine whose processors all compute
 PEERS_S = 10.0  # how long an ending process waits for the others' files
 
 
@@ -54,6 +57,32 @@ class HostBuffer:
         return views
 
 
+class Pace:
+    """Called between pieces of work: pauses so long that the calling thread takes `share` of a processor."""
+
+    def __init__(self, share: float) -> None:
+        self._idle = 1 / share - 1  # seconds of pause for a second of work
+        self._hurry = threading.Event()
+        self._used = 0.0  # the thread's processor time at the end of the last pause
+
+    def hurry(self) -> None:
+        """No more pauses, from another thread: somebody waits for the work."""
+        self._hurry.set()
+
+    def __call__(self, descriptor: int) -> None:
+        # have the system write this piece out now; it would keep all of them for the sync at the end
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._hurry.wait((time.thread_time() - self._used) * self._idle)
+        self._used = time.thread_time()
+
+
+def background_share() -> float:
+    """Of a processor, for a save beside training: all of one where the ranks of this machine leave one to each."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = 1 if torch.cuda.is_available() else torch.get_num_threads()
+    return 1.0 if usable_cpus() >= ranks * (threads + 1) else CROWDED_SHARE
+
+
 @dataclass
 class Files:
     """What one rank writes: {path inside the checkpoint: content}."""
@@ -67,7 +96,7 @@ class Files:
             map(len, self.bytes.values())
         )
 
-    def write(self, directory: Path) -> FilesRecord:
+    def write(self, directory: Path, pace: Pace | None = None) -> FilesRecord:
         """Write and sync them; returns their records. Raises OSError, and leaves nothing of this rank then."""
         records: FilesRecord = {}
         names = [*self.tensors, *self.bytes]
@@ -76,7 +105,8 @@ class Files:
                 path = directory / name
                 path.parent.mkdir(exist_ok=True)
                 if name in self.tensors:
-                    records[name] = file_record(path, save_tensors(self.tensors[name], path))
+                    digest = save_tensors(self.tensors[name], path, after_chunk=pace)
+                    records[name] = file_record(path, digest)
                 else:
                     with naming_full_disk(path, len(self.bytes[name])):
                         path.write_bytes(self.bytes[name])

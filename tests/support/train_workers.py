@@ -141,8 +141,8 @@ def on_a_full_disk(values: dict[str, Any], steps: list[int]) -> tuple[str, str, 
     """A run where the last rank's disk is full in the saves of `steps`: what it prints, its OSError, its metrics."""
     trainer, write, error = make_trainer(values), Files.write, ""
 
-    def full(files: Files, directory: Path) -> Any:
-        records = write(files, directory)
+    def full(files: Files, directory: Path, *pace: Any) -> Any:
+        records = write(files, directory, *pace)
         if int(directory.name.split(".")[0].removeprefix("step_")) in steps:
             raise OSError(errno.ENOSPC, "No space left on device", str(directory / next(iter(records))))
         return records
