@@ -49,6 +49,11 @@ def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     merge.add_argument("parts", nargs="+", type=Path, metavar="DIR", help="data directories, in the order to keep")
     merge.add_argument("--output", required=True, type=Path, metavar="DIR", help="data directory to write")
+    merge.add_argument(
+        "--dedup", action="store_true",
+        help="keep only the first of documents with the same tokens, also of those in different parts",
+    )  # fmt: skip
+    _add_workers(merge)
     merge.add_argument("--overwrite", action="store_true", help="replace existing data")
     merge.set_defaults(func=_merge)
 
@@ -216,7 +221,10 @@ def _shards(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from megatron_dla.data_prep.merge import merge_shards
 
-    _print_totals(args.output, merge_shards(args.parts, args.output, overwrite=args.overwrite))
+    index = merge_shards(
+        args.parts, args.output, dedup=args.dedup, workers=args.workers, overwrite=args.overwrite
+    )  # fmt: skip
+    _print_totals(args.output, index)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,21 +13,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.shards import REPORT_NAME
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 from megatron_dla.files import atomic_path, write_bytes, write_json
-from megatron_dla.shard_index import INDEX_NAME, ShardIndex, ShardInfo
+from megatron_dla.shard_index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardInfo
+
+_MERGING = ".merging"
+_NONE = np.zeros(0, dtype=np.bool_)
 
 
 def merge_shards(
-    parts: Sequence[str | os.PathLike[str]], output_dir: str | os.PathLike[str], *, overwrite: bool = False
+    parts: Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    dedup: bool = False,
+    workers: int | None = None,
+    overwrite: bool = False,
 ) -> ShardIndex:
     """Write `output_dir` with the shards of all `parts`, in their order, under new numbers.
 
     Shards are hard links to those of the parts, or copies on another file system; the parts stay usable. The index is
     written last, so that a merge that was stopped can be done again.
+
+    Args:
+        dedup: of documents with the same tokens, in one part or several, keep the first in that order. All shards are
+            read, in `workers` threads (None: one per usable core), and those with copies are written again.
 
     Raises DataError if a part is missing, damaged or unfinished, has another tokenizer than the first, is given
     twice, or is the output; and for an existing index without `overwrite`.
@@ -43,33 +58,73 @@ def merge_shards(
         _check_part(part, index, indexes[0], roots[0])
     merged = replace(
         indexes[0], shards=[], sources=[record for index in indexes for record in index.sources],
-        format_version=max(index.format_version for index in indexes),
+        format_version=FORMAT_VERSION if dedup else max(index.format_version for index in indexes),
     )  # fmt: skip
-    shards = [(part, shard) for part, index in zip(roots, indexes, strict=True) for shard in index.shards]
-    root.mkdir(parents=True, exist_ok=True)
-    (root / INDEX_NAME).unlink(missing_ok=True)
-    counts: Counter[str] = Counter()
-    with progress_bar(sum(shard.bytes for _, shard in shards), "merging") as bar:
-        for part, shard in shards:
-            new = replace(shard, name=f"{shard.split}-{counts[shard.split]:06d}.tar")
-            counts[shard.split] += 1
-            _link(part / shard.path, root / new.path)
-            merged.shards.append(new)
-            bar.update(shard.bytes)
+    work = root / _MERGING
+    shutil.rmtree(work, ignore_errors=True)  # of a merge that was stopped
+    work.mkdir(parents=True)
+    try:
+        removed = _place_shards(list(zip(roots, indexes, strict=True)), root, work, merged, dedup, workers)
+    finally:
+        shutil.rmtree(work)
+        with contextlib.suppress(OSError):  # not empty: it is an output now, or was one before
+            root.rmdir()
     _delete_others(root, merged.shards)
     for name, content in Tokenizer(roots[0]).files().items():
         write_bytes(root / name, content)
-    report = _report(roots)
+    report = _report(roots) | {"duplicates_between_parts_removed": dedup}
+    if dedup:
+        report |= {"duplicates_removed": True, "duplicates_between_parts": removed}
     write_json(root / REPORT_NAME, report, indent=1)
-    if report.get("duplicates_removed"):
+    if report.get("duplicates_removed") and not dedup:
         print(
-            "note: --dedup removed exact copies within each part, not those of documents in another part; a build "
-            "without --part removes them all",
+            "note: `shards --dedup` removed exact copies within each part, not those of documents in another part: "
+            "`merge --dedup` removes them",
             file=sys.stderr,
         )
     merged.shards.sort(key=lambda shard: (shard.split, shard.name))
     merged.save(root / INDEX_NAME)
     return merged
+
+
+def _place_shards(
+    parts: list[tuple[Path, ShardIndex]], root: Path, work: Path, merged: ShardIndex, dedup: bool, workers: int | None
+) -> int:
+    """Put the parts' shards into `root` and `merged`; returns how many copies of documents were left out."""
+    if dedup:
+        from megatron_dla.data_prep.dedup import copies_among
+
+        copies = copies_among(parts, work, workers)
+    (root / INDEX_NAME).unlink(missing_ok=True)
+    counts: Counter[str] = Counter()
+    at = removed = 0
+    with progress_bar(sum(shard.bytes for _, index in parts for shard in index.shards), "merging") as bar:
+        for part, index in parts:
+            for shard in index.shards:
+                left_out = np.array(copies[at : at + shard.documents]) if dedup else _NONE
+                at, removed = at + shard.documents, removed + int(left_out.sum())
+                if not left_out.any() or not left_out.all():
+                    new = replace(shard, name=f"{shard.split}-{counts[shard.split]:06d}.tar")
+                    counts[shard.split] += 1
+                    merged.shards.append(_place(part, index, shard, left_out, root / new.path, work, new))
+                bar.update(shard.bytes)
+    return removed
+
+
+def _place(
+    part: Path, index: ShardIndex, shard: ShardInfo, left_out: np.ndarray, target: Path, work: Path, new: ShardInfo
+) -> ShardInfo:
+    """Link a shard, or write it without the documents `left_out`; its entry in the new index."""
+    if not left_out.any():
+        _link(part / shard.path, target)
+        return new
+    from megatron_dla.data.shards import ShardReader
+    from megatron_dla.data_prep.dedup import write_without
+
+    written = write_without(ShardReader(index, shard.split, root=part), shard, left_out, work / new.name)
+    target.parent.mkdir(exist_ok=True)
+    os.replace(work / new.name, target)
+    return written
 
 
 def _check_part(part: Path, index: ShardIndex, first: ShardIndex, first_root: Path) -> None:
@@ -115,4 +170,4 @@ def _report(roots: list[Path]) -> dict[str, Any]:
             else:
                 total[key] = total[key] and value if isinstance(value, bool) else total[key] + value
     parts = sum(report.get("parts", 1) for report in reports) + len(roots) - len(reports)
-    return total | {"parts": parts, "duplicates_between_parts_removed": False}
+    return total | {"parts": parts}

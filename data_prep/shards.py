@@ -9,12 +9,10 @@ shards written so far; the same command goes on from there.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import sys
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,21 +24,19 @@ from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.bpe_form import export_note
 from megatron_dla.data_prep.layout import Layout, assign, choose_validation, mark_copies, release
 from megatron_dla.data_prep.readers import shown
+from megatron_dla.data_prep.shard_file import write_shard
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.data_prep.spool import Spool
 from megatron_dla.data_prep.tokenise import token_dtype, tokenise
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
-from megatron_dla.files import file_sha256, write_bytes, write_json
+from megatron_dla.files import write_bytes, write_json
 from megatron_dla.shard_index import (
-    ENDS,
     INDEX_NAME,
     MIN_TRAIN_SHARDS,
-    RECORDS,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
     TOKENIZER_NAME,
-    TOKENS,
     ShardIndex,
     ShardInfo,
 )
@@ -97,40 +93,17 @@ class _Writer:
     def _write(self, path: Path, split: str, members: np.ndarray, tokens: int) -> ShardInfo:
         records = self.records[members]
         release(self.records)
-        _write_shard(path, *self._content(records, tokens))
-        return ShardInfo(
-            name=path.name, split=split, bytes=path.stat().st_size, sha256=file_sha256(path), documents=len(records),
-            tokens=int(records["n_tokens"].sum()), text_bytes=int(records["n_bytes"].sum()),
-        )  # fmt: skip
+        content = b"".join(os.pread(tokens, length, start) for start, length in self._where(records))
+        ends = np.cumsum(records["n_tokens"].astype(np.int64))
+        sources = list(map(self.source.name, records["file"].tolist(), records["number"].tolist()))
+        return write_shard(
+            path, split, np.frombuffer(content, self.spool.dtype), ends, sources, records["n_bytes"].tolist()
+        )
 
-    def _content(self, records: np.ndarray, file: int) -> tuple[np.ndarray, np.ndarray, dict[str, list[Any]]]:
-        """Tokens, the end of each document in them, and the documents' sources and sizes."""
+    def _where(self, records: np.ndarray) -> Iterator[tuple[int, int]]:
+        """(first byte, bytes) of each document in the spool's tokens."""
         size = self.spool.dtype.itemsize
-        where = zip((records["start"] * size).tolist(), (records["n_tokens"] * size).tolist(), strict=True)
-        content = b"".join(os.pread(file, length, start) for start, length in where)
-        names = map(self.source.name, records["file"].tolist(), records["number"].tolist())
-        columns = {"sources": list(names), "n_bytes": records["n_bytes"].tolist()}
-        return np.frombuffer(content, self.spool.dtype), np.cumsum(records["n_tokens"].astype(np.int64)), columns
-
-
-def _write_shard(path: Path, tokens: np.ndarray, ends: np.ndarray, columns: dict[str, list[Any]]) -> None:
-    sample = {TOKENS: _npy(tokens), ENDS: _npy(ends), RECORDS: json.dumps(columns, ensure_ascii=False).encode()}
-    with open(path, "wb") as file:
-        # as webdataset.TarWriter writes it, which would import torch into the build
-        with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
-            for name, content in sorted(sample.items()):
-                # no time of the build, with which two builds of the same data would differ
-                member = tarfile.TarInfo(f"{path.stem}.{name}")
-                member.size, member.mode, member.uname, member.gname = len(content), 0o444, "bigdata", "bigdata"
-                tar.addfile(member, io.BytesIO(content))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _npy(tokens: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, tokens, allow_pickle=False)
-    return out.getvalue()
+        return zip((records["start"] * size).tolist(), (records["n_tokens"] * size).tolist(), strict=True)
 
 
 def build_shards(

@@ -88,6 +88,56 @@ def test_that_copies_in_other_parts_stay_is_said(corpus, tmp_path, capsys):
     ) and "another part" not in capsys.readouterr().err
 
 
+def texts(data):
+    """{split: [tokens of each document]}, of a data directory."""
+    from megatron_dla.data import ShardReader
+
+    index = ShardIndex.load(data)
+    found = {}
+    for split in index.splits:
+        reader = ShardReader(data, split)
+        found[split] = sorted(x.tobytes() for shard in reader.shards for x in reader.read(shard).split())
+    return found
+
+
+@pytest.mark.parametrize("before", [(), ("--dedup",)])
+def test_copies_in_different_parts_are_removed(corpus, tmp_path, capsys, before):
+    for i in range(3):
+        assert dla("shards", *arguments(corpus), "--output", tmp_path / f"{i}", "--part", f"{i}/3", *before) == 0
+    assert dla("shards", *arguments(corpus), "--output", tmp_path / "once", "--dedup") == 0
+    out = tmp_path / "out"
+    capsys.readouterr()
+    assert dla("merge", *(tmp_path / f"{i}" for i in range(3)), "--output", out, "--dedup", "--workers", 2) == 0
+    assert "another part" not in capsys.readouterr().err
+    assert texts(out) == texts(tmp_path / "once") != texts(corpus / "whole")
+    assert verify_shards(out).documents == 154
+    assert len({source for sources in documents(out).values() for source in sources}) == 154
+    report = json.loads((out / "report.json").read_text())
+    # 4 texts are in each of the 5 files, of which two parts have two
+    assert report["duplicates_between_parts"] == 16 - (report["duplicates"] if before else 0)
+    assert report["duplicates_removed"] and report["duplicates_between_parts_removed"]
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "once").iterdir()}
+    links = [os.stat(out / shard.path).st_nlink for shard in ShardIndex.load(out).shards]
+    assert {1, 2} == set(links)  # written again, and linked
+
+
+def test_a_shard_of_nothing_but_copies_is_left_out_and_a_damaged_one_named(corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(corpus / "part0", tmp_path / "again")
+    assert dla("merge", corpus / "part0", tmp_path / "again", "--output", out, "--dedup") == 0
+    assert texts(out) == {split: sorted(set(found)) for split, found in texts(corpus / "part0").items()}
+    shard = tmp_path / "again/train/train-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    before = (out / "index.json").read_bytes()
+    for place in (out, tmp_path / "new"):
+        capsys.readouterr()
+        assert dla("merge", tmp_path / "again", "--output", place, "--dedup", "--overwrite") == 2
+        assert "again/train/train-000001.tar" in capsys.readouterr().err
+    assert (out / "index.json").read_bytes() == before and not (tmp_path / "new").exists()
+
+
 def test_parts_on_another_file_system_are_copied(corpus, tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError(18, "Invalid cross-device link")

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_dla.data_prep import layout, shards, spool, tokenise
+from megatron_dla.data_prep import layout, shard_file, shards, spool, tokenise
 from megatron_dla.data_prep.shards import build_shards
 from megatron_dla.data_prep.sources import ReadOptions
 from megatron_dla.data_prep.tokenizer import train_tokenizer
@@ -103,9 +103,14 @@ def undisturbed(corpus, tmp_path_factory):
         [(spool.Spool, "add", 3), (spool.Spool, "add", 5), (spool.Spool, "commit", 4), (spool.Spool, "commit", -2)],
         [(spool.json, "dumps", 12), (os, "fsync", 11)],
         [(layout, "_sorted_by_shard", 1), (shards, "mark_copies", -1), (shards, "assign", -1)],
-        [(shards, "_npy", 9), (shards, "_write_shard", -4), (shards, "file_sha256", 9), (shards, "_npy", 60)],
+        [
+            (shard_file, "_npy", 9),
+            (shards, "write_shard", -4),
+            (shard_file, "file_sha256", 9),
+            (shard_file, "_npy", 60),
+        ],
         [(os, "replace", 5), (os, "replace", 4), (shards, "write_bytes", 1), (shards.ShardIndex, "save", 1)],
-        [(spool.Spool, "add", 20), (shards, "_write_shard", 7), (os, "replace", 8)],
+        [(spool.Spool, "add", 20), (shards, "write_shard", 7), (os, "replace", 8)],
     ],
 )
 def test_a_killed_build_goes_on_with_the_same_bytes(corpus, undisturbed, tmp_path, kills):
@@ -132,7 +137,7 @@ def test_what_was_read_ahead_is_not_lost(corpus, undisturbed, tmp_path, monkeypa
 def test_kills_while_existing_data_is_replaced(corpus, undisturbed, tmp_path):
     build(corpus, tmp_path, seed=1, shard_tokens=200)
     before = tree(tmp_path)
-    assert killed(corpus, tmp_path, shards, "_write_shard", 3, overwrite=True)
+    assert killed(corpus, tmp_path, shards, "write_shard", 3, overwrite=True)
     after = tree(tmp_path)
     assert {name: after[name] for name in before} == before
     assert killed(corpus, tmp_path, os, "replace", 6, overwrite=True)
@@ -186,9 +191,9 @@ def test_bad_records_cost_no_work(corpus, tmp_path, monkeypatch, capsys):
 
 
 def test_other_settings_start_over_and_other_sizes_do_not(corpus, undisturbed, tmp_path, monkeypatch, capsys):
-    assert killed(corpus, tmp_path, shards, "_write_shard", 9)
+    assert killed(corpus, tmp_path, shards, "write_shard", 9)
     encoded = count_encoded(monkeypatch)
-    assert killed(corpus, tmp_path, shards, "_write_shard", 5, shard_tokens=900)
+    assert killed(corpus, tmp_path, shards, "write_shard", 5, shard_tokens=900)
     build(corpus, tmp_path, shard_tokens=700)
     assert encoded == [] and "going on after 451 documents" in capsys.readouterr().err
     build(corpus, tmp_path / "fresh", shard_tokens=700)

@@ -16,6 +16,7 @@ import webdataset as wds
 import yaml
 
 from megatron_dla import console
+from megatron_dla.data_prep import shard_file
 from megatron_dla.data_prep import shards as shards_module
 from megatron_dla.data_prep.cli import add_data_parser
 from megatron_dla.data_prep.shards import build_shards
@@ -136,7 +137,7 @@ def test_build_errors_leave_nothing_behind(base, tmp_path, monkeypatch):
     before = tree(tmp_path / "a")
     with pytest.raises(DataError, match="--overwrite"):
         build(base, tmp_path / "a")
-    monkeypatch.setattr(shards_module, "_write_shard", lambda *_: 1 / 0)
+    monkeypatch.setattr(shards_module, "write_shard", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(base, tmp_path / "a", overwrite=True)
     assert tree(tmp_path / "a") == before
@@ -198,13 +199,13 @@ def test_verify_lists_every_problem(base, tmp_path):
     ],
 )
 def test_deep_verify_checks_the_tokens(base, tmp_path, monkeypatch, change, words):
-    real, calls = shards_module._npy, []
+    real, calls = shard_file._npy, []
 
     def npy(tokens):
         calls.append(1)
         return real(change(tokens) if len(calls) == 1 else tokens)
 
-    monkeypatch.setattr(shards_module, "_npy", npy)
+    monkeypatch.setattr(shard_file, "_npy", npy)
     build(base, tmp_path)
     verify_shards(tmp_path, deep=False)
     with pytest.raises(DataError, match=words):

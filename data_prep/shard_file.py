@@ -1,0 +1,50 @@
+"""Writes one shard: a tar with one sample that holds all documents."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dla.files import file_sha256
+from megatron_dla.shard_index import ENDS, RECORDS, TOKENS, ShardInfo
+
+
+def write_shard(
+    path: Path, split: str, tokens: np.ndarray, ends: np.ndarray, sources: list[str], n_bytes: list[int]
+) -> ShardInfo:
+    """Write a shard that is on the disk on return; equal documents give equal bytes.
+
+    Args:
+        tokens: uint16 or uint32 [n_tokens], each document ending with eos. ends: int64 [documents], where each ends.
+        sources, n_bytes: of each document, where it comes from and its size in bytes of UTF-8.
+
+    Returns:
+        Its entry in the index.
+    """
+    columns = json.dumps({"sources": sources, "n_bytes": n_bytes}, ensure_ascii=False)
+    sample = {TOKENS: _npy(tokens), ENDS: _npy(ends), RECORDS: columns.encode()}
+    with open(path, "wb") as file:
+        # as webdataset.TarWriter writes it, which would import torch into the build
+        with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+            for name, content in sorted(sample.items()):
+                # no time of the build, with which two builds of the same data would differ
+                member = tarfile.TarInfo(f"{path.stem}.{name}")
+                member.size, member.mode, member.uname, member.gname = len(content), 0o444, "bigdata", "bigdata"
+                tar.addfile(member, io.BytesIO(content))
+        file.flush()
+        os.fsync(file.fileno())
+    return ShardInfo(
+        name=path.name, split=split, bytes=path.stat().st_size, sha256=file_sha256(path), documents=len(ends),
+        tokens=len(tokens), text_bytes=sum(n_bytes),
+    )  # fmt: skip
+
+
+def _npy(tokens: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, tokens, allow_pickle=False)
+    return out.getvalue()
