@@ -84,7 +84,8 @@ def _add_data(actions: Any) -> None:
     data.add_argument(
         "--input", type=Path, nargs="+", metavar="PATH", help="text as for `dla data shards` (default: made)"
     )
-    data.add_argument("--mb", type=float, default=20.0, metavar="N", help="million characters of it (default: 20)")
+    data.add_argument("--mb", type=float, default=10.0, metavar="N", help="million characters of it (default: 10)")
+    data.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds of tokenising (default: 3)")
     data.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="of all tokenizers (default: 32000)")
     data.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="processes (default: 1 2)")
     data.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds a reader is timed (default: 3)")

@@ -1,7 +1,8 @@
 """`dla bench data`: tokenising and reading text, beside other libraries on the same text with the same vocabulary.
 
-Tokenising is from JSONL to tokens on disk. Reading is what one rank does in its only process, after it has read for a
-while. Both are given by wall time and by the processor time of all processes, which depends less on what else runs.
+Tokenising is from JSONL to tokens on disk, the median of some rounds. Reading is what one rank does in its only
+process, after it has read for a while. Both are given by wall time and by the processor time of all processes, which
+depends less on what else runs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -191,13 +193,7 @@ class Bench:
         self.records: list[Record] = []
 
     def add(self, what: str, name: str, documents: str, measure: Callable[[], Record], **facts: Any) -> None:
-        try:
-            found = measure()
-        except UserError:
-            raise
-        except Exception as error:  # whatever other libraries raise must not end the run
-            found = {"missing": f"{type(error).__name__}: {error}".splitlines()[0]}
-        record = {"what": what, "name": name, "documents": documents, **facts, **found}
+        record = {"what": what, "name": name, "documents": documents, **facts, **_tried(measure)}
         self.records.append(record)
         print(line(record), flush=True)
         self.report()
@@ -226,15 +222,21 @@ class Bench:
         def peer(processes: int) -> Record:
             tokenizer = _there(tokenizers["tokenizers"])
             with clock() as whole:
-                data = data_peers.load_text(path, self.place / f"datasets_{documents}_{processes}")
+                data = data_peers.load_text(path, Path(tempfile.mkdtemp(dir=self.place)))  # nothing cached
                 with clock() as mapped:
                     data_peers.map_tokens(data, tokenizer, processes)
             return {**speed(whole), **{f"map_{key}": value for key, value in speed(mapped).items()}}
 
         for n in self.args.workers:
-            for name in tokenizers:
-                self.add("tokenise", f"dla data shards, {name}", documents, partial(build, name, n), processes=n)
-            self.add("tokenise", "datasets.map, tokenizers", documents, partial(peer, n), processes=n)
+            measures = {f"dla data shards, {name}": partial(build, name, n) for name in tokenizers}
+            measures["datasets.map, tokenizers"] = partial(peer, n)
+            # in turn, so that a slow minute of the machine does not decide between two of them
+            rounds = [
+                {name: _tried(measure) for name, measure in measures.items()} for _ in range(self.args.repeats)
+            ]  # fmt: skip
+            for name in measures:
+                found = middle([one[name] for one in rounds])
+                self.add("tokenise", name, documents, partial(dict, found), processes=n)
 
     def _read(self, documents: str) -> None:
         built, budget_s = self.place / documents / "sentencepiece", self.args.budget
@@ -261,6 +263,26 @@ class Bench:
             )  # fmt: skip
 
 
+def _tried(measure: Callable[[], Record]) -> Record:
+    """What it found, or `missing`: whatever other libraries raise must not end the run."""
+    try:
+        return measure()
+    except UserError:
+        raise
+    except Exception as error:
+        return {"missing": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def middle(rounds: list[Record]) -> Record:
+    """The median of each number, and `mb_s_range`, or the first that is `missing`."""
+    for one in rounds:
+        if "missing" in one:
+            return one
+    speeds = [one["mb_s"] for one in rounds]
+    medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+    return {**medians, "mb_s_range": [min(speeds), max(speeds)]}
+
+
 def _there(tokenizer: Path | str) -> Path:
     if isinstance(tokenizer, str):
         raise ImportError(tokenizer)
@@ -273,7 +295,9 @@ def line(record: Record) -> str:
     if "missing" in record:
         return start + record["missing"]
     if record["what"] == "tokenise":
-        cells = f"{record['processes']} processes | {record['mb_s']:6.2f} MB/s | {record['mb_cpu_s']:6.2f} MB a CPU s"
+        low, high = record["mb_s_range"]
+        speed = f"{record['mb_s']:6.2f} MB/s ({low:.2f} to {high:.2f})"
+        cells = f"{record['processes']} processes | {speed} | {record['mb_cpu_s']:6.2f} MB a CPU s"
         return start + cells + (f" | map alone {record['map_mb_s']:.2f} MB/s" if "map_mb_s" in record else "")
     if record["what"] == "read":
         return start + f"{record['tokens_s'] / 1e6:7.2f}M tokens/s | {record['tokens_cpu_s'] / 1e6:7.2f}M a CPU s"
@@ -287,6 +311,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     seconds(args.budget)
     if not 0 < args.mb < float("inf"):
         raise UserError(f"--mb {args.mb:g}: want megabytes, more than 0")
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: want at least 1")
     if min(args.workers) < 1:
         raise UserError(f"--workers {min(args.workers)}: want at least 1")
 

@@ -40,7 +40,20 @@ def test_every_measurement_has_a_record(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(data, "RANKS", 4)
     monkeypatch.setattr(data, "SEQ_LEN", 64)
     monkeypatch.setitem(data_peers.READERS, "webdataset, a document a sample", broken)
-    options = ["--mb", "0.02", "--vocab-size", "400", "--workers", "1", "--budget", "0.01", "--steps", "1"]
+    options = [
+        "--mb",
+        "0.02",
+        "--vocab-size",
+        "400",
+        "--workers",
+        "1",
+        "--budget",
+        "0.01",
+        "--steps",
+        "1",
+        "--repeats",
+        "2",
+    ]
     assert main(["bench", "data", *options, "--step-seconds", "0", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "data.json").read_text())
     assert results["vocab_size"] == 400 and results["characters"] == 20_000
@@ -55,6 +68,12 @@ def test_every_measurement_has_a_record(tmp_path, capsys, monkeypatch) -> None:
             assert peer in record["missing"] and any(record["missing"] in one for one in lines)
         else:
             assert all(record[name] >= 0 for name in NUMBERS[record["what"]])
+
+
+def test_the_middle_of_rounds() -> None:
+    rounds = [{"mb_s": 1.0, "mb_cpu_s": 5.0}, {"mb_s": 9.0, "mb_cpu_s": 4.0}, {"mb_s": 2.0, "mb_cpu_s": 6.0}]
+    assert data.middle(rounds) == {"mb_s": 2.0, "mb_cpu_s": 5.0, "mb_s_range": [1.0, 9.0]}
+    assert data.middle([*rounds, {"missing": "why"}]) == {"missing": "why"}
 
 
 def test_samples_of_webdataset_are_the_documents(tmp_path) -> None:
@@ -73,7 +92,15 @@ def test_samples_of_webdataset_are_the_documents(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--memory", "1"], ["--mb", "0"], ["--workers", "2", "0"], ["--budget", "nan"], ["--input", "/nowhere"]]
+    "options",
+    [
+        ["--memory", "1"],
+        ["--mb", "0"],
+        ["--repeats", "0"],
+        ["--workers", "2", "0"],
+        ["--budget", "nan"],
+        ["--input", "/nowhere"],
+    ],
 )
 def test_arguments_out_of_range(options, tmp_path: Path, capsys) -> None:
     assert main(["bench", "data", *options, "--out", str(tmp_path / "new")]) == 2
