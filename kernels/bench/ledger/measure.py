@@ -21,10 +21,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dla.config import RunConfig
+from megatron_dla.gpus import find_gpu
 from megatron_dla.model.counts import flops_per_token
 from megatron_dla.model.gpt import padded_vocab
 
-from .constants import GPUS
 from .record import Recording, patched_launches
 from .step import Step, one_process
 
@@ -124,7 +124,7 @@ def measure(config: RunConfig, device: torch.device, repeats: int = 3) -> dict[s
         ms = _by_component(step, device)
     flops = flops_per_token(config.model, padded_vocab(step.vocabulary, config.model.vocab_multiple), step.T) * tokens
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    gpu = next((gpu for key, gpu in GPUS.items() if key.upper() in name.upper()), None)
+    gpu = find_gpu(name)
     return {
         "device": name or "cpu",
         "torch": torch.__version__,

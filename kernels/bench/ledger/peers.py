@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from megatron_dla.gpus import GPUS
+
 from .components import PARTITION
-from .constants import ARCH, GPUS, OF_ARCH, fingerprint
+from .constants import ARCH, OF_ARCH, fingerprint
 from .predict import predict, predict_launch
 from .record import Recording, record
 

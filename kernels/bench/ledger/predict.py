@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_dla.gpus import Gpu
+
 from .constants import (
     BOUNDARY_EVERY,
     BYTES_A_CLOCK,
@@ -25,7 +27,6 @@ from .constants import (
     SYNC,
     TILES_OF_A_SLOT,
     Assumptions,
-    Gpu,
     Latencies,
 )  # fmt: skip
 from .record import Event, Launch, known_values, nbytes

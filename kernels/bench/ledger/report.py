@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_dla.config import RunConfig
+from megatron_dla.gpus import Gpu
 from megatron_dla.model.counts import flops_per_token
 from megatron_dla.model.gpt import padded_vocab
 from megatron_dla.tasks.pretrain import ASSUMED_VOCABULARY
 
-from .constants import Gpu, fingerprint
+from .constants import fingerprint
 from .predict import predict, predict_launch
 from .record import Event, Recording
 from .summary import quantities, rows, total

@@ -12,8 +12,9 @@ import torch
 
 from megatron_dla.config import RunConfig, load_config
 from megatron_dla.errors import UserError
+from megatron_dla.gpus import GPUS
 
-from .constants import ARCH, GPUS, OF_ARCH
+from .constants import ARCH, OF_ARCH
 from .record import Recording, record
 from .report import facts, table
 from .step import Step, one_process

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from megatron_dla.cli import build_parser
 from megatron_dla.errors import UserError
+from megatron_dla.gpus import GPUS
 from megatron_dla.kernels.bench.ledger import components
-from megatron_dla.kernels.bench.ledger.constants import GPUS, LAUNCH, Assumptions, Latencies, fingerprint
+from megatron_dla.kernels.bench.ledger.constants import LAUNCH, Assumptions, Latencies, fingerprint
 from megatron_dla.kernels.bench.ledger.peers import PUBLISHED, Published
 from megatron_dla.kernels.bench.ledger.predict import memory_bytes, predict_launch, resident
 from megatron_dla.kernels.bench.ledger.record import Launch, Recording, record
