@@ -24,10 +24,10 @@ from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_c
 from megatron_dla.errors import ConfigError
 from megatron_dla.launch.profile import Profile, check_time, load_profile
 from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, call, clean_environment, known_bad_nodes
+from megatron_dla.masking import mask_environment
 from megatron_dla.resources import resource
 
 SCRIPT = resource("slurm/pretrain.sbatch")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(?<![A-Z])KEY|KEY(?![A-Z])", re.IGNORECASE)
 RECORDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX")  # may not include secrets
 
 
@@ -101,14 +101,6 @@ def job_environment(request: Request) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads)} | profile.env | {k: str(v) for k, v in settings.items() if v != ""}
 
 
-def without_secrets(env: dict[str, str]) -> dict[str, str]:
-    """For output and files: *** for the values of variables such as HF_TOKEN, and for passwords in URLs."""
-    return {
-        name: "***" if _SECRET.search(name) else re.sub(r"(://[^/\s:@]*):[^@/\s]+@", r"\1:***@", value)
-        for name, value in env.items()
-    }
-
-
 def _sbatch(argv: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     done = call(argv, clean_environment() | env)
     if done.returncode:
@@ -178,7 +170,7 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
     record: dict[str, Any] = {
         "time": time.time(), "jobs": [], "argv": argv, "directory": os.getcwd(),
         "nodes": request.nodes, "world_size": request.world_size,
-        "environment": {k: os.environ[k] for k in RECORDED if k in os.environ} | without_secrets(env), **about,
+        "environment": {k: os.environ[k] for k in RECORDED if k in os.environ} | mask_environment(env), **about,
     }  # fmt: skip
     made = next((p for p in (run_dir, *run_dir.parents) if p.parent.exists() and not p.exists()), None)
     resolved, submissions = run_dir / "config.yaml", run_dir / SUBMISSIONS

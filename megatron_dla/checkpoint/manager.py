@@ -139,6 +139,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._pace = Pace(1.0)  # of the save in progress
         self._outcome: Exception | None = None  # of the last save, on rank 0
+        self._step = 0  # of the last save
         self._pending, self._failures = False, 0  # failures in a row; the same on every rank
 
     def __enter__(self) -> Checkpointer:
@@ -169,7 +170,7 @@ class Checkpointer:
         """
         self.finish()
         on_main(self.control.check)  # before the work; again before the result is published
-        step = layout.step
+        self._step = step = layout.step
         weights = self._weights(step)
         directory = checkpoint_dir(self.run_dir) / f"step_{step}.{self.control.attempt}{PARTIAL}"
         report = Report(on_main(lambda: self._begin(directory)))
@@ -236,7 +237,9 @@ class Checkpointer:
 
     def _warn(self, error: OSError) -> None:
         count = f"{self._failures + 1} of at most {self.max_failures} in a row"
-        print_or_drop(f"warning: saving failed ({count}), training goes on: {error.filename!r}: {error.strerror}")
+        reason = f"{error.filename!r}: {error.strerror}"
+        print_or_drop(f"warning: saving failed ({count}), training goes on: {reason}")
+        self.control.event("save_failed", self._step, reason=reason)
 
     def _work(
         self, directory: Path, files: Files, report: Report, marker: dict[str, Any], pace: Pace | None = None
@@ -280,6 +283,7 @@ class Checkpointer:
             os.rename(directory, final)
             fsync_directory(final.parent)
             problems = prune(self.run_dir, self.keep)
+        self.control.event("save", marker["step"])
         for line in (f"saved {final}", *(f"warning: {problem}" for problem in problems)):
             print_or_drop(line)
 

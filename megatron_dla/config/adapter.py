@@ -12,6 +12,7 @@ from megatron_dla.config.schema import (
     CheckpointSection,
     DebugSection,
     Directory,
+    LoggingSection,
     Number,
     OptimizerSection,
     ParallelSection,
@@ -84,4 +85,5 @@ class AdapterRunConfig:
     training: TrainingSection = field(default_factory=_training)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     gate_loss: GateLossSection = field(default_factory=GateLossSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
     debug: DebugSection = field(default_factory=DebugSection)

@@ -59,13 +59,20 @@ def _range(hint: object) -> str:
 def _section(name: str, section: Any) -> list[str]:
     cls = type(section)
     lines = [f"## {name}", "", inspect.getdoc(cls) or "", "", "| key | type | default | |", "|---|---|---|---|"]
+    return [*lines, *_rows(section), ""]
+
+
+def _rows(section: Any, prefix: str = "") -> Iterator[str]:
+    """One for each key; those of a section inside it too, by their whole name."""
+    cls = type(section)
     hints, texts = typing.get_type_hints(cls, include_extras=True), _field_texts(cls)
     for field in dataclasses.fields(cls):
         hint, value = hints[field.name], getattr(section, field.name)
-        kind = _type_name(hint)
+        if dataclasses.is_dataclass(value):
+            yield from _rows(value, f"{prefix}{field.name}.")
+            continue
         default = "(none)" if value == "" else f"`{value}`"
-        lines.append(f"| {field.name} | {kind} | {default} | {texts.get(field.name, '')} |")
-    return [*lines, ""]
+        yield f"| {prefix}{field.name} | {_type_name(hint)} | {default} | {texts.get(field.name, '')} |"
 
 
 def _other_defaults(run: Any, other: Any) -> Iterator[tuple[str, Any]]:

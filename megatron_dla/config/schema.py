@@ -258,6 +258,32 @@ class TauSection:
 
 
 @dataclass
+class WandbSection:
+    """Weights & Biases (the package wandb, in the extra `logging`)."""
+
+    project: str = ""
+    """(none) = no W&B."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """offline: files in the run directory, which `wandb sync` uploads."""
+    entity: str = ""
+    """User or team; (none) = the account's default."""
+    tags: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> bool:
+        return bool(self.project) and self.mode != "disabled"
+
+
+@dataclass
+class LoggingSection:
+    """Where metrics go beside metrics.jsonl and the terminal, under torchtitan's names."""
+
+    tensorboard: bool = False
+    """Event files in tensorboard/ of the run directory (the package tensorboard, in the extra `logging`)."""
+    wandb: WandbSection = field(default_factory=WandbSection)
+
+
+@dataclass
 class DebugSection:
     """Checks that slow a run down."""
 
@@ -277,4 +303,5 @@ class RunConfig:
     training: TrainingSection = field(default_factory=TrainingSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     tau: TauSection = field(default_factory=TauSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
     debug: DebugSection = field(default_factory=DebugSection)

@@ -12,12 +12,16 @@ from megatron_dla.metrics.meters import clock
 
 
 def console_line(m: dict[str, Any], total_steps: int) -> str:
-    """step/total, loss, grad norm, lr, tokens/s, boundary rate, memory, ETA."""
+    """step/total, loss, grad norm, lr, tokens/s, MFU on known GPUs, share of time waiting for data, boundary rate,
+    memory, ETA."""
     done = 100 * m["step"] / total_steps
     parts = [f"step {m['step']:>{len(str(total_steps))}}/{total_steps} ({done:.0f}%)"]
     if "loss" in m:
         norm = "-" if m["grad_norm"] is None else f"{m['grad_norm']:.3f}"
         parts += [f"loss {m['loss']:.4f}", f"grad {norm}", f"lr {m['lr']:.2e}", f"{m['tokens_per_s']:,.0f} tok/s"]
+        if "mfu" in m:
+            parts.append(f"MFU {m['mfu']:.1%}")
+        parts.append(f"data {m['data_wait_share']:.1%}")
         if m.get("boundary_rate") is not None:
             parts.append(f"boundaries {m['boundary_rate']:.3f}")
         if "gate" in m:
@@ -30,19 +34,36 @@ def console_line(m: dict[str, Any], total_steps: int) -> str:
 
 
 class JsonlSink:
-    """Appends to metrics.jsonl; on resume, drops the lines of steps that will be repeated."""
+    """Appends to metrics.jsonl; on resume, drops the lines of steps that will be repeated.
+
+    A line that could not be written as a whole (a full disk) is taken back by the next one.
+
+    Attributes:
+        last_step: the last one logged before, dropped or not; -1 without any.
+    """
+
+    name = "metrics.jsonl"
 
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         self.path = path
-        if resumed_step is None or not path.exists():
-            path.write_text("")
-            return
-        kept = [line for line in path.read_text().splitlines() if _step(line, resumed_step) <= resumed_step]
+        lines = path.read_text().splitlines() if path.exists() else []
+        steps = [_step(line) for line in lines]
+        self.last_step = max((step for step in steps if step is not None), default=-1)
+        last = -1 if resumed_step is None else resumed_step
+        kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last]
         write_text(path, "".join(line + "\n" for line in kept))
+        self._size = path.stat().st_size
 
     def write(self, metrics: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n")
+        """Raises OSError where it cannot be written."""
+        line = json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n"
+        with self.path.open("ab") as file:
+            file.truncate(self._size)
+            file.write(line.encode())
+        self._size += len(line.encode())
+
+    def close(self, failed: bool = False) -> None:
+        """Nothing is open."""
 
 
 def _finite(value: Any) -> Any:
@@ -52,11 +73,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step(line: str, resumed_step: int) -> int:
+def _step(line: str) -> int | None:
+    """None for a line that was cut short, whose step will be repeated."""
     try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:  # a truncated line belongs to a step that will be repeated
-        return resumed_step + 1
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

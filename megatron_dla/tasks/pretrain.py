@@ -150,7 +150,7 @@ class PretrainTask(Task):
         model, vocab = self.config.model, self._planned_vocab()
         lines = {
             "model": f"{count_parameters(model, vocab):,} parameters, "
-            f"{flops_per_token(model, vocab, self.seq_len):.3g} FLOP a token (forward and backward)"
+            f"{self.flops_per_token:.3g} FLOP a token (forward and backward)"
         }
         try:
             planned = planned_tokens(self.stages, self._tokens)
@@ -231,6 +231,10 @@ class PretrainTask(Task):
         for mixer in self.mixers:
             mixer.gate_temperature = self.gate_temperature
         return train_step(engine, batches, self.runtime.groups, self.runtime.device, self._pack)
+
+    @property
+    def flops_per_token(self) -> float:
+        return flops_per_token(self.config.model, self._planned_vocab(), self.seq_len)
 
     def metrics(self) -> dict[str, Any]:
         metrics: dict[str, Any] = {

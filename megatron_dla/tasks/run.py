@@ -19,6 +19,7 @@ from megatron_dla.checkpoint.integrity import find_faults, newest_whole
 from megatron_dla.checkpoint.manager import check_same_model
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config
 from megatron_dla.errors import CheckpointError
+from megatron_dla.metrics.trackers import check_packages
 from megatron_dla.processes import end_with_parent, usable_cpus
 from megatron_dla.tasks import make_task
 from megatron_dla.training.control import RunControl
@@ -43,6 +44,7 @@ def check_run(config: Config, world_size: int) -> tuple[Task, Device]:
     device = resolve_device(config.training)
     task.check_config(world_size, device)
     task.check_data(world_size)
+    check_packages(config.logging)
     _check_older_run(task)
     return task, device
 
@@ -108,6 +110,7 @@ def _plan(config: Config, world_size: int) -> int:
         print("note         no CUDA device on this machine: the plan is for one that has them")
     sys.stdout.flush()
     task.check_data(world_size)
+    check_packages(config.logging)
     _check_older_run(task)
     return 0
 

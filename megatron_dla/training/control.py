@@ -3,6 +3,7 @@
 stop, halt       made by a user or launcher: save after the current step and exit with 75; `halt` also prevents restarts
 done             the last step is saved: {step, time, attempt}; a later start exits with 0
 attempt          the run that may write here (see `fence`)
+events.jsonl     what happened to the run, a line an event: {event, step, attempt, time, ...}, see `RunControl.event`
 heartbeat.json   rank 0's last step, and what it does since (a key of `DOING`): {step, doing, time, attempt, host, pid}
 ranks/ATTEMPT/rankR.json   where each rank runs: {rank, host, pid, time}
 exits/ATTEMPT/rankR.json   why a rank exited with an error: {rank, host, exitcode, message, time}
@@ -30,7 +31,7 @@ from megatron_dla.errors import BAD_INPUT, FenceError, UserError, is_wrong_path
 from megatron_dla.files import write_json
 from megatron_dla.training.fence import Fence, attempt_id, node_name
 
-STOP, HALT, DONE, HEARTBEAT = "stop", "halt", "done", "heartbeat.json"
+STOP, HALT, DONE, HEARTBEAT, EVENTS = "stop", "halt", "done", "heartbeat.json", "events.jsonl"
 RANKS, EXITS, STACKS, LAUNCH = "ranks", "exits", "stacks", ".launch"
 DOING = {"step": "after step", "save": "in the save of step", "validate": "in the validation of step"}
 REASONS = {1: "the file `stop`", 2: "the file `halt`", 3: "a newer attempt"}  # larger: the number of a signal
@@ -132,6 +133,16 @@ class RunControl:
         if self.fence is not None:
             self.fence.check()
 
+    def event(self, event: str, step: int, **values: str | int | float) -> None:
+        """On rank 0: append a line to events.jsonl, where the disk has room.
+
+        Events: start (host, processes), fallback (path, reason), save, save_failed (reason), stop (reason), done.
+        """
+        if self.rank == 0:
+            line = {"event": event, "step": step, "attempt": self.attempt, "time": time.time()} | values
+            with contextlib.suppress(OSError), (self.run_dir / EVENTS).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
     @contextlib.contextmanager
     def doing(self, what: str, step: int) -> Iterator[None]:
         """Context of what takes longer than a step; `what`: a key of `DOING`."""
@@ -164,6 +175,7 @@ class RunControl:
         if self.rank == 0:
             with self.publishing():
                 write_json(self.run_dir / DONE, {"step": step, "time": time.time(), "attempt": self.attempt})
+            self.event("done", step)
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:

@@ -39,6 +39,9 @@ class Runtime:
 class Loader(Protocol):
     """The training batches of one data-parallel rank, resumable at any step."""
 
+    total_wait_s: float
+    """Seconds in `next_step`, of this process."""
+
     @property
     def tokens_seen(self) -> int:
         """By all data-parallel ranks together."""
@@ -108,6 +111,11 @@ class Task(ABC):
     @abstractmethod
     def train_step(self, engine: Any, step: int) -> float:
         """One optimizer step after `step` finished ones; returns the mean loss over the global batch (nats a token)."""
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """Of forward and backward pass for one token of the whole model; None where it is not known."""
+        return None
 
     def metrics(self) -> dict[str, Any]:
         """Metrics of this task since the last call, on top of the trainer's own (a collective)."""

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_dla.checkpoint.find import set_aside, step_directories
@@ -23,10 +24,12 @@ from megatron_dla.checkpoint.manager import (
 from megatron_dla.checkpoint.optimizer import local_shapes
 from megatron_dla.checkpoint.retention import Retention
 from megatron_dla.checkpoint.weights import parameter_tags
-from megatron_dla.config import to_yaml
+from megatron_dla.config import to_dict, to_yaml
 from megatron_dla.errors import STOPPED
-from megatron_dla.metrics.meters import StepMeter, memory_gb
-from megatron_dla.metrics.sinks import JsonlSink, console_line
+from megatron_dla.gpus import find_gpu
+from megatron_dla.metrics.meters import MemoryMeter, StepMeter
+from megatron_dla.metrics.sinks import console_line
+from megatron_dla.metrics.trackers import Sinks, open_sinks
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, on_main, process_groups
 from megatron_dla.parallel.replicas import check_replicas
 from megatron_dla.training.control import REASONS, RunControl
@@ -35,6 +38,10 @@ from megatron_dla.training.engine import apply_optimizer_section, build_engine, 
 from megatron_dla.training.signals import StopRequest
 from megatron_dla.training.step import dropped_update
 from megatron_dla.training.task import Runtime, Task
+
+# of the rank with the highest
+HIGHEST = ("data_wait_share", "memory_active_gb", "memory_active_share", "memory_reserved_gb", "memory_reserved_share",
+           "alloc_retries", "ooms")  # fmt: skip
 
 
 class Trainer:
@@ -84,30 +91,48 @@ class Trainer:
             apply_optimizer_section(self.engine, optimizer_groups, config)
         if config.debug.check_replicas:
             check_replicas(self.engine.module, self.groups, "before the first step")
-        is_main = dist.get_rank() == 0
-        self.sink = JsonlSink(run_dir / "metrics.jsonl", self.step if newest else None) if is_main else None
+        self.sinks = Sinks()
+        on_main(lambda: self._open_sinks(self.step if newest else None))
         for path, faults in damaged.items():
             kept = on_main(partial(set_aside, path))
             self.runtime.print(f"{describe_damage(path, faults)}: set aside as {kept.name}")
+            self.control.event("fallback", self.step, path=path.name, reason=faults[0])
+        self.control.event("start", self.step, processes=dist.get_world_size())
         if newest is not None:
             self.runtime.print(f"resuming from {newest} at step {self.step}")
+
+    def _open_sinks(self, resumed_step: int | None) -> None:
+        """On rank 0. Raises ConfigError where a tracker refuses this run."""
+        config = self.config
+        self.sinks = open_sinks(
+            self.run_dir, config.logging, config.run.name, to_dict(config), resumed_step, self.runtime.print
+        )
+
+    def _meter(self) -> StepMeter:
+        device = self.runtime.device
+        gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        return StepMeter(
+            self.step, self.config.training.steps, dist.get_world_size(), self.task.flops_per_token,
+            None if gpu is None else gpu.dense,
+        )  # fmt: skip
 
     def run(self) -> int:
         training, check_every = self.config.training, self.config.debug.check_replicas
         tokens_per_step = training.global_batch_size * self.task.seq_len
-        meter = StepMeter(self.step, training.steps)
+        meter, loader = self._meter(), self.task.loader
+        self.memory = MemoryMeter(self.runtime.device)
         request = StopRequest(self.runtime.device, self.control.asked_to_stop)
-        with self.control, self.checkpoints, request as stop:
+        with self.control, self.sinks, self.checkpoints, request as stop:
             if self.step == 0 and training.eval_every:
                 self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.step < training.steps:
-                started = time.monotonic()
+                started, waited = time.monotonic(), loader.total_wait_s
                 loss = self._train_step()
                 self.step += 1
                 self.control.beat(self.step)
                 if check_every and self.step % check_every == 0:
                     check_replicas(self.engine.module, self.groups, f"by step {self.step}")
-                meter.add(tokens_per_step, time.monotonic() - started)
+                meter.add(tokens_per_step, time.monotonic() - started, loader.total_wait_s - waited)
                 last = self.step == training.steps
                 validating = training.eval_every and (last or self.step % training.eval_every == 0)
                 validated: dict[str, Any] = {}
@@ -123,6 +148,7 @@ class Trainer:
                         self._save(validated.get("val_loss"), wait=bool(last or stopping))
                 if stopping:
                     by = REASONS.get(reason, "a signal")
+                    self.control.event("stop", self.step, reason=by)
                     self.runtime.print(f"stopped by {by} after step {self.step}; run the same command to resume")
                     return STOPPED
             on_main(lambda: self.control.finish(self.step))
@@ -145,16 +171,24 @@ class Trainer:
 
     def _metrics(self, loss: float, meter: StepMeter) -> dict[str, Any]:
         norm = self.engine.get_global_grad_norm()
-        return {
+        values = {
             "step": self.step,
             "loss": loss,
             "grad_norm": None if norm is None else float(norm),
             "lr": self.lr,
             "tokens": self.task.loader.tokens_seen,
-            "tokens_per_s": meter.tokens_per_s(),
-            "memory_gb": memory_gb(self.runtime.device),
+            **meter.read(),
+            "memory_gb": self.memory.peak_gb(),
+            **self.memory.read(),
             "eta_s": meter.eta_s(self.step),
         } | self.task.metrics()
+        return values | self._highest({key: values[key] for key in HIGHEST if key in values})
+
+    def _highest(self, values: dict[str, float]) -> dict[str, float]:
+        """Over the ranks (a collective): the run goes as fast as its slowest one, and ends with its fullest."""
+        highest = torch.tensor(list(values.values()), dtype=torch.float64, device=self.runtime.device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return dict(zip(values, highest.tolist(), strict=True))
 
     def _save(self, val_loss: float | None, *, wait: bool) -> None:
         self.layout.step = self.step
@@ -162,6 +196,5 @@ class Trainer:
         self.checkpoints.save(self.layout, self.task.state_dict(), to_yaml(self.config), wait=wait, **values)
 
     def _log(self, metrics: dict[str, Any]) -> None:
-        if self.sink is not None:
-            self.sink.write(metrics)
-            self.runtime.print(console_line(metrics, self.config.training.steps))
+        self.sinks.write({"time": time.time(), **metrics})
+        self.runtime.print(console_line(metrics, self.config.training.steps))

@@ -82,7 +82,7 @@ def test_the_loss_is_the_mean_over_the_answers_and_training_lowers_it(data, refe
 def test_the_first_validation_is_before_step_1(data, reference, ranks, tmp_path) -> None:
     """Of the adapter as it was initialised, held against the two-pass form; a resumed run does not repeat it."""
     first, *rest = reference["metrics"]
-    assert first.keys() == {"step", "tokens", "val_loss"} and (first["step"], first["tokens"]) == (0, 0)
+    assert first.keys() == {"step", "time", "tokens", "val_loss"} and (first["step"], first["tokens"]) == (0, 0)
     assert [m["step"] for m in rest] == [1, 2, 3, 4]
     model, tokenizer = load_backbone(data / "llama"), load_tokenizer(data / "llama")
     from megatron_dla.adapters.config import DeltaMemConfig

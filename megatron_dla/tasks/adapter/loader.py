@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class EpisodeLoader:
         self.episodes, self.row_length, self.seed = list(episodes), row_length, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.steps = 0
+        self.steps, self.total_wait_s = 0, 0.0
         self.digest = _digest(self.episodes)
         self._rows = self._stream()
 
@@ -61,12 +62,15 @@ class EpisodeLoader:
 
     def next_step(self) -> list[EpisodeBatch]:
         """This rank's micro batches of the next step."""
+        started = time.perf_counter()
         rows = [next(self._rows) for _ in range(self.global_batch_size)]
         share = self.global_batch_size // self.dp_size
         mine = rows[self.dp_rank * share : (self.dp_rank + 1) * share]
         size = self.micro_batch_size
         self.steps += 1
-        return [collate(mine[i : i + size], self.row_length) for i in range(0, share, size)]
+        batches = [collate(mine[i : i + size], self.row_length) for i in range(0, share, size)]
+        self.total_wait_s += time.perf_counter() - started
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "seed": self.seed, "episodes": self.digest, "row_length": self.row_length,
