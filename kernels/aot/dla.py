@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor
 
 from megatron_dla.kernels.dla import Partition, SlotCache, decode_step, dla_attention, partition
+from megatron_dla.kernels.dla.rules import Controls
 from megatron_dla.resources import resource
 
 ALL = (80, 90, 100)
@@ -29,7 +30,8 @@ RANKS = range(1, 9)  # that share a layer's heads: a node's
 
 @dataclass(frozen=True)
 class Config:
-    """One use of the operator. `learned`: tau has a gradient; `cached`: memory comes in and goes out."""
+    """One use of the operator. `learned`: tau has a gradient; `cached`: memory comes in and goes out; `control`:
+    boundaries and merges at random."""
 
     name: str
     dtype: torch.dtype
@@ -41,6 +43,7 @@ class Config:
     groups: int | None = None  # of queries and keys; None: a key of their own for Gated DeltaNet's heads, one for all
     learned: bool = False
     cached: bool = False
+    control: bool = False
     documents: tuple[int, ...] = ()
     tokens: int = 256
     tau: float = 1.2  # one slot: above 2, which no score reaches
@@ -63,6 +66,7 @@ OTHERS = (
     Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, cached=True, tokens=2048, archs=HOPPER),
     Config("gdn-mixed-128-K1", BF16, 128, 128, True, capacity=1, tau=3.0, mixed=True, tokens=2048),  # letter G
     Config("mamba2-bf16-64-K15", BF16, 64, 64, False, capacity=15),
+    Config("gdn-bf16-128-controls", BF16, 128, 128, True, control=True, tokens=2048, archs=HOPPER),
     Config("mamba2-bf16-128x64-K64-cache", BF16, 128, 64, False, capacity=64, cached=True, archs=HOPPER),
     Config("gdn-fp16-64", FP16, 64, 64, True, documents=(70, 133), archs=HOPPER),
     Config("mamba2-fp16-128", FP16, 128, 128, False, archs=HOPPER),
@@ -163,6 +167,8 @@ def exercise(name: str, backend: str = "triton") -> None:
     shape = (1, config.heads, config.capacity, config.key_dim, config.value_dim)
     memory = SlotCache.empty(*shape) if config.cached else None
     rule: dict[str, Any] = dict(tau=tau, capacity=config.capacity)
+    if config.control:
+        rule |= dict(merge="random", controls=Controls("random"))
     packed: dict[str, Any] = dict(rule, cu_seqlens=ends, cache=memory)
 
     def train() -> None:

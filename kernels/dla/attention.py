@@ -19,9 +19,9 @@ from .chunk import ChunkDLA
 from .decode import decode_one, recurrent_partition
 from .documents import begin_of_document, document_starts
 from .partition import torch_partition
+from .rules import INFORMATION, Controls, check_rule, needs_positions, positions
 
 BACKENDS = ("auto", "naive", "torch", "triton")
-MERGES = ("density", "ward")
 TAU_TEMPERATURE = 0.1  # width of the surrogate sigmoid of a learned threshold
 
 
@@ -68,7 +68,10 @@ def _choose(backend: str, k: Tensor, v: Tensor, capacity: int) -> str:
     return "torch"
 
 
-def _check(k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, tau, capacity: int, merge: str, backend: str):
+def _check(
+    k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, tau, capacity: int, merge: str, controls: Controls,
+    backend: str,
+) -> None:  # fmt: skip
     """Shapes and values that a caller can get wrong: ValueError with the argument, the value and what is needed."""
     if v.ndim != 4 or k.ndim != 4 or k.shape[:2] != v.shape[:2]:
         raise ValueError(f"k and v must be [B, T, G, Dk] and [B, T, H, Dv], got {tuple(k.shape)}, {tuple(v.shape)}")
@@ -82,11 +85,10 @@ def _check(k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, tau, capacit
             raise ValueError(f"{name} must be [B, T, H] = {(B, T, H)}, got {tuple(x.shape)}")
     if isinstance(tau, Tensor) and tau.ndim and tau.shape != (H,):
         raise ValueError(f"tau must be a number or a tensor [H] = [{H}], got {tuple(tau.shape)}")
-    never = not isinstance(tau, Tensor) and tau > 2  # no score reaches it
+    never = not isinstance(tau, Tensor) and tau > 2 and controls.boundary == "information"  # no score reaches it
     if capacity < (1 if never else 2):
         raise ValueError(f"capacity must be at least 2 (a merge needs two slots; 1 with a tau above 2), got {capacity}")
-    if merge not in MERGES:
-        raise ValueError(f"merge must be one of {MERGES}, got {merge!r}")
+    check_rule(merge, controls)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
@@ -114,6 +116,19 @@ def _check_partition(part: Partition | None, v: Tensor, cache: SlotCache | None)
         raise ValueError("partition.cache_death is missing: compute the partition with the same cache")
 
 
+def _by_position(
+    v: Tensor, tau: float | Tensor, capacity: int, merge: str, controls: Controls, cu_seqlens: Tensor | None,
+    cache: SlotCache | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What a form of the recurrence needs to know of its rule: thresholds (by token, [B, T, H], where a control sets
+    them), merge, and the pairs [B, T, H] that merge where they are not the cheapest."""
+    if not needs_positions(merge, controls):
+        return dict(tau=tau, merge=merge, pairs=None)
+    B, T, H, _ = v.shape
+    where = positions(document_starts(cu_seqlens, B, T, v.device), H, cache)
+    return dict(tau=controls.thresholds(tau, where), merge=merge, pairs=controls.pairs(merge, capacity, where))
+
+
 @without_autocast
 def partition(
     k: Tensor,
@@ -124,6 +139,7 @@ def partition(
     tau: float | Tensor,
     capacity: int,
     merge: str = "density",
+    controls: Controls = INFORMATION,
     cu_seqlens: Tensor | None = None,
     cache: SlotCache | None = None,
     backend: str = "auto",
@@ -134,13 +150,17 @@ def partition(
         k, v, g, beta, cu_seqlens: as `dla_attention`.
         tau: boundary threshold on the information score in [0, 2], a float or [H]. At most 0: every token opens a
             slot; above 2: only a document's first.
-        capacity: K, at least 2 (1 with a tau above 2). merge: `density` (eq 16) or `ward` (rise in squared error).
+        capacity: K, at least 2 (1 with a tau above 2).
+        merge: neighbours that merge in a full cache: those with the least summed score a token (`density`, eq 16),
+            whose union raises the squared error least (`ward`), with the fewest tokens (`equal_counts`), the oldest
+            (`oldest`) or any (`random`).
+        controls: boundaries other than by information, and the seed of random ones and of random merges.
         cache: memory before the first token; only without `cu_seqlens`.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, backend=backend)
+    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, controls=controls, backend=backend)
     _check_cu_seqlens(cu_seqlens, v.shape[0] * v.shape[1])
     if cu_seqlens is not None and cache is not None:
         raise ValueError("partition: give either cu_seqlens or cache (call it once a document to continue several)")
@@ -150,16 +170,18 @@ def partition(
         naive = _kernel("naive", "naive_attention")
         with torch.no_grad():
             return naive(
-                k, k, v, g, lam, beta, tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache
-            )[1]
-    if merge == "ward":
-        return recurrent_partition(
-            k, v, g, beta, tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache
-        )
+                k, k, v, g, lam, beta, tau=tau, capacity=capacity, merge=merge, controls=controls,
+                cu_seqlens=cu_seqlens, cache=cache,
+            )[1]  # fmt: skip
     want_lo = isinstance(tau, Tensor) and tau.requires_grad
+    with torch.no_grad():
+        rule = _by_position(v, tau, capacity, merge, controls, cu_seqlens, cache)
+    if merge == "ward":
+        del rule["pairs"]
+        return recurrent_partition(k, v, g, beta, **rule, capacity=capacity, cu_seqlens=cu_seqlens, cache=cache)
     triton = _choose(backend, k, v, capacity) == "triton"
     decide = _kernel("triton_partition", "triton_partition") if triton else torch_partition
-    return decide(k, v, g, beta, tau=tau, capacity=capacity, cu_seqlens=cu_seqlens, cache=cache, want_lo=want_lo)
+    return decide(k, v, g, beta, **rule, capacity=capacity, cu_seqlens=cu_seqlens, cache=cache, want_lo=want_lo)
 
 
 _decide = partition  # `dla_attention` has an argument of that name
@@ -213,6 +235,7 @@ def dla_attention(
     tau: float | Tensor,
     capacity: int = 30,
     merge: str = "density",
+    controls: Controls = INFORMATION,
     partition: Partition | None = None,
     cu_seqlens: Tensor | None = None,
     padding: Tensor | None = None,
@@ -230,6 +253,7 @@ def dla_attention(
             (k should have norm <= 1); None is the additive (Mamba-2) form.
         slot_weights: [B, T, H, capacity], readout weight of each slot by recency (0 = the open slot).
         tau: boundary threshold, float or [H]; a tensor that requires a gradient gets the straight-through one.
+        merge, controls: as `partition`.
         partition: decisions to follow instead of taking them (recomputation, teacher forcing).
         cu_seqlens: int [n + 1], document borders over the flattened B * T tokens; memory is empty at each. Best on the
             host: it is read there, and a tensor on a GPU makes the host wait.
@@ -249,7 +273,7 @@ def dla_attention(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, backend=backend)
+    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, controls=controls, backend=backend)
     B, T, H, Dv = v.shape
     if q.shape != k.shape:
         raise ValueError(f"q and k must have the same shape, got {tuple(q.shape)} and {tuple(k.shape)}")
@@ -261,8 +285,11 @@ def dla_attention(
         cu_seqlens = _padding_borders(padding, B, T)
     _check_cu_seqlens(cu_seqlens, B * T)
     learned = isinstance(tau, Tensor) and tau.requires_grad
-    if learned and (cache is not None or merge != "density"):
-        raise ValueError("a tau that requires a gradient works with merge='density' and without an incoming cache")
+    if learned and (cache is not None or merge != "density" or controls.boundary != "information"):
+        raise ValueError(
+            "a tau that requires a gradient works with merge='density', boundaries by information and without an "
+            "incoming cache"
+        )
     if learned and backend == "naive":
         raise ValueError("backend='naive' has no gradient for tau: use 'torch'")
     if chunk_size is None:
@@ -273,7 +300,7 @@ def dla_attention(
         if partition is not None:
             raise ValueError("with cu_seqlens and a cache the partition cannot be given")
         rule: dict[str, Any] = dict(
-            tau=tau, capacity=capacity, merge=merge, backend=backend, chunk_size=chunk_size,
+            tau=tau, capacity=capacity, merge=merge, controls=controls, backend=backend, chunk_size=chunk_size,
             tau_temperature=tau_temperature,
         )  # fmt: skip
         out, last = _by_document([q, k, v, g, slot_weights], beta, cu_seqlens, cache, rule)
@@ -282,16 +309,17 @@ def dla_attention(
     _check_partition(partition, v, cache)
     if backend == "naive":
         out, _, final = _kernel("naive", "naive_attention")(
-            q, k, v, g, slot_weights, beta, tau=tau, capacity=capacity, merge=merge, partition=partition,
-            cu_seqlens=cu_seqlens, cache=cache,
+            q, k, v, g, slot_weights, beta, tau=tau, capacity=capacity, merge=merge, controls=controls,
+            partition=partition, cu_seqlens=cu_seqlens, cache=cache,
         )  # fmt: skip
         final.states, final.info = final.states.to(compute_dtype(v)), final.info.to(compute_dtype(v))
         return out.to(v.dtype), final if return_cache else None
     backend = _choose(backend, k, v, capacity)
     if partition is None:
         partition = _decide(
-            k, v, g, beta, tau=tau, capacity=capacity, merge=merge, cu_seqlens=cu_seqlens, cache=cache, backend=backend
-        )
+            k, v, g, beta, tau=tau, capacity=capacity, merge=merge, controls=controls, cu_seqlens=cu_seqlens,
+            cache=cache, backend=backend,
+        )  # fmt: skip
     if learned and partition.lo is None:
         raise ValueError("partition.lo is missing: compute the partition with the tau that requires a gradient")
     if backend == "triton":
@@ -400,6 +428,7 @@ def decode_step(
     tau: float | Tensor,
     capacity: int = 30,
     merge: str = "density",
+    controls: Controls = INFORMATION,
     backend: str = "auto",
 ) -> tuple[Tensor, SlotCache]:
     """One token (T = 1) on a cache, which is changed in place; cost and memory do not depend on the context.
@@ -410,7 +439,7 @@ def decode_step(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, backend=backend)
+    _check(k, v, g, beta, tau=tau, capacity=capacity, merge=merge, controls=controls, backend=backend)
     if q.shape != k.shape:
         raise ValueError(f"q and k must have the same shape, got {tuple(q.shape)} and {tuple(k.shape)}")
     if v.shape[1] != 1:
@@ -418,7 +447,8 @@ def decode_step(
     if slot_weights.shape != (*v.shape[:3], capacity):
         raise ValueError(f"slot_weights must be {(*v.shape[:3], capacity)}, got {tuple(slot_weights.shape)}")
     _check_cache(cache, v.shape[0], k, v, capacity)
-    if merge == "density" and _choose(backend, k, v, capacity) == "triton":
-        step = _kernel("triton_decode", "triton_decode")
-        return step(q, k, v, g, slot_weights, cache, beta, tau=tau), cache
-    return decode_one(q, k, v, g, slot_weights, cache, beta, tau=tau, merge=merge), cache
+    with torch.no_grad():
+        rule = _by_position(v, tau, capacity, merge, controls, None, cache)
+    triton = merge != "ward" and _choose(backend, k, v, capacity) == "triton"
+    step = _kernel("triton_decode", "triton_decode") if triton else decode_one
+    return step(q, k, v, g, slot_weights, cache, beta, **rule), cache

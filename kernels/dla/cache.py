@@ -101,6 +101,10 @@ class SlotCache:
     def capacity(self) -> int:
         return self.states.shape[2]
 
+    def held(self) -> Tensor:
+        """int64 [B, H]: tokens of the document in memory; the oldest slot begins with it, and padding is none of it."""
+        return torch.where(self.live > 0, self.position[:, None] - self.start[..., 0], 0)
+
     @property
     def nbytes(self) -> int:
         """Bytes held, constant over the life of the cache."""

@@ -1,4 +1,4 @@
-"""The capacity rule: which starts die (eq 16). A scalar walk over the boundaries of each lane, on the host.
+"""The capacity rule: which starts die (eq 16, or controls). A scalar walk over each lane's boundaries, on the host.
 
 A boundary changes two or three numbers of a list of at most K slots: tensor operations would be all overhead, and on a
 GPU one transfer is cheaper than launching them.
@@ -6,6 +6,7 @@ GPU one transfer is cheaper than launching them.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Callable, Iterable
 
@@ -47,6 +48,34 @@ class _Slots:
         self.counts[-1] += len(scores)
         if self.costs:
             self.costs[-1] = self._cost(len(self.costs) - 1)
+
+    def walk_control(
+        self, boundaries: Iterable[tuple[int, int, bool]], scores: list[float], capacity: int, died: array,
+        pairs: list[int] | None,
+    ) -> None:  # fmt: skip
+        """`walk` by another rule: the pair that `pairs` has for a boundary's token merges, or the one with the fewest
+        tokens."""
+        for at, end, reset in boundaries:
+            starts, counts, infos = self.starts, self.counts, self.infos
+            if reset:
+                self.clear()
+            if len(starts) == capacity:
+                if pairs is None:
+                    tokens = [a + b for a, b in zip(counts, counts[1:], strict=False)]
+                    i = tokens.index(min(tokens))  # the oldest pair wins a tie
+                else:
+                    i = pairs[at]
+                counts[i] += counts.pop(i + 1)
+                self.cell[0] = infos[i] + infos.pop(i + 1)
+                infos[i] = self.cell[0]
+                died.append(starts.pop(i + 1))
+                died.append(at)
+            self.cell[0] = scores[at]
+            for x in scores[at + 1 : end]:
+                self.cell[0] += x
+            starts.append(at)
+            counts.append(end - at)
+            infos.append(self.cell[0])
 
     def walk(
         self, boundaries: Iterable[tuple[int, int, bool]], scores: list[float], capacity: int, died: array,
@@ -144,12 +173,15 @@ def apply_capacity(
     capacity: int,
     cache: SlotCache | None = None,
     *,
+    merge: str = "density",
+    pairs: Tensor | None = None,
     want_lo: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Which starts die, by the density rule (eq 16).
+    """Which starts die, by the density rule (eq 16), by the fewest tokens (`equal_counts`), or the `pairs` given.
 
     Args:
         start, resets: bool [N, T]; score: [N, T], see `detect`; cache: slots already there, lanes as [B * H].
+        pairs: int64 [N, T] or None, see `Controls.pairs`. want_lo: with `density` only.
 
     Returns:
         death int32 [N, T], cache_death int32 [N, K], lo int32 [N, T] or None, and the slots' final sums [N, K].
@@ -162,17 +194,21 @@ def apply_capacity(
     ends = opens.sum(1).cumsum(0).tolist()
     first = torch.where(opens.any(1), opens.int().argmax(1), T)  # tokens of the cache's open slot
     lo = _LowestMoved(capacity) if want_lo else None
+    chosen = itertools.repeat(None) if pairs is None else pairs.tolist()
     died, deaths = array("q"), [0]  # start and time of each, and how many there are before each lane
     final = []
     begin = 0
-    lanes = zip(_slots(cache, N, score.dtype), first.tolist(), score.tolist(), ends, strict=True)
-    for slots, tokens, scores, end in lanes:
+    lanes = zip(_slots(cache, N, score.dtype), first.tolist(), score.tolist(), ends, chosen, strict=False)
+    for slots, tokens, scores, end, of_lane in lanes:
         if slots.starts:
             slots.grow(scores[:tokens])
         if lo is not None:
             lo.record(slots, tokens, 0)
         boundaries = zip(*(x[begin:end] for x in columns), strict=True)
-        slots.walk(boundaries, scores, capacity, died, None if lo is None else lo.record)
+        if merge == "density":
+            slots.walk(boundaries, scores, capacity, died, None if lo is None else lo.record)
+        else:
+            slots.walk_control(boundaries, scores, capacity, died, of_lane)
         begin = end
         deaths.append(len(died) // 2)
         final.append(slots.infos + [0.0] * (capacity - len(slots.infos)))

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .attention import dla_attention
 from .cache import FIRST_SCORE, Partition, SlotCache
 from .documents import document_starts
+from .rules import INFORMATION, Controls, needs_positions, positions
 
 # relative RMS error against float64 on the same inputs, for bf16 and fp16
 LIMITS = {
@@ -112,6 +113,9 @@ class _Lane:
     tau: float
     capacity: int
     margins: tuple[float, float]
+    merge_rule: str
+    opens: list[bool] | None  # what a control says; None: by information
+    pairs: list[int] | None  # which pair merges, if not the cheapest
 
     def follow(self, slots: list[_Slot]) -> tuple[list[Violation], list[_Slot]]:
         """Walk the lane; returns what is wrong and the slots after the last token."""
@@ -148,13 +152,25 @@ class _Lane:
             self.report(t, "score", self.score[t], self.exact[t])
         if first and not self.start[t]:
             self.report(t, "first token is not a start")
+        kind, margin = "start" if self.start[t] else "no start", self.margins[0]
+        if self.opens is not None:
+            if not first and self.start[t] != self.opens[t]:
+                self.report(t, kind)
+            return
         wrong = not first and self.start[t] != (self.exact[t] >= self.tau)
-        if wrong and not abs(self.exact[t] - self.tau) < self.margins[0]:
-            self.report(t, "start" if self.start[t] else "no start", self.exact[t], self.tau)
+        if wrong and not abs(self.exact[t] - self.tau) < margin:
+            self.report(t, kind, self.exact[t], self.tau)
 
-    def cheapest(self, slots: list[_Slot]) -> tuple[dict[int, float], float]:
-        """Density of each pair by the start of its younger member, and the least."""
-        costs = {b.start: (a.info + b.info) / (a.count + b.count) for a, b in zip(slots, slots[1:], strict=False)}
+    def cheapest(self, t: int, slots: list[_Slot]) -> tuple[dict[int, float], float]:
+        """Cost of each pair by the start of its younger member, and the least."""
+        costs: dict[int, float] = {}
+        for i, (a, b) in enumerate(zip(slots, slots[1:], strict=False)):
+            if self.pairs is not None:
+                costs[b.start] = float(i != self.pairs[t])
+            elif self.merge_rule == "equal_counts":
+                costs[b.start] = a.count + b.count
+            else:
+                costs[b.start] = (a.info + b.info) / (a.count + b.count)
         return costs, min(costs.values(), default=0.0)
 
     def check_lo(self, t: int, slots: list[_Slot], document: int) -> None:
@@ -162,7 +178,7 @@ class _Lane:
             return
         allowed = {document}
         if len(slots) >= self.capacity:
-            costs, least = self.cheapest(slots)
+            costs, least = self.cheapest(t, slots)
             allowed = {max(start, 0) for start, cost in costs.items() if cost - least < self.margins[1]}
         if self.lo[t] not in allowed:
             self.report(t, "lo", self.lo[t], *sorted(allowed))
@@ -172,7 +188,7 @@ class _Lane:
         dying = self.ends.get(t, [])
         if len(dying) != due:
             self.report(t, "deaths", len(dying), int(due))
-        costs, least = self.cheapest(slots)
+        costs, least = self.cheapest(t, slots)
         for start in dying:
             i = next((i for i, slot in enumerate(slots) if slot.start == start), 0)
             if i == 0:  # not live, in another document, or the oldest, which has nothing to merge into
@@ -194,17 +210,25 @@ def forced_replay(
     *,
     tau: float | Tensor,
     capacity: int,
+    merge: str = "density",
+    controls: Controls = INFORMATION,
     cu_seqlens: Tensor | None = None,
     cache: SlotCache | None = None,
     score_margin: float = 1e-3,
     density_margin: float = 1e-3,
 ) -> list[Violation]:
-    """What is wrong with a density-rule partition; arguments as `partition`, inputs of any dtype (taken as exact)."""
+    """What is wrong with a partition by any rule but `ward`; arguments as `partition`, inputs of any dtype (taken as
+    exact)."""
     B, T, H, _ = v.shape
     resets = document_starts(cu_seqlens, B, T, v.device)
     exact = open_scores(k, v, g, beta, partition.start, resets, cache).cpu()
     taus = torch.as_tensor(tau, dtype=torch.float64).detach().cpu().expand(H).tolist()
     found: list[Violation] = []
+    opens = pairs = None
+    if needs_positions(merge, controls):
+        where = positions(resets, H, cache)
+        opens = None if controls.boundary == "information" else controls.opens(where)
+        pairs = controls.pairs(merge, capacity, where)
     for b in range(B):
         for h in range(H):
             death = dict(enumerate(partition.death[b, :, h].tolist()))
@@ -217,7 +241,8 @@ def forced_replay(
             lane = _Lane(
                 b, h, partition.start[b, :, h].tolist(), death, partition.score[b, :, h].tolist(),
                 None if partition.lo is None else partition.lo[b, :, h].tolist(), exact[b, :, h].tolist(),
-                resets[b].tolist(), taus[h], capacity, (score_margin, density_margin),
+                resets[b].tolist(), taus[h], capacity, (score_margin, density_margin), merge,
+                *(None if x is None else x[b, :, h].tolist() for x in (opens, pairs)),
             )  # fmt: skip
             wrong, slots = lane.follow(slots)
             found += wrong

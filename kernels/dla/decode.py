@@ -13,6 +13,8 @@ from .documents import document_starts
 
 def _pair_costs(states: Tensor, count: Tensor, info: Tensor, merge: str) -> Tensor:
     """Cost of merging each pair of neighbours: [L, K - 1]; states [L, K, Dk * Dv], count and info [L, K]."""
+    if merge == "equal_counts":
+        return count[:, :-1] + count[:, 1:]
     n, m = count[:, :-1].to(info.dtype), count[:, 1:].to(info.dtype)
     if merge == "density":
         return (info[:, :-1] + info[:, 1:]) / (n + m)
@@ -45,19 +47,23 @@ class _Memory:
         score = (2 - 2 * cosine).clamp_(min=0).sqrt_()
         return score.masked_fill_(self.live == 0, FIRST_SCORE)
 
-    def merge_cheapest(self, full: Tensor, merge: str) -> Tensor | None:
-        """Merge the cheapest pair (eqs 16-17) where `full` [L]; returns the starts that died, -1 elsewhere."""
+    def merge_pair(self, full: Tensor, merge: str, pair: Tensor | None) -> Tensor | None:
+        """Merge `pair` [L], else the cheapest one (eqs 16-17), where `full` [L]; returns the starts that died, -1
+        elsewhere."""
         if self.capacity == 1:  # no second slot opens
             return None
         if torch.compiler.is_compiling():
-            return self._merge_masked(full, merge)
+            return self._merge_masked(full, merge, pair)
         lane = full.nonzero().squeeze(1)
         if not len(lane):
             return None
         K = self.capacity
-        count, info = (x.view(-1, K).index_select(0, lane) for x in (self.count, self.info))
-        states = self.states.flatten(2)[lane] if merge == "ward" else self.states
-        pair = _pair_costs(states, count, info, merge).argmin(1, keepdim=True)  # the oldest pair wins a tie
+        if pair is None:
+            count, info = (x.view(-1, K).index_select(0, lane) for x in (self.count, self.info))
+            states = self.states.flatten(2)[lane] if merge == "ward" else self.states
+            pair = _pair_costs(states, count, info, merge).argmin(1, keepdim=True)  # the oldest pair wins a tie
+        else:
+            pair = pair[lane, None]
         row = (lane * K)[:, None] + self.index
         old = row.gather(1, pair).squeeze(1)
         young = old + 1
@@ -72,11 +78,13 @@ class _Memory:
         self.live -= full.long()
         return dying
 
-    def _merge_masked(self, full: Tensor, merge: str) -> Tensor:
+    def _merge_masked(self, full: Tensor, merge: str, pair: Tensor | None) -> Tensor:
         """The same without shapes that depend on data: every lane moves all its slots."""
         states, start = self.states.flatten(2), self.start.view(-1, self.capacity)
         count, info = self.count.view_as(start), self.info.view_as(start)
-        pair = _pair_costs(states, count, info, merge).argmin(1, keepdim=True)
+        if pair is None:
+            pair = _pair_costs(states, count, info, merge).argmin(1)
+        pair = pair[:, None]
         dying = torch.where(full, start.gather(1, pair + 1).squeeze(1), -1)
         source = (self.index + (full[:, None] & (self.index > pair))).clamp(max=self.capacity - 1)
         joined = full[:, None] & (self.index == pair)
@@ -90,15 +98,15 @@ class _Memory:
         return dying
 
     def advance(
-        self, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, tau: Tensor, merge: str
+        self, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, tau: Tensor, merge: str, pair: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Score, decide, merge, transform all slots, write; k, v: [L, D]; g, beta, tau: [L].
+        """Score, decide, merge, transform all slots, write; k, v: [L, D]; g, beta, tau, pair (to merge): [L].
 
         Returns fired bool [L], score [L] and dying [L]: absolute position of the start that died, -1 or None = none.
         """
         score = self.score(k, v, beta)
         fired = (self.live == 0) | (score >= tau)
-        dying = self.merge_cheapest(fired & (self.live == self.capacity), merge)
+        dying = self.merge_pair(fired & (self.live == self.capacity), merge, pair)
         kept = ~fired
         self.live += fired
         slot = self.first + (self.live - 1)  # the new slot, or the open one
@@ -147,14 +155,18 @@ def decode_one(
     *,
     tau: float | Tensor,
     merge: str,
+    pairs: Tensor | None = None,
 ) -> Tensor:
-    """Advance `cache` by one token and read it: [B, 1, H, Dv]; arguments as `decode_step`, which checks them."""
+    """Advance `cache` by one token and read it: [B, 1, H, Dv]; arguments as `decode_step`, which checks them.
+
+    `tau`: also [B, 1, H]. `pairs`: int64 [B, 1, H], see `Controls.pairs`.
+    """
     (B, _, H, _), dtype = v.shape, cache.states.dtype
     q, k, v_, g, lam = (_lanes(x, H, dtype) for x in (q, k, v, g, slot_weights))
     beta = None if beta is None else _lanes(beta, H, dtype)
-    tau = torch.as_tensor(tau, dtype=dtype, device=v.device).expand(H).repeat(B)
+    tau = torch.as_tensor(tau, dtype=dtype, device=v.device).expand(B, 1, H).flatten()
     memory = _Memory(cache)
-    memory.advance(k, v_, g, beta, tau, merge)
+    memory.advance(k, v_, g, beta, tau, merge, None if pairs is None else pairs.flatten())
     return memory.read(q, lam).view(B, 1, H, -1).to(v.dtype)
 
 
@@ -171,7 +183,10 @@ def recurrent_partition(
     cu_seqlens: Tensor | None,
     cache: SlotCache | None,
 ) -> Partition:
-    """Partition by running the recurrence on all K states: O(T K Dk Dv), the only exact way for `ward`."""
+    """Partition by running the recurrence on all K states: O(T K Dk Dv), the only exact way for `ward`.
+
+    `tau`: also [B, T, H], for each token its own.
+    """
     B, T, H, Dv = v.shape
     dtype = compute_dtype(v)
     resets = document_starts(cu_seqlens, B, T, v.device)
@@ -180,7 +195,7 @@ def recurrent_partition(
         for name in ("states", "count", "info", "live"):
             getattr(work, name).copy_(getattr(cache, name))
         work.start.copy_(-2 - torch.arange(capacity, device=v.device).expand_as(work.start))  # slot i is -2 - i
-    tau = torch.as_tensor(tau, dtype=dtype, device=v.device).expand(H).repeat(B)
+    taus = torch.as_tensor(tau, dtype=dtype, device=v.device).expand(B, T, H).unbind(1)
     death = torch.full((B, T + 1, H), T, dtype=torch.int32, device=v.device)
     cache_death = torch.full((B, H, capacity + 1), T, dtype=torch.int32, device=v.device)
     inputs = [lanes(x, H, dtype) for x in (k, v, g, *([] if beta is None else [beta]))]
@@ -190,7 +205,8 @@ def recurrent_partition(
         work.live *= (~resets[:, t, None]).long()
         work.states *= (~resets[:, t, None, None, None, None]).to(dtype)
         k_t, v_t, g_t, *beta_t = (x[:, t] for x in inputs)
-        fires, value, dying = memory.advance(k_t, v_t, g_t, beta_t[0] if beta_t else None, tau, merge)
+        strength = beta_t[0] if beta_t else None
+        fires, value, dying = memory.advance(k_t, v_t, g_t, strength, taus[t].flatten(), merge, None)
         fired.append(fires.view(B, H))
         score.append(value.view(B, H))
         if dying is None:

@@ -58,7 +58,7 @@ class _Chunk(NamedTuple):
     A: Tensor  # [M, C, C]
     A0: Tensor  # [M, C, 1]
     last: Tensor  # int64 [M, C + 1], the chunk's last boundary if there is one at s; -1 at C
-    tau: Tensor  # [M, 1]
+    tau: Tensor  # [M, 1] or [M, C]
     resets: Tensor  # bool [M, C]
     own: Tensor  # of the slot that opens with the chunk: E v [M, C, Dv], without the delta rule `inner` [M, C]
     loss: Tensor | None  # [M, C], as beta
@@ -149,7 +149,7 @@ class _Window:
         # pairs s >= t have no meaning, and no norm: the root of a denormal number takes 20 times as long as one of 1
         apart = torch.ones(2 * v.shape[2:3], dtype=v.dtype, device=v.device).triu_()
         self.score = _scores(inner, norm2.mul_(write2[..., None]).add_(apart))
-        last, tau = self._link(v.shape[2]), tau[:, None].expand(*v.shape[:2], 1)
+        last = self._link(v.shape[2])
         self.parts = _Chunk(
             v, write2, gain, reads, writes, Phi, A, enters.square(), last, tau, resets, own, loss, beta
         )  # fmt: skip
@@ -157,7 +157,7 @@ class _Window:
     def _link(self, C: int) -> Tensor:
         """`_Chunk.last`."""
         self.index = torch.arange(C, device=self.score.device)
-        fired = (self.score >= self.tau[:, None, None]) | self.resets[..., None]
+        fired = (self.score >= self.tau[..., None]) | self.resets[..., None]
         early = fired.to(self.score.dtype).mul_(self.index[:, None] - C).tril_(-1)  # 0 = no boundary at the token
         self.after = F.pad(early.amin(-2).long() + C, (0, 1), value=C)
         self.hops = [self.after]  # 1, 2, 4 ... boundaries on
@@ -235,7 +235,8 @@ def detect(
     """Boundaries and scores over lanes.
 
     Args:
-        k, v: [N, T, Dk], [N, T, Dv]. g, beta: [N, T]. tau: [N]. resets: bool [N, T], document starts.
+        k, v: [N, T, Dk], [N, T, Dv]. g, beta: [N, T]. tau: [N], or [N, T] for each token its own. resets: bool [N, T],
+            document starts.
         state: [N, Dk, Dv], open state of the incoming cache, or None: then the first token must be a document start.
 
     Returns:
@@ -245,12 +246,13 @@ def detect(
     state = k.new_zeros(N, k.shape[-1], v.shape[-1]) if state is None else state
     k, v, g, document = (chunked(x, chunk_size).transpose(0, 1) for x in (k, v, g, resets))  # [n, N, C, ...]
     beta = None if beta is None else chunked(beta, chunk_size).transpose(0, 1)
+    taus = chunked(tau, chunk_size).transpose(0, 1) if tau.ndim == 2 else tau[:, None].expand(len(document), N, 1)
     size = max(1, PAIRS // (N * chunk_size**2))
     starts, scores = [], []
     for at in range(0, len(document), size):
         kw, vw, gw = (x[at : at + size].contiguous() for x in (k, v, g))
         bw = None if beta is None else beta[at : at + size].contiguous()
-        window = _Window(kw, vw, gw, bw, tau, document[at : at + size])
+        window = _Window(kw, vw, gw, bw, taus[at : at + size], document[at : at + size])
         state, first, score = _pass(window, state)
         start, score = window.follow(first, score)
         starts.append(start)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .cache import EMPTY, FIRST_SCORE, Partition, SlotCache
 from .documents import document_starts
+from .rules import INFORMATION, Controls, draw, head_key, pair_of
 
 
 @dataclass
@@ -32,14 +33,33 @@ def information_score(s: Tensor, state: Tensor) -> float:
 
 
 def merge_cost(a: _Slot, b: _Slot, merge: str) -> float:
-    """What the capacity rule minimises over neighbours: eq 16 (`density`), or the rise in squared error (`ward`)."""
+    """What the capacity rule minimises over neighbours: eq 16 (`density`), the tokens of both (`equal_counts`), or the
+    rise in squared error (`ward`)."""
     if merge == "density":
         return (a.info + b.info) / (a.count + b.count)
+    if merge == "equal_counts":
+        return a.count + b.count
     gap = (a.state / a.count - b.state / b.count).detach().square().sum().item()
     return a.count * b.count / (a.count + b.count) * gap
 
 
-def _cheapest_pair(slots: list[_Slot], merge: str) -> int:
+def _opens(score: float, tau: float, controls: Controls, position: int, head: int) -> bool:
+    """Whether a slot opens at a token with `position` tokens of its document before it, the first one apart."""
+    if controls.boundary == "every":
+        return position % controls.every == 0
+    if controls.boundary == "random":
+        key = head_key(controls.seed, controls.layer, controls.first_head + head, 0)
+        return draw(key, position) < controls.rate * 2**32
+    return score >= tau
+
+
+def _pair(slots: list[_Slot], merge: str, controls: Controls, position: int, head: int) -> int:
+    """Which slot of a full list absorbs its younger neighbour."""
+    if merge == "oldest":
+        return 0
+    if merge == "random":
+        key = head_key(controls.seed, controls.layer, controls.first_head + head, 1)
+        return pair_of(draw(key, position), len(slots))
     costs = [merge_cost(a, b, merge) for a, b in zip(slots, slots[1:], strict=False)]
     return costs.index(min(costs))  # the oldest pair wins a tie
 
@@ -69,6 +89,7 @@ def naive_attention(
     tau: float | Tensor,
     capacity: int = 30,
     merge: str = "density",
+    controls: Controls = INFORMATION,
     partition: Partition | None = None,
     cu_seqlens: Tensor | None = None,
     cache: SlotCache | None = None,
@@ -98,6 +119,7 @@ def naive_attention(
         for h in range(H):
             slots = _load(cache, b, h) if cache is not None else []
             document = 0
+            held = 0 if cache is None else sum(slot.count for slot in slots)
 
             def kill(position: int, at: int, b: int = b, h: int = h) -> None:
                 if position >= 0:
@@ -107,18 +129,20 @@ def naive_attention(
 
             for t in range(T):
                 if resets[b, t]:
-                    slots, document = [], t
+                    slots, document, held = [], t, 0
                 kt, vt = k[b, t, h], v[b, t, h]
                 weight = 1.0 if beta is None else beta[b, t, h]
                 s = weight * torch.outer(kt, vt)
                 # the paper scores against the most recent state before the token acts on it
                 score_t = information_score(s.detach(), slots[-1].state.detach()) if slots else FIRST_SCORE
                 full = 1 < len(slots) == capacity  # one slot never merges: nothing opens a second
-                lo[b, t, h] = max(slots[_cheapest_pair(slots, merge) + 1].start, 0) if full else document
+                position = held + t - document
+                pair = _pair(slots, merge, controls, position, h) if full else 0
+                lo[b, t, h] = max(slots[pair + 1].start, 0) if full else document
                 if partition is None:
-                    fires = not slots or score_t >= tau[h].item()
+                    fires = not slots or _opens(score_t, tau[h].item(), controls, position, h)
                     if fires and full:
-                        kill(_merge(slots, _cheapest_pair(slots, merge)), t)
+                        kill(_merge(slots, pair), t)
                 else:
                     fires = not slots or bool(partition.start[b, t, h])
                     for i in range(len(slots) - 1, 0, -1):

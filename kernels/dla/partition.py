@@ -24,19 +24,24 @@ def torch_partition(
     *,
     tau: float | Tensor,
     capacity: int,
+    merge: str = "density",
+    pairs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cache: SlotCache | None = None,
     want_lo: bool = False,
     chunk_size: int = 32,
 ) -> Partition:
-    """The density-rule partition; arguments as `partition` (the public entry point), no gradient.
+    """The partition by any rule but `ward`; arguments as `partition` (the public entry point), no gradient.
 
-    `want_lo` also computes `Partition.lo`, which the gradient of a learned threshold needs.
+    Args:
+        tau: also [B, T, H], for each token its own. pairs: [B, T, H], see `Controls.pairs`.
+        want_lo: also compute `Partition.lo`, which the gradient of a learned threshold needs (`density` only).
     """
     with torch.no_grad():
         B, T, H, _ = v.shape
         resets = document_starts(cu_seqlens, B, T, v.device).repeat_interleave(H, dim=0)
-        lane_tau = torch.as_tensor(tau, dtype=compute_dtype(v), device=v.device).expand(H).repeat(B)
+        tau = torch.as_tensor(tau, dtype=compute_dtype(v), device=v.device)
+        lane_tau = lanes(tau, H, tau.dtype) if tau.ndim == 3 else tau.expand(H).repeat(B)
         state, dtype = None, compute_dtype(v)
         if cache is None:
             resets[:, 0] = True
@@ -49,7 +54,8 @@ def torch_partition(
             lanes(k, H, dtype), lanes(v, H, dtype), lanes(g, H, dtype),
             None if beta is None else lanes(beta, H, dtype), lane_tau, resets, state, chunk_size,
         )  # fmt: skip
-        done = apply_capacity(start, score, resets, capacity, cache, want_lo=want_lo)
+        lane_pairs = None if pairs is None else lanes(pairs, H, pairs.dtype)
+        done = apply_capacity(start, score, resets, capacity, cache, merge=merge, pairs=lane_pairs, want_lo=want_lo)
         death, cache_death, lo, final_info = done
         return Partition(
             start=unlanes(start, B),

@@ -1,7 +1,8 @@
 """The capacity rule on its own: which starts die, from boundaries and summed scores (one warp a segment and head).
 
 A full cache merges, before it opens another slot, the pair of neighbours with the least information a token (eq 16);
-only slots already there take part, so detection does not depend on the capacity. Ties go to the oldest pair.
+only slots already there take part, so detection does not depend on the capacity. Ties go to the oldest pair. Controls
+merge the pair with the fewest tokens, or one that is given.
 
 The boundaries are listed first. Then a slot is whole as soon as it opens, for nobody asks for it before the next
 boundary: one step a boundary, whatever is between them.
@@ -11,8 +12,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .triton_layout import SIZES
+
+
+def merge_rule(merge: str, pairs: Tensor | None) -> dict[str, bool]:
+    """How a kernel finds the pair that merges: it is given, else it has the fewest tokens (COUNTS), else by density."""
+    return {"GIVEN": pairs is not None, "COUNTS": merge == "equal_counts"}
 
 
 @triton.jit
@@ -59,9 +66,11 @@ def capacity_kernel(
     cache_death,  # [n, H, K] int32 out, chronological, likewise; or unused
     lo,  # [H, T] int32 out, or unused: oldest token of the row that moves if the token's decision is toggled
     final_info,  # [T / ROW, H, K] fp32 out, chronological: of the segments that end a row
+    pairs,  # [H, T] int32, GIVEN only: the older slot of the pair that a boundary at the token merges
     T, H, K,
     ROW,  # tokens of a row of the batch, which no segment crosses
-    HAS_CACHE: tl.constexpr, WANT_LO: tl.constexpr, TILE: tl.constexpr, KP: tl.constexpr,
+    HAS_CACHE: tl.constexpr, WANT_LO: tl.constexpr, TILE: tl.constexpr, KP: tl.constexpr, GIVEN: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin, finish = tl.load(segments + 3 * i_n), tl.load(segments + 3 * i_n + 1)
@@ -110,8 +119,12 @@ def capacity_kernel(
         later = tl.load(listed + i + 3, mask=i + 3 < n, other=finish)
         if live == K:
             b_merged, b_added = b_info + shifted(b_info, o_s, KP), b_count + shifted(b_count, o_s, KP)
-            b_cost = tl.where(o_s < K - 1, b_merged / tl.maximum(b_added, 1.0), float("inf"))
-            pair = tl.argmin(b_cost, 0, tie_break_left=True)
+            if GIVEN:
+                pair = tl.load(pairs + i_h * T + at)
+            else:
+                b_cost = b_added if COUNTS else b_merged / tl.maximum(b_added, 1.0)
+                b_cost = tl.where(o_s < K - 1, b_cost, float("inf"))
+                pair = tl.argmin(b_cost, 0, tie_break_left=True)
             m_moved = o_s > pair
             m_dies = o_s == pair + 1
             tl.store(death + b_start, at - offset + o_s * 0, mask=m_dies & (b_start >= 0))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common.launch import ceil_div, on_device, power_of_two
 from .cache import SlotCache
+from .triton_capacity import merge_rule
 from .triton_launch import head_values
 
 PLAN_FIELDS = 3  # slot that absorbs its younger neighbour (or -1), slot written, 1 where it is a new one
@@ -24,7 +25,7 @@ def decode_decide_kernel(
     k,  # [B, G, DK]
     v,  # [B, H, DV]
     beta,  # [B, H] or unused
-    tau,  # [H] fp32
+    tau,  # [H] fp32; BY_TOKEN: [B, H]
     states,  # [B, H, K, DK, DV] fp32
     start,  # [B, H, K] int64, in place
     count,  # [B, H, K] int64, in place
@@ -32,8 +33,10 @@ def decode_decide_kernel(
     live,  # [B, H] int64, in place
     position,  # [B] int64
     plan,  # [B, H, 3] int32 out
+    pairs,  # [B, H] int32, GIVEN only: the older slot of the pair that merges
     H, GROUP, K,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr, GDN: tl.constexpr,
+    BY_TOKEN: tl.constexpr, GIVEN: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -65,7 +68,8 @@ def decode_decide_kernel(
     size = write * tl.sqrt(tl.sum(b_k2, 0)) * tl.sqrt(tl.sum(b_v2, 0)) * tl.sqrt(tl.sum(b_norm, 0))
     cosine = tl.where(size > 0, write * tl.sum(b_inner, 0) / tl.where(size > 0, size, 1.0), 0.0)
     score = tl.where(n == 0, 1.4142135623730951, tl.sqrt(tl.maximum(2 - 2 * cosine, 0.0)))
-    fired = (n == 0) | (score >= tl.load(tau + i_h))
+    threshold = tl.load(tau + (i_bh if BY_TOKEN else i_h))
+    fired = (n == 0) | (score >= threshold)
     o_s = tl.arange(0, KP)
     m_s = o_s < K
     o_slots = i_bh * K + o_s
@@ -77,8 +81,12 @@ def decode_decide_kernel(
         o_next = tl.minimum(o_s + 1, KP - 1)
         b_total = (b_count + tl.gather(b_count, o_next, 0)).to(tl.float32)
         b_joined = b_info + tl.gather(b_info, o_next, 0)
-        b_cost = tl.where(o_s < K - 1, b_joined / tl.maximum(b_total, 1.0), float("inf"))
-        pair = tl.argmin(b_cost, 0, tie_break_left=True)
+        if GIVEN:
+            pair = tl.load(pairs + i_bh)
+        else:
+            b_cost = b_total if COUNTS else b_joined / tl.maximum(b_total, 1.0)
+            b_cost = tl.where(o_s < K - 1, b_cost, float("inf"))
+            pair = tl.argmin(b_cost, 0, tie_break_left=True)
         m_moved = o_s > pair
         b_start = tl.where(m_moved, tl.gather(b_start, o_next, 0), b_start)
         b_both = b_count + tl.gather(b_count, o_next, 0)
@@ -175,14 +183,17 @@ def triton_decode(
     beta: Tensor | None,
     *,
     tau: float | Tensor,
+    merge: str = "density",
+    pairs: Tensor | None = None,
 ) -> Tensor:
-    """Advance `cache` by one token and read it: [B, 1, H, Dv]; arguments as `decode_step`, which checks them."""
+    """Advance `cache` by one token and read it: [B, 1, H, Dv]; arguments as `decode_one`, merge not `ward`."""
     B, _, H, DV = v.shape
     G, DK = k.shape[2:]
     K, device = cache.capacity, v.device
     q, k, v, g, lam = (x.squeeze(1).contiguous() for x in (q, k, v, g, slot_weights))
     write = g if beta is None else beta.squeeze(1).contiguous()
-    taus = head_values(tau, H, device)
+    by_token = isinstance(tau, Tensor) and tau.ndim == 3
+    taus = tau.float().contiguous() if by_token else head_values(tau, H, device)  # type: ignore[union-attr]
     for name in ("states", "start", "count", "info", "live", "position"):  # the kernels work on them in place
         setattr(cache, name, getattr(cache, name).contiguous())
     with on_device(v):
@@ -192,8 +203,8 @@ def triton_decode(
         meta = dict(DK=DK, DV=DV, GDN=beta is not None)
         decode_decide_kernel[(B * H,)](
             k, v, write, taus, cache.states, cache.start, cache.count, cache.info, cache.live, cache.position, plan,
-            *sizes,
-            **meta, **block, KP=power_of_two(K, 2), num_warps=4,
+            plan if pairs is None else pairs.int().contiguous(), *sizes, **meta, **block, KP=power_of_two(K, 2),
+            BY_TOKEN=by_token, **merge_rule(merge, pairs), num_warps=4,
         )  # fmt: skip
         out = torch.empty(B, 1, H, DV, dtype=v.dtype, device=device)
         BV = 16

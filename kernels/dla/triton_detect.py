@@ -219,6 +219,12 @@ def advance_open_state(
 
 
 @triton.jit
+def threshold_of(tau, T, i_h, BY_TOKEN: tl.constexpr):
+    """Of a head: the number, or a pointer to those of its tokens."""
+    return tau + i_h * T if BY_TOKEN else tl.load(tau + i_h)
+
+
+@triton.jit
 def detect_chunk(
     p_k,  # [T, G, DK], at the head, as all pointers are
     p_v,  # [T, H, DV]
@@ -233,11 +239,12 @@ def detect_chunk(
     p_starts,  # [H, T] int8, out
     p_scores,  # [H, T] fp32, out
     p_sums,  # [H, T] fp32, out: summed scores of the open slot
-    first, end, tau,
+    first, end,
+    tau,  # threshold; BY_TOKEN: pointer [H, T] at the head, to one of each token
     info,  # summed scores of the open slot so far
     fresh,  # 1: nothing is open, the first token opens a slot
     stride_k, stride_v, H, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    GDN: tl.constexpr, PREC: tl.constexpr,
+    GDN: tl.constexpr, PREC: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """One chunk; returns (info, boundaries that the arrays in memory had too and every one after the first of them)."""
     o_i = tl.arange(0, BT)
@@ -272,7 +279,10 @@ def detect_chunk(
             p_effect, p_pairs, b_inner, b_read2, b_g, b_before, b_gain, b_write, b_shrink, b_write2, norm, carried,
             since, at, at_decay, first, end, H * BT, BT, GDN, PREC,
         )  # fmt: skip
-        fire = (o_i >= at) & m_t & ((b_score >= tau) | ((o_i == 0) & (fresh > 0)))
+        b_tau = tau
+        if BY_TOKEN:  # again each round: held over the loop they would take registers
+            b_tau = tl.load(tau + o_t, mask=m_t, other=0.0)
+        fire = (o_i >= at) & m_t & ((b_score >= b_tau) | ((o_i == 0) & (fresh > 0)))
         e = tl.min(tl.where(fire, o_i, BT), 0)
         decided = (o_i >= at) & (o_i <= e) & m_t
         grown = (o_i >= at) & (o_i < e) & m_t
@@ -308,7 +318,7 @@ def detect_chunk(
 @triton.jit(do_not_specialize=[*SIZES, "H"])  # with H = 1 known, more is held in registers
 def detect_kernel(
     k, v, beta, cg, inv, effect, pairs, k2, written,
-    tau,  # [H] fp32
+    tau,  # [H] fp32; BY_TOKEN: [H, T]
     state,  # [shards, H, DK, DV] fp32: in for a segment's first shard with a cache, out: the open state at the end
     infos,  # [shards, H] fp32: likewise, summed scores of the open slot
     fresh,  # [shards, H] int32: 1 where nothing is open at the start; without a cache unused
@@ -316,7 +326,7 @@ def detect_kernel(
     shards,  # [n, 3]: first block, blocks, whether the shard before is of the same segment
     T, H, GROUP,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr, HAS_CACHE: tl.constexpr,
+    PREC: tl.constexpr, HAS_CACHE: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first_block, n_blocks = tl.load(shards + 3 * i_n), tl.load(shards + 3 * i_n + 1)
@@ -326,14 +336,14 @@ def detect_kernel(
     if HAS_CACHE:
         empty = tl.load(fresh + i_nh)
         info = tl.load(infos + i_nh)
-    threshold = tl.load(tau + i_h)
+    threshold = threshold_of(tau, T, i_h, BY_TOKEN)
     for i_b in range(n_blocks):
         first, end = tl.load(blocks + 4 * (first_block + i_b)), tl.load(blocks + 4 * (first_block + i_b) + 1)
         info, _ = detect_chunk(
             k + i_h // GROUP * DK, v + i_h * DV, beta + i_h, cg + i_h * T, inv + i_h * BT, effect + i_h * BT,
             pairs + i_h * BT, k2 + i_h * T, written + i_h * T, state + i_nh * DK * DV, starts + i_h * T,
             scores + i_h * T, sums + i_h * T, first, end, threshold, info, empty, (H // GROUP) * DK, H * DV, H, DK, DV,
-            BK, BV, BT, GDN, PREC,
+            BK, BV, BT, GDN, PREC, BY_TOKEN,
         )  # fmt: skip
         empty = empty * 0
     tl.store(infos + i_nh, info)
@@ -345,10 +355,10 @@ def run_again(
     enough,  # shared boundaries after which to stop
     info, T, H, GROUP, i_h,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr,
+    PREC: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Blocks of a shard from the state in `p_s`, in place; returns (summed scores at the end, boundaries shared)."""
-    threshold = tl.load(tau + i_h)
+    threshold = threshold_of(tau, T, i_h, BY_TOKEN)
     i_b = first_block * 0
     shared = i_b
     while (i_b < n_blocks) & (shared < enough):
@@ -356,7 +366,7 @@ def run_again(
         info, now = detect_chunk(
             k + i_h // GROUP * DK, v + i_h * DV, beta + i_h, cg + i_h * T, inv + i_h * BT, effect + i_h * BT,
             pairs + i_h * BT, k2 + i_h * T, written + i_h * T, p_s, starts + i_h * T, scores + i_h * T, sums + i_h * T,
-            first, end, threshold, info, i_b * 0, (H // GROUP) * DK, H * DV, H, DK, DV, BK, BV, BT, GDN, PREC,
+            first, end, threshold, info, i_b * 0, (H // GROUP) * DK, H * DV, H, DK, DV, BK, BV, BT, GDN, PREC, BY_TOKEN,
         )  # fmt: skip
         # a first shared boundary in an earlier chunk: any boundary since is the second
         o_t = first + tl.arange(0, BT)
@@ -376,7 +386,7 @@ def repair_kernel(
     ends,  # [shards, H] fp32 out: where it does not, its summed scores
     T, H, GROUP,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr,
+    PREC: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Run every shard but a segment's first again, from the end of the one before, until it agrees with itself."""
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -388,6 +398,7 @@ def repair_kernel(
         info, shared = run_again(
             k, v, beta, cg, inv, effect, pairs, k2, written, tau, state + i_last * DK * DV, starts, scores, sums,
             blocks, first_block, n_blocks, 2, tl.load(infos + i_last), T, H, GROUP, i_h, DK, DV, BK, BV, BT, GDN, PREC,
+            BY_TOKEN,
         )  # fmt: skip
         tl.store(ends + i_nh, info)
         agrees = (shared >= 2).to(tl.int32)
@@ -402,7 +413,7 @@ def repair_rest_kernel(
     segment_shards,  # [n, 2]: first shard, shards of each segment
     T, H, GROUP,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr,
+    PREC: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Run those shards once more, one after another, that `repair_kernel` did not begin with their true state."""
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -420,7 +431,7 @@ def repair_rest_kernel(
                 info, shared = run_again(
                     k, v, beta, cg, inv, effect, pairs, k2, written, tau, state + i_last * DK * DV, starts, scores,
                     sums, blocks, tl.load(shards + 3 * shard), tl.load(shards + 3 * shard + 1), enough,
-                    tl.load(infos + i_last), T, H, GROUP, i_h, DK, DV, BK, BV, BT, GDN, PREC,
+                    tl.load(infos + i_last), T, H, GROUP, i_h, DK, DV, BK, BV, BT, GDN, PREC, BY_TOKEN,
                 )  # fmt: skip
                 mine = (shared >= enough).to(tl.int32)
             if mine == 0:  # its end is what was carried here

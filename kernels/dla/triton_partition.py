@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..common.launch import ceil_div, on_device
 from . import triton_launch
 from .cache import Partition, SlotCache
-from .triton_capacity import capacity_kernel
+from .triton_capacity import capacity_kernel, merge_rule
 from .triton_chunk import block_decay, chunk_inverse
 from .triton_detect import detect_kernel, detect_pairs_kernel, repair_kernel, repair_rest_kernel
 from .triton_launch import ALL_REGISTERS, PRECISION, LaunchPlan, head_values
@@ -50,13 +51,15 @@ def triton_partition(
     *,
     tau: float | Tensor,
     capacity: int,
+    merge: str = "density",
+    pairs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cache: SlotCache | None = None,
     want_lo: bool = False,
     tile: int | None = None,
     shard_blocks: int | None = None,
 ) -> Partition:
-    """The density-rule partition; arguments as `partition`, no gradient.
+    """The partition by any rule but `ward`; arguments as `torch_partition`, no gradient.
 
     `shard_blocks`: chunks that one program runs in a row; None chooses by the number of segments and heads. The
     decisions do not depend on it.
@@ -94,17 +97,22 @@ def triton_partition(
             infos[heads] = cache.info.gather(2, last).squeeze(2).float()
             fresh[heads] = (cache.live == 0).int()
         sizes = (B * T, H, H // G)
-        meta = dict(BT=tile, GDN=gdn, PREC=PRECISION)
+        meta: dict[str, Any] = dict(BT=tile, GDN=gdn, PREC=PRECISION)
         effect = torch.empty(B * T, H, tile, device=device)
-        pairs = torch.empty_like(effect) if gdn else effect
+        products = torch.empty_like(effect) if gdn else effect
         k2, written = (torch.empty(H, B * T, device=device) for _ in range(2))
         detect_pairs_kernel[(len(layout.blocks), H)](
-            k, v, g if beta is None else beta, cg, inv, effect, pairs, k2, written, layout.blocks, *sizes, **meta,
+            k, v, g if beta is None else beta, cg, inv, effect, products, k2, written, layout.blocks, *sizes, **meta,
             **plan.launch("detect_pairs", device),
         )  # fmt: skip
-        taus = head_values(tau, H, device)
-        args = (k, v, g if beta is None else beta, cg, inv, effect, pairs, k2, written, taus, state, infos)
+        if isinstance(tau, Tensor) and tau.ndim == 3:
+            meta["BY_TOKEN"], taus = True, _heads_first(tau, torch.float32)
+        else:
+            meta["BY_TOKEN"], taus = False, head_values(tau, H, device)
+        args = (k, v, g if beta is None else beta, cg, inv, effect, products, k2, written, taus, state, infos)
         meta |= plan.launch("detect_gdn" if gdn else "detect", device)
+        if meta["BY_TOKEN"]:
+            meta["BK"] = min(meta["BK"], 32)  # room in registers for the thresholds
         detect_kernel[(len(shards), H)](
             *args, fresh, starts, scores, sums, layout.blocks, shards, *sizes, HAS_CACHE=cache is not None, **meta
         )
@@ -115,7 +123,12 @@ def triton_partition(
             repair_kernel[(len(shards), H)](*again, *sizes, **meta)
             meta |= plan.launch("repair_rest", device)
             repair_rest_kernel[(len(of_segment), H)](*again, of_segment, *sizes, **meta)
-        return _capacity(plan, layout, starts, scores, sums, cache, B, want_lo)
+        return _capacity(plan, layout, starts, scores, sums, cache, B, want_lo, merge, pairs)
+
+
+def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, H] -> contiguous [H, B * T]."""
+    return x.flatten(0, 1).T.to(dtype).contiguous()
 
 
 def _capacity(
@@ -126,7 +139,9 @@ def _capacity(
     sums: Tensor,
     cache: SlotCache | None,
     B: int,
-    want_lo,
+    want_lo: bool,
+    merge: str,
+    pairs: Tensor | None,
 ) -> Partition:
     H, K, device = plan.H, plan.K, starts.device
     T = layout.tokens // B
@@ -139,8 +154,10 @@ def _capacity(
         cache_death = torch.empty(B, H, K, dtype=torch.int32, device=device)
     capacity_kernel[(len(layout.segments), H)](
         starts, sums, layout.segments, *incoming, torch.empty_like(death), death,
-        death if cache_death is None else cache_death, lo, final_info, layout.tokens, H, K, T,
-        HAS_CACHE=cache is not None, WANT_LO=want_lo, TILE=512, KP=plan.slots_padded, num_warps=1,
+        death if cache_death is None else cache_death, lo, final_info,
+        death if pairs is None else _heads_first(pairs, torch.int32), layout.tokens, H, K, T,
+        HAS_CACHE=cache is not None, WANT_LO=want_lo, TILE=512, KP=plan.slots_padded, **merge_rule(merge, pairs),
+        num_warps=1,
     )  # fmt: skip
 
     def rows(x: Tensor) -> Tensor:

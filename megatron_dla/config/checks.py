@@ -63,6 +63,11 @@ def check_model(model: ModelSection) -> None:
             f"model.num_groups = {model.num_groups} does not divide model.num_heads = {model.num_heads}: "
             f"use one of {_divisors(model.num_heads)}"
         )
+    if model.tau_mode != "fixed" and model.boundary != "information":
+        raise ConfigError(
+            f"model.boundary = {model.boundary} with model.tau_mode = {model.tau_mode}: no score is held against tau; "
+            "use model.tau_mode=fixed or model.boundary=information"
+        )
     if model.tau_mode == "learned" and model.merge != "density":
         raise ConfigError("model.tau_mode = learned needs model.merge = density (the gradient follows that rule)")
     if softmax_layers(model):

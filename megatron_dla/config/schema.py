@@ -119,7 +119,19 @@ class ModelSection:
     tau: Annotated[float, Field(ge=0, le=3)] = 0.6
     """Boundary threshold on the information score in [0, 2], or its initial value when learned."""
     tau_mode: Literal["fixed", "learned"] = "fixed"
-    merge: Literal["density", "ward"] = "density"
+    boundary: Literal["information", "random", "every"] = "information"
+    """What opens a slot. information: a score of at least tau. Controls: random, a share boundary_rate of the positions
+    (a head's own); every, each boundary_every-th token of a document."""
+    boundary_rate: Annotated[float, Field(gt=0, le=1)] = 0.03125
+    """random: share of the tokens that open a slot."""
+    boundary_every: Number = 32
+    """every: tokens from one boundary to the next."""
+    merge: Literal["density", "ward", "equal_counts", "oldest", "random"] = "density"
+    """Neighbours that merge when all slots are in use: those with the least information a token (density), whose union
+    raises the squared error least (ward; token by token, slow), or controls: with the fewest tokens (equal_counts), the
+    oldest, or random ones."""
+    control_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of random boundaries and random merges."""
     slot_weight_init: Literal["backbone", "log_linear"] = "backbone"
     """backbone: all slot weights are 1 at the start, which makes the layer equal to its plain backbone."""
     ffn_hidden_size: Annotated[int, Field(ge=0, le=2**22)] = 4096

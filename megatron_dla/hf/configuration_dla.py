@@ -47,7 +47,11 @@ class DLAConfig(PretrainedConfig):
     capacity: int = 30
     tau: float = 0.6
     tau_mode: str = "fixed"
+    boundary: str = "information"
+    boundary_rate: float = 0.03125
+    boundary_every: int = 32
     merge: str = "density"
+    control_seed: int = 0
     slot_weight_init: str = "backbone"
     ffn_hidden_size: int = 4096
     attention_heads: int = 16

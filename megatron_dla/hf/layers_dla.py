@@ -15,8 +15,6 @@ from .autocast import without_autocast
 from .cache_dla import LayerMemory
 from .configuration_dla import DLAConfig
 from .functional import (
-    ONE_SLOT,
-    SlotRule,
     clamp_tau,
     gated_group_norm,
     gated_head_norm,
@@ -27,6 +25,7 @@ from .functional import (
 )
 from .layout import FP32_PARAMETERS, dla_parameters, gdn_parameters
 from .pattern import LETTERS
+from .rules import ONE_SLOT, Controls, SlotRule
 
 CONVOLVED = ("value", "query", "key")  # sections of `in_proj`, next to each other, that a short convolution follows
 
@@ -114,9 +113,9 @@ class DLAMixer(nn.Module):
     tau: nn.Parameter
     norm: nn.Parameter
 
-    def __init__(self, config: DLAConfig, letter: str = "D") -> None:
+    def __init__(self, config: DLAConfig, letter: str = "D", layer: int = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         if self.delta is None:
             self.delta = config.backbone == "gdn"
         table = self.table(config)
@@ -167,7 +166,8 @@ class DLAMixer(nn.Module):
         c = self.config
         raw = part["slot"].unflatten(-1, (-1, c.capacity))
         tau = clamp_tau(self.tau) if c.tau_mode == "learned" else c.tau
-        return slot_weights(raw, self.slot_scale, self.slot_bias), SlotRule(tau, c.capacity, c.merge)
+        controls = Controls(c.boundary, c.boundary_rate, c.boundary_every, c.control_seed, self.layer)
+        return slot_weights(raw, self.slot_scale, self.slot_bias), SlotRule(tau, c.capacity, c.merge, controls)
 
     def _convolve(self, part: dict[str, Tensor], memory: LayerMemory, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key [B, T, G, Dk] and value [B, T, H, Dv] after their short convolutions."""
@@ -192,24 +192,26 @@ class DLAMixer(nn.Module):
     def _recur(self, tensors: tuple, rule: SlotRule, memory: LayerMemory, step: Step) -> Tensor:
         """The recurrence over (q, k, v, g, slot_weights, beta): [B, T, H, Dv]."""
         q, k, v, g, lam, beta = tensors
-        tau, capacity, merge = rule.tau, rule.capacity, rule.merge
+        tau = rule.tau
+        options: dict[str, Any] = dict(capacity=rule.capacity, merge=rule.merge, controls=rule.controls)
         if memory.slots is not None:
             if isinstance(tau, Tensor):
                 tau = tau.detach()  # the threshold has a gradient only over whole sequences
             if v.shape[1] == 1 and not torch.is_grad_enabled():
-                return decode_step(q, k, v, g, lam, memory.slots, beta, tau=tau, capacity=capacity, merge=merge)[0]
+                return decode_step(q, k, v, g, lam, memory.slots, beta, tau=tau, **options)[0]
         if not step.keep:
             return self._recur_once(tensors, rule, memory, step)
         out, memory.slots = dla_attention(
-            q, k, v, g, lam, beta, tau=tau, capacity=capacity, merge=merge, padding=step.padding, cache=memory.slots,
-            return_cache=True,
-        )  # fmt: skip
+            q, k, v, g, lam, beta, tau=tau, padding=step.padding, cache=memory.slots, return_cache=True, **options
+        )
         return out
 
     def _recur_once(self, tensors: tuple, rule: SlotRule, memory: LayerMemory, step: Step) -> Tensor:
         """Whole rows without a cache, with decisions that a recomputation of this layer takes from the memory."""
         q, k, v, g, lam, beta = tensors
-        options: dict[str, Any] = dict(capacity=rule.capacity, merge=rule.merge, cu_seqlens=step.ends)
+        options: dict[str, Any] = dict(
+            capacity=rule.capacity, merge=rule.merge, controls=rule.controls, cu_seqlens=step.ends
+        )
         if memory.decided is None:
             tau = rule.tau
             if isinstance(tau, Tensor):  # also in the first pass of a reentrant checkpoint, which records no gradient
@@ -239,7 +241,7 @@ class DLASoftmaxAttention(nn.Module):
     A letter with `rotary` rotates queries and keys by their positions; `qk_norm` normalises each head of both first.
     """
 
-    def __init__(self, config: DLAConfig, letter: str) -> None:
+    def __init__(self, config: DLAConfig, letter: str, layer: int = 0) -> None:
         super().__init__()
         self.head_dim, self.rotated = config.attention_channels, LETTERS[letter].rotary
         inner, kv = (n * self.head_dim for n in (config.attention_heads, config.attention_groups))
@@ -276,11 +278,11 @@ MIXERS = {"D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention, "G"
 class DLALayer(GradientCheckpointingLayer):
     """Pre-norm mixer and SwiGLU MLP (unless `ffn_hidden_size` is 0), each with a residual connection."""
 
-    def __init__(self, config: DLAConfig, letter: str) -> None:
+    def __init__(self, config: DLAConfig, letter: str, layer: int) -> None:
         super().__init__()
         self.input_layernorm = DLARMSNorm(config.hidden_size, config.norm_eps)
         self.mixer_name = LETTERS[letter].hf_module
-        self.add_module(self.mixer_name, MIXERS[letter](config, letter))
+        self.add_module(self.mixer_name, MIXERS[letter](config, letter, layer))
         self.mlp: DLAMLP | None = None
         if config.ffn_hidden_size:
             self.post_attention_layernorm = DLARMSNorm(config.hidden_size, config.norm_eps)

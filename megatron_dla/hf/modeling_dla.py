@@ -142,7 +142,7 @@ class DLAModel(DLAPreTrainedModel):
     def __init__(self, config: DLAConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DLALayer(config, letter) for letter in config.layer_letters)
+        self.layers = nn.ModuleList(DLALayer(config, letter, n) for n, letter in enumerate(config.layer_letters))
         self.norm = DLARMSNorm(config.hidden_size, config.norm_eps)
         self.post_init()
 

@@ -25,6 +25,10 @@ _ADDED = (
     "rope_original_length",
     "conv_bias",
     "gated_norm",
+    "boundary",
+    "boundary_rate",
+    "boundary_every",
+    "control_seed",
 )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dla.kernels.dla import Partition, SlotCache
 from megatron_dla.kernels.dla.documents import document_starts
-from megatron_dla.mixers.functional import SlotRule
+from megatron_dla.kernels.dla.rules import SlotRule
 from megatron_dla.mixers.recurrence import Inputs, attend, decide
 from megatron_dla.parallel.neighbours import Neighbours, halo, receive_states, send_states
 
@@ -74,7 +74,9 @@ class Chain:
         outs = []
         for i in range(pieces):
             cut = inputs.map(lambda x, i=i: _piece(x, i, pieces))  # type: ignore[misc]
-            outs.append(self._attend_piece(cut, rule, starts, partial(get, i * heads // pieces)))
+            first = i * heads // pieces
+            own = rule.of_heads(first, heads // pieces)
+            outs.append(self._attend_piece(cut, own, starts, partial(get, first)))
         return torch.cat(outs, 2)
 
     def _attend_piece(self, inputs: Inputs, rule: SlotRule, starts: Tensor | None, get: GetPartition) -> Tensor:

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from megatron_dla.kernels.dla import Partition
 from megatron_dla.kernels.dla.documents import document_starts
+from megatron_dla.kernels.dla.rules import Controls, SlotRule
 from megatron_dla.kernels.dla.soft import soft_attention
 from megatron_dla.mixers import around, functional
 from megatron_dla.mixers.chain import Chain
 from megatron_dla.mixers.decisions import Decisions
-from megatron_dla.mixers.functional import SlotRule
 from megatron_dla.mixers.layout import FP32_PARAMETERS, ParamSpec, dla_parameters
 from megatron_dla.mixers.recurrence import Inputs, attend, decide
 from megatron_dla.parallel.context import HeadExchange
@@ -282,7 +282,15 @@ class DLAMixer(MegatronModule):
         if m.tau_mode == "learned":
             tau = functional.clamp_tau(self._local(self.tau))
             tau = tau if torch.is_grad_enabled() else tau.requires_grad_()  # a recomputation will need Partition.lo
-        return SlotRule(tau, m.capacity, m.merge, self.backend)
+        return SlotRule(tau, m.capacity, m.merge, self._controls(), self.backend)
+
+    def _controls(self) -> Controls:
+        """Of the heads at hand, which have the same random numbers at every layout."""
+        m, first = self.model, self.tp.rank() * self.heads
+        if self.exchange is not None:
+            first += self.exchange.rank * (self.heads // self.exchange.size)
+        layer = (self.layer_number or 1) - 1
+        return Controls(m.boundary, m.boundary_rate, m.boundary_every, m.control_seed, layer, first)
 
     def _partition(self, first_head: int, compute: Callable[[], Partition]) -> Partition:
         """The computed partition of the heads from `first_head` on, or the kept one where this pass is recomputed."""

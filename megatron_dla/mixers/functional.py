@@ -6,26 +6,12 @@ Self-contained (torch only): `dla convert to-hf` copies this file beside the mod
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 TAU_RANGE = (0.5, 1.41)  # a learned threshold is clamped to this; outside, slots open always or never
-
-
-@dataclass(frozen=True)
-class SlotRule:
-    """When a slot opens, how many a head keeps and which ones merge, as in `dla_attention`."""
-
-    tau: float | Tensor
-    capacity: int
-    merge: str = "density"
-    backend: str = "auto"
-
-
-ONE_SLOT = SlotRule(tau=3.0, capacity=1)  # holds everything: no score, at most 2, reaches tau
 
 
 def short_convolution(

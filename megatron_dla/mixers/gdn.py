@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_dla.kernels.dla.rules import ONE_SLOT, SlotRule
 from megatron_dla.mixers.dla import DLAMixer
-from megatron_dla.mixers.functional import ONE_SLOT, SlotRule
 from megatron_dla.mixers.layout import gdn_parameters
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_dla.kernels.dla import Partition, SlotCache, dla_attention, partition
-from megatron_dla.mixers.functional import SlotRule
+from megatron_dla.kernels.dla.rules import SlotRule
 
 
 class Inputs(NamedTuple):
@@ -31,7 +31,7 @@ def decide(
     """Where slots open and which die; give `cu_seqlens` or `cache`, not both."""
     return partition(
         inputs.k, inputs.v, inputs.g, inputs.beta, tau=rule.tau, capacity=rule.capacity, merge=rule.merge,
-        cu_seqlens=cu_seqlens, cache=cache, backend=rule.backend,
+        controls=rule.controls, cu_seqlens=cu_seqlens, cache=cache, backend=rule.backend,
     )  # fmt: skip
 
 
@@ -46,6 +46,6 @@ def attend(
 ) -> tuple[Tensor, SlotCache | None]:
     """Outputs [B, T, H, Dv] under a partition, and the slots after the last token if `return_cache`."""
     return dla_attention(
-        *inputs, tau=rule.tau, capacity=rule.capacity, merge=rule.merge, partition=decided, cu_seqlens=cu_seqlens,
-        cache=cache, return_cache=return_cache, backend=rule.backend,
+        *inputs, tau=rule.tau, capacity=rule.capacity, merge=rule.merge, controls=rule.controls, partition=decided,
+        cu_seqlens=cu_seqlens, cache=cache, return_cache=return_cache, backend=rule.backend,
     )  # fmt: skip

@@ -56,6 +56,10 @@ def stage(tokens: int, **weights: float) -> dict:
         ({"parallel.tensor_model_parallel_size": 5}, [f"{TP} = 5", "{1, 2, 4, 8, 16}"]),
         ({"model.tau_mode": "learned", "model.merge": "ward"}, ["model.tau_mode = learned", "model.merge = density"]),
         ({"model.dt_min": 0.2}, ["model.dt_min = 0.2", "model.dt_max = 0.1"]),
+        (
+            {"model.boundary": "every", "model.tau_mode": "learned"},
+            ["model.boundary = every", "model.tau_mode = learned", "model.tau_mode=fixed"],
+        ),
         ({"tau.gate": "annealed"}, ["tau.gate = annealed", "model.tau_mode = learned"]),
         (
             {"tau.gate": "annealed", "model.tau_mode": "learned", "model.pattern": "GA"},

@@ -6,7 +6,20 @@ import pytest
 
 from megatron_dla.config import ParallelSection as P
 from tests.support import engine_workers
-from tests.support.engine_workers import CHAIN, CP2, CP2TP2, GDN, HYBRID, MAMBA, PUBLISHED, SP2, TP2, TP4, Case
+from tests.support.engine_workers import (
+    CHAIN,
+    CONTROLS,
+    CP2,
+    CP2TP2,
+    GDN,
+    HYBRID,
+    MAMBA,
+    PUBLISHED,
+    SP2,
+    TP2,
+    TP4,
+    Case,
+)
 from tests.support.workers import check
 
 MATRIX = {
@@ -32,6 +45,9 @@ MATRIX = {
     "tp2+sp x dp2 mamba2 zero3": (4, Case(MAMBA, SP2, zero=3)),
     "tp4 mamba2": (4, Case(MAMBA, TP4)),
     "tp2+sp published mamba2": (2, Case(PUBLISHED, SP2)),
+    "tp2+sp controls": (2, Case(CONTROLS, SP2)),
+    "cp2 controls": (2, Case(CONTROLS, CP2)),
+    "cp2 chain controls": (2, Case(CONTROLS, CHAIN)),
 }
 
 

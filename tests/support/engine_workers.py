@@ -27,6 +27,9 @@ MAMBA = dataclasses.replace(BASE, num_groups=1, tau_mode="learned")
 PUBLISHED = dataclasses.replace(BASE, num_groups=1, ffn_hidden_size=0, conv_bias=True, gated_norm="group")
 GDN = dataclasses.replace(BASE, backbone="gdn", num_groups=4)
 HYBRID = dataclasses.replace(BASE, backbone="gdn", pattern="DA", tie_embeddings=True)
+CONTROLS = dataclasses.replace(
+    BASE, num_groups=4, boundary="random", boundary_rate=0.4, merge="random", control_seed=3
+)  # num_groups: one a head
 TP2, SP2, TP4 = ParallelSection(2), ParallelSection(2, True), ParallelSection(4, True)
 CP2, CP2TP2 = ParallelSection(context_parallel_size=2), ParallelSection(2, False, 2)
 CHAIN = ParallelSection(context_parallel_size=2, cp_scheme="chain")

@@ -161,7 +161,7 @@ def test_ward_merges_agree(backend: str) -> None:
     "change,message",
     [
         ({"capacity": 1}, "capacity must be at least 2"),
-        ({"merge": "random"}, "merge must be one of"),
+        ({"merge": "newest"}, "merge must be one of"),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"tau": torch.ones(3)}, "tau must be a number or a tensor"),
         ({"cu_seqlens": torch.tensor([0, 7])}, "cu_seqlens must rise from 0 to B"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention
+from megatron_dla.kernels.dla.rules import Controls
 from tests.support.dla_cases import Case
 
 pytest.importorskip("triton")
@@ -65,6 +66,27 @@ def test_goes_on_from_a_prefill(delta: bool) -> None:
     outs = [decode_step(**token(x, t), cache=cache, **rule, backend="triton")[0] for t in range(15, 20)]
     torch.testing.assert_close(torch.cat(outs, 1), want[:, 15:], atol=1e-4, rtol=1e-4)
     assert int(cache.count.sum(-1).min()) == int(cache.count.sum(-1).max()) == case.T
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        dict(merge="equal_counts"),
+        dict(merge="oldest", controls=Controls("every", every=2)),
+        dict(merge="random", controls=Controls("random", rate=0.5, seed=3)),
+    ],
+    ids=lambda rule: rule["merge"],
+)
+def test_every_rule(rule: dict) -> None:
+    case = replace(BASE, T=20)
+    x, rule = inputs_of(case), dict(tau=case.tau, capacity=case.capacity) | rule
+    want_cache, cache = empty(case), empty(case)
+    for t in range(case.T):
+        want, _ = decode_step(**token(x, t), cache=want_cache, **rule, backend="torch")
+        got, _ = decode_step(**token(x, t), cache=cache, **rule, backend="triton")
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert torch.equal(cache.live, want_cache.live) and bool((cache.live == 3).all())
+    assert torch.equal(cache.start, want_cache.start) and torch.equal(cache.count, want_cache.count)
 
 
 def test_bf16_tokens_and_a_threshold_a_head() -> None:

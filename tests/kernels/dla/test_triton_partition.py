@@ -1,13 +1,15 @@
 """The partition kernels: every decision by forced replay with margins; shards and chunk sizes change none."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from megatron_dla.kernels.bench.inputs import TAU, Problem, make_inputs
-from megatron_dla.kernels.dla import dla_attention, partition
+from megatron_dla.kernels.dla import Partition, dla_attention, partition
 from megatron_dla.kernels.dla.debug import forced_replay
+from megatron_dla.kernels.dla.rules import Controls
 from tests.support.dla_cases import CASES, Case
 
 pytest.importorskip("triton")
@@ -94,6 +96,42 @@ def test_goes_on_from_a_cache(delta: bool) -> None:
         assert forced_replay(**tail, partition=found, **rule, cache=cache) == []
     want = partition(**tail, **rule, cache=cache, backend="torch")
     assert torch.equal(found.cache_death, want.cache_death) and bool((found.cache_death < 40).any())
+
+
+RULES = {
+    "fewest tokens": dict(merge="equal_counts"),
+    "oldest": dict(merge="oldest"),
+    "random merges": dict(merge="random", controls=Controls(seed=3)),
+    "random boundaries": dict(controls=Controls("random", rate=0.3)),
+    "every 5, random merges": dict(merge="random", controls=Controls("every", every=5)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule(name: str) -> None:
+    """Packed documents in shards, and what goes on from a cache."""
+    case = Case("rules", T=44, B=1, H=2, capacity=3, topic=3, delta="boundaries" in name, documents=(20, 29), tau=0.8)
+    x = inputs_of(case, torch.float32)
+    rule = case.rule | RULES[name]
+    found = decided_by_kernels(x, rule, tile=16, shard_blocks=1)
+    assert forced_replay(**x, partition=found, **rule) == []
+    want = partition(**x, **rule, backend="torch")
+    assert torch.equal(found.start, want.start) and torch.equal(found.death, want.death)
+    assert bool((found.death < 44).any())
+    del rule["cu_seqlens"]
+    whole = {name: y.detach().float().to(DEVICE) for name, y in case.make().items()}
+    _, cache = dla_attention(**{n: y[:, :24] for n, y in whole.items()}, **rule, return_cache=True, backend="torch")
+    tail = {name: None if y is None else y[:, 24:] for name, y in x.items()}
+    found = partition(**tail, **rule, cache=cache, backend="triton")
+    assert forced_replay(**tail, partition=found, **rule, cache=cache) == []
+    assert bool((found.cache_death < 20).any())
+
+
+def decided_by_kernels(x: dict, rule: dict, **launch) -> Partition:
+    """`partition` on the kernels, launched as given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_partition, "triton_partition", partial(decide, **launch))
+        return partition(**x, **rule, backend="triton")
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 5])
