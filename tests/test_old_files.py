@@ -154,12 +154,24 @@ def test_fixtures_stay_small() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("rope_theta", "500000.0"), ("vocab_size", None), ("vocab_size", True), ("hidden_size", "x")]
-)
+    ("key", "value"),
+    [
+        ("rope_theta", "500000.0"), ("vocab_size", None), ("vocab_size", True), ("hidden_size", "x"),
+        ("training_length", "64"), ("training_length", -1), ("tokenizer_size", 2.5),
+    ],
+)  # fmt: skip
 def test_an_export_whose_config_has_another_type_is_refused(tmp_path: Path, key: str, value: object) -> None:
     config = json.loads((OLD / "export/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(CheckpointError, match=f"config.json.*{key}"):
+        read_section(tmp_path)
+
+
+def test_an_export_without_any_length_is_refused(tmp_path: Path) -> None:
+    config = json.loads((OLD / "export/config.json").read_text())
+    lengths = {"training_length", "max_position_embeddings"} & config.keys()
+    (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in config.keys() - lengths}))
+    with pytest.raises(CheckpointError, match="config.json.*max_position_embeddings"):
         read_section(tmp_path)
 
 

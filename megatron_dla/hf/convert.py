@@ -224,7 +224,7 @@ def _training_rows(config: dict[str, Any], section: ModelSection, path: Path) ->
     Raises:
         CheckpointError: the embedding has rows for tokens that those shards cannot hold, or too few.
     """
-    rows, tokens = config["vocab_size"], config.get("tokenizer_size") or config["vocab_size"]
+    rows, tokens = config["vocab_size"], config["tokenizer_size"]
     wanted = -(-tokens // section.vocab_multiple) * section.vocab_multiple
     if not tokens <= rows <= wanted:
         raise CheckpointError(
@@ -301,7 +301,7 @@ def from_hf(
         )
     if raw.get("model_type") == "dla":
         section, config = read_section(source)
-        seq_len = config.get("training_length") or config["max_position_embeddings"]  # older exports
+        seq_len = config["training_length"]
         check_tensor_parallel(section, tensor_parallel, False, seq_len)
         digest = check_tokenizer(source)
         stored = DirectoryWeights(source)

@@ -44,8 +44,11 @@ def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
         fields = {name: config[theirs] for name, theirs in names.items()}
         section = from_dict({"model": {"pattern": config["layer_letters"], **fields}}).model
         check_model(section)
-        if type(config["vocab_size"]) is not int or config["vocab_size"] < 1:
-            raise TypeError(f"vocab_size = {config['vocab_size']!r}")
+        config["training_length"] = config.get("training_length") or config["max_position_embeddings"]  # older exports
+        config["tokenizer_size"] = config.get("tokenizer_size") or config["vocab_size"]  # older exports
+        for name in ("vocab_size", "training_length", "tokenizer_size"):
+            if type(config[name]) is not int or config[name] < 1:
+                raise TypeError(f"{name} = {config[name]!r}")
         for name, value in fields.items():  # a config file's "1e-5" is read as a number; transformers would keep text
             if isinstance(value, str) and not isinstance(getattr(section, name), str):
                 raise TypeError(f"{names[name]} = {value!r} is text, not a number")
