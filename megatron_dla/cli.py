@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     from megatron_dla.launch.preflight import add_preflight_parser
     from megatron_dla.serving.cli import add_chat_parser, add_generate_parser
     from megatron_dla.smoke.cli import add_smoke_parser
+    from megatron_dla.study.cli import add_study_parser
     from megatron_dla.training.checkpoint_cli import add_checkpoint_parser
 
     parser = argparse.ArgumentParser(prog="dla", description="Pretraining with Dynamic Linear Attention.")
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate_parser(subparsers)
     add_chat_parser(subparsers)
     add_eval_parser(subparsers)
+    add_study_parser(subparsers)
     add_smoke_parser(subparsers)
     add_bench_parser(subparsers)
     add_slurm_parsers(subparsers)

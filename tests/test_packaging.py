@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 from megatron_dla.cli import build_parser
 from megatron_dla.config import AdapterRunConfig, RunConfig, check_model, check_tensor_parallel, load_config
+from tests.support import shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -147,7 +148,7 @@ def test_transformers_imports_beside_our_kernels_folder() -> None:
         subprocess.run([sys.executable, "-c", code], cwd=directory, check=True, env={"PYTHONPATH": str(ROOT)})
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", shipped.RUNS, ids=lambda p: p.stem)
 def test_shipped_configs_are_valid(path: Path) -> None:
     config = load_config(path)
     if isinstance(config, AdapterRunConfig):
@@ -196,7 +197,7 @@ def _anchor(heading: str) -> str:
 
 
 def test_configs_are_plain_yaml_mappings() -> None:
-    for path in (ROOT / "configs").glob("*.yaml"):
+    for path in shipped.RUNS:
         sections = set(yaml.safe_load(path.read_text()))
         kind = AdapterRunConfig if "delta_mem" in sections else RunConfig
         assert sections <= {field.name for field in dataclasses.fields(kind)} - {"debug"}

@@ -24,6 +24,7 @@ from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
 from megatron_dla.data_prep.verify import verify_shards
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import MIN_TRAIN_SHARDS, ShardIndex
+from tests.support import shipped
 
 
 def texts(n, seed=0):
@@ -98,8 +99,7 @@ def test_a_build_does_not_load_torch(base, tmp_path):
 
 
 def test_default_shards_suffice_for_the_streams_of_every_shipped_config(base, tmp_path, capsys):
-    paths = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-    configs = [yaml.safe_load(path.read_text()) for path in paths]
+    configs = [yaml.safe_load(path.read_text()) for path in shipped.RUNS]
     streams = [config["data"]["num_streams"] for config in configs if "num_streams" in config.get("data", {})]
     assert len(streams) > 4 and max(streams) <= MIN_TRAIN_SHARDS
     source = jsonl(tmp_path / "many.jsonl", texts(2 * MIN_TRAIN_SHARDS))

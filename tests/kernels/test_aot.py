@@ -14,6 +14,7 @@ from megatron_dla.kernels.aot import compile as aot
 from megatron_dla.kernels.aot import dla as aot_dla
 from megatron_dla.kernels.aot import spills
 from megatron_dla.kernels.dla import beyond_kernels
+from tests.support import shipped
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +116,7 @@ def test_kernels_fit(arch: int, pytestconfig: pytest.Config, tmp_path: Path) -> 
 
 def test_every_shipped_gpu_config_is_compiled_as_its_ranks_run_it() -> None:
     configs = {one.name: one for one in aot_dla.shipped()}
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
+    for path in shipped.RUNS:
         run_config = load_config(path)
         if isinstance(run_config, AdapterRunConfig):  # softmax layers only
             continue

@@ -1,0 +1,56 @@
+"""`dla study CONFIG` and `dla study report CONFIG`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_dla.errors import UserError
+
+
+def add_study_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add `dla study`; `args.func(args)` returns the exit code and may raise UserError."""
+    text = "train arms x learning rates x seeds of one config on the same data, and compare them"
+    parser = subparsers.add_parser(
+        "study", help=text, description=f"{text.capitalize()}. A study that was stopped goes on where it was."
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="[report] CONFIG",
+        help="the study's YAML file or shipped name; with `report`: write the report of the cells that have ended",
+    )  # fmt: skip
+    parser.add_argument(
+        "--task", type=_task, default=(0, 1), metavar="I/N",
+        help="run the arms of task I of N (a Slurm array: 0/N to N-1/N)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: the study's directory)")
+    parser.set_defaults(func=_study)
+
+
+def _task(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N with 0 <= I < N")
+    return int(number), int(count)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from megatron_dla.study.plan import load_study
+    from megatron_dla.study.report import write_report
+    from megatron_dla.study.results import collect
+    from megatron_dla.study.run import StudyRunner
+
+    *before, path = args.words
+    if before not in ([], ["report"]):
+        raise UserError(f"study {' '.join(args.words)}: write `dla study CONFIG` or `dla study report CONFIG`")
+    study = load_study(path)
+    if not before and (code := StudyRunner(study, args.task).run()):
+        print(f"stopped; `dla study {path}` goes on")
+        return code
+    results = collect(study)
+    if before and not results["cells"]["done"]:
+        raise UserError(f"{str(study.root)!r}: no cell has ended yet; run `dla study {path}` first")
+    if before or args.task == (0, 1):
+        for file in write_report(results, args.out or study.root, f"dla study {path}"):
+            print(f"wrote {file}")
+    return 0

@@ -1,0 +1,170 @@
+"""A study as a YAML file, and the runs (cells) that it is made of."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from megatron_dla.config import RunConfig, load_config
+from megatron_dla.config.load import fill
+from megatron_dla.config.schema import Directory, Ranks
+from megatron_dla.config.yaml_text import read_yaml
+from megatron_dla.errors import ConfigError
+from megatron_dla.model.counts import count_parameters
+from megatron_dla.resources import find_yaml
+from megatron_dla.tasks.run import make_task
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Rate = Annotated[float, Field(gt=0, le=1e3)]
+_WIDTHS = 8  # the MLP width that equalises parameters is a multiple of it
+_TOLERANCE = 0.01  # between the parameters of two arms, as a share
+
+
+@dataclass
+class StudyConfig:
+    """One study; each default is here."""
+
+    name: str = "study"
+    """Directory under `dir`."""
+    dir: Directory = "runs/studies"
+    base: str = ""
+    """The config of all arms: a file, or the name of a shipped one."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Keys of it for all arms: {section.key: value}."""
+    nproc: Ranks = 1
+    """Processes of a run on this machine."""
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What differs from arm to arm: {name: {section.key: value}}."""
+    reference: str = ""
+    """The arm that the others are compared with; the first if not given."""
+    learning_rates: tuple[Rate, ...] = ()
+    """Tried for each arm with the first seed; the others run with the best. Empty: that of the config."""
+    seeds: tuple[Seed, ...] = (1234,)
+    """Of initialisation and data order; a seed gives all arms the same batches in the same order."""
+    parameters: Literal["equal", "as_given"] = "equal"
+    """equal: model.ffn_hidden_size of each arm is set so that it has the reference's parameters within 1 %."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    arm: str
+    rate: float
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Its directory below that of the study."""
+        return Path(self.arm) / f"lr_{self.rate:g}" / f"seed_{self.seed}"
+
+
+class Study:
+    """A study with the configs of its arms.
+
+    Attributes:
+        config: of the study. root: its directory. arms: {name: RunConfig}, with learning rate and seed of the base.
+
+    Raises:
+        ConfigError: a wrong key or value, an unknown arm, or an arm whose parameters cannot be made equal.
+    """
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
+        _check(config)
+        self.root = Path(config.dir) / config.name
+        self.arms = {name: self._arm(name) for name in config.arms}
+        if config.parameters == "equal":
+            vocab = make_task(self.arms[self.reference]).layout().vocab_size
+            wanted = count_parameters(self.arms[self.reference].model, vocab)
+            self.arms = {name: with_parameters(arm, vocab, wanted, name) for name, arm in self.arms.items()}
+
+    @property
+    def reference(self) -> str:
+        return self.config.reference or next(iter(self.config.arms))
+
+    def _arm(self, name: str) -> RunConfig:
+        values = {**self.config.overrides, **self.config.arms[name]}
+        try:
+            arm = load_config(self.config.base, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+        except ConfigError as error:
+            raise ConfigError(f"arms.{name}: {error}") from error
+        if not isinstance(arm, RunConfig):
+            raise ConfigError(f"base = {self.config.base!r}: a study compares pretraining runs, not adapters")
+        return arm
+
+    def rates(self, arm: str) -> tuple[float, ...]:
+        return self.config.learning_rates or (self.arms[arm].optimizer.lr,)
+
+    def first_cells(self, arm: str) -> list[Cell]:
+        """Those that decide on the arm's learning rate."""
+        return [Cell(arm, rate, self.config.seeds[0]) for rate in self.rates(arm)]
+
+    def later_cells(self, arm: str, rate: float) -> list[Cell]:
+        """The other seeds, with the best learning rate."""
+        return [Cell(arm, rate, seed) for seed in self.config.seeds[1:]]
+
+    def run_config(self, cell: Cell) -> RunConfig:
+        arm, place = self.arms[cell.arm], self.root / cell.path
+        return replace(
+            arm,
+            run=replace(arm.run, dir=str(place.parent), name=place.name, seed=cell.seed),
+            optimizer=replace(arm.optimizer, lr=cell.rate),
+        )
+
+
+def load_study(path: str | Path) -> Study:
+    """Read a study's YAML file, or a shipped one by its name. Raises ConfigError."""
+    return Study(fill(StudyConfig, read_yaml(find_yaml(path, "configs", "study"), "study")))
+
+
+def _check(config: StudyConfig) -> None:
+    if not config.base:
+        raise ConfigError("base = '': name the config that all arms share")
+    if not config.arms:
+        raise ConfigError("arms = {}: give at least one arm, {name: {section.key: value}}")
+    if config.reference and config.reference not in config.arms:
+        raise ConfigError(f"reference = {config.reference!r}: not one of the arms {', '.join(config.arms)}")
+    for key, names in (("name", [config.name]), ("arms", config.arms)):
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+                raise ConfigError(f"{key}: {name!r} names a directory: use letters, digits and . _ + -")
+    for key, values in (("seeds", config.seeds), ("learning_rates", config.learning_rates)):
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{key} = {list(values)}: a value is given twice")
+    if not config.seeds:
+        raise ConfigError("seeds = []: give at least one")
+    for key in ("run.dir", "run.name", "run.seed"):
+        if any(key in keys for keys in (config.overrides, *config.arms.values())):
+            raise ConfigError(f"{key} is set by the study itself: use its own keys dir, name and seeds")
+    if config.learning_rates and any("optimizer.lr" in keys for keys in config.arms.values()):
+        raise ConfigError("optimizer.lr: an arm sets it and learning_rates too; give one of the two")
+
+
+def with_parameters(config: RunConfig, vocab_size: int, wanted: int, name: str) -> RunConfig:
+    """`config` with the MLP width that gives it `wanted` parameters. Raises ConfigError beyond 1 %."""
+    model = config.model
+    if abs(count_parameters(model, vocab_size) - wanted) <= 1e-4 * wanted:
+        return config
+    counts = [count_parameters(replace(model, ffn_hidden_size=width), vocab_size) for width in (_WIDTHS, 2 * _WIDTHS)]
+    width = _WIDTHS * max(1, 1 + round((wanted - counts[0]) / (counts[1] - counts[0])))
+    new = replace(config, model=replace(model, ffn_hidden_size=width))
+    found = count_parameters(new.model, vocab_size)
+    if not math.isclose(found, wanted, rel_tol=_TOLERANCE):
+        raise ConfigError(
+            f"arms.{name}: {found:,} parameters with model.ffn_hidden_size = {width}, the reference has {wanted:,}: "
+            "change its widths, or set parameters: as_given"
+        )
+    return new
+
+
+def of_part(names: Iterable[str], part: tuple[int, int]) -> list[str]:
+    """The arms of task i of n: each task runs its arms alone, since an arm's later runs depend on its first ones."""
+    return [name for number, name in enumerate(names) if number % part[1] == part[0]]

@@ -1,0 +1,89 @@
+"""What the finished cells of a study say: each arm's best learning rate, results, and differences to the reference."""
+
+from __future__ import annotations
+
+import math
+import platform
+from typing import Any
+
+import numpy as np
+
+from megatron_dla.evaluation.stats import bootstrap_mean
+from megatron_dla.study.plan import Study
+from megatron_dla.study.run import METRIC, best_rate, read_cell
+
+KEPT = (
+    "rate", "seed", "parameters", METRIC, "val_loss", "tokens", "held_out", "loss", "boundary_rate", "tokens_per_s",
+    "memory_gb", "seconds", "diverged",
+)  # fmt: skip
+
+
+def collect(study: Study) -> dict[str, Any]:
+    """Everything that the report shows, from the cells that have ended; the report is drawn from this alone."""
+    arms = {name: _arm(study, name) for name in study.arms}
+    reference = arms[study.reference]["results"]
+    for arm in arms.values():
+        arm["difference"] = difference(arm["results"], reference) if arm["results"] is not reference else None
+    versions = [c["versions"] for name in study.arms for c in _cells(study, name) if "versions" in c]
+    return {
+        "study": study.config.name,
+        "reference": study.reference,
+        "metric": METRIC,
+        "cells": {
+            "done": sum(len(arm["cells"]) for arm in arms.values()),
+            "planned": sum(len(study.rates(name)) + len(study.config.seeds) - 1 for name in arms),
+        },
+        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.platform()},
+        "versions": versions[-1] if versions else {},
+        "arms": arms,
+    }
+
+
+def _cells(study: Study, name: str) -> list[dict[str, Any]]:
+    """The results of an arm: all learning rates of the first seed, then the other seeds of the best one."""
+    best = best_rate(study, name)
+    cells = study.first_cells(name) + ([] if best is None else study.later_cells(name, best))
+    return [record for cell in cells if (record := read_cell(study.root / cell.path)) is not None]
+
+
+def _arm(study: Study, name: str) -> dict[str, Any]:
+    best, cells = best_rate(study, name), _cells(study, name)
+    results = {cell["seed"]: cell[METRIC] for cell in cells if cell["rate"] == best and METRIC in cell}
+    chosen = [cell for cell in cells if cell["rate"] == best and METRIC in cell]
+    rates = study.rates(name)
+    return {
+        "overrides": study.config.arms[name],
+        "best_rate": best,
+        "rate_at_edge": best is not None and len(rates) > 1 and best in (min(rates), max(rates)),
+        "results": results,
+        "mean": float(np.mean(list(results.values()))) if results else None,
+        "spread": float(np.std(list(results.values()), ddof=1)) if len(results) > 1 else None,
+        **{key: _mean([cell.get(key) for cell in chosen]) for key in ("boundary_rate", "tokens_per_s", "memory_gb")},
+        "parameters": chosen[0]["parameters"] if chosen else None,
+        "cells": [{key: cell[key] for key in KEPT if key in cell} for cell in cells],
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def difference(results: dict[int, float], reference: dict[int, float]) -> dict[str, Any] | None:
+    """Mean of the paired differences over the seeds that both have, with a 95 % bootstrap interval from 2 seeds on."""
+    seeds = sorted(results.keys() & reference.keys())
+    if not seeds:
+        return None
+    values = np.array([results[seed] - reference[seed] for seed in seeds])
+    found: dict[str, Any] = {"mean": float(values.mean()), "seeds": len(seeds), "low": None, "high": None}
+    if len(seeds) > 1:
+        interval = bootstrap_mean(values)
+        found |= {"low": interval.low, "high": interval.high}
+    return found
+
+
+def verdict(found: dict[str, Any] | None) -> str:
+    """ "better", "worse", "tie" (the interval holds 0), or "" with fewer than 3 seeds: lower is better."""
+    if found is None or found["seeds"] < 3:
+        return ""
+    return "better" if found["high"] < 0 else "worse" if found["low"] > 0 else "tie"

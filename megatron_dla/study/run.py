@@ -1,0 +1,193 @@
+"""Runs the cells of a study one after another; a study that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_dla.config import RunConfig, dump_config, to_dict
+from megatron_dla.errors import BAD_INPUT, STOPPED, ConfigError, UserError
+from megatron_dla.files import write_json
+from megatron_dla.metrics.meters import clock
+from megatron_dla.metrics.sinks import read_metrics
+from megatron_dla.model.counts import count_parameters
+from megatron_dla.processes import StopSignals
+from megatron_dla.study.plan import Cell, Study, of_part
+from megatron_dla.tasks.run import check_run, make_task, versions
+from megatron_dla.training.control import EXITS
+
+CELL = "cell.json"
+LOG = "output.log"
+METRIC = "val_bpb"
+DIVERGED = "FloatingPointError"
+Launch = Callable[[RunConfig, int, Path], int]
+
+
+class StudyRunner:
+    """Runs a study, or the arms of one task of it.
+
+    Args:
+        part: (i, n): this is task i of n. launch: trains a config and returns the exit code.
+    """
+
+    def __init__(self, study: Study, part: tuple[int, int] = (0, 1), launch: Launch | None = None) -> None:
+        self.study, self.launch = study, launch or launch_run
+        self.arms = of_part(study.arms, part)
+        self.done = 0
+        self.total = sum(len(study.rates(arm)) + len(study.config.seeds) - 1 for arm in self.arms)
+        self.seconds: list[float] = []  # of the cells that this process ran
+
+    def run(self) -> int:
+        """0, or 75 where a signal stopped it.
+
+        Raises:
+            UserError: a config of an arm cannot run (before anything starts), or a run failed other than by diverging.
+        """
+        for arm in self.arms:
+            if not self.study.arms[arm].training.eval_every:
+                raise ConfigError("training.eval_every = 0: a study compares the held-out loss; set it")
+            check_run(self.study.run_config(self.study.first_cells(arm)[0]), self.study.config.nproc)
+        for arm in self.arms:
+            for cell in self.study.first_cells(arm):
+                if not self._cell(cell):
+                    return STOPPED
+            best = best_rate(self.study, arm)
+            if best is None:
+                print(f"{arm}: diverged with every learning rate", flush=True)
+                self.done += len(self.study.config.seeds) - 1
+                continue
+            for cell in self.study.later_cells(arm, best):
+                if not self._cell(cell):
+                    return STOPPED
+        return 0
+
+    def _cell(self, cell: Cell) -> bool:
+        """Whether its result is there: found, or made now. False: stopped by a signal."""
+        place = self.study.root / cell.path
+        record, found = read_cell(place), True
+        config = plain(self.study.run_config(cell))
+        if record is not None and (changed := different_keys(record["config"], config)):
+            raise ConfigError(
+                f"{str(place / CELL)!r} is the result of another config ({', '.join(changed)} changed): "
+                "give the study another name, or delete the cell to run it again"
+            )
+        if record is None:
+            started = time.monotonic()
+            code = self.launch(self.study.run_config(cell), self.study.config.nproc, place)
+            if code == STOPPED:
+                return False
+            record, found = self._record(cell, place, code), False
+            self.seconds.append(time.monotonic() - started)
+            write_json(place / CELL, {**record, "config": config})
+        self.done += 1
+        left = "" if not self.seconds else clock(statistics.mean(self.seconds) * (self.total - self.done))
+        value = record.get("diverged") or f"{METRIC} {record[METRIC]:.4f}"
+        words = [f"cell {self.done}/{self.total}", f"{cell.arm} lr {cell.rate:g} seed {cell.seed}", value]
+        words.append("found" if found else clock(self.seconds[-1]))
+        print(" | ".join([*words, f"eta {left}"] if left else words), flush=True)
+        return True
+
+    def _record(self, cell: Cell, place: Path, code: int) -> dict[str, Any]:
+        config = self.study.run_config(cell)
+        task = make_task(config)
+        about = {
+            "arm": cell.arm, "rate": cell.rate, "seed": cell.seed, "overrides": self.study.config.arms[cell.arm],
+            "parameters": count_parameters(config.model, task.layout().vocab_size), "nproc": self.study.config.nproc,
+            "versions": versions(),
+        }  # fmt: skip
+        if code:
+            reasons = exit_messages(place)
+            if reasons and reasons[-1].startswith(DIVERGED):
+                return {**about, "diverged": reasons[-1]}
+            why = reasons[-1] if reasons else f"exit code {code}"
+            raise UserError(f"{str(place)!r}: the run failed ({why}); its output is in {str(log_path(place))!r}")
+        return {**about, **summary(read_metrics(place / "metrics.jsonl"))}
+
+
+def summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a study keeps of a run: its last held-out result, curves, median speed, largest memory."""
+    steps = [m for m in metrics if "loss" in m]
+    held_out = [m for m in metrics if m.get(METRIC) is not None]
+    return {
+        METRIC: held_out[-1][METRIC],
+        "val_loss": held_out[-1]["val_loss"],
+        "tokens": steps[-1]["tokens"],
+        "held_out": [[m["step"], m[METRIC]] for m in held_out],
+        "loss": [[m["step"], m["loss"]] for m in steps],
+        "boundary_rate": steps[-1].get("boundary_rate"),
+        "boundary_rate_by_head": steps[-1].get("boundary_rate_by_head"),
+        "tokens_per_s": statistics.median(m["tokens_per_s"] for m in steps),
+        "memory_gb": max(m["memory_gb"] for m in steps),
+        "seconds": steps[-1]["tokens"] / statistics.median(m["tokens_per_s"] for m in steps),
+    }
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON gives it back, without where the run is."""
+    values = json.loads(json.dumps(to_dict(config)))
+    values["run"] = {"seed": values["run"]["seed"]}
+    return dict(values)
+
+
+def different_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """section.key of what differs; keys that only one of them has are of another version, and do not count."""
+    return [
+        f"{section}.{key}"
+        for section in old.keys() & new.keys()
+        for key in old[section].keys() & new[section].keys()
+        if old[section][key] != new[section][key]
+    ]
+
+
+def exit_messages(place: Path) -> list[str]:
+    """Why ranks of a run ended with an error, the last one last."""
+    records = [json.loads(path.read_text()) for path in place.glob(f"{EXITS}/*/*.json")]
+    return [record["message"] for record in sorted(records, key=lambda record: record["time"])]
+
+
+def read_cell(place: Path) -> dict[str, Any] | None:
+    """The result of a cell that has ended. Raises ConfigError where it is damaged."""
+    try:
+        return dict(json.loads((place / CELL).read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{str(place / CELL)!r} is damaged ({error}): delete it to run this cell again") from error
+
+
+def best_rate(study: Study, arm: str) -> float | None:
+    """The learning rate with the lowest result at the first seed; None where there is none (yet)."""
+    found = {cell.rate: read_cell(study.root / cell.path) for cell in study.first_cells(arm)}
+    values = {
+        rate: record[METRIC] for rate, record in found.items() if record and math.isfinite(record.get(METRIC, math.nan))
+    }
+    return min(values, key=lambda rate: values[rate]) if values else None
+
+
+def log_path(place: Path) -> Path:
+    """Where the output of a run goes: beside its directory, which only the run itself makes."""
+    return place.with_name(f"{place.name}.log")
+
+
+def launch_run(config: RunConfig, nproc: int, place: Path) -> int:
+    """Train in processes of their own; a signal to stop is passed on, and the run saves."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    path = place.with_name(f"{place.name}.yaml")
+    dump_config(config, path)
+    command = [sys.executable, "-m", "megatron_dla.cli", "run", str(path), "--nproc", str(nproc)]
+    with log_path(place).open("ab") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        with StopSignals(lambda _: run.send_signal(signal.SIGTERM), lambda _: run.send_signal(signal.SIGTERM)):
+            code = run.wait()
+    if code == BAD_INPUT:
+        lines = log_path(place).read_text(errors="replace").splitlines()
+        raise UserError(f"{str(place)!r}: {lines[-1] if lines else 'the run was refused'}")
+    return code

@@ -1,0 +1,200 @@
+"""`dla study`: which runs it makes, that it goes on where it was, and that its report says what the runs said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_dla.cli import main
+from megatron_dla.errors import STOPPED, ConfigError, UserError
+from megatron_dla.model.counts import count_parameters
+from megatron_dla.study.plan import Cell, Study, load_study
+from megatron_dla.study.report import table, write_report
+from megatron_dla.study.results import collect, difference, verdict
+from megatron_dla.study.run import CELL, StudyRunner
+from megatron_dla.tasks import make_task
+from tests.support import shipped, tiny
+
+ARMS = {"one": {"model.pattern": "G"}, "dla": {}, "soft": {"model.pattern": "A"}}
+BEST = {"one": 2e-3, "dla": 1e-3, "soft": 4e-3}  # of the fake runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.build_data(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def write(data, tmp_path):
+    """Writes a study's file, with changes, and returns its path."""
+    training = {"steps": 2, "eval_every": 1, "eval_rows": 4, "device": "cpu", "precision": "fp32"}
+    base = tiny.config_dict(data, tmp_path / "none", training=training, model={"backbone": "gdn"})
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def write(**changes) -> Path:
+        values = {
+            "name": "s", "dir": str(tmp_path / "studies"), "base": str(tmp_path / "base.yaml"), "arms": ARMS,
+            "learning_rates": [1e-3, 2e-3, 4e-3], "seeds": [7, 8, 9], "reference": "one",
+            "parameters": "as_given",  # too small for 1 %
+        } | changes  # fmt: skip
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        return tmp_path / "study.yaml"
+
+    return write
+
+
+class Fake:
+    """Writes the metrics of a run at once: best at `BEST`, and a little worse with every seed."""
+
+    def __init__(self, stop_at: int = -1, diverge: tuple[str, ...] = ()) -> None:
+        self.cells: list[Cell] = []
+        self.stop_at, self.diverge = stop_at, diverge
+
+    def __call__(self, config, nproc: int, place: Path) -> int:
+        arm, rate, seed = place.parts[-3], config.optimizer.lr, config.run.seed
+        assert Path(config.run.dir) / config.run.name == place and str(place).endswith(f"lr_{rate:g}/seed_{seed}")
+        if len(self.cells) == self.stop_at:
+            return STOPPED
+        self.cells.append(Cell(arm, rate, seed))
+        place.mkdir(parents=True)
+        if arm in self.diverge:
+            (place / "exits/a").mkdir(parents=True)
+            record = {"message": "FloatingPointError: the loss is nan", "time": 1.0}
+            (place / "exits/a/rank0.json").write_text(json.dumps(record))
+            return 1
+        value = 2.0 + list(ARMS).index(arm) / 10 + abs(rate - BEST[arm]) + 0.01 * (seed - 7)
+        step = {"step": 1, "loss": 3.0, "tokens": 512, "tokens_per_s": 10.0, "memory_gb": 0.5, "boundary_rate": 0.25}
+        lines = [
+            {**step, "val_bpb": value + 1, "val_loss": 4.0},
+            {**step, "step": 2, "val_bpb": value, "val_loss": 3.0},
+        ]
+        (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 0
+
+
+def test_each_arm_tries_the_learning_rates_and_repeats_the_best(write) -> None:
+    fake = Fake()
+    assert StudyRunner(load_study(write()), launch=fake).run() == 0
+    for arm in ARMS:
+        cells = [cell for cell in fake.cells if cell.arm == arm]
+        assert [(c.rate, c.seed) for c in cells[:3]] == [(1e-3, 7), (2e-3, 7), (4e-3, 7)]
+        assert [(c.rate, c.seed) for c in cells[3:]] == [(BEST[arm], 8), (BEST[arm], 9)]
+    assert len(set(fake.cells)) == len(fake.cells) == 15
+
+
+def test_a_study_goes_on_where_it_was_stopped(write, capsys) -> None:
+    study = load_study(write())
+    first, second, third = Fake(stop_at=7), Fake(), Fake()
+    assert StudyRunner(study, launch=first).run() == STOPPED
+    assert StudyRunner(study, launch=second).run() == 0
+    assert len(first.cells) == 7 and len(second.cells) == 8 and not set(first.cells) & set(second.cells)
+    assert StudyRunner(study, launch=third).run() == 0 and not third.cells
+    assert capsys.readouterr().out.splitlines()[-1].startswith("cell 15/15 | soft lr 0.004 seed 9 | val_bpb 2.2200")
+    changed = load_study(write(overrides={"training.steps": 3}))
+    with pytest.raises(ConfigError, match=r"cell\.json.*training\.steps"):
+        StudyRunner(changed, launch=Fake()).run()
+
+
+def test_tasks_of_an_array_share_the_arms(write) -> None:
+    study = load_study(write())
+    found = []
+    for task in range(2):
+        fake = Fake()
+        assert StudyRunner(study, (task, 2), fake).run() == 0
+        found.append({cell.arm for cell in fake.cells})
+    assert found == [{"one", "soft"}, {"dla"}]
+    assert collect(study)["cells"] == {"done": 15, "planned": 15}
+
+
+def test_the_report_says_what_the_cells_say(write, tmp_path) -> None:
+    study = load_study(write())
+    StudyRunner(study, launch=Fake(diverge=("soft",))).run()
+    files = write_report(collect(study), tmp_path / "report", "dla study s")
+    results = json.loads(files[0].read_text())
+    one, dla, soft = (results["arms"][name] for name in ARMS)
+    assert one["best_rate"] == 2e-3 and not one["rate_at_edge"] and dla["rate_at_edge"]
+    assert one["results"] == pytest.approx({"7": 2.0, "8": 2.01, "9": 2.02}) and one["mean"] == pytest.approx(2.01)
+    assert dla["difference"] == pytest.approx({"mean": 0.1, "seeds": 3, "low": 0.1, "high": 0.1})
+    assert soft["best_rate"] is None and "diverged" in soft["cells"][0] and len(soft["cells"]) == 3
+    assert results["cells"] == {"done": 13, "planned": 15}
+    rows = table(results)
+    assert [row[0] for row in rows] == ["arm", "one", "dla", "soft"] and rows[2][7] == "worse"
+    text = files[-1].read_text()
+    assert text.count("data:image/png") == 2 and "http" not in text and "+0.1000 [+0.1000, +0.1000]" in text
+
+
+def test_differences_are_paired_by_seed() -> None:
+    reference = {7: 1.0, 8: 2.0, 9: 3.0}
+    found = difference({7: 0.9, 8: 1.8, 9: 2.8, 10: 99.0}, reference)
+    assert found is not None and found["mean"] == pytest.approx(-0.5 / 3) and found["seeds"] == 3
+    assert verdict(found) == "better" and verdict(difference({7: 0.9, 8: 1.8}, reference)) == ""
+    mixed = difference({7: 0.9, 8: 2.1, 9: 3.0}, reference)
+    assert verdict(mixed) == "tie" and difference({1: 1.0}, reference) is None
+
+
+@pytest.mark.parametrize("path", shipped.STUDIES, ids=lambda path: path.stem)
+def test_arms_of_shipped_studies_have_equal_parameters(path, data, tmp_path) -> None:
+    values = yaml.safe_load(path.read_text())
+    values["overrides"] |= {"data.dir": str(data), "data.num_streams": 4}
+    (tmp_path / path.name).write_text(yaml.safe_dump(values))
+    study = load_study(tmp_path / path.name)
+    assert len(study.arms) > 2
+    vocab = make_task(study.arms[study.reference]).layout().vocab_size
+    counts = {name: count_parameters(arm.model, vocab) for name, arm in study.arms.items()}
+    wanted = counts[study.reference]
+    assert all(abs(count - wanted) <= 0.01 * wanted for count in counts.values()), counts
+    given = {
+        name: arm.model.ffn_hidden_size
+        for name, arm in Study(replace(study.config, parameters="as_given")).arms.items()
+    }
+    assert study.arms["softmax"].model.ffn_hidden_size != given["softmax"]
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"arms": {}}, ("arms",)), ({"base": ""}, ("base",)), ({"reference": "x"}, ("reference", "'x'")),
+        ({"arms": {"a/b": {}}, "reference": ""}, ("arms", "'a/b'")), ({"seeds": [1, 1]}, ("seeds", "1, 1")),
+        ({"seeds": []}, ("seeds",)), ({"arms": {"one": {"run.seed": 3}}}, ("run.seed",)),
+        ({"arms": {"one": {"model.tauu": 3}}}, ("arms.one", "model.tauu")),
+        ({"learning_rates": [0.0]}, ("learning_rates",)),
+        ({"arms": {"one": {"optimizer.lr": 0.1}}}, ("optimizer.lr",)), ({"nproc": 0}, ("nproc", "0")),
+        (
+            {"arms": {"one": {}, "big": {"model.hidden_size": 512}}, "parameters": "equal"},
+            ("arms.big", "ffn_hidden_size"),
+        ),
+        ({"armz": 1}, ("armz",)),
+    ],
+)  # fmt: skip
+def test_wrong_studies(write, changes, words, capsys) -> None:
+    assert main(["study", str(write(**changes))]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and all(word in error for word in words), error
+
+
+def test_a_run_that_fails_ends_the_study(write) -> None:
+    study = load_study(write())
+    with pytest.raises(UserError, match=r"lr_0\.001/seed_7.*exit code 1.*log"):
+        StudyRunner(study, launch=lambda *_: 1).run()
+    assert not list(study.root.rglob(CELL))
+    no_validation = load_study(write(overrides={"training.eval_every": 0}))
+    with pytest.raises(ConfigError, match=r"training\.eval_every = 0"):
+        StudyRunner(no_validation, launch=Fake()).run()
+
+
+def test_a_real_study_and_its_report(write, tmp_path, capsys) -> None:
+    path = write(arms={"dla": {}}, reference="dla", learning_rates=[], seeds=[7])
+    assert main(["study", "report", str(path)]) == 2 and "no cell" in capsys.readouterr().err
+    assert main(["study", str(path)]) == 0
+    root = tmp_path / "studies/s"
+    cell = json.loads((root / "dla/lr_0.002/seed_7" / CELL).read_text())
+    metrics = [json.loads(line) for line in (root / "dla/lr_0.002/seed_7/metrics.jsonl").read_text().splitlines()]
+    assert cell["val_bpb"] == metrics[-1]["val_bpb"] and len(cell["held_out"]) == 3 and cell["versions"]["torch"]
+    capsys.readouterr()
+    assert main(["study", str(path)]) == 0  # nothing to do but the report
+    lines = capsys.readouterr().out.splitlines()
+    assert "found" in lines[0] and lines[-1] == f"wrote {root / 'study.html'}"
