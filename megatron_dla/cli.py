@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     from megatron_dla.kernels.bench.cli import add_bench_parser
     from megatron_dla.launch.cli import add_slurm_parsers
     from megatron_dla.launch.preflight import add_preflight_parser
+    from megatron_dla.report.cli import add_report_parser
     from megatron_dla.serving.cli import add_chat_parser, add_generate_parser
     from megatron_dla.smoke.cli import add_smoke_parser
     from megatron_dla.study.cli import add_study_parser
@@ -94,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_data_parser(subparsers)
     _add_training(subparsers)
+    add_report_parser(subparsers)
     add_checkpoint_parser(subparsers)
     add_convert_parser(subparsers)
     add_generate_parser(subparsers)

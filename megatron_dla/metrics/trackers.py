@@ -37,10 +37,13 @@ class Sinks:
 
     A sink that raises is a warning with the number of its failures so far, printed at 1, 2, 4, 8 ...; the run and the
     other sinks go on, and the next log step tries it again.
+
+    Attributes:
+        last_step: the last one that earlier starts have logged; -1 without any.
     """
 
-    def __init__(self, sinks: Sequence[Sink] = (), warn: Callable[[str], None] = print) -> None:
-        self.sinks, self._warn = list(sinks), warn
+    def __init__(self, sinks: Sequence[Sink] = (), warn: Callable[[str], None] = print, last_step: int = -1) -> None:
+        self.sinks, self._warn, self.last_step = list(sinks), warn, last_step
         self.failures = dict.fromkeys((sink.name for sink in sinks), 0)
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -197,4 +200,4 @@ def open_sinks(
             raise
         except Exception as error:  # the server is away, and a run that is resumed at night goes on
             warn(f"warning: this start logs nothing to W&B, training goes on: {' '.join(str(error).split())}")
-    return Sinks(sinks, warn)
+    return Sinks(sinks, warn, jsonl.last_step)

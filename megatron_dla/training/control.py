@@ -136,7 +136,8 @@ class RunControl:
     def event(self, event: str, step: int, **values: str | int | float) -> None:
         """On rank 0: append a line to events.jsonl, where the disk has room.
 
-        Events: start (host, processes), fallback (path, reason), save, save_failed (reason), stop (reason), done.
+        Events: start (host, processes, last_logged), fallback (path, reason), save, save_failed (reason), stop
+        (reason), done.
         """
         if self.rank == 0:
             line = {"event": event, "step": step, "attempt": self.attempt, "time": time.time()} | values

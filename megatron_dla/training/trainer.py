@@ -35,6 +35,7 @@ from megatron_dla.parallel.replicas import check_replicas
 from megatron_dla.training.control import REASONS, RunControl
 from megatron_dla.training.device import Device
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
+from megatron_dla.training.fence import node_name
 from megatron_dla.training.signals import StopRequest
 from megatron_dla.training.step import dropped_update
 from megatron_dla.training.task import Runtime, Task
@@ -97,7 +98,9 @@ class Trainer:
             kept = on_main(partial(set_aside, path))
             self.runtime.print(f"{describe_damage(path, faults)}: set aside as {kept.name}")
             self.control.event("fallback", self.step, path=path.name, reason=faults[0])
-        self.control.event("start", self.step, processes=dist.get_world_size())
+        self.control.event(
+            "start", self.step, host=node_name(), processes=dist.get_world_size(), last_logged=self.sinks.last_step
+        )
         if newest is not None:
             self.runtime.print(f"resuming from {newest} at step {self.step}")
 

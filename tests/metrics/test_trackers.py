@@ -16,6 +16,9 @@ from megatron_dla.errors import ConfigError
 from megatron_dla.metrics.names import shown
 from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.metrics.trackers import Sinks, TensorBoardSink, check_packages, open_sinks
+from megatron_dla.report.charts import make_charts
+from megatron_dla.report.page import write_page
+from megatron_dla.report.record import read_record
 from tests.support import tiny
 
 
@@ -179,6 +182,14 @@ def test_rank_0_alone_logs_what_metrics_jsonl_has(ranks, tmp_path: Path) -> None
     assert [(x["event"], x["step"]) for x in happened] == [
         ("start", 0), ("save", 2), ("save", 4), ("done", 4), ("start", 2), ("save", 4), ("done", 4)
     ]  # fmt: skip
+    record = read_record(run)
+    assert [(event.kind, event.step) for event in record.events] == [(x["event"], x["step"]) for x in happened]
+    assert "steps 3 to 4 are repeated" in record.events[4].text and record.status == ("good", "done")
+    charts = {chart.title: chart for chart in make_charts(record)}
+    assert charts["Loss"].curves[0].points == [(m["step"], m["loss"]) for m in lines[1:]]
+    assert {"Held-out text", "Boundary rate by layer", "Speed", "Time waiting for data", "Memory"} <= charts.keys()
+    page = write_page(run).read_text()
+    assert page.count('class="chart"') == len(charts) and "NaN" not in page
 
 
 @needs("wandb")

@@ -1,0 +1,1 @@
+"""`dla report RUN`: one self-contained HTML page about a run."""
