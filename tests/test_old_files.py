@@ -171,7 +171,7 @@ def test_an_export_without_any_length_is_refused(tmp_path: Path) -> None:
     config = json.loads((OLD / "export/config.json").read_text())
     lengths = {"training_length", "max_position_embeddings"} & config.keys()
     (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in config.keys() - lengths}))
-    with pytest.raises(CheckpointError, match="config.json.*max_position_embeddings"):
+    with pytest.raises(CheckpointError, match=r"config\.json.*max_position_embeddings"):
         read_section(tmp_path)
 
 
