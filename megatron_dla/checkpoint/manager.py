@@ -41,6 +41,7 @@ from megatron_dla.config import layer_letters
 from megatron_dla.errors import CheckpointError
 from megatron_dla.files import FULL, free_bytes, fsync_directory, naming_full_disk
 from megatron_dla.parallel.groups import on_main
+from megatron_dla.parallel.tags import is_stored
 from megatron_dla.processes import print_or_drop
 
 CONFIG = "config.yaml"
@@ -294,7 +295,7 @@ class Checkpointer:
             FloatingPointError: on every rank, where a parameter is not finite. ZeRO-0 applies a gradient that is not
                 finite, the other stages drop it.
         """
-        parameters = {n: p for n, p in self.engine.module.named_parameters() if p.requires_grad}
+        parameters = {n: p for n, p in self.engine.module.named_parameters() if is_stored(p)}
         stage3, bad = self.engine.zero_optimization_stage() == 3, ""
         copies: dict[str, Tensor] = {}
         if self.groups.dp_cp.rank() == 0:

@@ -22,7 +22,7 @@ from megatron_dla.checkpoint.integrity import FORMAT_VERSION, damaged_error, fin
 from megatron_dla.config import ModelSection, check_model, from_dict
 from megatron_dla.errors import CheckpointError
 from megatron_dla.files import compact, open_tensors
-from megatron_dla.parallel.tags import Tag, get_tag
+from megatron_dla.parallel.tags import Tag, get_tag, is_stored
 
 WEIGHTS = "weights"
 _FIX = "restore it or use another step"
@@ -100,8 +100,8 @@ class CheckpointLayout:
 
 
 def parameter_tags(model: nn.Module) -> dict[str, Tag]:
-    """Name -> tag of every trained parameter: what a checkpoint holds."""
-    return {name: get_tag(p) for name, p in model.named_parameters() if p.requires_grad}
+    """Name -> tag of every parameter that a checkpoint holds."""
+    return {name: get_tag(p) for name, p in model.named_parameters() if is_stored(p)}
 
 
 def weight_file(rank: int) -> str:

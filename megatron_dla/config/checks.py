@@ -147,8 +147,18 @@ def _shares(tensor: int, sizes: dict[str, int], groups: dict[str, int]) -> bool:
     )
 
 
-def check_tau(tau: TauSection, model: ModelSection) -> None:
-    """The annealed soft gate."""
+def check_tau(tau: TauSection, model: ModelSection, training: TrainingSection) -> None:
+    """The annealed soft gate, and the calibration."""
+    if model.tau_mode == "calibrated" and training.zero_stage == 3:
+        raise ConfigError(
+            "training.zero_stage = 3 with model.tau_mode = calibrated: no rank holds the thresholds that it sets; use "
+            "training.zero_stage 1 or 2"
+        )
+    if model.tau_mode == "calibrated" and tau.calibration_steps >= training.steps:
+        raise ConfigError(
+            f"tau.calibration_steps = {tau.calibration_steps}: must be below training.steps = {training.steps}: "
+            f"the run has to go on with the thresholds found; use about {max(1, training.steps // 10)}"
+        )
     if tau.gate == "annealed" and model.tau_mode != "learned":
         raise ConfigError("tau.gate = annealed needs model.tau_mode = learned (a fixed tau has no gradient)")
     if tau.gate == "annealed" and not opens_slots(model):
@@ -198,7 +208,7 @@ def check_context_parallel(
 
 def check_chain(model: ModelSection, size: int, seq_len: int) -> None:
     """Limits of the chain, which sends the slot memory from rank to rank."""
-    if model.tau_mode != "fixed" and opens_slots(model):
+    if model.tau_mode == "learned" and opens_slots(model):
         raise ConfigError(
             f"parallel.cp_scheme = chain with model.tau_mode = {model.tau_mode}: the threshold has no gradient through "
             "a slot memory that another rank sent; use parallel.cp_scheme=heads or model.tau_mode=fixed"
@@ -343,5 +353,5 @@ def check_config(config: RunConfig, world_size: int) -> None:
     check_parallel(config.model, config.parallel, config.data.seq_len, world_size)
     data_parallel = world_size // config.parallel.model_parallel_size
     check_training(config.training, data_parallel)
-    check_tau(config.tau, config.model)
+    check_tau(config.tau, config.model, config.training)
     check_data(config.data, config.training.global_batch_size, data_parallel)

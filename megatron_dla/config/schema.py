@@ -118,12 +118,14 @@ class ModelSection:
     """K, slots a head."""
     tau: Annotated[float, Field(ge=0, le=3)] = 0.6
     """Boundary threshold on the information score in [0, 2], or its initial value when learned."""
-    tau_mode: Literal["fixed", "learned"] = "fixed"
+    tau_mode: Literal["fixed", "learned", "calibrated"] = "fixed"
+    """learned: by gradient, see the section tau. calibrated: set for each head in the first tau.calibration_steps steps
+    so that a share boundary_rate of the tokens opens a slot, then kept."""
     boundary: Literal["information", "random", "every"] = "information"
     """What opens a slot. information: a score of at least tau. Controls: random, a share boundary_rate of the positions
     (a head's own); every, each boundary_every-th token of a document."""
     boundary_rate: Annotated[float, Field(gt=0, le=1)] = 0.03125
-    """random: share of the tokens that open a slot."""
+    """boundary=random, tau_mode=calibrated: share of the tokens that open a slot, first tokens of documents aside."""
     boundary_every: Number = 32
     """every: tokens from one boundary to the next."""
     merge: Literal["density", "ward", "equal_counts", "oldest", "random"] = "density"
@@ -258,7 +260,7 @@ class CheckpointSection:
 
 @dataclass
 class TauSection:
-    """How a learned tau is trained (model.tau_mode = learned)."""
+    """How a tau that is not fixed is found (model.tau_mode)."""
 
     gate: Literal["hard", "annealed"] = "hard"
     """hard: hard slots with a straight-through gradient. annealed: soft gates that cool down first."""
@@ -267,6 +269,8 @@ class TauSection:
     temperature_start: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.3
     """annealed: width of the gate's sigmoid at the first step; falls geometrically to temperature_end."""
     temperature_end: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.03
+    calibration_steps: Number = 100
+    """calibrated: first steps of the run, after each of which tau moves to where that step's scores have the rate."""
 
 
 @dataclass

@@ -129,7 +129,8 @@ class DLAMixer(nn.Module):
                 setattr(self, name.removesuffix(".weight"), nn.Linear(spec.shape[1], spec.shape[0], bias=False))
             else:
                 dtype = torch.float32 if name in FP32_PARAMETERS else None
-                setattr(self, name, nn.Parameter(torch.empty(spec.shape, dtype=dtype)))
+                trained = name != "tau" or config.tau_mode == "learned"
+                setattr(self, name, nn.Parameter(torch.empty(spec.shape, dtype=dtype), requires_grad=trained))
 
     def forward(self, x: Tensor, memory: LayerMemory, step: Step) -> Tensor:
         if step.real is not None:
@@ -165,7 +166,7 @@ class DLAMixer(nn.Module):
         """The readout weight of each slot [B, T, H, K], and the rule by which slots open and merge."""
         c = self.config
         raw = part["slot"].unflatten(-1, (-1, c.capacity))
-        tau = clamp_tau(self.tau) if c.tau_mode == "learned" else c.tau
+        tau = c.tau if c.tau_mode == "fixed" else clamp_tau(self.tau) if c.tau_mode == "learned" else self.tau.detach()
         controls = Controls(c.boundary, c.boundary_rate, c.boundary_every, c.control_seed, self.layer)
         return slot_weights(raw, self.slot_scale, self.slot_bias), SlotRule(tau, c.capacity, c.merge, controls)
 
@@ -215,7 +216,7 @@ class DLAMixer(nn.Module):
         if memory.decided is None:
             tau = rule.tau
             if isinstance(tau, Tensor):  # also in the first pass of a reentrant checkpoint, which records no gradient
-                tau = tau.detach().requires_grad_(self.tau.requires_grad)
+                tau = tau.detach().requires_grad_(self.tau.requires_grad and self.config.tau_mode == "learned")
             memory.decided = partition(k, v, g, beta, tau=tau, **options)
         return dla_attention(q, k, v, g, lam, beta, tau=rule.tau, partition=memory.decided, **options)[0]
 

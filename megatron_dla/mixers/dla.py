@@ -29,13 +29,14 @@ from megatron_dla.kernels.dla.documents import document_starts
 from megatron_dla.kernels.dla.rules import Controls, SlotRule
 from megatron_dla.kernels.dla.soft import soft_attention
 from megatron_dla.mixers import around, functional
+from megatron_dla.mixers.calibration import ScoreCounts
 from megatron_dla.mixers.chain import Chain
 from megatron_dla.mixers.decisions import Decisions
 from megatron_dla.mixers.layout import FP32_PARAMETERS, ParamSpec, dla_parameters
 from megatron_dla.mixers.recurrence import Inputs, attend, decide
 from megatron_dla.parallel.context import HeadExchange
 from megatron_dla.parallel.sums import sum_over
-from megatron_dla.parallel.tags import Tag, set_tag, sum_gradient
+from megatron_dla.parallel.tags import Tag, set_tag, set_without_gradient, sum_gradient
 
 if TYPE_CHECKING:
     from megatron_dla.config import ModelSection
@@ -106,6 +107,7 @@ class DLAMixer(MegatronModule):
         # since the last `take_boundary_rate`: boundaries [H local], and (first head, heads) -> tokens
         self.boundaries: Tensor | None = None
         self.tokens: Counter[tuple[int, int]] = Counter()
+        self.scores: ScoreCounts | None = None  # counted in training, while tau is calibrated
         self.gate_temperature: float | None = None  # soft gates in training, set by the trainer each step; None = hard
         table = self.table(model, size)
         self.sections = table["in_proj.weight"].sections
@@ -126,6 +128,8 @@ class DLAMixer(MegatronModule):
         for name, spec in table.items():
             parameter = self.get_parameter(name) if "." in name else self._add_parameter(name, spec)
             set_tag(parameter, Tag(spec.kind, spec.dim, spec.sections), *spec.inits)
+        if "tau" in table and model.tau_mode == "calibrated":
+            set_without_gradient(self.tau)
 
     def _device(self) -> Any:
         return "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
@@ -279,6 +283,8 @@ class DLAMixer(MegatronModule):
         """How slots open and merge."""
         m = self.model
         tau: float | Tensor = m.tau
+        if m.tau_mode == "calibrated":
+            tau = self._local(self.tau)
         if m.tau_mode == "learned":
             tau = functional.clamp_tau(self._local(self.tau))
             tau = tau if torch.is_grad_enabled() else tau.requires_grad_()  # a recomputation will need Partition.lo
@@ -298,6 +304,9 @@ class DLAMixer(MegatronModule):
         def counted() -> Partition:
             decided = compute()
             self._count(decided.start, first_head)
+            if self.scores is not None and self.training:
+                first = first_head + (0 if self.exchange is None else self.exchange.rank * decided.start.shape[2])
+                self.scores.add(decided, first)
             return decided
 
         return self.decisions.get(counted)

@@ -192,7 +192,7 @@ def dla_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamS
     norm = table.pop("norm")  # the last one: optimizer states of older checkpoints are in this order
     table["slot_scale"] = ParamSpec((H, K), (ones,))
     table["slot_bias"] = ParamSpec((H, K), (constant(math.log(math.e - 1)) if as_backbone else zeros,))
-    if m.tau_mode == "learned":
+    if m.tau_mode != "fixed":
         table["tau"] = ParamSpec((H,), (constant(m.tau),))
     return table | {"norm": norm}
 

@@ -85,6 +85,17 @@ def get_tag(parameter: nn.Parameter) -> Tag:
     return parameter.dla_tag  # type: ignore[attr-defined, no-any-return]
 
 
+def is_stored(parameter: nn.Parameter) -> bool:
+    """Whether a checkpoint holds it: what is trained, and what is set without a gradient (`set_without_gradient`)."""
+    return parameter.requires_grad or getattr(parameter, "dla_set", False)
+
+
+def set_without_gradient(parameter: nn.Parameter) -> None:
+    """Keep it out of the optimizer, and in checkpoints."""
+    parameter.requires_grad_(False)
+    parameter.dla_set = True  # type: ignore[attr-defined]
+
+
 def untagged(model: nn.Module) -> list[str]:
     """Names of parameters without a tag."""
     return [name for name, p in model.named_parameters() if not hasattr(p, "dla_tag")]

@@ -21,6 +21,7 @@ from megatron_dla.data.remote import RemoteDirectory, open_directory
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import ConfigError, DataError, UserError
 from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
+from megatron_dla.mixers.calibration import begin_step, end_step
 from megatron_dla.model.counts import count_parameters, flops_per_token, recurrent_states
 from megatron_dla.model.gpt import build_model, packed_sequence, padded_vocab, slot_mixers
 from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex
@@ -230,7 +231,14 @@ class PretrainTask(Task):
         self.gate_temperature = gate_temperature(step, self.config.tau, self.config.training.steps)
         for mixer in self.mixers:
             mixer.gate_temperature = self.gate_temperature
-        return train_step(engine, batches, self.runtime.groups, self.runtime.device, self._pack)
+        model, tau = self.config.model, self.config.tau
+        calibrating = self.mixers and model.tau_mode == "calibrated" and step < tau.calibration_steps
+        if calibrating:
+            begin_step(self.mixers)
+        loss = train_step(engine, batches, self.runtime.groups, self.runtime.device, self._pack)
+        if calibrating:
+            end_step(self.mixers, step, model.boundary_rate, self.runtime.groups.dp_cp)
+        return loss
 
     @property
     def flops_per_token(self) -> float:

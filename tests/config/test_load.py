@@ -60,6 +60,15 @@ def stage(tokens: int, **weights: float) -> dict:
             {"model.boundary": "every", "model.tau_mode": "learned"},
             ["model.boundary = every", "model.tau_mode = learned", "model.tau_mode=fixed"],
         ),
+        (
+            {"model.tau_mode": "calibrated", "training.zero_stage": 3},
+            ["training.zero_stage = 3", "model.tau_mode = calibrated", "1 or 2"],
+        ),
+        (
+            {"model.tau_mode": "calibrated", "tau.calibration_steps": 1000},
+            ["tau.calibration_steps = 1000", "training.steps = 1000", "100"],
+        ),
+        ({"model.tau_mode": "calibrated", "model.boundary": "random"}, ["model.boundary = random", "calibrated"]),
         ({"tau.gate": "annealed"}, ["tau.gate = annealed", "model.tau_mode = learned"]),
         (
             {"tau.gate": "annealed", "model.tau_mode": "learned", "model.pattern": "GA"},

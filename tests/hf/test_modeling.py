@@ -67,7 +67,7 @@ def test_every_letter_of_the_pattern(exported, saved, tmp_path, letter, name):
 CONTROLS = {
     "random": dict(boundary="random", boundary_rate=0.3, merge="random", control_seed=11),
     "every": dict(boundary="every", boundary_every=3, merge="equal_counts"),
-    "oldest": dict(merge="oldest"),
+    "oldest": dict(merge="oldest", tau_mode="calibrated"),
     "ward": dict(merge="ward"),
 }
 

@@ -154,6 +154,59 @@ def test_annealed_gates_cool_down_and_end_hard(ranks, data, tmp_path) -> None:
     assert 1e-6 < gap < 0.05
 
 
+CALIBRATED = {
+    "model": {"tau_mode": "calibrated", "boundary_rate": 0.2, "tau": 0.6},
+    "tau": {"calibration_steps": 4},
+    "training": {"steps": 6, "save_every": 2, "keep_checkpoints": 0},
+}
+
+
+def taus(run: Path, step: int) -> dict[str, torch.Tensor]:
+    merged, _ = load_merged(run / "checkpoints" / f"step_{step}")
+    return {name: x for name, x in merged.items() if name.endswith(".tau")}
+
+
+def test_calibrated_thresholds_reach_the_rate_and_stay(ranks, data, tmp_path) -> None:
+    """Also after a resume within the calibration: the same bits as without."""
+    values = run_config(data, tmp_path, "gdn", **CALIBRATED)
+    metrics = ranks(2).run(train_workers.train, values)[0]
+    assert metrics[0]["boundary_rate"] > 0.4 and abs(metrics[-1]["boundary_rate"] - 0.2) < 0.05
+    run, again = tmp_path / "tiny", tmp_path / "again"
+    first, middle, last = (taus(run, step) for step in (2, 4, 6))
+    for name, tau in middle.items():
+        assert torch.equal(tau, last[name]) and not torch.equal(tau, first[name]) and len(set(tau.tolist())) == 4
+    shutil.copytree(run, again)
+    for step in (4, 6):
+        shutil.rmtree(again / "checkpoints" / f"step_{step}")
+    ranks(2).run(train_workers.train, values | {"run": values["run"] | {"name": "again"}})
+    weights = [load_merged(path / "checkpoints/step_6")[0] for path in (run, again)]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+
+
+LAYOUTS = {
+    "cp2": {"context_parallel_size": 2},
+    "tp2+sp x cp2 chain": {
+        "tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2, "cp_scheme": "chain",
+    },
+}  # fmt: skip
+
+
+def test_calibrated_thresholds_do_not_depend_on_the_layout(ranks, data, tmp_path) -> None:
+    short = {"steps": 3, "save_every": 0}
+    sections = CALIBRATED | {"tau": {"calibration_steps": 2}, "training": short}
+    want = ranks(2).run(train_workers.train, run_config(data, tmp_path, "mamba2", **sections))[0]
+    for name, parallel in LAYOUTS.items():
+        values = run_config(data, tmp_path, "mamba2", **sections, parallel=parallel)
+        values["run"]["name"] = name
+        got = ranks(4 if "x" in name else 2).run(train_workers.train, values)[0]
+        losses = [torch.tensor([m["loss"] for m in metrics]) for metrics in (got, want)]
+        torch.testing.assert_close(*losses, rtol=2e-5, atol=0)
+        ours, theirs = taus(tmp_path / name, 3), taus(tmp_path / "tiny", 3)
+        assert ours.keys() == theirs.keys() and ours
+        for key, tau in theirs.items():
+            torch.testing.assert_close(ours[key], tau, rtol=0, atol=1e-4)
+
+
 def test_changed_optimizer_settings_hold_after_a_resume(ranks, data, tmp_path) -> None:
     values = run_config(data, tmp_path, "mamba2")
     ranks(2).run(train_workers.train, values)
