@@ -179,3 +179,49 @@ def naive_attention(
     final.states = torch.stack(states).view(B, H, capacity, k.shape[-1], Dv)
     output = torch.stack(out).view(B, H, T, Dv).transpose(1, 2)
     return output, Partition(start, death, score, lo, cache_death, final.info), final
+
+
+def naive_soft_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    slot_weights: Tensor,
+    beta: Tensor | None = None,
+    *,
+    score: Tensor,
+    tau: Tensor,
+    temperature: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Annealed soft gates as a float64 recurrence: [B, T, H, Dv]; arguments as `soft_attention`.
+
+    Every token keeps a state of its own. The gate of a later token moves it back by a part of a slot, and it is read
+    with the slot weight there, between those of the two neighbours. `score`: [B, T, H], of the hard rule, detached.
+    """
+    B, T, H, _ = v.shape
+    q, k = (x.double().repeat_interleave(H // x.shape[2], dim=2) for x in (q, k))
+    v, g, lam = v.double(), g.double(), slot_weights.double()
+    gate = torch.sigmoid((score.detach().double() - tau) / temperature)
+    resets, oldest = document_starts(cu_seqlens, B, T, v.device), lam.shape[-1] - 1
+    out = []
+    for b in range(B):
+        for h in range(H):
+            tokens: list[tuple[Tensor, Tensor]] = []  # state, slots back
+            for t in range(T):
+                if resets[b, t]:
+                    tokens = []
+                kt, weight = k[b, t, h], 1.0 if beta is None else beta[b, t, h].double()
+                moved = []
+                for state, back in tokens:
+                    erased = 0.0 if beta is None else weight * torch.outer(kt, kt @ state)
+                    moved.append((g[b, t, h].exp() * (state - erased), back + gate[b, t, h]))
+                tokens = [*moved, (weight * torch.outer(kt, v[b, t, h]), gate.new_zeros(()))]
+                reads = []
+                for state, back in tokens:
+                    at = back.clamp(max=oldest)
+                    newer = min(int(at), oldest - 1)
+                    mix = lam[b, t, h, newer].lerp(lam[b, t, h, newer + 1], at - newer)
+                    reads.append(mix * (q[b, t, h] @ state))
+                out.append(reduce(torch.add, reads))
+    return torch.stack(out).view(B, H, T, -1).transpose(1, 2)

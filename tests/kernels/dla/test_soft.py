@@ -6,48 +6,26 @@ import pytest
 import torch
 
 from megatron_dla.kernels.dla import dla_attention, partition
-from megatron_dla.kernels.dla.documents import document_starts
+from megatron_dla.kernels.dla.naive import naive_soft_attention
 from megatron_dla.kernels.dla.soft import interpolated_weights, soft_attention
 from tests.support.dla_cases import CASES, Case, assert_same, gradients, random_case
-from tests.support.materialised import materialised_attention
-
-
-def by_definition(case: Case, x: dict, tau: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(At .* M) V with the backbone's own matrix: column j of it is what the hard form reads from a lone value."""
-    decided = partition(x["k"], x["v"], x["g"], x.get("beta"), **{**case.rule, "tau": tau.detach()})
-    gate = torch.sigmoid((decided.score.double() - tau) / temperature)  # [B, T, H]
-    starts = document_starts(case.cu_seqlens, case.B, case.T)
-    document = starts.long().cumsum(1)
-    lam, K = x["slot_weights"], case.capacity
-    probe = torch.eye(case.T, dtype=torch.float64)[None, :, None].expand(case.B, -1, case.H, -1)
-    rest = {name: x[name] for name in ("q", "k", "g", "beta") if name in x}
-    ones = torch.ones_like(lam)
-    A = materialised_attention(v=probe, slot_weights=ones, **rest, partition=decided, cu_seqlens=case.cu_seqlens)
-    out = torch.zeros_like(x["v"])
-    for b in range(case.B):
-        for h in range(case.H):
-            for t in range(case.T):
-                for j in range(t + 1):
-                    if document[b, j] != document[b, t]:
-                        continue
-                    r = min(float(gate[b, j + 1 : t + 1, h].sum()), K - 1.0)
-                    low = min(int(r), K - 2)
-                    weight = lam[b, t, h, low] + (r - low) * (lam[b, t, h, low + 1] - lam[b, t, h, low])
-                    out[b, t, h] += A[b, t, h, j] * weight * x["v"][b, j, h]
-    return out
 
 
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("documents", [(), (5, 20, 23, 37)])
-def test_equals_its_definition(delta: bool, documents: tuple) -> None:
+def test_outputs_and_gradients_are_the_recurrences(delta: bool, documents: tuple) -> None:
     case = Case("soft", T=23, capacity=3, delta=delta, documents=documents, topic=3)
-    x = {name: t.detach() for name, t in case.make().items()}
-    tau = torch.tensor([1.0, 1.2], dtype=torch.float64)
-    want = by_definition(case, x, tau, 0.3)
+    x, tau = case.make(), torch.tensor([1.0, 1.2], dtype=torch.float64, requires_grad=True)
+    decided = partition(x["k"], x["v"], x["g"], x.get("beta"), **{**case.rule, "tau": tau.detach()})
+    rule = {"tau": tau, "temperature": 0.3, "cu_seqlens": case.cu_seqlens}
+    want = naive_soft_attention(**x, score=decided.score, **rule)
+    cotangent = torch.randn_like(want)
+    reference = gradients(want, x | {"tau": tau}, cotangent)
     for chunk_size in (4, 8, 64):
-        got, rate = soft_attention(**x, tau=tau, temperature=0.3, cu_seqlens=case.cu_seqlens, chunk_size=chunk_size)
+        got, rate = soft_attention(**x, **rule, chunk_size=chunk_size)
         assert_same(got, want, f"chunk {chunk_size}")
-    decided = partition(x["k"], x["v"], x["g"], x.get("beta"), **{**case.rule, "tau": tau})
+        for name, grad in gradients(got, x | {"tau": tau}, cotangent).items():
+            assert_same(grad, reference[name], f"d{name}, chunk {chunk_size}")
     assert torch.equal(rate, decided.boundary_rate())
 
 
