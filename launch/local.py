@@ -149,9 +149,11 @@ def _exit_code(error: ChildFailedError, stopped_by: int) -> int:
         error.failures.items(),
         key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp, item[1].exitcode != BAD_INPUT),
     )
-    if failure.exitcode == BAD_INPUT:
+    told = failure.error_file_data.get("message")  # of `dla`'s one line: the rank did not print it
+    if failure.exitcode == BAD_INPUT or (failure.exitcode == 1 and os.path.isfile(failure.error_file) and told):
         print(failure.message, file=sys.stderr)
-    if failure.exitcode in (BAD_INPUT, STOPPED):
         return failure.exitcode
+    if failure.exitcode == STOPPED:
+        return STOPPED
     print(f"rank {rank} failed with exit code {failure.exitcode}; see its output above", file=sys.stderr)
     return 1

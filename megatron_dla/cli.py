@@ -139,6 +139,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         _report(f"dla {args.command}: {error}")
         return 2
+    except FloatingPointError as error:
+        _report(f"dla {args.command}: {error}")
+        return 1
     except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

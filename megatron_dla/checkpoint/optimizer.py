@@ -88,7 +88,7 @@ def optimizer_pieces(engine: Any, data_rank: int) -> dict[str, Tensor]:
     """{key: view} of this rank's fragments; nothing where a rank before it holds the same ones (no ZeRO)."""
     if data_rank and not engine.zero_optimization_stage() and not hasattr(engine.optimizer, "optimizer"):
         return {}
-    state = _inner(engine).state
+    state = _with_moments(engine).state
     return {
         f"{name}|{quantity}|{fragment.start}": view
         for name, fragment in fragments(engine)
@@ -98,7 +98,21 @@ def optimizer_pieces(engine: Any, data_rank: int) -> dict[str, Tensor]:
 
 def updates_seen(engine: Any) -> int:
     """The number of updates that the moments have seen."""
-    return int(next(iter(_inner(engine).state.values()))["step"])
+    return int(next(iter(_with_moments(engine).state.values()))["step"])
+
+
+def _with_moments(engine: Any, updates: int | None = None) -> torch.optim.Optimizer:
+    """The inner optimizer, with zeros for moments that it has not made, or for all of them with `updates`.
+
+    It makes them at its first update, which all steps so far may have left out.
+    """
+    inner = _inner(engine)
+    fused = bool(inner.defaults.get("fused"))
+    for flat in _flats(engine):
+        if updates is not None or MOMENTS[0] not in inner.state[flat]:
+            step = torch.tensor(float(updates or 0), device=flat.device if fused else "cpu")
+            inner.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+    return inner
 
 
 @torch.no_grad()
@@ -108,11 +122,7 @@ def load_optimizer(engine: Any, directory: Path, updates: int, tensor_rank: int,
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    inner, parameters = _inner(engine), dict(engine.module.named_parameters())
-    fused = bool(inner.defaults.get("fused"))
-    for flat in _flats(engine):
-        step = torch.tensor(float(updates), device=flat.device if fused else "cpu")
-        inner.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+    inner, parameters = _with_moments(engine, updates), dict(engine.module.named_parameters())
     saved = SavedState(directory)
     for name, fragment in fragments(engine):
         tag = get_tag(parameters[name])

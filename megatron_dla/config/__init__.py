@@ -15,6 +15,7 @@ from megatron_dla.config.checks import (
 from megatron_dla.config.load import dump_config, from_dict, load_config, to_dict, to_yaml
 from megatron_dla.config.pattern import LETTERS
 from megatron_dla.config.schema import (
+    AnomalySection,
     CheckpointSection,
     DataSection,
     DebugSection,
@@ -31,6 +32,7 @@ from megatron_dla.config.schema import (
 __all__ = [
     "LETTERS",
     "AdapterRunConfig",
+    "AnomalySection",
     "CheckpointSection",
     "DataSection",
     "DebugSection",

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.config.schema import (
+    AnomalySection,
     CheckpointSection,
     DebugSection,
     Directory,
@@ -84,6 +85,7 @@ class AdapterRunConfig:
     optimizer: OptimizerSection = field(default_factory=_optimizer)
     training: TrainingSection = field(default_factory=_training)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    anomalies: AnomalySection = field(default_factory=AnomalySection)
     gate_loss: GateLossSection = field(default_factory=GateLossSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
     debug: DebugSection = field(default_factory=DebugSection)

@@ -259,6 +259,25 @@ class CheckpointSection:
 
 
 @dataclass
+class AnomalySection:
+    """Losses and gradients that are not finite, and spikes of the loss: what a run does about them (docs/resume.md)."""
+
+    non_finite: Literal["skip", "stop"] = "skip"
+    """skip: the step counts, its update is left out. stop: the run ends."""
+    spike: Literal["off", "report", "skip"] = "report"
+    """A loss above the median of the last ones by more than spike_threshold: a line and a record, and with skip no
+    update."""
+    max_consecutive: Number = 5
+    """Skipped steps in a row after which the run ends; spikes in a row that are only reported begin a new window."""
+    window: Annotated[int, Field(ge=3, le=2**16)] = 128
+    """Losses that a new one is compared with. Spikes are not among them."""
+    min_losses: Annotated[int, Field(ge=3, le=2**16)] = 32
+    """Losses in the window before the first comparison."""
+    spike_threshold: Factor = 20.0
+    """In median absolute deviations of the window, each at least 0.1% of the median."""
+
+
+@dataclass
 class TauSection:
     """How a tau that is not fixed is found (model.tau_mode)."""
 
@@ -318,6 +337,7 @@ class RunConfig:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    anomalies: AnomalySection = field(default_factory=AnomalySection)
     tau: TauSection = field(default_factory=TauSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
     debug: DebugSection = field(default_factory=DebugSection)

@@ -17,7 +17,7 @@ def console_line(m: dict[str, Any], total_steps: int) -> str:
     done = 100 * m["step"] / total_steps
     parts = [f"step {m['step']:>{len(str(total_steps))}}/{total_steps} ({done:.0f}%)"]
     if "loss" in m:
-        norm = "-" if m["grad_norm"] is None else f"{m['grad_norm']:.3f}"
+        norm = "-" if m["grad_norm"] is None or not math.isfinite(m["grad_norm"]) else f"{m['grad_norm']:.3f}"
         parts += [f"loss {m['loss']:.4f}", f"grad {norm}", f"lr {m['lr']:.2e}", f"{m['tokens_per_s']:,.0f} tok/s"]
         if "mfu" in m:
             parts.append(f"MFU {m['mfu']:.1%}")

@@ -28,7 +28,7 @@ from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER
 from megatron_dla.training.device import Device
 from megatron_dla.training.plan import checkpoint_bytes, make_plan, render, render_disk
 from megatron_dla.training.schedule import gate_temperature
-from megatron_dla.training.step import train_step
+from megatron_dla.training.step import Judge, StepResult, train_step
 from megatron_dla.training.task import Runtime, Task
 from megatron_dla.training.validation import validate
 
@@ -225,8 +225,8 @@ class PretrainTask(Task):
     def _pack(self, batch: Batch) -> Any:
         return packed_sequence(batch.cu_seqlens if self.config.data.reset_at_documents else None, self.seq_len)
 
-    def train_step(self, engine: Any, step: int) -> float:
-        batches = self.loader.next_step()
+    def train_step(self, engine: Any, step: int, judge: Judge) -> StepResult:
+        batches = self.next_batches()
         self.data_crc32 = zlib.crc32(b"".join(b.tokens.numpy().tobytes() for b in batches))
         self.gate_temperature = gate_temperature(step, self.config.tau, self.config.training.steps)
         for mixer in self.mixers:
@@ -235,10 +235,10 @@ class PretrainTask(Task):
         calibrating = self.mixers and model.tau_mode == "calibrated" and step < tau.calibration_steps
         if calibrating:
             begin_step(self.mixers)
-        loss = train_step(engine, batches, self.runtime.groups, self.runtime.device, self._pack)
+        result = train_step(engine, batches, self.runtime.groups, self.runtime.device, self._pack, judge=judge)
         if calibrating:
             end_step(self.mixers, step, model.boundary_rate, self.runtime.groups.dp_cp)
-        return loss
+        return result
 
     @property
     def flops_per_token(self) -> float:

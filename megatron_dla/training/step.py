@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dla.parallel.context import context_slice
+from megatron_dla.training.update import Update
 
 
 class MicroBatch(Protocol):
@@ -30,10 +31,21 @@ Pack = Callable[[Any], Any]
 """Batch -> Megatron's `packed_seq_params` of its forward pass."""
 
 
-def dropped_update(engine: Any) -> bool:
-    """Whether the last step's gradient was not finite, which ZeRO-1 to 3 do not apply (ZeRO-0 does, and cannot say)."""
-    norm = engine.get_global_grad_norm()
-    return norm is not None and not math.isfinite(norm)
+Judge = Callable[[float, float], bool]
+"""(loss, gradient norm) of a step -> whether its update is left out. Both are equal on every rank; nan: not finite."""
+
+
+class StepResult(NamedTuple):
+    """Of one optimizer step, the same on every rank.
+
+    Attributes:
+        loss: mean (nats a token, weighted by `loss_mask`) over the global batch. grad_norm: of its gradient before
+            clipping; nan where it is not finite. dropped: weights and moments are as they were.
+    """
+
+    loss: float
+    grad_norm: float
+    dropped: bool
 
 
 def token_losses(
@@ -58,7 +70,8 @@ def train_step(
     *,
     objective: Callable[[Any, Tensor], Tensor] | None = None,
     before_update: Callable[[], None] | None = None,
-) -> float:
+    judge: Judge | None = None,
+) -> StepResult:
     """Forward, backward and update over this data-parallel rank's micro batches.
 
     Args:
@@ -67,9 +80,8 @@ def train_step(
         objective: (packed, loss) -> what is differentiated: `loss` with a penalty, which is averaged over
             micro batches and data-parallel ranks. `packed` is what `pack` returned for the micro batch.
         before_update: called when every gradient is reduced and not yet applied.
-
-    Returns:
-        Mean loss (nats a token, weighted by `loss_mask`) over the global batch, the same on every rank.
+        judge: asked before the update; a gradient that is not finite is never applied. None: the engine decides, and
+            the norm is left to it.
     """
     counted = torch.stack([b.loss_mask.sum() for b in batches]).sum().double().to(device)
     dist.all_reduce(counted, group=groups.dp)
@@ -82,9 +94,18 @@ def train_step(
         losses, _, mask = token_losses(engine, batch, packed, groups, device)
         loss = (losses.float() * mask).sum()
         engine.backward(loss * scale if objective is None else objective(packed, loss * scale))
-        if before_update is not None and number == len(batches) - 1:
-            before_update()
-        engine.step()
         total += loss.detach()
+        if number < len(batches) - 1:
+            engine.step()
+    if before_update is not None:
+        before_update()
     dist.all_reduce(total, group=groups.dp_cp)
-    return (total / counted).item()
+    mean = total / counted
+    if judge is None:
+        engine.step()
+        return StepResult(mean.item(), math.nan, False)
+    # tensor-parallel ranks compute the same loss; that they decide the same must not hang on its last bit
+    dist.broadcast(mean, group=groups.tp, group_src=0)
+    update = Update(engine, lambda norm: judge(mean.item(), norm))
+    update.apply()
+    return StepResult(mean.item(), update.norm, update.dropped)

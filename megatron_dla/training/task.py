@@ -16,6 +16,7 @@ from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import AdapterRunConfig, RunConfig
 from megatron_dla.processes import print_or_drop
 from megatron_dla.training.device import Device
+from megatron_dla.training.step import Judge, StepResult
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,23 @@ class Task(ABC):
         """This rank's part of the model, initialised and tagged, before weights are loaded; also makes `loader`."""
 
     @abstractmethod
-    def train_step(self, engine: Any, step: int) -> float:
-        """One optimizer step after `step` finished ones; returns the mean loss over the global batch (nats a token)."""
+    def train_step(self, engine: Any, step: int, judge: Judge) -> StepResult:
+        """One optimizer step after `step` finished ones, on `next_batches`; `judge` decides about its update."""
+
+    def next_batches(self) -> Sequence[Any]:
+        """This rank's micro batches of the next step, whose place is kept for `last_batch`."""
+        self._before = self.loader.state_dict()
+        return self.loader.next_step()
+
+    def last_batch(self) -> dict[str, Any]:
+        """Where the rows of the last step are, as JSON (a collective).
+
+        `batch`: steps before it in the data; `rows`: the first and last of its rows, counted over the run at this batch
+        size; `data`: the state of the data from which it is drawn.
+        """
+        state, size = self._merged(self._before), self.config.training.global_batch_size
+        number = state["steps"]
+        return {"batch": number, "rows": [number * size, (number + 1) * size - 1], "data": state}
 
     @property
     def flops_per_token(self) -> float | None:
@@ -127,9 +143,12 @@ class Task(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """State of the data over all data-parallel ranks, as JSON (a collective)."""
+        return self._merged(self.loader.state_dict())
+
+    def _merged(self, state: dict[str, Any]) -> dict[str, Any]:
         group = self.runtime.groups.dp
         states: list[Any] = [None] * group.size()
-        dist.all_gather_object(states, self.loader.state_dict(), group=group)
+        dist.all_gather_object(states, state, group=group)
         return self.loader.merge_states(states) | {"global_batch_size": self.config.training.global_batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

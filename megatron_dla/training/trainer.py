@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -32,17 +31,19 @@ from megatron_dla.metrics.sinks import console_line
 from megatron_dla.metrics.trackers import Sinks, open_sinks
 from megatron_dla.parallel.groups import initialize_distributed, initialize_model_parallel, on_main, process_groups
 from megatron_dla.parallel.replicas import check_replicas
+from megatron_dla.training.anomalies import Anomalies, Records
 from megatron_dla.training.control import REASONS, RunControl
 from megatron_dla.training.device import Device
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
 from megatron_dla.training.fence import node_name
 from megatron_dla.training.signals import StopRequest
-from megatron_dla.training.step import dropped_update
+from megatron_dla.training.step import StepResult
 from megatron_dla.training.task import Runtime, Task
 
 # of the rank with the highest
 HIGHEST = ("data_wait_share", "memory_active_gb", "memory_active_share", "memory_reserved_gb", "memory_reserved_share",
            "alloc_retries", "ooms")  # fmt: skip
+ANOMALIES = "anomalies"  # key of the data's state
 
 
 class Trainer:
@@ -85,15 +86,17 @@ class Trainer:
             run_dir, self.engine, self.groups, keep, self.control,
             background=section.background, max_failures=section.max_failures,
         )  # fmt: skip
-        self.step = 0
+        self.step, self.anomalies = 0, Anomalies(config.anomalies)
         if newest is not None and not is_weights_only(newest):
             self.step, state = self.checkpoints.load(newest, self.layout)
+            self.anomalies.load_state_dict(state.pop(ANOMALIES, {}))
             task.load_state_dict(state)
             apply_optimizer_section(self.engine, optimizer_groups, config)
         if config.debug.check_replicas:
             check_replicas(self.engine.module, self.groups, "before the first step")
         self.sinks = Sinks()
         on_main(lambda: self._open_sinks(self.step if newest else None))
+        self.records = Records(run_dir, self.anomalies.records) if dist.get_rank() == 0 else None
         for path, faults in damaged.items():
             kept = on_main(partial(set_aside, path))
             self.runtime.print(f"{describe_damage(path, faults)}: set aside as {kept.name}")
@@ -130,7 +133,7 @@ class Trainer:
                 self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.step < training.steps:
                 started, waited = time.monotonic(), loader.total_wait_s
-                loss = self._train_step()
+                result = self._train_step()
                 self.step += 1
                 self.control.beat(self.step)
                 if check_every and self.step % check_every == 0:
@@ -140,7 +143,7 @@ class Trainer:
                 validating = training.eval_every and (last or self.step % training.eval_every == 0)
                 validated: dict[str, Any] = {}
                 if last or validating or self.step % training.log_every == 0:
-                    metrics = self._metrics(loss, meter)
+                    metrics = self._metrics(result, meter)
                     validated = self._validate() if validating else {}
                     self._log(metrics | validated)
                 reason = stop.agreed()
@@ -157,28 +160,28 @@ class Trainer:
             on_main(lambda: self.control.finish(self.step))
         return 0
 
-    def _train_step(self) -> float:
+    def _train_step(self) -> StepResult:
         self.lr = self.engine.get_lr()[0]  # before the schedule moves on
-        loss = self.task.train_step(self.engine, self.step)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step + 1}: lower optimizer.lr or check the data"
-            )
-        if dropped_update(self.engine):
-            self.runtime.print(f"step {self.step + 1}: the gradient is not finite, its update is dropped")
-        return loss
+        result = self.task.train_step(self.engine, self.step, self.anomalies.judge)
+        if (found := self.anomalies.found) is not None:
+            batch = self.task.last_batch()
+            self.runtime.print(f"step {self.step + 1}: {found.describe()}")
+            if self.records is not None:
+                self.records.write(self.step + 1, found, batch)
+            self.anomalies.check(self.step + 1)
+        return result
 
     def _validate(self) -> dict[str, Any]:
         with self.control.doing("validate", self.step):
             return self.task.validate(self.engine)
 
-    def _metrics(self, loss: float, meter: StepMeter) -> dict[str, Any]:
-        norm = self.engine.get_global_grad_norm()
+    def _metrics(self, result: StepResult, meter: StepMeter) -> dict[str, Any]:
         values = {
             "step": self.step,
-            "loss": loss,
-            "grad_norm": None if norm is None else float(norm),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
             "lr": self.lr,
+            "skipped_steps": self.anomalies.skipped,
             "tokens": self.task.loader.tokens_seen,
             **meter.read(),
             "memory_gb": self.memory.peak_gb(),
@@ -196,7 +199,8 @@ class Trainer:
     def _save(self, val_loss: float | None, *, wait: bool) -> None:
         self.layout.step = self.step
         values = {} if val_loss is None else {"val_loss": val_loss}
-        self.checkpoints.save(self.layout, self.task.state_dict(), to_yaml(self.config), wait=wait, **values)
+        state = self.task.state_dict() | {ANOMALIES: self.anomalies.state_dict()}
+        self.checkpoints.save(self.layout, state, to_yaml(self.config), wait=wait, **values)
 
     def _log(self, metrics: dict[str, Any]) -> None:
         self.sinks.write({"time": time.time(), **metrics})

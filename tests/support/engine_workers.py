@@ -132,7 +132,7 @@ def distributed(case: Case) -> dict[str, Any]:
     for step in range(case.steps):
         batches = [rows(step, mine[i : i + 2], case.documents) for i in range(0, len(mine), 2)]
         hook = keep_gradients if step == 0 else None
-        loss = train_step(engine, batches, groups, torch.device("cpu"), packed, before_update=hook)
+        loss = train_step(engine, batches, groups, torch.device("cpu"), packed, before_update=hook).loss
         result["loss"].append(loss)
         norm = engine.get_global_grad_norm()
         result["norm"].append(None if norm is None else float(norm))

@@ -25,6 +25,7 @@ from megatron_dla.model.gpt import build_model, packed_sequence  # noqa: E402
 from megatron_dla.tasks.run import check_run, run_directory  # noqa: E402
 from megatron_dla.training.engine import parameter_groups  # noqa: E402
 from megatron_dla.training.schedule import lr_factor  # noqa: E402
+from megatron_dla.training.step import StepResult  # noqa: E402
 from megatron_dla.training.trainer import Trainer  # noqa: E402
 
 SUMS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
@@ -123,11 +124,29 @@ def summed_dtypes(values: dict[str, Any]) -> set[str]:
     return found
 
 
-def poisoned(values: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """A run whose gradient is not a number in step 2: what it prints, its error included, and its metrics."""
-    trainer = make_trainer(values)
-    weight = next(p for name, p in trainer.engine.module.named_parameters() if name.endswith("in_proj.weight"))
-    weight.register_hook(lambda gradient: gradient * float("nan") if trainer.step == 1 else gradient)
+def anomalous(
+    values: dict[str, Any], gradients: dict[int, int], losses: dict[int, tuple[int, float]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """A run with wrong numbers in some steps; returns what it prints, its error included, and its metrics.
+
+    Args:
+        gradients: {step: rank whose gradient of one matrix is not a number}.
+        losses: {step: (rank, factor on its losses)}.
+    """
+    trainer, rank = make_trainer(values), torch.distributed.get_rank()
+    weight = next(p for name, p in trainer.engine.module.named_parameters() if name.endswith("proj.weight"))
+    weight.register_hook(lambda g: g * float("nan") if gradients.get(trainer.step + 1) == rank else g)
+
+    def scaled(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        where, factor = losses.get(trainer.step + 1, (-1, 1.0))
+        return output * factor if where == rank and module.training else output
+
+    trainer.engine.module.register_forward_hook(scaled)
+    return printed_run(trainer)
+
+
+def printed_run(trainer: Trainer) -> tuple[str, list[dict[str, Any]]]:
+    """What a run prints, its FloatingPointError included, and its metrics."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
             trainer.run()
@@ -135,6 +154,24 @@ def poisoned(values: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
             print(error)
     torch.distributed.barrier()
     return printed.getvalue(), read_metrics(trainer.run_dir / "metrics.jsonl")
+
+
+def without_updates(values: dict[str, Any], steps: set[int]) -> None:
+    """A run that draws the rows of `steps` and moves its schedule on, and does nothing else there."""
+    trainer = make_trainer(values)
+    train_step = trainer.task.train_step
+
+    def step(engine: Any, number: int, judge: Any) -> StepResult:
+        if number + 1 not in steps:
+            return train_step(engine, number, judge)
+        trainer.task.next_batches()
+        engine.lr_scheduler.step()
+        return StepResult(1.0, 1.0, True)
+
+    trainer.task.train_step = step  # type: ignore[method-assign]
+    trainer.task.metrics = dict  # type: ignore[method-assign]
+    assert trainer.run() == 0
+    torch.distributed.barrier()
 
 
 def on_a_full_disk(values: dict[str, Any], steps: list[int]) -> tuple[str, str, list[dict[str, Any]]]:
@@ -187,7 +224,7 @@ def disturbed(
     if blind:
         trainer.control.check = lambda: None  # type: ignore[method-assign]
 
-    def disturbed_step() -> float:
+    def disturbed_step() -> StepResult:
         if trainer.step + 1 == step and torch.distributed.get_rank() == 0:
             for name, text in files.items():
                 (trainer.run_dir / name).write_text(text)

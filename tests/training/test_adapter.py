@@ -141,8 +141,10 @@ def test_a_replica_that_differs_ends_the_run(data, ranks, tmp_path, parallel) ->
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run(data, ranks, tmp_path) -> None:
-    (error, steps), _ = ranks(2).run(adapter_workers.poisoned, config_dict(data, tmp_path))
-    assert "the loss is nan at step 2" in error and steps == 1
+    (error, steps), _ = ranks(2).run(
+        adapter_workers.poisoned, config_dict(data, tmp_path, anomalies={"non_finite": "stop"})
+    )
+    assert "step 2: the loss is not finite" in error and steps == 1
     assert not list(tmp_path.glob("*/checkpoints/step_*"))
 
 

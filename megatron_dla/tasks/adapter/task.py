@@ -36,7 +36,7 @@ from megatron_dla.shard_index import TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex
 from megatron_dla.tasks.adapter.episodes import Episode, EpisodeBatch, read_episodes
 from megatron_dla.tasks.adapter.loader import EpisodeLoader, check_lengths, held_out_batches
 from megatron_dla.training.device import Device
-from megatron_dla.training.step import train_step
+from megatron_dla.training.step import Judge, StepResult, train_step
 from megatron_dla.training.task import Runtime, Task
 from megatron_dla.training.validation import validate
 
@@ -184,7 +184,7 @@ class AdapterTask(Task):
 
         return with_memory(self._call(batch), self.seq_len, batch.cu_seqlens)
 
-    def train_step(self, engine: Any, step: int) -> float:
+    def train_step(self, engine: Any, step: int, judge: Judge) -> StepResult:
         gate_loss, calls = self.config.gate_loss, []
 
         def pack(batch: Batch | EpisodeBatch) -> Any:
@@ -197,11 +197,11 @@ class AdapterTask(Task):
         def objective(packed: Any, loss: Tensor) -> Tensor:
             return packed.memory.penalise(loss)
 
-        batches, runtime = self.loader.next_step(), self.runtime
-        loss = train_step(engine, batches, runtime.groups, runtime.device, pack, objective=objective)
+        batches, runtime = self.next_batches(), self.runtime
+        result = train_step(engine, batches, runtime.groups, runtime.device, pack, objective=objective, judge=judge)
         for call in calls:
             self.gates.add(call)
-        return loss
+        return result
 
     def metrics(self) -> dict[str, Any]:
         return self.gates.take(self.runtime.groups.dp)
