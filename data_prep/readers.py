@@ -41,15 +41,20 @@ class Record(NamedTuple):
     position: int
 
 
-class _ZstdReader(io.RawIOBase):
-    """Raw reader of a `.zst` file; unlike zstandard's own reader it raises on a truncated frame."""
+class _FramesReader(io.RawIOBase):
+    """Raw reader of a file of compressed frames (streams, members), one after the other.
 
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
+    Unlike the readers of zstandard, lzma and bz2 it raises on a truncated frame, and on what follows a frame and is
+    none: lzma and bz2 take that for the end of the file, and would drop all documents after a damaged header.
 
-        self._raw = raw
-        self._new: Callable[[], Any] = lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+    Args:
+        new: makes a decompressor of one frame. padding: whether zeros may follow a frame (xz).
+    """
+
+    def __init__(self, raw: BinaryIO, new: Callable[[], Any], padding: bool = False) -> None:
+        self._raw, self._new, self._padding = raw, new, padding
         self._frame: Any = None
+        self._any = False  # a frame has ended
         self._in = b""
         self._out = b""
 
@@ -58,34 +63,51 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._out:
-            self._in = self._in or self._raw.read(1 << 17)
-            if not self._in:
-                if self._frame is not None:
-                    raise EOFError("the compressed data ends in the middle of a frame")
-                return 0
+            hungry = self._frame is None or getattr(self._frame, "needs_input", True)
+            if hungry and not self._in:
+                self._in = self._raw.read(1 << 17)
+                if not self._in:
+                    if self._frame is not None:
+                        raise EOFError("the compressed data ends in the middle of a frame")
+                    return 0
+            if self._frame is None and self._any and self._padding:
+                self._in = self._in.lstrip(b"\0")
+                if not self._in:
+                    continue
             self._frame = self._frame or self._new()
-            self._out, self._in = self._frame.decompress(self._in), b""
+            self._out, self._in = self._decompress(), b""
             if self._frame.eof:
-                self._in, self._frame = self._frame.unused_data, None
+                self._in, self._frame, self._any = self._frame.unused_data, None, True
         n = min(len(buffer), len(self._out))
         buffer[:n], self._out = self._out[:n], self._out[n:]
         return n
 
+    def _decompress(self) -> bytes:
+        if hasattr(self._frame, "needs_input"):  # of lzma and bz2, which keep what is above the limit
+            return self._frame.decompress(self._in, _BLOCK)
+        return self._frame.decompress(self._in)
+
+
+def _frames(raw: BinaryIO, new: Callable[[], Any], padding: bool = False) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_FramesReader(raw, new, padding), 1 << 17))
+
 
 def _zstd(raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_ZstdReader(raw), 1 << 17))
+    import zstandard
+
+    return _frames(raw, lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj())
 
 
 def _bz2(raw: BinaryIO) -> BinaryIO:
     import bz2  # a Python that was built without it reads the other formats
 
-    return cast(BinaryIO, bz2.BZ2File(raw))
+    return _frames(raw, bz2.BZ2Decompressor)
 
 
 def _xz(raw: BinaryIO) -> BinaryIO:
     import lzma
 
-    return cast(BinaryIO, lzma.LZMAFile(raw))
+    return _frames(raw, lzma.LZMADecompressor, padding=True)
 
 
 COMPRESSIONS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
@@ -148,7 +170,9 @@ def read_records(path: Path, kind: Kind, text_field: str, separator: str) -> Ite
     except Exception as error:
         # the packages' errors share no base class with the others; anything else is a bug and is raised as is
         packages = ("zlib", "_lzma", "zstandard", "pyarrow")
-        if not isinstance(error, (OSError, EOFError)) and type(error).__module__.split(".")[0] not in packages:
+        # the last two: pyarrow's for damaged names of columns and lengths of values
+        builtin = (OSError, EOFError, UnicodeDecodeError, SystemError)
+        if not isinstance(error, builtin) and type(error).__module__.split(".")[0] not in packages:
             raise
         after = f" after record {number}" if number else ""
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -160,18 +184,26 @@ def _read_txt(path: Path, compression: str, text_field: str, separator: str) -> 
         if not separator:
             yield Record(0, _utf8(stream.read().removeprefix(_BOM)), raw.tell())
             return
-        number, held, first, mark = 0, b"", True, separator.encode()
-        while True:
-            block = stream.read(_BLOCK)
-            held += block.removeprefix(_BOM) if first else block
-            first = False
-            *stories, held = held.split(mark) if block else [*held.split(mark), b""]
-            for story in stories:
-                if story := story.strip(b"\r\n"):
-                    number += 1
-                    yield Record(number, _utf8(story), raw.tell())
-            if not block:
-                return
+        number = 0
+        for story in _stories(stream, separator.encode()):
+            if story := story.strip(b"\r\n"):
+                number += 1
+                yield Record(number, _utf8(story), raw.tell())
+
+
+def _stories(stream: BinaryIO, mark: bytes) -> Iterator[bytes]:
+    """What stands between the marks. Of a long story, no byte is searched twice."""
+    held, at = bytearray(stream.read(_BLOCK).removeprefix(_BOM)), 0
+    more = True
+    while more:
+        while (end := held.find(mark, at)) >= 0:
+            yield bytes(held[:end])
+            del held[: end + len(mark)]
+            at = 0
+        at = max(0, len(held) - len(mark) + 1)
+        more = bool(block := stream.read(_BLOCK))
+        held += block
+    yield bytes(held)
 
 
 def _read_lines(path: Path, compression: str, text_field: str, separator: str) -> Iterator[Record]:

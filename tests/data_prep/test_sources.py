@@ -91,6 +91,15 @@ def test_every_text_format_in_every_compression(tmp_path, form, packed):
     assert texts(path) == texts(tmp_path) == want
 
 
+@pytest.mark.parametrize("packed", [end for end in PACKED if end])
+def test_files_of_several_streams(tmp_path, packed):
+    """As pbzip2, pigz, pzstd and `cat` make them; zeros may follow those of xz."""
+    pack, path = PACKED[packed], tmp_path / f"x.jsonl{packed}"
+    zeros = b"\0" * 8 if packed == ".xz" else b""
+    path.write_bytes(zeros.join(pack(lines(text * 300_000)) for text in "abc") + zeros)
+    assert texts(path) == [text * 300_000 for text in "abc"]
+
+
 @pytest.mark.parametrize("window_log", [27, 28, 31])
 def test_zstd_with_a_long_window(tmp_path, window_log):
     data = zstd(lines("one", "two"), window_log)
@@ -241,6 +250,14 @@ def test_separator_and_its_hint(tmp_path, monkeypatch):
     assert len(list(source)) == 1 and "none of the .txt files" in " ".join(source.notes())
 
 
+def test_stories_around_the_blocks_of_reading(tmp_path, monkeypatch):
+    stories = ["a" * n for n in (1, 7, 30, 2, 64, 5)]
+    (tmp_path / "s.txt").write_text("\ufeff" + "<||>".join(stories))
+    for block in range(3, 20):
+        monkeypatch.setattr(readers, "_BLOCK", block)
+        assert texts(tmp_path / "s.txt", separator="<||>") == stories
+
+
 def test_file_names_that_are_not_utf8_are_escaped(tmp_path):
     with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt"), "wb") as file:
         file.write(b"a")
@@ -353,6 +370,19 @@ MALFORMED = [
     ("x.jsonl.xz", lzma.compress(lines("a"))[:-5], ": .*compress it again"),
     ("x.jsonl.bz2", b"junkjunk", ": .*compress it again"),
     ("x.jsonl.bz2", bz2.compress(lines("a"))[:-5], ": .*compress it again"),
+    # Python's own readers take what is no stream for the end of the file
+    *(
+        (f"x.jsonl{end}", pack(lines("a")) + after, ": .*compress it again")
+        for end, pack in ((".xz", lzma.compress), (".bz2", bz2.compress))
+        for after in (b"junkjunk", b"\xff" * 4 + pack(lines("b"))[4:])
+    ),
+    ("x.jsonl.xz", lzma.compress(lines("a")) * 2 + lzma.compress(lines("b"))[:-5], ": .*middle of a frame"),
+    ("x.parquet", PARQUET.replace(b"text", b"te\xffx"), ": .*compress it again"),
+    (
+        "x.arrow",
+        ARROW.replace(b"\x32\0\0\0\x64\0\0\0", b"\x32\0\0\0\1\0\0\0"),
+        ": .*compress it again",
+    ),  # ends before its start
     ("x.txt.zst", zstandard.ZstdCompressor().compress(bytes(range(256)) * 999)[:-4], ": .*middle of a frame"),
     ("x.txt.zst", b"junkjunk", ": .*compress it again"),
     ("x.jsonl.zst", zstd(lines("a")) + b"junkjunk", ": .*compress it again"),
