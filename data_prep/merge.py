@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -19,8 +18,8 @@ from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.shards import REPORT_NAME
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
-from megatron_dla.files import atomic_path, write_bytes, write_json
-from megatron_dla.shard_index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardInfo
+from megatron_dla.files import atomic_path, parse_json, write_bytes, write_json
+from megatron_dla.shard_index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardInfo, difference
 
 _MERGING = ".merging"
 _NONE = np.zeros(0, dtype=np.bool_)
@@ -56,6 +55,10 @@ def merge_shards(
     indexes = [ShardIndex.load(part) for part in roots]
     for part, index in zip(roots, indexes, strict=True):
         _check_part(part, index, indexes[0], roots[0])
+    if not dedup:
+        _note_copies(roots, indexes)
+    files = _tokenizer_files(roots[0], indexes[0])
+    report = _report(roots) | {"duplicates_between_parts_removed": dedup}
     merged = replace(
         indexes[0], shards=[], sources=[record for index in indexes for record in index.sources],
         format_version=FORMAT_VERSION if dedup else max(index.format_version for index in indexes),
@@ -70,9 +73,8 @@ def merge_shards(
         with contextlib.suppress(OSError):  # not empty: it is an output now, or was one before
             root.rmdir()
     _delete_others(root, merged.shards)
-    for name, content in Tokenizer(roots[0]).files().items():
+    for name, content in files.items():
         write_bytes(root / name, content)
-    report = _report(roots) | {"duplicates_between_parts_removed": dedup}
     if dedup:
         report |= {"duplicates_removed": True, "duplicates_between_parts": removed}
     write_json(root / REPORT_NAME, report, indent=1)
@@ -138,6 +140,31 @@ def _check_part(part: Path, index: ShardIndex, first: ShardIndex, first_root: Pa
             raise DataError(f"{part / shard.path}: {problem}; copy it again, or build this part again")
 
 
+def _note_copies(roots: list[Path], indexes: list[ShardIndex]) -> None:
+    """Say which shards have the content of another one, as where a part and a merge of it are given."""
+    seen: dict[str, Path] = {}
+    paths = [
+        (part / shard.path, shard.sha256) for part, index in zip(roots, indexes, strict=True) for shard in index.shards
+    ]
+    copies = [(path, seen[digest]) for path, digest in paths if seen.setdefault(digest, path) != path]
+    if copies:
+        path, other = copies[0]
+        print(
+            f"note: {len(copies)} shards are copies of others, such as {path} of {other}; their documents count twice "
+            "(--dedup removes them)",
+            file=sys.stderr,
+        )
+
+
+def _tokenizer_files(part: Path, index: ShardIndex) -> dict[str, bytes]:
+    tokenizer = Tokenizer(part)
+    if tokenizer.sha256 != index.tokenizer_sha256:
+        raise DataError(
+            f"{tokenizer.path}: {difference('sha256', index.tokenizer_sha256, tokenizer.sha256)}; copy it again"
+        )
+    return tokenizer.files()
+
+
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     with atomic_path(target, fsync=False) as temporary:
@@ -161,7 +188,7 @@ def _report(roots: list[Path]) -> dict[str, Any]:
 
     A part of an earlier version has no report.
     """
-    reports = [json.loads(path.read_text()) for root in roots if (path := root / REPORT_NAME).is_file()]
+    reports = [_read_report(path) for root in roots if (path := root / REPORT_NAME).is_file()]
     total: dict[str, Any] = {}
     for report in reports:
         for key, value in report.items():
@@ -170,4 +197,18 @@ def _report(roots: list[Path]) -> dict[str, Any]:
             else:
                 total[key] = total[key] and value if isinstance(value, bool) else total[key] + value
     parts = sum(report.get("parts", 1) for report in reports) + len(roots) - len(reports)
-    return total | {"parts": parts}
+    return total | {"parts": parts, "duplicates_between_parts_removed": False}
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        report = parse_json(path.read_bytes())
+        kinds = {"bad_records": list, "duplicates_removed": bool, "duplicates_between_parts_removed": bool}
+        if not isinstance(report, dict):
+            raise ValueError("not an object")
+        for key, value in report.items():
+            if type(value) is not (kind := kinds.get(key, int)):
+                raise ValueError(f"{key} = {value!r}: must be {kind.__name__}")
+    except ValueError as error:
+        raise DataError(f"{path}: damaged report ({error}); copy it again, or delete it") from error
+    return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"  # beside TOKENIZER_JSON, which does 
 # Enough for the data.num_streams of every shipped config and for data-parallel sizes up to 64: a stream needs a shard.
 MIN_TRAIN_SHARDS = 64
 REBUILD = "rebuild with `dla data shards ... --overwrite` or copy it again"
+
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def difference(what: str, expected: object, found: object) -> str:
@@ -133,9 +137,13 @@ class ShardIndex:
             )
         if not isinstance(self.sources, list) or not all(isinstance(source, dict) for source in self.sources):
             raise ValueError("sources must be a list of records")
+        if not self.shards:
+            raise ValueError("shards is empty")
         for shard in self.shards:
             if min(shard.documents, shard.tokens, shard.bytes) < 1 or not _is_name(shard.name, shard.split):
                 raise ValueError(f"shard {shard.path!r} is empty or has a name that is no file")
+            if not _SHA256.fullmatch(shard.sha256):  # it names a file of the cache
+                raise ValueError(f"sha256 = {shard.sha256!r} of {shard.path}: must be 64 hexadecimal digits")
         if len({shard.path for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard is listed twice")
 

@@ -138,6 +138,15 @@ def test_a_shard_of_nothing_but_copies_is_left_out_and_a_damaged_one_named(corpu
     assert (out / "index.json").read_bytes() == before and not (tmp_path / "new").exists()
 
 
+def test_that_a_part_is_a_copy_of_another_is_said(corpus, tmp_path, capsys):
+    copy = shutil.copytree(corpus / "part1", tmp_path / "copy")
+    assert dla("merge", corpus / "part0", corpus / "part1", "--output", tmp_path / "a") == 0
+    assert "copies" not in capsys.readouterr().err
+    assert dla("merge", corpus / "part1", copy, "--output", tmp_path / "b") == 0
+    shards = len(ShardIndex.load(copy).shards)
+    assert f"note: {shards} shards are copies" in capsys.readouterr().err
+
+
 def test_parts_on_another_file_system_are_copied(corpus, tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError(18, "Invalid cross-device link")
@@ -161,6 +170,10 @@ def test_merge_errors(corpus, tmp_path, capsys):
     shutil.copytree(corpus / "part1", tmp_path / "short")
     (tmp_path / "short/train/train-000001.tar").write_bytes(b"")
     cases.append(((corpus / "part0", tmp_path / "short"), "short/train/train-000001.tar: expected bytes"))
+    for name, file, content in (("report", "report.json", b"{"), ("model", "tokenizer.model", b"x")):
+        shutil.copytree(corpus / "part1", tmp_path / name)
+        (tmp_path / name / file).write_bytes(content)
+        cases.append(((tmp_path / name, corpus / "part0"), f"{name}/{file}: "))
     for parts, words in cases:
         capsys.readouterr()
         assert dla("merge", *parts, "--output", out) == 2

@@ -220,7 +220,8 @@ def test_index_errors(base, tmp_path):
         ("{", "double quotes"), (json.dumps({**good, "format_version": 9}), "format_version = 9"),
         (json.dumps({**good, "dtype": "int8"}), "dtype = 'int8'"), (json.dumps({**good, "extra": 1}), "extra"),
         (json.dumps({**good, "shards": good["shards"][:1] * 2}), "twice"), ("[]", "format_version = None"),
-        (json.dumps({**good, "eos_id": "2"}), "eos_id = '2'"),
+        (json.dumps({**good, "eos_id": "2"}), "eos_id = '2'"), (json.dumps({**good, "shards": []}), "shards is empty"),
+        (json.dumps({**good, "shards": [{**good["shards"][0], "sha256": "../../x"}]}), "sha256 = '../../x'"),
     ]  # fmt: skip
     for text, words in bad:
         index.write_text(text)
