@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.data_prep.sources import ReadOptions
+from megatron_dla.errors import DataError
 from megatron_dla.shard_index import MIN_TRAIN_SHARDS, ShardIndex
 
 DEFAULT_SKIP_BAD = 0.01
@@ -164,7 +165,7 @@ def _add_shards(commands: argparse._SubParsersAction[Any]) -> None:
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", required=True, nargs="+", type=Path, metavar="PATH",
+        "--input", required=True, nargs="+", action="extend", type=Path, metavar="PATH",
         help="files, directories, quoted glob patterns or saved Hugging Face datasets: .txt (one document per file), "
         ".jsonl, .ndjson, .json (JSONL), each also with .gz, .xz, .bz2, .zst; .parquet, .arrow",
     )  # fmt: skip
@@ -264,6 +265,9 @@ def _show(args: argparse.Namespace) -> int:
     from megatron_dla.config import RunConfig
     from megatron_dla.data_prep.show import show_document, show_row
 
+    names = ("seq_len", "num_streams", "seed", "packing")
+    if not args.row and (alone := [name for name in names if getattr(args, name) is not None]):
+        raise DataError(f"--{alone[0].replace('_', '-')} = {getattr(args, alone[0])}: has no effect without --row")
     directory = _opened(args)
     if args.row:
         config = RunConfig()

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from megatron_dla.data.shards import ShardReader
 
 T = TypeVar("T")
+MAX_WORKERS = 4096
+
+
+def check_workers(workers: int | None) -> int:
+    """`workers`, or one for each usable core. Raises DataError below 1 and above 4,096."""
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if not 1 <= workers <= MAX_WORKERS:
+        raise DataError(f"workers = {workers}: must be 1 to {MAX_WORKERS} (--workers)")
+    return workers
 
 
 def for_each_shard(
@@ -34,13 +43,11 @@ def for_each_shard(
         workers: threads; None: one per usable core. Memory: that of `work` for each of them.
         shards: those to work on; None: all of the index.
 
-    Raises DataError for `workers` below 1, and what `work` raises.
+    Raises DataError for `workers` out of range, and what `work` raises.
     """
     from megatron_dla.data.shards import ShardReader
 
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    if workers < 1:
-        raise DataError(f"workers = {workers}: must be at least 1")
+    workers = check_workers(workers)
     shards = index.shards if shards is None else shards
     splits = {shard.split for shard in shards}
     readers = {split: ShardReader(index, split, verify="none", root=root) for split in splits}

@@ -22,6 +22,7 @@ import numpy as np
 
 from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.bpe_form import export_note
+from megatron_dla.data_prep.each_shard import check_workers
 from megatron_dla.data_prep.layout import Layout, assign, choose_validation, mark_copies, release
 from megatron_dla.data_prep.readers import shown
 from megatron_dla.data_prep.shard_file import write_shard
@@ -148,8 +149,8 @@ def build_shards(
     each document). Empty documents are skipped. Raises DataError for inputs that cannot be
     read, bad arguments, an existing index without `overwrite`, or if no document would be left for training.
     """
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    _check_arguments(val_fraction, val_docs, shard_tokens, min_train_shards, workers, seed)
+    workers = check_workers(workers)
+    _check_arguments(val_fraction, val_docs, shard_tokens, min_train_shards, seed)
     root = Path(output_dir)
     if (root / INDEX_NAME).exists() and not overwrite:
         raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
@@ -188,15 +189,14 @@ def build_shards(
 
 
 def _check_arguments(
-    val_fraction: float, val_docs: int | None, shard_tokens: int, min_train_shards: int, workers: int, seed: int
+    val_fraction: float, val_docs: int | None, shard_tokens: int, min_train_shards: int, seed: int
 ) -> None:
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction = {val_fraction}: must be in [0, 1)")
     if not 0 <= seed < 2**63:
         raise DataError(f"seed = {seed}: must be in [0, 2^63)")
     for name, value, least in (
-        ("shard_tokens", shard_tokens, 1), ("min_train_shards", min_train_shards, 1), ("workers", workers, 1),
-        ("val_docs", val_docs or 0, 0),
+        ("shard_tokens", shard_tokens, 1), ("min_train_shards", min_train_shards, 1), ("val_docs", val_docs or 0, 0),
     ):  # fmt: skip
         if value < least:
             raise DataError(f"{name} = {value}: must be at least {least}")

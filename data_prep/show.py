@@ -70,6 +70,8 @@ def show_row(
 
     if number < 0:
         raise DataError(f"row {number}: must be at least 0")
+    if num_streams < 1:
+        raise DataError(f"num_streams = {num_streams}: must be at least 1")
     root = open_directory(directory)
     loader = TokenLoader(
         root, split, seq_len=seq_len, global_batch_size=num_streams, micro_batch_size=1, num_streams=num_streams,

@@ -48,6 +48,10 @@ class ReadOptions:
     def __post_init__(self) -> None:
         if not self.text_field:
             raise DataError("text_field = '': name the field that holds the text (--text-field)")
+        for name in ("text_field", "separator"):
+            value: str = getattr(self, name)
+            if not value.isascii() and value.encode(errors="ignore").decode() != value:
+                raise DataError(f"{name} = {shown(value)!r}: not valid UTF-8 (--{name.replace('_', '-')})")
         if self.skip_bad is not None and not 0 <= self.skip_bad <= 1:
             raise DataError(f"skip_bad = {self.skip_bad}: must be a share from 0 to 1 (--skip-bad)")
         if self.min_chars < 0:

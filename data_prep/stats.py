@@ -228,7 +228,7 @@ def _plot(stats: Stats, path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlim(edges[used[0]], edges[used[-1] + 1])
     axes.set(
-        title=f"Document lengths of {stats.directory}",
+        title=f"Document lengths of {stats.directory}".replace("$", r"\$"),  # or it would be mathematics
         xlabel="tokens of a document",
         ylabel="share of documents, of tokens",
     )

@@ -4,7 +4,9 @@ import errno
 
 # exit codes: bad input; stopped by a signal after a checkpoint (requeue the job)
 BAD_INPUT, STOPPED = 2, 75
-WRONG_PATH = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+WRONG_PATH = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
 
 
 def is_wrong_path(error: BaseException) -> bool:

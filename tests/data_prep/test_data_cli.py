@@ -184,3 +184,34 @@ def test_a_corpus_as_people_have_it(tmp_path, tok, capsys):
     capsys.readouterr()
     assert dla("tokenizer", "--input", source, "--output", tmp_path / "tok2", "--vocab-size", 310) == 0
     assert "--separator" in capsys.readouterr().err
+
+
+def test_options_that_cannot_be_used(tmp_path, tok, capsys):
+    source = corpus(tmp_path / "corpus") / "c.jsonl"
+    build = ("shards", "--input", source, "--tokenizer", tok, "--output", tmp_path / "out")
+    assert dla(*build, "--workers", 1) == 0
+    data = tmp_path / "out"
+    cases = [
+        *(((*build, "--overwrite", "--workers", n), f"workers = {n}") for n in (0, 10**9, 10**10)),
+        (("verify", data, "--workers", 10**9), "workers = 1000000000"),
+        (("stats", data, "--workers", 0), "workers = 0"),
+        ((*build, "--overwrite", "--text-field", "\udcff"), "text_field = "),
+        ((*build, "--overwrite", "--separator", "\udcff"), "separator = "),
+        (("show", data, 0, "--row", "--num-streams", 0), "num_streams = 0"),
+        (("show", data, 0, "--seq-len", 9), "--seq-len = 9: "),
+        (("stats", data, "--out", source), str(source)),
+        (("tokenizer", "--input", source, "--output", source, "--vocab-size", 290), str(source)),
+    ]
+    for words, shown in cases:
+        capsys.readouterr()
+        assert dla(*words) == 2, words
+        assert shown in capsys.readouterr().err
+
+
+def test_input_may_be_given_several_times(tmp_path, tok):
+    source = corpus(tmp_path / "corpus")
+    (source / "d.jsonl").write_bytes(lines("another one"))
+    out = tmp_path / "out"
+    both = ("--input", source / "c.jsonl", "--input", source / "d.jsonl")
+    assert dla("shards", *both, "--tokenizer", tok, "--output", out, "--workers", 1) == 0
+    assert ShardIndex.load(out).totals().documents == 61
