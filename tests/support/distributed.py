@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from megatron_dla.processes import end_with_parent
+
 
 def _serve(rank: int, world_size: int, store: str, pipe: Any, environment: dict[str, str]) -> None:
+    end_with_parent(os.getppid())  # also while stopped
     os.environ.clear()
     os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
@@ -29,7 +33,11 @@ def _serve(rank: int, world_size: int, store: str, pipe: Any, environment: dict[
 
 
 class Ranks:
-    """`ranks.run(fn, *args)` calls fn on every rank and returns the results; a failing rank's trace is raised."""
+    """`ranks.run(fn, *args)` calls fn on every rank and returns the results; a failing rank's trace is raised.
+
+    The processes are stopped between two calls: each gloo group has a thread that wakes 100 times a second, and ranks
+    that do nothing would take most of the machine.
+    """
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -45,7 +53,13 @@ class Ranks:
         for process in self.processes:
             process.start()
 
+    def _signal(self, number: int) -> None:
+        for process in self.processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, number)
+
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+        self._signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.send((fn, args))
         results = []
@@ -58,6 +72,7 @@ class Ranks:
                 self.stop()  # the others may be stuck in a collective
                 raise AssertionError(f"rank {rank} of {self.world_size} failed in {fn.__name__}:\n{value}")
             results.append(value)
+        self._signal(signal.SIGSTOP)
         return results
 
     def stop(self) -> None:
