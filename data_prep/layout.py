@@ -5,13 +5,16 @@ from __future__ import annotations
 import heapq
 import math
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_dla.errors import DataError
+from megatron_dla.files import naming_full_disk
 
 _BLOCK = 1 << 16  # records read at once
 _BUCKET = 1 << 20  # hashes that are compared at once
@@ -24,9 +27,18 @@ def release(array: np.ndarray) -> None:
         pages.madvise(mmap.MADV_DONTNEED)
 
 
+def mapped(path: Path, dtype: Any, count: int) -> np.ndarray:
+    """A new file of zeros, mapped. Raises OSError where the disk is full: later, that would kill the process."""
+    size = count * np.dtype(dtype).itemsize
+    with naming_full_disk(path, size), open(path, "wb") as file:
+        if size:
+            os.posix_fallocate(file.fileno(), 0, size)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=(count,)) if size else np.zeros(0, dtype)
+
+
 def mark_copies(records: np.ndarray, folder: Path) -> tuple[np.ndarray, int]:
     """(bool [documents], mapped: a copy of an earlier document; how many). `records`: see `spool.DOCUMENT`."""
-    copies = np.memmap(folder / "copies", dtype=np.bool_, mode="w+", shape=(len(records),))
+    copies = mapped(folder / "copies", np.bool_, len(records))
     count = math.ceil(len(records) / _BUCKET)
     paths = [folder / f"hashes-{i}" for i in range(count)]
     for path in paths:
@@ -142,7 +154,7 @@ def assign(
     least = (min_train_shards, 1)
     counts = [min(max(math.ceil(tokens[split] / shard_tokens), least[split], 1), documents[split]) for split in (0, 1)]
     heaps = [[(0, shard) for shard in range(counts[split])] for split in (0, 1)]
-    shard_of = np.memmap(folder / "shard_of", dtype=np.int32, mode="w+", shape=(len(records),))
+    shard_of = mapped(folder / "shard_of", np.int32, len(records))
     sizes = np.zeros(sum(counts), dtype=np.int64)
     for start, which, n_tokens in splits():
         chosen = np.full(len(which), -1, dtype=np.int32)
@@ -160,7 +172,7 @@ def assign(
 
 
 def _sorted_by_shard(shard_of: np.ndarray, sizes: np.ndarray, folder: Path) -> np.ndarray:
-    members = np.memmap(folder / "members", dtype=np.int64, mode="w+", shape=(int(sizes.sum()),))
+    members = mapped(folder / "members", np.int64, int(sizes.sum()))
     next_free = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     for start in range(0, len(shard_of), _BLOCK):
         block = np.array(shard_of[start : start + _BLOCK])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,12 +75,12 @@ class Listing:
             raise DataError(f"{shown(path)}: {what}; check --input")
 
     def _add_pattern(self, pattern: Path) -> None:
-        found = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
-        if not found:
-            raise DataError(f"{shown(pattern)}: no file or directory matches this pattern; check --input")
         fixed = list(pattern.parts)
         fixed = fixed[: next(i for i, part in enumerate(fixed) if glob.has_magic(part))]
         base = Path(*fixed)
+        found = sorted(_below(base, pattern) if "**" in pattern.parts else map(Path, glob.glob(str(pattern))))
+        if not found:
+            raise DataError(f"{shown(pattern)}: no file or directory matches this pattern; check --input")
         name = shown(base.resolve().name or "root")
         given = f"{name}/{shown(pattern.relative_to(base))}"
         before, inside = len(self.files), set(found)
@@ -155,6 +156,34 @@ class Listing:
                 first = ", ".join(map(shown, paths[:3])) + ("..." if len(paths) > 3 else "")
                 notes.append(f"note: ignored {len(paths)} files {why}: {first}")
         return notes
+
+
+def _below(base: Path, pattern: Path) -> Iterator[Path]:
+    """What matches a pattern with `**`, as `glob.glob` finds it, but each directory once: links may form a circle."""
+    parts = pattern.parts[len(base.parts) :]
+    hidden = any(part.startswith(".") for part in parts)
+    seen: set[tuple[int, int]] = set()
+    if _fits((), parts):
+        yield base
+    for folder, folders, files in os.walk(base, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+        for name in (*folders, *(name for name in files if hidden or not name.startswith("."))):
+            path = Path(folder, name)
+            if _fits(path.relative_to(base).parts, parts):
+                yield path
+
+
+def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
+    if parts and parts[0] == "**":
+        return any(_fits(names[i:], parts[1:]) for i in range(len(names) + 1))
+    if not (names and parts):
+        return not (names or parts)
+    return fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
 
 
 def _is_jsonl(path: Path, kind: Kind) -> bool:

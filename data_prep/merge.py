@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dla.console import progress_bar
+from megatron_dla.data_prep.shard_file import SPLITS, check_output
 from megatron_dla.data_prep.shards import REPORT_NAME
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
@@ -64,14 +65,18 @@ def merge_shards(
         format_version=FORMAT_VERSION if dedup else max(index.format_version for index in indexes),
     )  # fmt: skip
     work = root / _MERGING
-    shutil.rmtree(work, ignore_errors=True)  # of a merge that was stopped
+    if not work.exists():  # else shards without an index may be of a merge that was stopped
+        check_output(root)
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
         removed = _place_shards(list(zip(roots, indexes, strict=True)), root, work, merged, dedup, workers)
-    finally:
-        shutil.rmtree(work)
-        with contextlib.suppress(OSError):  # not empty: it is an output now, or was one before
-            root.rmdir()
+    except BaseException:
+        if not merged.shards:
+            shutil.rmtree(work)
+            with contextlib.suppress(OSError):  # not empty: it was an output before
+                root.rmdir()
+        raise
     _delete_others(root, merged.shards)
     for name, content in files.items():
         write_bytes(root / name, content)
@@ -86,6 +91,7 @@ def merge_shards(
         )
     merged.shards.sort(key=lambda shard: (shard.split, shard.name))
     merged.save(root / INDEX_NAME)
+    shutil.rmtree(work)
     return merged
 
 
@@ -177,7 +183,7 @@ def _link(source: Path, target: Path) -> None:
 def _delete_others(root: Path, shards: list[ShardInfo]) -> None:
     """Shards of an earlier build."""
     kept = {shard.path for shard in shards}
-    for split in ("train", "val"):
+    for split in SPLITS:
         for old in (root / split).glob(f"{split}-*.tar"):
             if f"{split}/{old.name}" not in kept:
                 old.unlink()

@@ -10,8 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dla.files import file_sha256
-from megatron_dla.shard_index import ENDS, RECORDS, TOKENS, ShardInfo
+from megatron_dla.errors import DataError
+from megatron_dla.files import file_sha256, naming_full_disk
+from megatron_dla.shard_index import ENDS, INDEX_NAME, RECORDS, TOKENS, ShardIndex, ShardInfo
+
+SPLITS = ("train", "val")
+
+
+def check_output(root: Path) -> None:
+    """Raises DataError for a tar file in a split's directory that the index of `root` does not list: of somebody else.
+
+    A build or merge into `root` would replace it, or delete it.
+    """
+    listed: set[str] = set()
+    if (root / INDEX_NAME).exists():
+        try:
+            listed = {shard.path for shard in ShardIndex.load(root).shards}
+        except DataError:  # damaged: what it listed is not known, and a new build is how to repair it
+            return
+    for split in SPLITS:
+        for path in sorted((root / split).glob("*.tar")):
+            if f"{split}/{path.name}" not in listed:
+                raise DataError(f"{path}: is in no {INDEX_NAME}, so not from here; move it, or choose another --output")
 
 
 def write_shard(
@@ -28,7 +48,7 @@ def write_shard(
     """
     columns = json.dumps({"sources": sources, "n_bytes": n_bytes}, ensure_ascii=False)
     sample = {TOKENS: _npy(tokens), ENDS: _npy(ends), RECORDS: columns.encode()}
-    with open(path, "wb") as file:
+    with naming_full_disk(path), open(path, "wb") as file:
         # as webdataset.TarWriter writes it, which would import torch into the build
         with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             for name, content in sorted(sample.items()):

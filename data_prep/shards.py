@@ -25,7 +25,7 @@ from megatron_dla.data_prep.bpe_form import export_note
 from megatron_dla.data_prep.each_shard import check_workers
 from megatron_dla.data_prep.layout import Layout, assign, choose_validation, mark_copies, release
 from megatron_dla.data_prep.readers import shown
-from megatron_dla.data_prep.shard_file import write_shard
+from megatron_dla.data_prep.shard_file import SPLITS, check_output, write_shard
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.data_prep.spool import Spool
 from megatron_dla.data_prep.tokenise import token_dtype, tokenise
@@ -44,7 +44,6 @@ from megatron_dla.shard_index import (
 
 _BUILDING, _WRITTEN = ".building", "shards.jsonl"
 REPORT_NAME = "report.json"
-SPLITS = ("train", "val")
 
 
 class _Writer:
@@ -154,6 +153,8 @@ def build_shards(
     root = Path(output_dir)
     if (root / INDEX_NAME).exists() and not overwrite:
         raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
+    if not (root / _BUILDING).exists():  # else shards without an index may be of a build killed at its end
+        check_output(root)
     tokenizer = Tokenizer(tokenizer_path)
     source = DocumentSource(inputs, options, part)
     if note := export_note(tokenizer):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
-from megatron_dla.shard_index import REBUILD
+from megatron_dla.shard_index import REBUILD, ShardIndex
 
 if TYPE_CHECKING:
     from megatron_dla.data.loader import Packing
@@ -73,6 +73,11 @@ def show_row(
     if num_streams < 1:
         raise DataError(f"num_streams = {num_streams}: must be at least 1")
     root = open_directory(directory)
+    tokens = ShardIndex.load(root).totals(split).tokens
+    if not 1 <= seq_len <= tokens:
+        raise DataError(f"seq_len = {seq_len}: must be 1 to {tokens}, the tokens of {split}")
+    if number > (most := _PASSES * max(1, tokens // seq_len)):
+        raise DataError(f"row {number}: must be at most {most}, {_PASSES:,} passes over the data")
     loader = TokenLoader(
         root, split, seq_len=seq_len, global_batch_size=num_streams, micro_batch_size=1, num_streams=num_streams,
         dp_rank=number % num_streams, dp_size=num_streams, seed=seed, packing=packing,
@@ -95,6 +100,7 @@ def show_row(
 
 
 _PADDING = ", padding"
+_PASSES = 1000
 
 
 def _parts(batch: Batch, eos: int, inside: bool) -> Iterator[tuple[int, int, str]]:

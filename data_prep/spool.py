@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_dla.data_prep.sources import Progress
 from megatron_dla.errors import DataError
-from megatron_dla.files import write_json, write_text
+from megatron_dla.files import naming_full_disk, write_json, write_text
 
 COMMIT_S = 5.0
 DOCUMENT = np.dtype(
@@ -119,8 +119,10 @@ class Spool:
         rows["n_tokens"], rows["start"] = sizes, self.tokens + np.cumsum(sizes) - sizes
         for column, name in enumerate(("n_bytes", "hash", "file", "number"), 1):
             rows[name] = [document[column] for document in encoded]
-        self._files[0].write(b"".join(document[0] for document in encoded))
-        self._files[1].write(rows.tobytes())
+        content = b"".join(document[0] for document in encoded)
+        with naming_full_disk(self.path("tokens"), len(content)):
+            self._files[0].write(content)
+            self._files[1].write(rows.tobytes())
         self.tokens += int(sizes.sum())
         self.documents += len(encoded)
         self.changed += sum(document[5] for document in encoded)
@@ -130,9 +132,10 @@ class Spool:
         """Keep what was added so far. `due`: seconds that must have passed since the last commit."""
         if time.monotonic() - self._committed < due:
             return
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
+        with naming_full_disk(self.path("tokens")):
+            for file in self._files:
+                file.flush()
+                os.fsync(file.fileno())
         sizes = {"documents": self.documents, "tokens": self.tokens, "changed": self.changed}
         with open(self.folder / _LOG, "a") as log:
             log.write(json.dumps({**sizes, "progress": asdict(self.progress)}) + "\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dla.console import progress_bar
-from megatron_dla.data_prep.encoders import SPACE, Encoder, JsonEncoder, SentencePieceEncoder
+from megatron_dla.data_prep.encoders import MAX_VOCAB, SPACE, Encoder, JsonEncoder, SentencePieceEncoder
 from megatron_dla.data_prep.readers import shown
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.errors import DataError
@@ -52,6 +52,8 @@ class Tokenizer:
             names = [name for name in (TOKENIZER_NAME, TOKENIZER_JSON) if (file / name).is_file()]
             file = file / (names or [TOKENIZER_NAME])[0]
         self.path = file
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise DataError(f"{file}: not a file; give a tokenizer.model or tokenizer.json (--tokenizer)")
         try:
             model = file.read_bytes()
         except OSError as error:
@@ -162,6 +164,8 @@ def train_tokenizer(
     vocabulary that is too small or too large for the text (naming the bound), an existing tokenizer without
     `overwrite`, or text that the tokenizer does not reproduce; nothing is written then.
     """
+    if vocab_size > MAX_VOCAB:
+        raise DataError(f"vocab_size = {vocab_size}: must be at most {MAX_VOCAB} (--vocab-size)")
     if vocab_size < 260:
         raise DataError(
             f"vocab_size = {vocab_size}: must be at least 260 (256 bytes, 3 special tokens and one character)"

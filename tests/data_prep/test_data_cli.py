@@ -1,5 +1,6 @@
 """`dla data` from the command line: what goes wrong exits with 2 and one line, and leaves nothing behind."""
 
+import errno
 import json
 import os
 import re
@@ -215,3 +216,73 @@ def test_input_may_be_given_several_times(tmp_path, tok):
     both = ("--input", source / "c.jsonl", "--input", source / "d.jsonl")
     assert dla("shards", *both, "--tokenizer", tok, "--output", out, "--workers", 1) == 0
     assert ShardIndex.load(out).totals().documents == 61
+
+
+def test_files_of_others_are_never_deleted(tmp_path, tok, capsys):
+    source, out = corpus(tmp_path / "corpus"), tmp_path / "out"
+    (out / "train").mkdir(parents=True)
+    mine = out / "train" / "train-000001.tar"
+    mine.write_bytes(b"mine")
+    part = tmp_path / "part"
+    build = ("shards", "--input", source, "--tokenizer", tok, "--workers", 1, "--output")
+    assert dla(*build, part) == 0
+    for words in ((*build, out), (*build, out, "--overwrite"), ("merge", part, "--output", out)):
+        capsys.readouterr()
+        assert dla(*words) == 2 and str(mine) in capsys.readouterr().err
+        assert mine.read_bytes() == b"mine" and [path.name for path in out.iterdir()] == ["train"]
+    assert dla(*build, part, "--overwrite") == 0  # its own are replaced
+    shard = part / "train" / "copy-of-mine.tar"
+    shard.write_bytes(b"mine")
+    assert dla(*build, part, "--overwrite") == 2 and shard.exists()
+
+
+def test_a_merge_that_failed_halfway_can_be_done_again(tmp_path, tok, monkeypatch, capsys):
+    from megatron_dla.data_prep import merge
+
+    part, out = tmp_path / "part", tmp_path / "out"
+    assert dla("shards", "--input", corpus(tmp_path / "c"), "--tokenizer", tok, "--workers", 1, "--output", part) == 0
+    real, calls = merge._link, []
+
+    def full(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(merge, "_link", full)
+    assert dla("merge", part, "--output", out) != 0
+    assert str(calls[1]) in capsys.readouterr().err and not (out / "index.json").exists()
+    assert dla("merge", part, "--output", out) == 0 and not (out / ".merging").exists()
+    assert dla("verify", out) == 0
+
+
+def test_a_full_disk_is_named_before_a_map_is_written_to(tmp_path, monkeypatch):
+    from megatron_dla.data_prep import layout
+
+    assert layout.mapped(tmp_path / "x", "<u4", 3).tolist() == [0, 0, 0] and not len(
+        layout.mapped(tmp_path / "y", bool, 0)
+    )
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(layout.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        layout.mapped(tmp_path / "z", "<u4", 3)
+    assert caught.value.filename == str(tmp_path / "z")
+
+
+def test_sizes_beyond_any_use_are_refused_at_once(tmp_path, tok, capsys):
+    source = corpus(tmp_path / "corpus") / "c.jsonl"
+    assert dla("shards", "--input", source, "--tokenizer", tok, "--workers", 1, "--output", tmp_path / "d") == 0
+    os.mkfifo(tmp_path / "pipe")
+    cases = [
+        (("show", tmp_path / "d", 10**15, "--row", "--seq-len", 8, "--num-streams", 1), f"row {10**15}"),
+        (("show", tmp_path / "d", 0, "--row", "--seq-len", 10**10, "--num-streams", 1), f"seq_len = {10**10}"),
+        (("tokenizer", "--input", source, "--output", tmp_path / "t", "--vocab-size", 10**9), f"vocab_size = {10**9}"),
+        (("shards", "--input", source, "--tokenizer", tmp_path / "pipe", "--output", tmp_path / "e"), "pipe"),
+    ]
+    for words, shown in cases:
+        capsys.readouterr()
+        assert dla(*words) == 2
+        assert shown in capsys.readouterr().err

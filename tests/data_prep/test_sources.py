@@ -1,6 +1,7 @@
 """Documents from files: formats, order, what is found through links, and errors that name the file and line."""
 
 import bz2
+import glob
 import gzip
 import json
 import lzma
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_dla.data_prep import readers
+from megatron_dla.data_prep import listing, readers
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.errors import DataError
 
@@ -461,3 +462,17 @@ def test_source_arguments(tmp_path):
     ):  # fmt: skip
         with pytest.raises(DataError, match=key):
             ReadOptions(**options)
+
+
+def test_patterns_through_directories_match_what_glob_does_and_links_in_a_circle_end(tmp_path):
+    for name in ("a.jsonl", "x/b.jsonl", "x/y/c.jsonl", "x/y/.d.jsonl", ".h/e.jsonl", "x/f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(lines(name))
+    for pattern in ("**/*.jsonl", "**", "x/**/*", "**/y/*", "*/**/c.jsonl", "**/[xy]/*.jsonl", "**/.h/*.jsonl"):
+        found = set(listing._below(tmp_path, tmp_path / pattern))
+        want = {Path(path) for path in glob.glob(str(tmp_path / pattern), recursive=True)}
+        assert found == want, pattern
+    for name in ("one", "two"):
+        (tmp_path / "x" / name).symlink_to("..", target_is_directory=True)
+    names = [file.name for file in listing.Listing([tmp_path / "**/*.jsonl"]).files]
+    assert [name.partition("/")[2] for name in names] == ["a.jsonl", "x/b.jsonl", "x/y/c.jsonl"]
