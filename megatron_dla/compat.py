@@ -1,6 +1,7 @@
 """Every shim for megatron-core and DeepSpeed, with its reason.
 
-All act only without CUDA, but for `_keep_fp32_parameters`, which DeepSpeed's bf16 mode needs on CUDA as well.
+All act only without CUDA, but for `_keep_fp32_parameters`, which DeepSpeed's bf16 mode needs on CUDA as well, and
+`_import_megatron`.
 `install()` must run before a Megatron module is built or DeepSpeed is imported.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,12 +73,27 @@ def _patch_megatron() -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
+def _import_megatron() -> None:
+    """Megatron imports wandb, which takes a second and makes temporary directories that a killed rank leaves behind."""
+    if "wandb" in sys.modules:
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # an import of it raises ImportError
+    try:
+        import megatron.core.models.gpt
+        import megatron.core.timers  # noqa: F401
+    finally:
+        del sys.modules["wandb"]
+
+
 def install() -> None:
-    """Make megatron-core 0.16.1 and DeepSpeed 0.19 run on CPU and gloo; does nothing if CUDA is available."""
+    """Import megatron-core 0.16.1; without CUDA, make it and DeepSpeed 0.19 run on a CPU and gloo."""
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
     _installed = True
+    _import_megatron()
+    if torch.cuda.is_available():
+        return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _patch_megatron()
 
