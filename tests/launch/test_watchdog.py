@@ -250,6 +250,7 @@ def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code + "sys.exit(cli.main())", "run", str(config), "--nproc", "2"]
     (tmp_path / "tmp").mkdir()
     env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")}
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")  # of all runs of a user, in TMPDIR by default
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seen = set()
     while len(seen) < 4:  # the time that a step takes is known
