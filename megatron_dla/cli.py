@@ -23,11 +23,13 @@ MAX_LINE = 3000
 
 def _train(args: argparse.Namespace) -> int:
     from megatron_dla.config import load_config
-    from megatron_dla.tasks.run import train
+    from megatron_dla.tasks.run import replay_batch, train
 
     if args.world_size and not args.dry_run:
         raise UserError("--world-size is only for --dry-run: the launcher sets the number of processes of a run")
     config = load_config(args.config, args.overrides)
+    if args.replay is not None:
+        return replay_batch(config, None if args.replay < 0 else args.replay)
     return train(config, dry_run=args.dry_run, world_size=args.world_size)
 
 
@@ -60,6 +62,11 @@ def _add_training(subparsers) -> None:
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the config")
         parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
         if name == "train":
+            parser.add_argument(
+                "--replay", nargs="?", type=int, const=-1, metavar="STEP",
+                help="run the batch of a line of anomalies.jsonl (default: the last) on the checkpoint before it, "
+                "print where its numbers go wrong, write nothing",
+            )  # fmt: skip
             parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to plan for")
         if name == "run":
             parser.add_argument("--nproc", type=int, required=True, help="number of processes")

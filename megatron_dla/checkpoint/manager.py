@@ -82,20 +82,25 @@ def is_weights_only(path: Path) -> bool:
 
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module, tp: dist.ProcessGroup) -> None:
-    """Copy the weights of a checkpoint without faults (`agreed_faults`) into a model at any tensor-parallel size."""
+    """Copy the weights of a checkpoint without faults (`agreed_faults`) into a model at any tensor-parallel size.
+
+    Under an engine, all ranks call it, and `Checkpointer.load` after it for the engine's own copies.
+    """
     merged, _ = load_merged(path, verify=False)
     local = split_merged(merged, parameter_tags(model), tp.rank(), tp.size())
     for name, value in local.items():
-        model.get_parameter(name).copy_(value)
+        parameter = model.get_parameter(name)
+        with _whole(parameter, write=True):
+            parameter.copy_(value)
 
 
-def _whole(parameter: Tensor, stage3: bool) -> contextlib.AbstractContextManager[Any]:
-    """The whole parameter; ZeRO-3 gathers it, one at a time."""
-    if not stage3:
+def _whole(parameter: Tensor, *, write: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """The whole parameter; ZeRO-3 gathers it, one at a time, and with `write` takes what its first rank has written."""
+    if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters([parameter])
+    return GatheredParameters([parameter], modifier_rank=0 if write else None)
 
 
 def _is_finite(x: Tensor) -> bool:
@@ -292,17 +297,16 @@ class Checkpointer:
         """A copy of this tensor-parallel rank's parameters, on its first data-parallel rank (a collective).
 
         Raises:
-            FloatingPointError: on every rank, where a parameter is not finite. ZeRO-0 applies a gradient that is not
-                finite, the other stages drop it.
+            FloatingPointError: on every rank, where a parameter is not finite.
         """
         parameters = {n: p for n, p in self.engine.module.named_parameters() if is_stored(p)}
-        stage3, bad = self.engine.zero_optimization_stage() == 3, ""
+        bad = ""
         copies: dict[str, Tensor] = {}
         if self.groups.dp_cp.rank() == 0:
             like = {name: (getattr(p, "ds_shape", p.shape), p.dtype) for name, p in parameters.items()}
             copies = self._buffers[WEIGHTS].room(like)
         for name, parameter in parameters.items():
-            with _whole(parameter, stage3):
+            with _whole(parameter):
                 if name in copies:
                     copies[name].copy_(parameter.detach(), non_blocking=True)
                     bad = bad or ("" if _is_finite(parameter) else name)

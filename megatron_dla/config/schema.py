@@ -264,9 +264,11 @@ class AnomalySection:
 
     non_finite: Literal["skip", "stop"] = "skip"
     """skip: the step counts, its update is left out. stop: the run ends."""
-    spike: Literal["off", "report", "skip"] = "report"
-    """A loss above the median of the last ones by more than spike_threshold: a line and a record, and with skip no
-    update."""
+    spike: Literal["off", "report", "skip", "rewind"] = "report"
+    """A loss above the median of the last ones by more than spike_threshold: a line and a record. skip: no update.
+    rewind: back to the last checkpoint, and on without the batch (skip where there is none yet)."""
+    max_rewinds: Number = 3
+    """Of a run; at the next one it ends."""
     max_consecutive: Number = 5
     """Skipped steps in a row after which the run ends; spikes in a row that are only reported begin a new window."""
     window: Annotated[int, Field(ge=3, le=2**16)] = 128

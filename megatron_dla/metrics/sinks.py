@@ -46,10 +46,13 @@ class JsonlSink:
 
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         self.path = path
+        self._keep(-1 if resumed_step is None else resumed_step)
+
+    def _keep(self, last: int) -> None:
+        path = self.path
         lines = path.read_text().splitlines() if path.exists() else []
         steps = [_step(line) for line in lines]
         self.last_step = max((step for step in steps if step is not None), default=-1)
-        last = -1 if resumed_step is None else resumed_step
         kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last]
         write_text(path, "".join(line + "\n" for line in kept))
         self._size = path.stat().st_size
@@ -61,6 +64,10 @@ class JsonlSink:
             file.truncate(self._size)
             file.write(line.encode())
         self._size += len(line.encode())
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps, which will be repeated. Raises OSError."""
+        self._keep(step)
 
     def close(self, failed: bool = False) -> None:
         """Nothing is open."""

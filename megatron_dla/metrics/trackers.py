@@ -29,6 +29,8 @@ class Sink(Protocol):
 
     def write(self, metrics: dict[str, Any]) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
     def close(self, failed: bool = False) -> None: ...
 
 
@@ -48,9 +50,16 @@ class Sinks:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Of one log step."""
+        self._each(lambda sink: sink.write(metrics))
+
+    def rewind(self, step: int) -> None:
+        """Steps after `step` will be repeated."""
+        self._each(lambda sink: sink.rewind(step))
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
         for sink in self.sinks:
             try:
-                sink.write(metrics)
+                call(sink)
             except Exception as error:
                 self._failed(sink, error)
 
@@ -65,11 +74,7 @@ class Sinks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for sink in self.sinks:
-            try:
-                sink.close(kind is not None)
-            except Exception as error:
-                self._failed(sink, error)
+        self._each(lambda sink: sink.close(kind is not None))
 
 
 class TensorBoardSink:
@@ -94,6 +99,10 @@ class TensorBoardSink:
             writer, self._writer, self._purge = self._writer, None, metrics["step"]  # a new file the next time
             writer.close()
             raise
+
+    def rewind(self, step: int) -> None:
+        self.close()
+        self._writer, self._purge = None, step + 1
 
     def close(self, failed: bool = False) -> None:
         if self._writer is not None:
@@ -133,6 +142,10 @@ class WandbSink:
     def write(self, metrics: dict[str, Any]) -> None:
         if metrics["step"] > self.last_step:
             self._run.log(shown(metrics), step=metrics["step"], commit=True)
+            self.last_step = metrics["step"]
+
+    def rewind(self, step: int) -> None:
+        """Nothing to take back."""
 
     def close(self, failed: bool = False) -> None:
         """Upload what is left, for FINISH_S at most."""

@@ -225,7 +225,7 @@ class PretrainTask(Task):
     def _pack(self, batch: Batch) -> Any:
         return packed_sequence(batch.cu_seqlens if self.config.data.reset_at_documents else None, self.seq_len)
 
-    def train_step(self, engine: Any, step: int, judge: Judge) -> StepResult:
+    def train_step(self, engine: Any, step: int, judge: Judge | None) -> StepResult:
         batches = self.next_batches()
         self.data_crc32 = zlib.crc32(b"".join(b.tokens.numpy().tobytes() for b in batches))
         self.gate_temperature = gate_temperature(step, self.config.tau, self.config.training.steps)

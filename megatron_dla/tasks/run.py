@@ -151,6 +151,16 @@ def _write_description(task: Task, run_dir: Path, world_size: int) -> None:
         (run_dir / path.name).write_bytes(path.read_bytes())
 
 
+def replay_batch(config: Config, step: int | None) -> int:
+    """`dla train --replay`: the recorded batch of `step` (None: the last) again; returns the exit code."""
+    task, device = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    from megatron_dla.parallel.groups import initialize_distributed
+    from megatron_dla.training.replay import replay
+
+    initialize_distributed(device.type)
+    return replay(task, run_directory(config), device, step)
+
+
 def train(config: Config, *, dry_run: bool = False, world_size: int | None = None) -> int:
     """Check and train, or only plan; returns the exit code. `world_size` defaults to torchrun's."""
     if world_size is None:

@@ -16,9 +16,11 @@ from statistics import median
 from typing import Any
 
 from megatron_dla.config import AnomalySection
+from megatron_dla.errors import CheckpointError
 from megatron_dla.files import write_text
 
 RECORDS = "anomalies.jsonl"
+COUNTS = ("skipped", "in_a_row", "spikes_in_a_row", "records", "rewinds")
 LEAST_DEVIATION = 1e-3  # of the median: losses that hardly vary must not make a spike of everything
 
 
@@ -48,8 +50,8 @@ class Anomaly:
     """One step that is not as others.
 
     Attributes:
-        kind: "loss" or "gradient" (not finite) or "spike". limit: of the loss, for a spike. action: "skip", "stop" or
-            "report".
+        kind: "loss" or "gradient" (not finite) or "spike". limit: of the loss, for a spike. action: "skip", "stop",
+            "rewind" or "report".
     """
 
     kind: str
@@ -59,10 +61,11 @@ class Anomaly:
     action: str
 
     def describe(self) -> str:
+        then = {"report": "", "rewind": ", back to the last checkpoint without its batch"}
         what = f"the loss of {self.loss:.6g} is above {self.limit:.6g}"
         if self.kind != "spike":
             what = f"the {self.kind} is not finite"
-        return f"{what}{'' if self.action == 'report' else ', its update is left out'}"
+        return f"{what}{then.get(self.action, ', its update is left out')}"
 
 
 class Anomalies:
@@ -70,11 +73,14 @@ class Anomalies:
 
     Attributes:
         found: the anomaly of the last step, if it was one. skipped: steps without an update, over the run.
+        left_out: batches that are passed over, by their number in the data. can_rewind: there is a checkpoint.
     """
 
     def __init__(self, section: AnomalySection) -> None:
         self.section, self.found = section, None
-        self.skipped = self.in_a_row = self.spikes_in_a_row = self.records = 0
+        self.skipped = self.in_a_row = self.spikes_in_a_row = self.records = self.rewinds = 0
+        self.left_out: set[int] = set()
+        self.can_rewind = False
         self._watch(())
 
     found: Anomaly | None
@@ -103,7 +109,8 @@ class Anomalies:
             if not math.isfinite(value):
                 return Anomaly(kind, loss, grad_norm, math.inf, self.section.non_finite)
         limit = math.inf if self.section.spike == "off" else self.watch.limit()
-        return Anomaly("spike", loss, grad_norm, limit, self.section.spike) if loss > limit else None
+        action = "skip" if self.section.spike == "rewind" and not self.can_rewind else self.section.spike
+        return Anomaly("spike", loss, grad_norm, limit, action) if loss > limit else None
 
     def check(self, step: int) -> None:
         """Raises FloatingPointError where the run must end after `step`."""
@@ -112,6 +119,13 @@ class Anomalies:
         text = f"step {step}: {self.found.describe()}"
         if self.found.action == "stop":
             raise FloatingPointError(f"{text} (anomalies.non_finite = stop): lower optimizer.lr or check the data")
+        if self.found.action == "rewind":
+            if self.rewinds >= self.section.max_rewinds:
+                raise FloatingPointError(
+                    f"step {step}: another spike of the loss after {self.rewinds} rewinds (anomalies.max_rewinds = "
+                    f"{self.section.max_rewinds}): lower optimizer.lr or check the data"
+                )
+            return
         if self.in_a_row >= self.section.max_consecutive:
             raise FloatingPointError(
                 f"{text}, for the {self.in_a_row}th step in a row (anomalies.max_consecutive = "
@@ -120,14 +134,24 @@ class Anomalies:
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON."""
-        counts = ("skipped", "in_a_row", "spikes_in_a_row", "records")
-        return {name: getattr(self, name) for name in counts} | {"losses": list(self.watch.losses)}
+        lists = {"losses": list(self.watch.losses), "left_out": sorted(self.left_out)}
+        return {name: getattr(self, name) for name in COUNTS} | lists
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`'s result; an empty one, of older checkpoints, is a start."""
-        self.skipped, self.in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
-        self.spikes_in_a_row, self.records = int(state.get("spikes_in_a_row", 0)), int(state.get("records", 0))
-        self._watch(float(loss) for loss in state.get("losses", ()))
+        try:
+            for name in COUNTS:
+                setattr(self, name, int(state.get(name, 0)))
+            self.left_out = {int(number) for number in state.get("left_out", ())}
+            self._watch(float(loss) for loss in state.get("losses", ()))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the state of anomalies in data_state.json is damaged ({error})") from error
+
+    def rewind(self, state: dict[str, Any], batch: int) -> None:
+        """Continue from a checkpoint's `state` without `batch`; what was left out before stays so."""
+        left_out, rewinds, records = self.left_out | {batch}, self.rewinds + 1, self.records
+        self.load_state_dict(state)
+        self.left_out, self.rewinds, self.records = left_out, rewinds, records
 
 
 class Records:

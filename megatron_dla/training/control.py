@@ -33,7 +33,8 @@ from megatron_dla.training.fence import Fence, attempt_id, node_name
 
 STOP, HALT, DONE, HEARTBEAT, EVENTS = "stop", "halt", "done", "heartbeat.json", "events.jsonl"
 RANKS, EXITS, STACKS, LAUNCH = "ranks", "exits", "stacks", ".launch"
-DOING = {"step": "after step", "save": "in the save of step", "validate": "in the validation of step"}
+DOING = {"step": "after step", "save": "in the save of step", "validate": "in the validation of step",
+         "rewind": "in the rewind after step"}  # fmt: skip
 REASONS = {1: "the file `stop`", 2: "the file `halt`", 3: "a newer attempt"}  # larger: the number of a signal
 
 

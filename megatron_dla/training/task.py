@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,9 @@ class Loader(Protocol):
     total_wait_s: float
     """Seconds in `next_step`, of this process."""
 
+    steps: int
+    """That `next_step` has returned, before this start too."""
+
     @property
     def tokens_seen(self) -> int:
         """By all data-parallel ranks together."""
@@ -71,6 +74,8 @@ class Task(ABC):
     runtime: Runtime
     loader: Loader
     """Both set by `build`."""
+    left_out: Collection[int] = ()
+    """Batches that are passed over, by the number of steps before them in the data."""
 
     @property
     @abstractmethod
@@ -110,11 +115,13 @@ class Task(ABC):
         """This rank's part of the model, initialised and tagged, before weights are loaded; also makes `loader`."""
 
     @abstractmethod
-    def train_step(self, engine: Any, step: int, judge: Judge) -> StepResult:
+    def train_step(self, engine: Any, step: int, judge: Judge | None) -> StepResult:
         """One optimizer step after `step` finished ones, on `next_batches`; `judge` decides about its update."""
 
     def next_batches(self) -> Sequence[Any]:
-        """This rank's micro batches of the next step, whose place is kept for `last_batch`."""
+        """This rank's micro batches of the next step, whose place is kept for `last_batch`, past those `left_out`."""
+        while self.loader.steps in self.left_out:
+            self.loader.next_step()
         self._before = self.loader.state_dict()
         return self.loader.next_step()
 

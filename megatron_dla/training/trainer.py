@@ -76,8 +76,8 @@ class Trainer:
         if newest is not None:
             check_same_model(newest, self.layout)
             load_weights(newest, model, self.groups.tp)  # before ZeRO takes its copies
-        optimizer_groups = parameter_groups(model, config)
-        self.engine = build_engine(model, optimizer_groups, config, self.groups, device.bf16)
+        self.optimizer_groups = parameter_groups(model, config)
+        self.engine = build_engine(model, self.optimizer_groups, config, self.groups, device.bf16)
         section = config.checkpoint
         keep = Retention(
             config.training.keep_checkpoints, section.keep_every, section.keep_best, tuple(section.permanent)
@@ -88,10 +88,7 @@ class Trainer:
         )  # fmt: skip
         self.step, self.anomalies = 0, Anomalies(config.anomalies)
         if newest is not None and not is_weights_only(newest):
-            self.step, state = self.checkpoints.load(newest, self.layout)
-            self.anomalies.load_state_dict(state.pop(ANOMALIES, {}))
-            task.load_state_dict(state)
-            apply_optimizer_section(self.engine, optimizer_groups, config)
+            self.anomalies.load_state_dict(self._load(newest))
         if config.debug.check_replicas:
             check_replicas(self.engine.module, self.groups, "before the first step")
         self.sinks = Sinks()
@@ -122,6 +119,15 @@ class Trainer:
             None if gpu is None else gpu.dense,
         )  # fmt: skip
 
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
+        """All but the weights, which are in the model already; returns the state of `anomalies`."""
+        self.step, state = self.checkpoints.load(checkpoint, self.layout)
+        anomalies = state.pop(ANOMALIES, {})
+        self.task.load_state_dict(state)
+        apply_optimizer_section(self.engine, self.optimizer_groups, self.config)
+        self.anomalies.can_rewind = True
+        return anomalies
+
     def run(self) -> int:
         training, check_every = self.config.training, self.config.debug.check_replicas
         tokens_per_step = training.global_batch_size * self.task.seq_len
@@ -134,6 +140,8 @@ class Trainer:
             while self.step < training.steps:
                 started, waited = time.monotonic(), loader.total_wait_s
                 result = self._train_step()
+                if result is None:
+                    continue
                 self.step += 1
                 self.control.beat(self.step)
                 if check_every and self.step % check_every == 0:
@@ -160,7 +168,9 @@ class Trainer:
             on_main(lambda: self.control.finish(self.step))
         return 0
 
-    def _train_step(self) -> StepResult:
+    def _train_step(self) -> StepResult | None:
+        """One step, or None where it was the cause to go back to a checkpoint."""
+        self.task.left_out = self.anomalies.left_out
         self.lr = self.engine.get_lr()[0]  # before the schedule moves on
         result = self.task.train_step(self.engine, self.step, self.anomalies.judge)
         if (found := self.anomalies.found) is not None:
@@ -169,7 +179,25 @@ class Trainer:
             if self.records is not None:
                 self.records.write(self.step + 1, found, batch)
             self.anomalies.check(self.step + 1)
+            if found.action == "rewind":
+                with self.control.doing("rewind", self.step):
+                    rewound = self._rewind(batch["batch"])
+                return None if rewound else result
         return result
+
+    def _rewind(self, batch: int) -> bool:
+        """Go back to the newest whole checkpoint, to train on from there without one batch; whether there was one."""
+        self.checkpoints.finish()
+        steps = on_main(lambda: step_directories(self.run_dir))
+        newest, _ = newest_whole(steps, True, agreed_faults)
+        if newest is None or is_weights_only(newest):  # the only save so far has failed
+            return False
+        self.task.metrics()  # those of steps that are repeated
+        load_weights(newest, self.engine.module, self.groups.tp)
+        self.anomalies.rewind(self._load(newest), batch)
+        self.sinks.rewind(self.step)
+        self.runtime.print(f"back at step {self.step}, from {newest}, without batch {batch} of the data")
+        return True
 
     def _validate(self) -> dict[str, Any]:
         with self.control.doing("validate", self.step):
@@ -201,6 +229,7 @@ class Trainer:
         values = {} if val_loss is None else {"val_loss": val_loss}
         state = self.task.state_dict() | {ANOMALIES: self.anomalies.state_dict()}
         self.checkpoints.save(self.layout, state, to_yaml(self.config), wait=wait, **values)
+        self.anomalies.can_rewind = True
 
     def _log(self, metrics: dict[str, Any]) -> None:
         self.sinks.write({"time": time.time(), **metrics})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
 from megatron_dla.model.gpt import build_model, packed_sequence  # noqa: E402
 from megatron_dla.tasks.run import check_run, run_directory  # noqa: E402
 from megatron_dla.training.engine import parameter_groups  # noqa: E402
+from megatron_dla.training.replay import replay  # noqa: E402
 from megatron_dla.training.schedule import lr_factor  # noqa: E402
 from megatron_dla.training.step import StepResult  # noqa: E402
 from megatron_dla.training.trainer import Trainer  # noqa: E402
@@ -156,6 +158,41 @@ def printed_run(trainer: Trainer) -> tuple[str, list[dict[str, Any]]]:
     return printed.getvalue(), read_metrics(trainer.run_dir / "metrics.jsonl")
 
 
+def spiky(values: dict[str, Any], batches: dict[int, float], left_out: set[int]) -> tuple[str, list[dict[str, Any]]]:
+    """As `anomalous`; `batches`: {number in the data: factor on rank 0's losses}. left_out: from the start."""
+    trainer = make_trainer(values)
+    trainer.anomalies.left_out |= left_out
+
+    def scaled(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        factor = batches.get(trainer.task.loader.steps - 1, 1.0)  # type: ignore[attr-defined]
+        return output * factor if torch.distributed.get_rank() == 0 and module.training else output
+
+    trainer.engine.module.register_forward_hook(scaled)
+    return printed_run(trainer)
+
+
+def replayed(values: dict[str, Any], step: int, broken: str) -> tuple[float, float, str]:
+    """Loss, gradient norm and output of `--replay`. broken: end of the name of a module whose output is not finite."""
+    config = from_dict(values)
+    lay_out(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size)
+    task, device = check_run(config, torch.distributed.get_world_size())
+    build = task.build
+
+    def built(runtime: Any) -> Any:
+        model = build(runtime)
+        for name, module in model.named_modules():
+            if broken and name.endswith(broken):
+                module.register_forward_hook(lambda m, i, out: (out[0] * float("inf"), *out[1:]))
+        return model
+
+    task.build = built  # type: ignore[method-assign]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert replay(task, run_directory(config), device, step) == 0
+    text = printed.getvalue()
+    numbers = [float(x) for x in re.findall(r"^(?:loss|gradient norm) (\S+) ", text, re.MULTILINE)]
+    return (*numbers, text) if numbers else (0.0, 0.0, text)  # type: ignore[return-value]
+
+
 def without_updates(values: dict[str, Any], steps: set[int]) -> None:
     """A run that draws the rows of `steps` and moves its schedule on, and does nothing else there."""
     trainer = make_trainer(values)
@@ -224,7 +261,7 @@ def disturbed(
     if blind:
         trainer.control.check = lambda: None  # type: ignore[method-assign]
 
-    def disturbed_step() -> StepResult:
+    def disturbed_step() -> StepResult | None:
         if trainer.step + 1 == step and torch.distributed.get_rank() == 0:
             for name, text in files.items():
                 (trainer.run_dir / name).write_text(text)

@@ -14,6 +14,7 @@ import yaml
 
 from megatron_dla.checkpoint.find import checkpoint_dir
 from megatron_dla.checkpoint.integrity import read_marker
+from megatron_dla.cli import main
 from megatron_dla.config import AnomalySection
 from megatron_dla.training.anomalies import RECORDS, Anomalies, LossWatch
 from tests.support import tiny, train_workers
@@ -138,6 +139,56 @@ def test_a_resumed_run_decides_as_the_undisturbed_one(ranks, data, tmp_path) -> 
     assert state(tmp_path / "parts", 9) == state(tmp_path / "whole", 9) and data_state[0] == data_state[1]
 
 
+REWIND = {"min_losses": 3, "spike": "rewind", "spike_threshold": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("stage", "tensor", "precision"),
+    [(0, 1, "fp32"), (1, 2, "fp32"), (2, 1, "fp32"), (3, 1, "fp32"), (1, 1, "bf16")],
+)
+def test_a_rewound_run_equals_one_without_the_batch(ranks, data, tmp_path, stage, tensor, precision) -> None:
+    sections = {
+        "training": {"zero_stage": stage, "precision": precision, "steps": 7, "save_every": 3},
+        "parallel": {"tensor_model_parallel_size": tensor},
+    }
+    values = config(data, tmp_path, anomalies=REWIND, **sections)
+    printed, metrics = ranks(2).run(train_workers.spiky, values, {4: 3.0}, set())[0]
+    assert "step 5: the loss of" in printed and "back at step 3" in printed and "without batch 4" in printed
+    never = config(data, tmp_path, "never", **sections)
+    _, want = ranks(2).run(train_workers.spiky, never, {}, {4})[0]
+    same = {"step", "loss", "grad_norm", "lr", "tokens", "data_crc32", "boundary_rate"}
+    assert [{k: m[k] for k in same} for m in metrics] == [{k: m[k] for k in same} for m in want]
+    assert state(tmp_path / "run", 7) == state(tmp_path / "never", 7)
+    (record,) = records(tmp_path / "run")
+    assert (record["step"], record["action"], record["batch"]) == (5, "rewind", 4)
+
+
+def test_a_rewound_run_resumes_as_it_would_have_gone_on(ranks, data, tmp_path) -> None:
+    """From a checkpoint before the rewind it goes back again; from one after it the batches stay left out."""
+    spikes = {4: 3.0, 5: 3.0, 8: 3.0}
+    values = config(data, tmp_path, anomalies=REWIND, training={"steps": 8, "save_every": 3, "keep_checkpoints": 0})
+    run = tmp_path / "run"
+    _, want = ranks(2).run(train_workers.spiky, values, spikes, set())[0]
+    before = state(run, 8), records(run), (checkpoint_dir(run) / "step_8" / "data_state.json").read_text()
+    assert json.loads(before[2])["anomalies"]["left_out"] == [4, 5, 8] and len(before[1]) == 3
+    for lost in ({8}, {6, 8}):
+        for path in (*(checkpoint_dir(run) / f"step_{step}" for step in lost), run / "done"):
+            path.rename(tmp_path / f"{len(lost)}{path.name}")
+        _, got = ranks(2).run(train_workers.spiky, values, spikes, set())[0]
+        assert [(m["step"], m["loss"], m["data_crc32"]) for m in got] == [
+            (m["step"], m["loss"], m["data_crc32"]) for m in want
+        ]
+        after = state(run, 8), records(run), (checkpoint_dir(run) / "step_8" / "data_state.json").read_text()
+        assert after == before
+
+
+def test_rewinds_have_a_limit_and_need_a_checkpoint(ranks, data, tmp_path) -> None:
+    values = config(data, tmp_path, anomalies=REWIND | {"max_rewinds": 1}, training={"steps": 9, "save_every": 4})
+    printed, metrics = ranks(2).run(train_workers.spiky, values, {3: 3.0, 5: 3.0, 6: 3.0}, set())[0]
+    assert "anomalies.max_rewinds" in printed and metrics[-1]["step"] == 5
+    assert [r["action"] for r in records(tmp_path / "run")] == ["skip", "rewind", "rewind"]
+
+
 @pytest.mark.parametrize(("key", "value", "last"), [("non_finite", "stop", 2), ("max_consecutive", 2, 3)])
 def test_a_run_ends_at_the_limit_without_a_checkpoint(ranks, data, tmp_path, key, value, last) -> None:
     values = config(data, tmp_path, training={"steps": 9, "save_every": 1}, anomalies={key: value})
@@ -160,6 +211,31 @@ def test_a_checkpoint_before_the_first_update_resumes(ranks, data, tmp_path) -> 
             path.rename(tmp_path / f"{stage}{path.name}")
         ranks(2).run(train_workers.anomalous, values, {}, {})
         assert state(run, 4) == before
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_replay_gives_the_recorded_numbers_and_names_what_overflows_first(ranks, capsys, data, tmp_path) -> None:
+    training = {"steps": 10, "save_every": 1, "keep_checkpoints": 0}
+    # a rate at which losses rise and fall: those above the median of three are of batches as they are
+    values = config(
+        data, tmp_path, training=training, optimizer={"lr": 0.2}, anomalies={"window": 3, "min_losses": 3,
+        "spike_threshold": 1e-3},
+    )  # fmt: skip
+    ranks(2).run(train_workers.anomalous, values, {}, {})
+    run = tmp_path / "run"
+    record, before = records(run)[0], files(run)
+    loss, norm, text = ranks(2).run(train_workers.replayed, values, record["step"], "")[0]
+    assert loss == record["loss"] and norm == pytest.approx(record["grad_norm"], rel=1e-5)
+    assert text.count("is not finite: none") == 2 and "layers.1" in text
+    text = ranks(2).run(train_workers.replayed, values, record["step"], "layers.1.mlp.linear_fc1")[0][2]
+    assert "first output that is not finite: decoder.layers.1.mlp.linear_fc1" in text
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path), "--replay", "777"]) == 2 and "777" in capsys.readouterr().err
+    assert files(run) == before
 
 
 @pytest.mark.parametrize("command", ["train", "run"])

@@ -184,7 +184,7 @@ class AdapterTask(Task):
 
         return with_memory(self._call(batch), self.seq_len, batch.cu_seqlens)
 
-    def train_step(self, engine: Any, step: int, judge: Judge) -> StepResult:
+    def train_step(self, engine: Any, step: int, judge: Judge | None) -> StepResult:
         gate_loss, calls = self.config.gate_loss, []
 
         def pack(batch: Batch | EpisodeBatch) -> Any:
