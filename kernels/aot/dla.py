@@ -66,6 +66,7 @@ OTHERS = (
     Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, cached=True, tokens=2048, archs=HOPPER),
     Config("gdn-mixed-128-K1", BF16, 128, 128, True, capacity=1, tau=3.0, mixed=True, tokens=2048),  # letter G
     Config("mamba2-bf16-64-K15", BF16, 64, 64, False, capacity=15),
+    Config("mamba2-bf16-128x64-K1", BF16, 128, 64, False, capacity=1, tau=3.0, tokens=2048),  # letter M
     Config("gdn-bf16-128-controls", BF16, 128, 128, True, control=True, tokens=2048, archs=HOPPER),
     Config("mamba2-bf16-128x64-K64-cache", BF16, 128, 64, False, capacity=64, cached=True, archs=HOPPER),
     Config("gdn-fp16-64", FP16, 64, 64, True, documents=(70, 133), archs=HOPPER),

@@ -41,6 +41,7 @@ LETTERS = {
         "softmax attention without rotary positions", "attention_heads", "attention_groups", "self_attn", softmax=True
     ),
     "G": Letter("Gated DeltaNet", "num_heads", "num_groups", "mixer"),
+    "M": Letter("Mamba-2", "num_heads", "num_groups", "mixer"),
 }
 
 

@@ -97,10 +97,10 @@ class ModelSection:
     num_layers: Annotated[int, Field(ge=1, le=4096)] = 21
     pattern: Annotated[str, Field(max_length=4096)] = "D"
     """One letter a layer, repeated to num_layers: D = DLA mixer, A = softmax attention with RoPE, N = without,
-    G = Gated DeltaNet."""
+    G = Gated DeltaNet, M = Mamba-2."""
     backbone: Backbone = "mamba2"
     num_heads: Heads = 48
-    """Heads H of the recurrent mixers (D, G)."""
+    """Heads H of the recurrent mixers (D, G, M)."""
     num_groups: Heads = 1
     """Query/key groups of the recurrent mixers; divides num_heads (Mamba-2: 1; GDN: num_heads)."""
     key_dim: Annotated[int, Field(ge=1, le=2**14)] = 128

@@ -23,7 +23,7 @@ from .functional import (
     short_convolution,
     slot_weights,
 )
-from .layout import FP32_PARAMETERS, dla_parameters, gdn_parameters
+from .layout import FP32_PARAMETERS, dla_parameters, gdn_parameters, mamba2_parameters
 from .pattern import LETTERS
 from .rules import ONE_SLOT, Controls, SlotRule
 
@@ -221,13 +221,23 @@ class DLAMixer(nn.Module):
         return dla_attention(q, k, v, g, lam, beta, tau=rule.tau, partition=memory.decided, **options)[0]
 
 
-class GDNMixer(DLAMixer):
-    """Plain Gated DeltaNet, whatever `config.backbone` is: one state a head, no boundaries."""
-
-    table, delta = staticmethod(gdn_parameters), True
+class PlainMixer(DLAMixer):
+    """A plain backbone, whatever `config.backbone` is: one state a head, no boundaries."""
 
     def _slots(self, part: dict[str, Tensor]) -> tuple[Tensor, SlotRule]:
         return torch.ones_like(part["step"], dtype=self.A_log.dtype)[..., None], ONE_SLOT
+
+
+class GDNMixer(PlainMixer):
+    """Gated DeltaNet."""
+
+    table, delta = staticmethod(gdn_parameters), True
+
+
+class Mamba2Mixer(PlainMixer):
+    """Mamba-2."""
+
+    table, delta = staticmethod(mamba2_parameters), False
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -273,7 +283,9 @@ class DLASoftmaxAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-MIXERS = {"D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention, "G": GDNMixer}
+MIXERS = {
+    "D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention, "G": GDNMixer, "M": Mamba2Mixer,
+}  # fmt: skip
 
 
 class DLALayer(GradientCheckpointingLayer):
@@ -294,4 +306,4 @@ class DLALayer(GradientCheckpointingLayer):
         return x if self.mlp is None else x + self.mlp(self.post_attention_layernorm(x))
 
 
-__all__ = ["DLALayer", "DLAMixer", "DLARMSNorm", "DLASoftmaxAttention", "GDNMixer", "Step"]
+__all__ = ["DLALayer", "DLAMixer", "DLARMSNorm", "DLASoftmaxAttention", "GDNMixer", "Mamba2Mixer", "Step"]

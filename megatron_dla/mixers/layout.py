@@ -200,3 +200,8 @@ def dla_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamS
 def gdn_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
     """Name -> parameter of one Gated DeltaNet mixer, whatever `backbone` says of the DLA layers."""
     return backbone_parameters(m, tensor_parallel, delta=True)
+
+
+def mamba2_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
+    """Name -> parameter of one Mamba-2 mixer, whatever `backbone` says of the DLA layers."""
+    return backbone_parameters(m, tensor_parallel, delta=False)

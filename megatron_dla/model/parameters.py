@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_dla.config import ModelSection, attention_head_dim, layer_letters
-from megatron_dla.mixers.layout import ParamSpec, dla_parameters, gdn_parameters, normal, ones, output_std, packed
+from megatron_dla.mixers.layout import (
+    ParamSpec,
+    dla_parameters,
+    gdn_parameters,
+    mamba2_parameters,
+    normal,
+    ones,
+    output_std,
+    packed,
+)
 
 
 def softmax_parameters(m: ModelSection, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
@@ -30,6 +39,7 @@ MIXER_PARAMETERS: dict[str, Callable[[ModelSection, int], dict[str, ParamSpec]]]
     "A": softmax_parameters,
     "N": softmax_parameters,
     "G": gdn_parameters,
+    "M": mamba2_parameters,
 }
 
 

@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.mixers.dla import DLAMixer, DLAMixerSubmodules
-from megatron_dla.mixers.gdn import GDNMixer
 from megatron_dla.mixers.norms import HeadNorm, RMSNorm
+from megatron_dla.mixers.plain import GDNMixer, Mamba2Mixer
 from megatron_dla.mixers.softmax import CoreAttention
 
 
@@ -45,6 +45,7 @@ MIXER_SPECS: dict[str, Callable[[ModelSection, ModuleSpec, str, str], ModuleSpec
     "A": softmax_spec,
     "N": softmax_spec,
     "G": partial(dla_mixer_spec, module=GDNMixer),
+    "M": partial(dla_mixer_spec, module=Mamba2Mixer),
 }
 
 

@@ -15,7 +15,7 @@ SECTIONS = {
     "mamba2": BASE_SECTION,
     "gdn": dataclasses.replace(BASE_SECTION, backbone="gdn"),
     "hybrid": dataclasses.replace(BASE_SECTION, pattern="DA"),
-    "plain gdn": dataclasses.replace(BASE_SECTION, pattern="G"),
+    "plain": dataclasses.replace(BASE_SECTION, pattern="GM"),
 }
 
 

@@ -59,10 +59,11 @@ def test_dla_layer_by_chain_on_four_ranks(ranks, name: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["heads", "chain"])
 @pytest.mark.parametrize("groups", [4, 1])
-def test_gated_deltanet_layer(ranks, scheme: str, groups: int) -> None:
+@pytest.mark.parametrize("letter", ["G", "M"])
+def test_plain_layer(ranks, scheme: str, groups: int, letter: str) -> None:
     section, parallel = dataclasses.replace(BASE, num_groups=groups), ParallelSection(1, False, 2, scheme)
     for documents in ([], DOCUMENTS):
-        for errors in ranks(2).run(workers.layer_parity, section, parallel, "G", documents, 28):
+        for errors in ranks(2).run(workers.layer_parity, section, parallel, letter, documents, 28):
             check(errors, 1e-10)
 
 

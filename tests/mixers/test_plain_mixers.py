@@ -1,4 +1,4 @@
-"""The Gated DeltaNet mixer (pattern letter G) equals a token recurrence in float64: outputs and every gradient."""
+"""The plain mixers (pattern letters G and M) equal token recurrences in float64: outputs and every gradient."""
 
 import dataclasses
 
@@ -8,27 +8,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dla.config import ParallelSection
-from megatron_dla.mixers.gdn import GDNMixer
+from megatron_dla.mixers.plain import GDNMixer, Mamba2Mixer, PlainMixer
 from megatron_dla.model.gpt import build_model, packed_sequence, slot_mixers
 from megatron_dla.parallel.groups import initialize_distributed
 from tests.support.workers import BASE_SECTION, lay_out, perturb
 
+PUBLISHED = {"conv_bias": True, "gated_norm": "group"}
 SECTIONS = {
-    "plain": dataclasses.replace(BASE_SECTION, pattern="G"),
-    "published": dataclasses.replace(BASE_SECTION, pattern="G", num_groups=4, conv_bias=True, gated_norm="group"),
+    "gdn": dataclasses.replace(BASE_SECTION, pattern="G"),
+    "published gdn": dataclasses.replace(BASE_SECTION, pattern="G", num_groups=4, **PUBLISHED),
+    "mamba2": dataclasses.replace(BASE_SECTION, pattern="M", backbone="gdn"),
+    "published mamba2": dataclasses.replace(BASE_SECTION, pattern="M", num_groups=1, **PUBLISHED),
 }
+MIXERS = {"G": GDNMixer, "M": Mamba2Mixer}
 ROWS, TOKENS = 2, 40
 ENDS = [0, 13, 14, 40, 55, 80]
 
 
-def mixer_of(section) -> GDNMixer:
+def mixer_of(section) -> PlainMixer:
     initialize_distributed("cpu")
     lay_out(1)
     net = build_model(section, ParallelSection(), vocab_size=90, seq_len=TOKENS, seed=2, dtype=torch.float64)
     perturb(net, section)
     assert slot_mixers(net) == []  # no boundaries to count
     mixer = net.decoder.layers[0].self_attention
-    assert isinstance(mixer, GDNMixer)
+    assert isinstance(mixer, MIXERS[section.pattern])
     return mixer
 
 
@@ -38,36 +42,50 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.silu(F.conv1d(padded[None], weight[:, None], bias, groups=len(weight))[0].T)
 
 
-def token_loop(mixer: GDNMixer, x: Tensor) -> Tensor:
-    """One document [T, hidden] -> same, from the published equations (arXiv 2412.06464), a state at a time."""
+def states_of(mixer: PlainMixer, part: dict[str, Tensor], value: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """What each head reads, [T, H, Dv], from the published equations (arXiv 2412.06464 and 2405.21060)."""
+    T, heads, _ = value.shape
+    delta, outs = isinstance(mixer, GDNMixer), []
+    if delta:
+        query, key = (y / y.norm(dim=-1, keepdim=True) for y in (query, key))
+    dt = F.softplus(part["step"] + mixer.dt_bias)
+    decay = torch.exp(-mixer.A_log.exp() * dt)
+    for h in range(heads):
+        group, state = h * key.shape[1] // heads, value.new_zeros(key.shape[2], value.shape[2])
+        for t in range(T):
+            k, v, state = key[t, group], value[t, h], decay[t, h] * state
+            if delta:
+                state = state + part["strength"][t, h].sigmoid() * torch.outer(k, v - k @ state)
+                outs.append(query[t, group] @ state * len(k) ** -0.5)
+            else:
+                state = state + dt[t, h] * torch.outer(k, v)
+                outs.append(query[t, group] @ state + mixer.D[h] * v)
+    return torch.stack(outs).unflatten(0, (heads, T)).transpose(0, 1)
+
+
+def token_loop(mixer: PlainMixer, x: Tensor) -> Tensor:
+    """One document [T, hidden] -> same, a state at a time."""
     m, heads, groups = mixer.model, mixer.model.num_heads, mixer.model.num_groups
     sizes = dict(mixer.sections)
     part = dict(zip(sizes, (x @ mixer.in_proj.weight.T).split(list(sizes.values()), -1), strict=True))
-    assert list(sizes) == ["gate", "value", "query", "key", "step", "strength"]
+    delta = isinstance(mixer, GDNMixer)
+    assert list(sizes) == ["gate", "value", "query", "key", "step", "strength"][: 6 if delta else 5]
     conv = {
         name: convolved(part[name], getattr(mixer, f"conv_{name}"), getattr(mixer, f"conv_{name}_bias", None))
         for name in ("query", "key", "value")
     }
     value = conv["value"].unflatten(-1, (heads, -1))
     query, key = (conv[name].unflatten(-1, (groups, -1)) for name in ("query", "key"))
-    query, key = (y / y.norm(dim=-1, keepdim=True) for y in (query, key))
-    decay = torch.exp(-mixer.A_log.exp() * F.softplus(part["step"] + mixer.dt_bias))
-    strength = part["strength"].sigmoid()
-    outs = []
-    for h in range(heads):
-        group, state = h * groups // heads, x.new_zeros(m.key_dim, m.value_dim)
-        for t in range(len(x)):
-            k = key[t, group]
-            state = decay[t, h] * state
-            state = state + strength[t, h] * torch.outer(k, value[t, h] - k @ state)
-            outs.append(query[t, group] @ state * m.key_dim**-0.5)
-    out = torch.stack(outs).unflatten(0, (heads, -1)).transpose(0, 1)  # [T, H, Dv]
+    out = states_of(mixer, part, value, query, key)
+    gate = F.silu(part["gate"])
+    if not delta:  # Mamba-2 gates before its norm
+        out = out * gate.unflatten(-1, (heads, -1))
     if m.gated_norm == "group":
         grouped = out.flatten(1).unflatten(-1, (groups, -1))
         normed = (grouped / (grouped.square().mean(-1, keepdim=True) + m.norm_eps).sqrt()).flatten(1) * mixer.norm
     else:
         normed = (out / (out.square().mean(-1, keepdim=True) + m.norm_eps).sqrt() * mixer.norm).flatten(1)
-    return (normed * F.silu(part["gate"])) @ mixer.out_proj.weight.T
+    return (normed * gate if delta else normed) @ mixer.out_proj.weight.T
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["whole rows", "documents"])
@@ -92,9 +110,11 @@ def test_it_is_the_token_recurrence(name: str, documents: bool) -> None:
         )
 
 
-def test_slots_backbone_and_tau_do_not_matter() -> None:
+@pytest.mark.parametrize("name", ["gdn", "mamba2"])
+def test_slots_backbone_and_tau_do_not_matter(name: str) -> None:
     x = torch.randn(TOKENS, ROWS, 32, dtype=torch.float64)
-    change = {"backbone": "gdn", "capacity": 9, "tau": 0.0, "tau_mode": "learned", "merge": "ward"}
-    one, other = (mixer_of(dataclasses.replace(SECTIONS["plain"], **c)) for c in ({}, change))
-    assert set(dict(one.named_parameters())).isdisjoint({"slot_scale", "slot_bias", "tau", "D"})
+    other = "mamba2" if SECTIONS[name].backbone == "gdn" else "gdn"
+    change = {"backbone": other, "capacity": 9, "tau": 0.0, "tau_mode": "learned", "merge": "ward"}
+    one, other = (mixer_of(dataclasses.replace(SECTIONS[name], **c)) for c in ({}, change))
+    assert set(dict(one.named_parameters())).isdisjoint({"slot_scale", "slot_bias", "tau"})
     assert torch.equal(one(x)[0], other(x)[0])
