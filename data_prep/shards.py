@@ -4,11 +4,13 @@ The first pass tokenises the documents in worker processes into a spool on disk,
 the second one distributes them over splits and shards. The result depends on the inputs, the tokenizer, the seed and
 the requested sizes, not on the number of workers or on interruptions, and is identical byte for byte each time. During
 the build, and after one that was stopped, `OUTPUT/.building` holds the spool, about as large as the shards, and the
-shards written so far; the same command goes on from there.
+shards written so far; the same command goes on from there. When all shards are in place it becomes
+`OUTPUT/.built-KEY`, whose name tells a start after a kill at the end which command it was of.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +29,7 @@ from megatron_dla.data_prep.layout import Layout, assign, choose_validation, mar
 from megatron_dla.data_prep.readers import shown
 from megatron_dla.data_prep.shard_file import SPLITS, check_output, write_shard
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
-from megatron_dla.data_prep.spool import Spool
+from megatron_dla.data_prep.spool import Spool, lock
 from megatron_dla.data_prep.tokenise import token_dtype, tokenise
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
@@ -42,22 +44,29 @@ from megatron_dla.shard_index import (
     ShardInfo,
 )
 
-_BUILDING, _WRITTEN = ".building", "shards.jsonl"
+_BUILDING, _BUILT, _WRITTEN = ".building", ".built-", "shards.jsonl"
 REPORT_NAME = "report.json"
 
 
+class _Wanted(NamedTuple):
+    """What the layout depends on besides the spool."""
+
+    val_fraction: float
+    val_docs: int | None
+    dedup: bool
+    shard_tokens: int
+    min_train_shards: int
+
+
 class _Writer:
-    """Writes shards from a spool; those that an interrupted build of the same layout has written are kept.
+    """Writes shards from a spool; those that an interrupted build of the same layout has written are kept."""
 
-    `layout_key`: what the layout depends on besides the spool.
-    """
-
-    def __init__(self, spool: Spool, source: DocumentSource, layout_key: list[Any]) -> None:
+    def __init__(self, spool: Spool, source: DocumentSource, wanted: _Wanted) -> None:
         self.spool, self.source = spool, source
         self.records = spool.records()
         self.log = spool.path(_WRITTEN)
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        key = json.dumps(layout_key)
+        key = json.dumps(wanted)
         if not lines or lines[0] != key:
             lines = [key]
         self.done: dict[str, ShardInfo] = {}
@@ -151,42 +160,59 @@ def build_shards(
     workers = check_workers(workers)
     _check_arguments(val_fraction, val_docs, shard_tokens, min_train_shards, seed)
     root = Path(output_dir)
-    if (root / INDEX_NAME).exists() and not overwrite:
-        raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
+    built = _leftover(root)
+    _check_exists(root, overwrite or built is not None)
     if not (root / _BUILDING).exists():  # else shards without an index may be of a build killed at its end
         check_output(root)
     tokenizer = Tokenizer(tokenizer_path)
     source = DocumentSource(inputs, options, part)
+    plan, files = _plan(source, tokenizer, seed)
+    wanted = _Wanted(val_fraction, val_docs, dedup, shard_tokens, min_train_shards)
+    own = root / f"{_BUILT}{_digest([plan, files, wanted])}"
+    if built is not None:
+        shutil.rmtree(built, ignore_errors=True)  # another process may be at it
+        if built == own:
+            print(f"note: this build was complete; removed {built.name}, which it had left", file=sys.stderr)
+            return ShardIndex.load(root)
+        _check_exists(root, overwrite)
     if note := export_note(tokenizer):
         print(note, file=sys.stderr)  # before hours of work
-    spool = _spool(root / _BUILDING, source, tokenizer, seed)
+    spool = Spool(root / _BUILDING, token_dtype(tokenizer), plan, files)
     try:
         _tokenise(source, tokenizer, spool, workers, seed)
-        records = spool.records()
-        copies, count = mark_copies(records, spool.folder)
-        left_out = copies if dedup else None
-        validation = choose_validation(records, left_out, val_fraction, val_docs)
-        layout = assign(records, left_out, validation, spool.folder, shard_tokens, min_train_shards)
-        writer = _Writer(spool, source, [val_fraction, val_docs, dedup, shard_tokens, min_train_shards])
-        index = ShardIndex(
-            tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id,
-            dtype=spool.dtype.name, shards=[], seed=seed, created_by=_created_by(), sources=_sources(source),
-        )  # fmt: skip
-        with progress_bar(spool.tokens * spool.dtype.itemsize, "writing shards") as bar:
-            for shard in writer.write(layout):
-                index.shards.append(shard)
-                bar.update(shard.tokens * spool.dtype.itemsize)
-        report = {
-            **source.report(), "duplicates": count, "duplicates_removed": dedup, "changed_by_tokenizer": spool.changed,
-        }  # fmt: skip
+        index, report = _write_shards(spool, source, tokenizer, seed, wanted)
         _publish(root, spool.folder, index, tokenizer, report)
+        os.replace(spool.folder, own)
+        index.save(root / INDEX_NAME)
     finally:
         spool.close()
-    shutil.rmtree(spool.folder)
-    notes = _notes(source, count, dedup, index.totals("train").shards, min_train_shards)
+    shutil.rmtree(own, ignore_errors=True)
+    notes = _notes(source, report["duplicates"], dedup, index.totals("train").shards, min_train_shards)
     for note in tokenizer.notes(spool.changed) + notes:
         print(note, file=sys.stderr)
     return index
+
+
+def _write_shards(
+    spool: Spool, source: DocumentSource, tokenizer: Tokenizer, seed: int, wanted: _Wanted
+) -> tuple[ShardIndex, dict[str, Any]]:
+    """Write the shards into the spool's folder; their index and the report."""
+    records = spool.records()
+    copies, count = mark_copies(records, spool.folder)
+    left_out = copies if wanted.dedup else None
+    validation = choose_validation(records, left_out, wanted.val_fraction, wanted.val_docs)
+    layout = assign(records, left_out, validation, spool.folder, wanted.shard_tokens, wanted.min_train_shards)
+    writer = _Writer(spool, source, wanted)
+    index = ShardIndex(
+        tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id,
+        dtype=spool.dtype.name, shards=[], seed=seed, created_by=_created_by(), sources=_sources(source),
+    )  # fmt: skip
+    with progress_bar(spool.tokens * spool.dtype.itemsize, "writing shards") as bar:
+        for shard in writer.write(layout):
+            index.shards.append(shard)
+            bar.update(shard.tokens * spool.dtype.itemsize)
+    report = {"duplicates": count, "duplicates_removed": wanted.dedup, "changed_by_tokenizer": spool.changed}
+    return index, source.report() | report
 
 
 def _check_arguments(
@@ -203,15 +229,34 @@ def _check_arguments(
             raise DataError(f"{name} = {value}: must be at least {least}")
 
 
-def _spool(folder: Path, source: DocumentSource, tokenizer: Tokenizer, seed: int) -> Spool:
+def _check_exists(root: Path, may: bool) -> None:
+    if (root / INDEX_NAME).exists() and not may:
+        raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
+
+
+def _leftover(root: Path) -> Path | None:
+    """What a build that wrote its index has left; of one that was killed just before, the build goes on."""
+    built = next(root.glob(f"{_BUILT}*"), None)
+    if built is None or (root / INDEX_NAME).exists():
+        return built
+    with lock(built):
+        os.replace(built, root / _BUILDING)
+    return None
+
+
+def _plan(source: DocumentSource, tokenizer: Tokenizer, seed: int) -> tuple[dict[str, Any], list[list[Any]]]:
+    """What the spool depends on, and [name, size, time] of each input file."""
     options = source.options
     plan = {
         "format": 1, "tokenizer": tokenizer.sha256, "eos": tokenizer.eos_id, "seed": seed,
         "text_field": options.text_field, "separator": options.separator, "min_chars": options.min_chars,
         "max_chars": options.max_chars,
     }  # fmt: skip
-    inputs = [[file.name, file.bytes, file.path.stat().st_mtime_ns] for file in source.files]
-    return Spool(folder, token_dtype(tokenizer), plan, inputs)
+    return plan, [[file.name, file.bytes, file.path.stat().st_mtime_ns] for file in source.files]
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def _tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, workers: int, seed: int) -> None:
@@ -228,7 +273,7 @@ def _tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, worker
 
 
 def _publish(root: Path, building: Path, index: ShardIndex, tokenizer: Tokenizer, report: dict[str, Any]) -> None:
-    """Move the finished build into place. There is no index meanwhile, so no reader mixes old and new shards."""
+    """Move all but the index into place. There is no index meanwhile, so no reader mixes old and new shards."""
     files = tokenizer.files()
     (root / INDEX_NAME).unlink(missing_ok=True)
     write_json(root / REPORT_NAME, report, indent=1)
@@ -245,7 +290,6 @@ def _publish(root: Path, building: Path, index: ShardIndex, tokenizer: Tokenizer
             (root / name).unlink(missing_ok=True)
     for name, content in files.items():
         write_bytes(root / name, content)
-    index.save(root / INDEX_NAME)
 
 
 def _created_by() -> str:

@@ -57,7 +57,7 @@ class Spool:
         self.progress = Progress()
         self._committed = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder / _LOCK)
+        self._lock = lock(folder)
         try:
             self._resume(plan, inputs)
             self._files = [self._open("tokens", self.tokens * dtype.itemsize), self._open("documents", self._size())]
@@ -153,9 +153,11 @@ class Spool:
             file.close()
 
 
-def _lock(path: Path) -> BinaryIO:
+def lock(folder: Path) -> BinaryIO:
+    """A file whose closing ends the lock on the folder of a build. Raises DataError if another process has it."""
     import fcntl
 
+    path = folder / _LOCK
     file = open(path, "wb")  # noqa: SIM115 (held until the build ends)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

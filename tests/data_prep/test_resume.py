@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_dla.data_prep import layout, shard_file, shards, spool, tokenise
@@ -22,6 +25,14 @@ from megatron_dla.data_prep.sources import ReadOptions
 from megatron_dla.data_prep.tokenizer import train_tokenizer
 from megatron_dla.errors import DataError
 
+SLOW = """
+import sys, time
+from megatron_dla.cli import main
+from megatron_dla.data_prep import shards, tokenise
+tokenise._CHUNK_BYTES, tokenise.COMMIT_S, real = 1500, 0, shards.write_shard
+shards.write_shard = lambda *values: time.sleep(0.03) or real(*values)
+main(sys.argv[1:])
+"""
 WORDS = ["alpha", "beta", "\xe9t\xe9", "42", "tab\t", "\n"]
 ROOT = Path(__file__).parents[2]
 FORK = multiprocessing.get_context("fork")
@@ -41,6 +52,9 @@ def corpus(tmp_path_factory):
     for name in "abc":
         write(root / f"{name}.jsonl", 150, seed=ord(name))
     (root / "d.txt").write_text("the end")
+    texts = [json.loads(line)["text"] for name in "abc" for line in (root / f"{name}.jsonl").open()]
+    pq.write_table(pa.table({"text": texts[:300], "n": range(300)}), root / "e.parquet", row_group_size=40)
+    pq.write_table(pa.table({"text": texts[300:]}), root / "f.parquet")
     train_tokenizer([root / "a.jsonl"], root / "tok", 290)
     return root
 
@@ -53,10 +67,12 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(layout, "_BUCKET", 100)
 
 
-def build(corpus, out, **options):
-    inputs = [corpus / name for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.txt")]
+LINES, TABLES = ("a.jsonl", "b.jsonl", "c.jsonl", "d.txt"), ("e.parquet", "f.parquet")
+
+
+def build(corpus, out, inputs=LINES, **options):
     return build_shards(
-        inputs, corpus / "tok", out,
+        [corpus / name for name in inputs], corpus / "tok", out,
         **{"workers": 1, "shard_tokens": 500, "min_train_shards": 8, "val_fraction": 0.1, **options},
     )  # fmt: skip
 
@@ -119,6 +135,71 @@ def test_a_killed_build_goes_on_with_the_same_bytes(corpus, undisturbed, tmp_pat
         assert not (tmp_path / "index.json").exists()
     build(corpus, tmp_path)
     assert tree(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [(spool.Spool, "add", 4), (spool.json, "dumps", 20), (spool.Spool, "commit", -9), (shards, "assign", 1)],
+        [(shards, "write_shard", 3), (shards, "write_shard", -5), (shard_file, "_npy", 7), (os, "replace", 9)],
+    ],
+)
+def test_a_killed_build_of_parquet_goes_on_with_the_same_bytes(corpus, tmp_path, kills):
+    build(corpus, tmp_path / "undisturbed", TABLES)
+    out = tmp_path / "out"
+    for owner, name, calls in kills:
+        assert killed(corpus, out, owner, name, calls, inputs=TABLES)
+        assert not (out / "index.json").exists()
+    build(corpus, out, TABLES)
+    assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    "calls", [[(shutil, "rmtree", 1)], [(os, "rmdir", 1)], [(shutil, "rmtree", 1), (os, "rmdir", 2)]]
+)
+def test_a_build_that_is_killed_after_its_index_is_done(corpus, undisturbed, tmp_path, monkeypatch, capsys, calls):
+    for owner, name, call in calls:
+        assert killed(corpus, tmp_path, owner, name, call)
+    (left,) = tmp_path.glob(".b*")
+    encoded = count_encoded(monkeypatch)
+    index = build(corpus, tmp_path)
+    assert encoded == [] and "was complete" in capsys.readouterr().err
+    assert index.totals().documents == 451 and tree(tmp_path) == undisturbed and not left.exists()
+    with pytest.raises(DataError, match=r"index.json: exists"):
+        build(corpus, tmp_path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_build_left_after_its_index_is_removed(corpus, undisturbed, tmp_path, overwrite):
+    assert killed(corpus, tmp_path, shutil, "rmtree", 1, seed=1)
+    if not overwrite:
+        with pytest.raises(DataError, match=r"index.json: exists"):
+            build(corpus, tmp_path)
+        assert not list(tmp_path.glob(".b*"))
+    build(corpus, tmp_path, overwrite=True)
+    assert tree(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("inputs", [LINES, TABLES])
+def test_process_groups_killed_while_they_read_and_while_they_write_shards(corpus, tmp_path, inputs):
+    build(corpus, tmp_path / "undisturbed", inputs)
+    out = tmp_path / "out"
+    words = ["--output", out, "--tokenizer", corpus / "tok", "--val-fraction", 0.1, "--shard-tokens", 500]
+    words += ["--min-train-shards", 8, "--workers", 2, "--input", *(corpus / name for name in inputs)]
+    building = out / ".building"
+    for log, lines in (("progress.jsonl", 3), ("shards.jsonl", 6), ("shards.jsonl", 12)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW, *map(str, ["data", "shards", *words])], start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        while not (building / log).exists() or (building / log).read_bytes().count(b"\n") < lines:
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (out / "index.json").exists()
+    build(corpus, out, inputs)
+    assert tree(out) == tree(tmp_path / "undisturbed")
 
 
 def test_what_was_read_ahead_is_not_lost(corpus, undisturbed, tmp_path, monkeypatch):
