@@ -22,6 +22,7 @@ class Letter:
             recurrence, whose fp32 parameters are found by it.
         softmax: softmax attention, which keeps keys and values and can carry a δ-mem; else a recurrence.
         rotary: queries and keys are rotated by their positions.
+        window: a query sees the last `model.sliding_window` tokens only.
         slots: the recurrence keeps up to `model.capacity` states a head, else one.
     """
 
@@ -31,6 +32,7 @@ class Letter:
     hf_module: str
     softmax: bool = False
     rotary: bool = False
+    window: bool = False
     slots: bool = False
 
 
@@ -39,6 +41,15 @@ LETTERS = {
     "A": Letter("softmax attention", "attention_heads", "attention_groups", "self_attn", softmax=True, rotary=True),
     "N": Letter(
         "softmax attention without rotary positions", "attention_heads", "attention_groups", "self_attn", softmax=True
+    ),
+    "W": Letter(
+        "sliding-window softmax attention",
+        "attention_heads",
+        "attention_groups",
+        "self_attn",
+        softmax=True,
+        rotary=True,
+        window=True,
     ),
     "G": Letter("Gated DeltaNet", "num_heads", "num_groups", "mixer"),
     "M": Letter("Mamba-2", "num_heads", "num_groups", "mixer"),

@@ -97,7 +97,7 @@ class ModelSection:
     num_layers: Annotated[int, Field(ge=1, le=4096)] = 21
     pattern: Annotated[str, Field(max_length=4096)] = "D"
     """One letter a layer, repeated to num_layers: D = DLA mixer, A = softmax attention with RoPE, N = without,
-    G = Gated DeltaNet, M = Mamba-2."""
+    W = with RoPE in a sliding window, G = Gated DeltaNet, M = Mamba-2."""
     backbone: Backbone = "mamba2"
     num_heads: Heads = 48
     """Heads H of the recurrent mixers (D, G, M)."""
@@ -144,6 +144,8 @@ class ModelSection:
     """Key/value heads of the softmax layers."""
     attention_head_dim: Annotated[int, Field(ge=0, le=2**14)] = 0
     """Channels of a softmax head; 0 = hidden_size / attention_heads."""
+    sliding_window: Number = 512
+    """Tokens that a query of a W layer sees, itself included."""
     qk_norm: bool = False
     """RMSNorm of each query and key head of the softmax layers, before RoPE."""
     rope_theta: Annotated[float, Field(ge=1, le=1e15)] = 500_000.0

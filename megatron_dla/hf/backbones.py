@@ -56,7 +56,7 @@ class BackboneInfo:
 
 
 def read_backbone(hf_dir: str | Path) -> tuple[ModelSection, BackboneInfo]:
-    """Model section (pattern of A and N: rotary and NoPE layers) and the rest, from config.json alone.
+    """Model section (pattern of A, N and W: rotary, NoPE and windowed layers) and the rest, from config.json alone.
 
     `vocab_multiple` is the vocabulary itself, so that no padded row enters a softmax that the model never saw.
 
@@ -96,12 +96,10 @@ def _check_supported(config: Any, raw: dict[str, Any], path: Path) -> None:
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method")
         raise unsupported(where, "quantization_config.quant_method", method, "dense weights", "dequantise it, or ")
-    mistral = config.model_type == "mistral"  # has no layer_types: every layer is of one kind
-    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    if kinds or (mistral and config.sliding_window is not None):
-        off = "set it to null" if mistral else "set use_sliding_window to false and remove layer_types"
-        fix = f"{off}, which changes nothing for rows no longer than the window, or "
-        raise unsupported(where, "sliding_window", config.sliding_window, "full attention in every layer", fix)
+    if "?" in _letters(config):
+        fix = "set use_sliding_window to false and remove layer_types, the same for rows within a window, or "
+        kinds = getattr(config, "layer_types", None)
+        raise unsupported(where, "layer_types", kinds, "full attention, and sliding windows with rotary positions", fix)
     found = {
         "hidden_act": (config.hidden_act, ("silu",)),
         "attention_bias": (getattr(config, "attention_bias", False), (False,)),
@@ -114,14 +112,25 @@ def _check_supported(config: Any, raw: dict[str, Any], path: Path) -> None:
             raise unsupported(where, key, value, ", ".join(str(x).lower() for x in choices))
 
 
+def _letters(config: Any) -> str:
+    """The pattern; ? = a kind of layer that has no letter."""
+    layers = config.num_hidden_layers
+    rotary = getattr(config, "no_rope_layers", None) or [1] * layers
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:  # Mistral has no layer_types: every layer is of one kind
+        window = config.model_type == "mistral" and config.sliding_window is not None
+        kinds = ["sliding_attention" if window else "full_attention"] * layers
+    letters = {("full_attention", True): "A", ("full_attention", False): "N", ("sliding_attention", True): "W"}
+    return "".join(letters.get((kind, bool(r)), "?") for kind, r in zip(kinds[:layers], rotary[:layers], strict=True))
+
+
 def _section(config: Any) -> ModelSection:
     rope, heads, hidden = config.rope_parameters, config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    positions = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
     section = ModelSection(
         hidden_size=hidden,
         num_layers=config.num_hidden_layers,
-        pattern="".join("A" if rotary else "N" for rotary in positions[: config.num_hidden_layers]),
+        pattern=_letters(config),
         ffn_hidden_size=config.intermediate_size,
         attention_heads=heads,
         attention_groups=config.num_key_value_heads,
@@ -133,6 +142,8 @@ def _section(config: Any) -> ModelSection:
         vocab_multiple=config.vocab_size,
         norm_eps=config.rms_norm_eps,
     )
+    if "W" in section.pattern:
+        section.sliding_window = config.sliding_window
     if rope["rope_type"] != "default":
         section.rope_factor = float(rope["factor"])
     if rope["rope_type"] == "llama3":

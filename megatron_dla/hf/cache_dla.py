@@ -16,7 +16,7 @@ class LayerMemory:
 
     Attributes:
         slots: the K states. tail: the last W - 1 inputs of the value, query and key convolutions, [B, W - 1, C].
-        keys, values: [B, G, S, D], rotated keys; they grow with the context.
+        keys, values: [B, G, S, D], rotated keys; they grow with the context, or to the sliding window less one.
         decided: the partition of a pass that fills no cache, for its recomputation under gradient checkpointing: a
             boundary that rounded to the other side would give the gradient of another function.
     """

@@ -97,7 +97,7 @@ def _mixer(m: ModelSection, letter: str) -> str:
     mixer = LETTERS[letter]
     text = f"{mixer.label}, {getattr(m, mixer.heads)} heads"
     if mixer.softmax:
-        return text
+        return f"{text}, the last {m.sliding_window:,} tokens" if mixer.window else text
     size = f"{m.key_dim} x {m.value_dim}, a memory of constant size, whatever the length of the context"
     return f"{text}, backbone `{m.backbone}`, {m.capacity} slots of {size}" if mixer.slots else f"{text} of {size}"
 
@@ -117,7 +117,8 @@ def cache_bytes(m: ModelSection, letter: str, element: int) -> tuple[int, int]:
     """
     mixer = LETTERS[letter]
     if mixer.softmax:
-        return 0, 2 * m.attention_groups * attention_head_dim(m) * element
+        token = 2 * m.attention_groups * attention_head_dim(m) * element
+        return ((m.sliding_window - 1) * token, 0) if mixer.window else (0, token)
     slots = m.num_heads * (m.capacity if mixer.slots else 1)
     tails = (m.conv_kernel - 1) * (m.num_heads * m.value_dim + 2 * m.num_groups * m.key_dim)
     return slots * (m.key_dim * m.value_dim * 4 + 20) + m.num_heads * 8 + 8 + tails * element, 0

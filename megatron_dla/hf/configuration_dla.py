@@ -57,6 +57,7 @@ class DLAConfig(PretrainedConfig):
     attention_heads: int = 16
     attention_groups: int = 16
     attention_head_dim: int = 0
+    sliding_window: int = 512
     qk_norm: bool = False
     rope_theta: float = 500_000.0
     rope_type: str = "default"
@@ -92,6 +93,8 @@ class DLAConfig(PretrainedConfig):
             raise ValueError(f"backbone = {self.backbone!r}: use mamba2 or gdn")
         if self.gated_norm not in ("head", "group"):
             raise ValueError(f"gated_norm = {self.gated_norm!r}: use head or group")
+        if self.sliding_window < 1:
+            raise ValueError(f"sliding_window = {self.sliding_window}: use at least 1")
         if self.num_heads % self.num_groups:
             raise ValueError(f"num_groups = {self.num_groups} does not divide num_heads = {self.num_heads}")
         super().__post_init__(**kwargs)

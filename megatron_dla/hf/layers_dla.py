@@ -250,11 +250,13 @@ class DLASoftmaxAttention(nn.Module):
     """Causal softmax attention with grouped key/value heads: [B, T, hidden] -> same.
 
     A letter with `rotary` rotates queries and keys by their positions; `qk_norm` normalises each head of both first.
+    A letter with `window` sees, and keeps between calls, the last `sliding_window` tokens only.
     """
 
     def __init__(self, config: DLAConfig, letter: str, layer: int = 0) -> None:
         super().__init__()
         self.head_dim, self.rotated = config.attention_channels, LETTERS[letter].rotary
+        self.window = config.sliding_window if LETTERS[letter].window else None
         inner, kv = (n * self.head_dim for n in (config.attention_heads, config.attention_groups))
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv, bias=False)
@@ -276,15 +278,30 @@ class DLASoftmaxAttention(nn.Module):
         if memory.keys is not None and memory.values is not None:
             k, v = torch.cat([memory.keys, k], 2), torch.cat([memory.values, v], 2)
         if step.keep:
-            memory.keys, memory.values = k, v
+            memory.keys, memory.values = self._kept(k), self._kept(v)
+        mask = self._mask(step.mask, q.shape[2], k.shape[2], x.device)
         grouped = k.shape[1] != q.shape[1]
-        causal = step.mask is None and q.shape[2] > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=causal, enable_gqa=grouped)
+        causal = mask is None and q.shape[2] > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """What later calls can see of keys or values [B, G, S, D]; a copy, since a view would keep all alive."""
+        beyond = 0 if self.window is None else x.shape[2] - (self.window - 1)
+        return x[:, :, beyond:].clone() if beyond > 0 else x
+
+    def _mask(self, mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """`Step.mask` [B or 1, 1, T, S] for the last `keys` tokens and inside the window."""
+        if self.window is None or (keys <= self.window and mask is None):
+            return mask
+        behind = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+        near = (behind >= 0) & (behind < self.window)
+        return near if mask is None else near & mask[..., -keys:]
 
 
 MIXERS = {
-    "D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention, "G": GDNMixer, "M": Mamba2Mixer,
+    "D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention, "W": DLASoftmaxAttention, "G": GDNMixer,
+    "M": Mamba2Mixer,
 }  # fmt: skip
 
 

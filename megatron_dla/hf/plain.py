@@ -1,4 +1,4 @@
-"""A checkpoint of softmax layers only -> a plain transformers model (Llama, Qwen3, SmolLM3), without custom code."""
+"""A checkpoint of softmax layers only -> transformers' own model (Llama, Mistral, Qwen3, SmolLM3), no custom code."""
 
 from __future__ import annotations
 
@@ -54,7 +54,14 @@ def _family(layout: CheckpointLayout, checkpoint: Path) -> str:
         raise CheckpointError(f"{where} has no MLPs (ffn_hidden_size = 0), which every plain model has: omit --plain")
     if unrotated and m.qk_norm:
         raise CheckpointError(f"{where} has layers without RoPE and qk_norm: no plain model has both; omit --plain")
-    return "smollm3" if unrotated else "qwen3" if m.qk_norm else "llama"
+    if (windows := {mixer.window for mixer in mixers}) == {False}:
+        return "smollm3" if unrotated else "qwen3" if m.qk_norm else "llama"
+    if not m.qk_norm and (unrotated or len(windows) > 1):
+        raise CheckpointError(
+            f"{where} has layers with a sliding window beside others and no qk_norm: no plain model has both; "
+            "omit --plain"
+        )
+    return "qwen3" if m.qk_norm else "mistral"
 
 
 def _config(layout: CheckpointLayout, family: str, tokens: SpecialTokens) -> dict[str, Any]:
@@ -65,7 +72,7 @@ def _config(layout: CheckpointLayout, family: str, tokens: SpecialTokens) -> dic
     if m.rope_type == "llama3":
         rope |= {"low_freq_factor": m.rope_low_freq_factor, "high_freq_factor": m.rope_high_freq_factor}
         rope["original_max_position_embeddings"] = m.rope_original_length
-    rotary = [int(LETTERS[letter].rotary) for letter in layer_letters(m)]
+    mixers = [LETTERS[letter] for letter in layer_letters(m)]
     config = {
         "architectures": [FAMILIES[family]], "model_type": family, "vocab_size": layout.vocab_size,
         "hidden_size": m.hidden_size, "intermediate_size": m.ffn_hidden_size, "num_hidden_layers": m.num_layers,
@@ -75,4 +82,11 @@ def _config(layout: CheckpointLayout, family: str, tokens: SpecialTokens) -> dic
         "tie_word_embeddings": m.tie_embeddings, "bos_token_id": None, "eos_token_id": tokens.eos,
         "pad_token_id": tokens.pad,
     }  # fmt: skip
-    return config | ({"no_rope_layers": rotary} if family == "smollm3" else {})
+    if family == "smollm3":
+        config["no_rope_layers"] = [int(mixer.rotary) for mixer in mixers]
+    if any(mixer.window for mixer in mixers):
+        config["sliding_window"] = m.sliding_window
+    if "sliding_window" in config and family == "qwen3":
+        config["use_sliding_window"] = True
+        config["layer_types"] = ["sliding_attention" if mixer.window else "full_attention" for mixer in mixers]
+    return config

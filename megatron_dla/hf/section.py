@@ -18,6 +18,7 @@ RENAMED = {"tie_embeddings": "tie_word_embeddings"}
 _ADDED = (
     "attention_head_dim",
     "qk_norm",
+    "sliding_window",
     "rope_type",
     "rope_factor",
     "rope_low_freq_factor",

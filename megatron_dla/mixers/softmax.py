@@ -30,7 +30,7 @@ def takes_packed(q: Tensor, cu_seqlens: Tensor) -> bool:
     return low and q.device.type != "cpu" and cu_seqlens.device.type == "cpu" and q.shape[-1] in range(8, 257, 8)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None = None) -> Tensor:
     """Causal attention inside each document on the flash kernel for sequences of many lengths: no mask.
 
     q [B, S, heads, D], k and v [B, S, groups, D] -> [B, S, heads, D]; `cu_seqlens` over the flattened B * S tokens.
@@ -41,7 +41,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Ten
     if k.shape[2] != heads:  # torch 2.11 knows no groups here
         k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1 if window is None else window - 1, 0))
     assert isinstance(out, Tensor)
     return out.unflatten(0, (B, S))
 
@@ -49,13 +49,16 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Ten
 class CoreAttention(MegatronModule):
     """core_attention slot of Megatron's SelfAttention: q [S, B, H, D], k and v [S, B, G, D] -> [S, B, H * D].
 
-    Under context parallelism S is this rank's part; rotary positions are already in q and k.
+    Under context parallelism S is this rank's part; rotary positions are already in q and k. `window`: tokens that a
+    query sees, itself included; None: all before it.
     """
 
     def __init__(
-        self, config, layer_number: int, attn_mask_type, attention_type: str, *, pg_collection=None, **_: object
-    ) -> None:
+        self, config, layer_number: int, attn_mask_type, attention_type: str, *, pg_collection=None,
+        window: int | None = None, **_: object,
+    ) -> None:  # fmt: skip
         super().__init__(config=config)
+        self.window = window
         cp = None if pg_collection is None else pg_collection.cp
         self.exchange = HeadExchange(cp) if cp is not None and cp.size() > 1 else None
 
@@ -67,19 +70,24 @@ class CoreAttention(MegatronModule):
             units, size = [x.shape[2] for x in (q, k, v)], q.shape[-1]
             exchanged = self.exchange.to_heads([x.flatten(2) for x in (q, k, v)], units)
             q, k, v = (x.unflatten(-1, (-1, size)) for x in exchanged)
-        out = self._attend(q, k, v, None if packed_seq_params is None else packed_seq_params.cu_seqlens_q).flatten(2)
+        ends = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
+        out = self._attend(q, k, v, ends, self.window).flatten(2)
         return (out if self.exchange is None else self.exchange.to_tokens(out)).transpose(0, 1).contiguous()
 
     @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None = None) -> Tensor:
         """[B, S, heads, D] of whole rows."""
         B, S = q.shape[:2]
         mask = None
+        if window is not None and window < S and cu_seqlens is None:
+            cu_seqlens = torch.arange(0, B * S + 1, S)
         if cu_seqlens is not None:
             if takes_packed(q, cu_seqlens):
-                return packed_attention(q, k, v, cu_seqlens)
+                return packed_attention(q, k, v, cu_seqlens, window)
             document = document_starts(cu_seqlens, B, S, q.device).long().cumsum(1)
             mask = (document[:, None, :, None] == document[:, None, None, :]).tril()
+            if window is not None:
+                mask = mask.triu(1 - window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         grouped = k.shape[1] != q.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)

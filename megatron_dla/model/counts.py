@@ -28,10 +28,12 @@ def core_flops(m: ModelSection, letter: str, seq_len: int) -> float:
     """Forward FLOPs of a mixer for one token, besides its matrices.
 
     A recurrence reads every state it can hold (an upper bound: only live slots are read) and writes one; softmax
-    attention is causal, so it reads half of the keys on average.
+    attention is causal, so it reads half of the keys on average, or those of its window.
     """
     if LETTERS[letter].softmax:
-        return 2 * 2 * m.attention_heads * attention_head_dim(m) * seq_len / 2
+        window = min(m.sliding_window, seq_len) if LETTERS[letter].window else seq_len
+        keys = window - window**2 / (2 * seq_len)  # the first tokens have fewer before them
+        return 2 * 2 * m.attention_heads * attention_head_dim(m) * keys
     return 2 * m.num_heads * m.key_dim * m.value_dim * (min(recurrent_states(m, letter), seq_len) + 1)
 
 

@@ -38,6 +38,7 @@ MIXER_PARAMETERS: dict[str, Callable[[ModelSection, int], dict[str, ParamSpec]]]
     "D": dla_parameters,
     "A": softmax_parameters,
     "N": softmax_parameters,
+    "W": softmax_parameters,
     "G": gdn_parameters,
     "M": mamba2_parameters,
 }

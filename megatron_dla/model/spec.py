@@ -28,15 +28,21 @@ def dla_mixer_spec(
     )
 
 
-def softmax_spec(model: ModelSection, attention: ModuleSpec, backend: str, cp_scheme: str) -> ModuleSpec:
+def softmax_spec(
+    model: ModelSection, attention: ModuleSpec, backend: str, cp_scheme: str, window: int | None = None
+) -> ModuleSpec:
     """Megatron's self-attention with our core and norms.
 
     Whether a layer has rotary positions is in Megatron's config (`no_rope_freq`), by its number.
     """
-    attention.submodules.core_attention = CoreAttention
+    attention.submodules.core_attention = ModuleSpec(module=CoreAttention, params={"window": window})
     if model.qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = HeadNorm
     return attention
+
+
+def _window_spec(model: ModelSection, attention: ModuleSpec, backend: str, cp_scheme: str) -> ModuleSpec:
+    return softmax_spec(model, attention, backend, cp_scheme, model.sliding_window)
 
 
 # by letter: (model section, Megatron's spec of the self-attention, kernel backend, context-parallel scheme) -> mixer
@@ -44,6 +50,7 @@ MIXER_SPECS: dict[str, Callable[[ModelSection, ModuleSpec, str, str], ModuleSpec
     "D": dla_mixer_spec,
     "A": softmax_spec,
     "N": softmax_spec,
+    "W": _window_spec,
     "G": partial(dla_mixer_spec, module=GDNMixer),
     "M": partial(dla_mixer_spec, module=Mamba2Mixer),
 }

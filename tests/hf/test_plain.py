@@ -23,6 +23,8 @@ FAMILIES = {
     "llama": LLAMA,
     "qwen3": replace(LLAMA, qk_norm=True, attention_head_dim=12, tie_embeddings=True),
     "smollm3": replace(LLAMA, pattern="AN"),
+    "mistral": replace(LLAMA, pattern="W", sliding_window=9),
+    "qwen3, windows": replace(LLAMA, pattern="WA", qk_norm=True, sliding_window=6),
 }
 TEXTS = ["hello", "the quick brown fox", "  two  spaces\nand\tlines 12345", "caf\xe9 \U0001f600"]
 
@@ -32,7 +34,7 @@ def test_logits_tokens_and_the_way_back(saved, tokenizer, tmp_path, family):
     ours, step = saved(FAMILIES[family], tmp_path / "run")
     out = to_plain(step, tmp_path / "plain")
     theirs = AutoModelForCausalLM.from_pretrained(out).eval()
-    assert theirs.config.model_type == family
+    assert theirs.config.model_type == family.split(",")[0]
     ids = torch.randint(0, tokenizer.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours(ids, None, None), rtol=1e-5, atol=1e-5)
@@ -59,6 +61,9 @@ def test_what_is_refused(saved, tmp_path):
     _, dla = saved(replace(LLAMA, pattern="AD"), tmp_path / "run")
     with pytest.raises(CheckpointError, match="has DLA layers"):
         to_plain(dla, out, overwrite=True)
+    _, mixed = saved(replace(LLAMA, pattern="AW"), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="sliding window beside others and no qk_norm"):
+        to_plain(mixed, out, overwrite=True)
     _, bare = saved(replace(LLAMA, ffn_hidden_size=0), tmp_path / "run")
     with pytest.raises(CheckpointError, match="ffn_hidden_size = 0"):
         to_plain(bare, out, overwrite=True)

@@ -44,4 +44,7 @@ def test_flops_follow_the_sizes() -> None:
     assert short == long  # linear attention: cost a token does not grow with the context
     softmax = dataclasses.replace(BASE, pattern="A")
     assert flops_per_token(softmax, 256, 10_000) > flops_per_token(softmax, 256, 64)
+    window = dataclasses.replace(BASE, pattern="W", sliding_window=100)
+    assert flops_per_token(window, 256, 100) == flops_per_token(softmax, 256, 100)
+    assert flops_per_token(window, 256, 10**6) < flops_per_token(softmax, 256, 201)  # 100 keys, less those at the start
     assert flops_per_token(BASE, 256, 64) > 6 * (count_parameters(BASE, 256) - 256 * 32)

@@ -67,11 +67,12 @@ def test_plain_layer(ranks, scheme: str, groups: int, letter: str) -> None:
             check(errors, 1e-10)
 
 
+@pytest.mark.parametrize("letter", ["A", "W"])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_softmax_layer_by_heads(ranks, groups: int) -> None:
+def test_softmax_layer_by_heads(ranks, groups: int, letter: str) -> None:
     section = dataclasses.replace(BASE, attention_groups=groups)
     for documents in ([], DOCUMENTS):
-        for errors in ranks(2).run(workers.layer_parity, section, HEADS, "A", documents, 22):
+        for errors in ranks(2).run(workers.layer_parity, section, HEADS, letter, documents, 22):
             check(errors, 1e-10)
 
 

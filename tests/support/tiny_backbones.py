@@ -27,7 +27,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 scaling": ("Llama", {"num_key_value_heads": 4, "rope_parameters": LLAMA3}),
     "linear scaling": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}}),
     "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral, window": ("Mistral", {"sliding_window": 5}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3, window in one layer": ("Qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3, one key head, tied": ("Qwen3", {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     "smollm3": (
         "SmolLM3",
