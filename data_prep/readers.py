@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -39,6 +40,10 @@ class Record(NamedTuple):
     number: int
     text: str | Problem | None
     position: int
+
+
+class UnreadableError(DataError):
+    """The system could not read a file: the network's fault, or a permission, not that of what is in the file."""
 
 
 class _FramesReader(io.RawIOBase):
@@ -151,8 +156,8 @@ def shown(path: str | os.PathLike[str]) -> str:
 def read_records(path: Path, kind: Kind, text_field: str, separator: str) -> Iterator[Record]:
     """The records of one file, in order.
 
-    Raises DataError for a file that cannot be read, damaged compression, a table without the column or with
-    another type in it; a single record that is unusable has a Problem instead.
+    Raises UnreadableError where the system cannot read the file, and DataError for damaged compression, a table
+    without the column or with another type in it; a single record that is unusable has a Problem instead.
     """
     number = 0
     try:
@@ -176,6 +181,10 @@ def read_records(path: Path, kind: Kind, text_field: str, separator: str) -> Ite
             raise
         after = f" after record {number}" if number else ""
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # damaged compression and tables have no number, but EINVAL where they make pyarrow seek to nowhere
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            fix = "allow it" if isinstance(error, PermissionError) else "try again"
+            raise UnreadableError(f"{shown(path)}: cannot be read{after} ({error.strerror}); {fix}") from error
         raise DataError(f"{shown(path)}: cannot be read{after} ({what}); copy or compress it again") from error
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from megatron_dla.data_prep.listing import Listing, SourceFile
-from megatron_dla.data_prep.readers import Problem, Record, read_records, shown
+from megatron_dla.data_prep.readers import Problem, Record, UnreadableError, read_records, shown
 from megatron_dla.errors import DataError
 
 _LISTED = 100  # bad records that an error or a report names; the others are counted
@@ -84,8 +84,8 @@ class Progress:
     Attributes:
         file, record: files read to their end, and records read of the next one.
         bad, damaged: where and what, of records (the first ones) and of files. fix: of the first bad record.
-        texts: .txt files begun. separated: of their documents, those after a separator. stories: those that contain
-            the end of a story.
+        texts: .txt files read to their end. separated: of their documents, those after a separator. stories: those that
+            contain the end of a story.
     """
 
     file: int = 0
@@ -108,7 +108,8 @@ class DocumentSource:
     """Streams the documents of files and directories and counts the bytes read from disk.
 
     Attributes: `files` (in reading order), `total_bytes` (on disk), `bytes_read` (of `total_bytes`, updated record by
-    record; compressed bytes for compressed files), `progress`, `counts` (its counts).
+    record; compressed bytes for compressed files), `progress`, `counts` (its counts), `failed` (why reading stopped
+    before the end: the system could not read a file, so `progress` does not say that it was read).
 
     Args:
         part: (i, n): only every nth file, from the ith on.
@@ -132,6 +133,7 @@ class DocumentSource:
         self.total_bytes = sum(file.bytes for file in self.files)
         self.bytes_read = 0
         self.progress = Progress()
+        self.failed: UnreadableError | None = None
 
     @property
     def counts(self) -> Counts:
@@ -147,17 +149,21 @@ class DocumentSource:
 
     def documents(self, after: Progress | None = None) -> Iterator[Document]:
         """The documents `after` some (None: all); bad records and damaged files are noted for `check()`."""
-        self.progress = after or Progress()
+        self.progress, self.failed = after or Progress(), None
         done = sum(file.bytes for file in self.files[: self.progress.file])
         for file in self.files[self.progress.file :]:
             try:
                 yield from self._read(file, done)
+            except UnreadableError as error:
+                self.failed = error
+                return
             except DataError as error:
                 self.progress.damaged.append(str(error))
             done += file.bytes
             self.bytes_read = done
             if self._hopeless:
                 return
+            self.progress.texts += file.kind.format == ".txt"
             self.progress.file, self.progress.record = self.progress.file + 1, 0
 
     @property
@@ -167,7 +173,6 @@ class DocumentSource:
     def _read(self, file: SourceFile, done: int) -> Iterator[Document]:
         at, skip = self.progress, self.progress.record
         text_file = file.kind.format == ".txt"
-        at.texts += text_file and not skip
         records = read_records(file.path, file.kind, self.options.text_field, self.options.separator)
         for record in islice(records, skip, None):
             self.bytes_read = done + record.position
@@ -202,7 +207,12 @@ class DocumentSource:
         return None
 
     def check(self) -> None:
-        """Raises DataError that names all damaged files and, unless they may be skipped, all bad records."""
+        """Raises DataError that names all damaged files and, unless they may be skipped, all bad records.
+
+        Where reading stopped, it raises why: the records before it are named after the rest is read.
+        """
+        if self.failed:
+            raise self.failed
         if len(self.progress.damaged) == 1 and not self.counts.bad:
             raise DataError(self.progress.damaged[0])
         counts, limit = self.counts, self.options.skip_bad

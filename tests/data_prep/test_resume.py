@@ -1,7 +1,10 @@
 """A build that is killed goes on where it was, with the bytes of an undisturbed one; the layout needs little memory."""
 
+import errno
+import gzip
 import heapq
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -19,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_dla.data_prep import layout, shard_file, shards, spool, tokenise
+from megatron_dla.data_prep import layout, readers, shard_file, shards, spool, tokenise
 from megatron_dla.data_prep.shards import build_shards
 from megatron_dla.data_prep.sources import ReadOptions
 from megatron_dla.data_prep.tokenizer import train_tokenizer
@@ -268,6 +271,65 @@ def test_bad_records_cost_no_work(corpus, tmp_path, monkeypatch, capsys):
     assert encoded == []
     assert json.loads((tmp_path / "out" / "report.json").read_text())["bad"] == 2
     build(copy, tmp_path / "fresh", options=ReadOptions(skip_bad=0.1))
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+class Flaky:
+    """A file that gives at most 500 bytes a read, and from the nth on an error."""
+
+    def __init__(self, file, reads):
+        self.file, self.left = file, reads
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def read(self, size=-1):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return self.file.read(min(size, 500) if size > 0 else size)
+
+
+@pytest.mark.parametrize("form", ["c.txt", "c.jsonl.xz", "c.jsonl.gz", "c.parquet"])
+@pytest.mark.parametrize("reads", [0, 2])
+def test_a_read_error_that_passes_is_not_kept(corpus, tmp_path, monkeypatch, capsys, form, reads):
+    text = (corpus / "c.jsonl").read_bytes()
+    stories = [json.loads(line)["text"] for line in text.splitlines()]
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(Path(form).suffix, bytes)
+    (tmp_path / form).write_bytes(pack(text if "jsonl" in form else "##".join(stories).encode()))
+    if form == "c.parquet":
+        pq.write_table(pa.table({"text": stories}), tmp_path / form, row_group_size=40)
+    inputs = [corpus / "a.jsonl", tmp_path / form, corpus / "b.jsonl"]
+    options = ReadOptions(separator="##")
+    build(corpus, tmp_path / "fresh", inputs, options=options)
+    capsys.readouterr()
+
+    def opened(path, mode="r"):
+        return Flaky(open(path, mode), reads) if path == inputs[1] else open(path, mode)
+
+    def cells(batch, column):  # pyarrow reads by itself
+        batches.append(1)
+        if len(batches) > reads:
+            raise OSError(errno.EIO, "Input/output error")
+        yield from real(batch, column)
+
+    monkeypatch.setattr(readers, "_BLOCK", 900)
+    real, batches = readers._cells, []
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "open", opened, raising=False)
+        patch.setattr(readers, "_cells", cells)
+        for _ in range(2):
+            with pytest.raises(DataError, match=rf"{form}: cannot be read.*Input/output error.*(.|\n)*\.building"):
+                build(corpus, tmp_path / "out", inputs, options=options)
+    encoded = count_encoded(monkeypatch)
+    build(corpus, tmp_path / "out", inputs, options=options)
+    assert 150 <= len(encoded) <= 300 - (80 if reads and form == "c.parquet" else 0)
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
