@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from megatron_dla.console import progress_bar
-from megatron_dla.data_prep.shard_file import SPLITS, check_output
+from megatron_dla.data_prep.shard_file import SPLITS, check_exists, check_output
 from megatron_dla.data_prep.shards import REPORT_NAME
+from megatron_dla.data_prep.spool import lock
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 from megatron_dla.files import atomic_path, parse_json, write_bytes, write_json
@@ -44,12 +45,12 @@ def merge_shards(
             read, in `workers` threads (None: one per usable core), and those with copies are written again.
 
     Raises DataError if a part is missing, damaged or unfinished, has another tokenizer than the first, is given
-    twice, or is the output; and for an existing index without `overwrite`.
+    twice, or is the output; for an existing index without `overwrite`; and where another build or merge into the output
+    runs or was stopped.
     """
     root = Path(output_dir)
     roots = [Path(part) for part in parts]
-    if (root / INDEX_NAME).exists() and not overwrite:
-        raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
+    check_exists(root, overwrite)
     for number, part in enumerate(roots):
         if part.resolve() in [other.resolve() for other in (root, *roots[:number])]:
             raise DataError(f"{part}: given twice, or as part and --output; its documents would count twice")
@@ -64,34 +65,36 @@ def merge_shards(
         indexes[0], shards=[], sources=[record for index in indexes for record in index.sources],
         format_version=FORMAT_VERSION if dedup else max(index.format_version for index in indexes),
     )  # fmt: skip
+    check_output(root, _MERGING)
     work = root / _MERGING
-    if not work.exists():  # else shards without an index may be of a merge that was stopped
-        check_output(root)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        removed = _place_shards(list(zip(roots, indexes, strict=True)), root, work, merged, dedup, workers)
-    except BaseException:
-        if not merged.shards:
-            shutil.rmtree(work)
-            with contextlib.suppress(OSError):  # not empty: it was an output before
-                root.rmdir()
-        raise
-    _delete_others(root, merged.shards)
-    for name, content in files.items():
-        write_bytes(root / name, content)
-    if dedup:
-        report |= {"duplicates_removed": True, "duplicates_between_parts": removed}
-    write_json(root / REPORT_NAME, report, indent=1)
-    if report.get("duplicates_removed") and not dedup:
+    work.mkdir(parents=True, exist_ok=True)
+    with lock(work):
+        check_exists(root, overwrite)  # again: of another merge, which has just ended
+        try:
+            removed = _place_shards(list(zip(roots, indexes, strict=True)), root, work, merged, dedup, workers)
+        except BaseException:
+            if not merged.shards:
+                shutil.rmtree(work)
+                with contextlib.suppress(OSError):  # not empty: it was an output before
+                    root.rmdir()
+            raise
+        _delete_others(root, merged.shards)
+        for name, content in files.items():
+            write_bytes(root / name, content)
+        if dedup:
+            report |= {"duplicates_removed": True, "duplicates_between_parts": removed}
+        write_json(root / REPORT_NAME, report, indent=1)
+        merged.shards.sort(key=lambda shard: (shard.split, shard.name))
+        merged.save(root / INDEX_NAME)
+        shutil.rmtree(work)
+    if dedup and removed:
+        print(f"note: {removed} documents that are exact copies of another one were removed", file=sys.stderr)
+    elif report.get("duplicates_removed") and not dedup:
         print(
             "note: `shards --dedup` removed exact copies within each part, not those of documents in another part: "
             "`merge --dedup` removes them",
             file=sys.stderr,
         )
-    merged.shards.sort(key=lambda shard: (shard.split, shard.name))
-    merged.save(root / INDEX_NAME)
-    shutil.rmtree(work)
     return merged
 
 

@@ -15,13 +15,34 @@ from megatron_dla.files import file_sha256, naming_full_disk
 from megatron_dla.shard_index import ENDS, INDEX_NAME, RECORDS, TOKENS, ShardIndex, ShardInfo
 
 SPLITS = ("train", "val")
+# folders that commands work in, inside their output
+UNFINISHED = {".building": "shards", ".built-*": "shards", ".merging": "merge"}
 
 
-def check_output(root: Path) -> None:
-    """Raises DataError for a tar file in a split's directory that the index of `root` does not list: of somebody else.
+def check_exists(root: Path, overwrite: bool) -> None:
+    """Raises DataError for an existing index without `overwrite`."""
+    if (root / INDEX_NAME).exists() and not overwrite:
+        raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
 
-    A build or merge into `root` would replace it, or delete it.
+
+def check_output(root: Path, own: str) -> None:
+    """Refuse an output that a build or merge may not write to.
+
+    Args:
+        own: the folder in it that the caller works in. Where it exists, shards without an index may be those of a
+            caller that was killed at its end.
+
+    Raises DataError for the unfinished work of another command, and for a tar file in a split's directory that the
+    index of `root` does not list: it would be replaced or deleted, and is of somebody else.
     """
+    for name, command in UNFINISHED.items():
+        for path in root.glob(name) if command != UNFINISHED[own] else ():
+            raise DataError(
+                f"{path}: of a `dla data {command}` that is running or was stopped; end it, run it again or delete "
+                "this folder, or choose another --output"
+            )
+    if (root / own).exists():
+        return
     listed: set[str] = set()
     if (root / INDEX_NAME).exists():
         try:
@@ -31,7 +52,10 @@ def check_output(root: Path) -> None:
     for split in SPLITS:
         for path in sorted((root / split).glob("*.tar")):
             if f"{split}/{path.name}" not in listed:
-                raise DataError(f"{path}: is in no {INDEX_NAME}, so not from here; move it, or choose another --output")
+                raise DataError(
+                    f"{path}: in no {INDEX_NAME}, so of an older build or of somebody else; move or delete it, or "
+                    "choose another --output"
+                )
 
 
 def write_shard(

@@ -27,7 +27,7 @@ from megatron_dla.data_prep.bpe_form import export_note
 from megatron_dla.data_prep.each_shard import check_workers
 from megatron_dla.data_prep.layout import Layout, assign, choose_validation, mark_copies, release
 from megatron_dla.data_prep.readers import shown
-from megatron_dla.data_prep.shard_file import SPLITS, check_output, write_shard
+from megatron_dla.data_prep.shard_file import SPLITS, check_exists, check_output, write_shard
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.data_prep.spool import Spool, lock
 from megatron_dla.data_prep.tokenise import token_dtype, tokenise
@@ -161,9 +161,8 @@ def build_shards(
     _check_arguments(val_fraction, val_docs, shard_tokens, min_train_shards, seed)
     root = Path(output_dir)
     built = _leftover(root)
-    _check_exists(root, overwrite or built is not None)
-    if not (root / _BUILDING).exists():  # else shards without an index may be of a build killed at its end
-        check_output(root)
+    check_exists(root, overwrite or built is not None)
+    check_output(root, _BUILDING)
     tokenizer = Tokenizer(tokenizer_path)
     source = DocumentSource(inputs, options, part)
     plan, files = _plan(source, tokenizer, seed)
@@ -174,7 +173,7 @@ def build_shards(
         if built == own:
             print(f"note: this build was complete; removed {built.name}, which it had left", file=sys.stderr)
             return ShardIndex.load(root)
-        _check_exists(root, overwrite)
+        check_exists(root, overwrite)
     if note := export_note(tokenizer):
         print(note, file=sys.stderr)  # before hours of work
     spool = Spool(root / _BUILDING, token_dtype(tokenizer), plan, files)
@@ -227,11 +226,6 @@ def _check_arguments(
     ):  # fmt: skip
         if value < least:
             raise DataError(f"{name} = {value}: must be at least {least}")
-
-
-def _check_exists(root: Path, may: bool) -> None:
-    if (root / INDEX_NAME).exists() and not may:
-        raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
 
 
 def _leftover(root: Path) -> Path | None:

@@ -154,16 +154,29 @@ class Spool:
 
 
 def lock(folder: Path) -> BinaryIO:
-    """A file whose closing ends the lock on the folder of a build. Raises DataError if another process has it."""
+    """A file whose closing ends the lock on the folder of a build or merge, which may then be deleted.
+
+    Raises DataError if another process has it.
+    """
     import fcntl
 
     path = folder / _LOCK
     file = open(path, "wb")  # noqa: SIM115 (held until the build ends)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        free = os.path.samestat(os.fstat(file.fileno()), path.stat())  # else its owner has just deleted the folder
+    except (BlockingIOError, FileNotFoundError):
+        free = False
+    except OSError as error:  # Lustre without `-o flock`, some network file systems
+        free = True
+        print(
+            f"note: {folder.parent}: its file system has no locks ({error.strerror}): "
+            "see that one process writes to this directory at a time",
+            file=sys.stderr,
+        )
+    if not free:
         file.close()
-        raise DataError(f"{path}: another process builds in this directory; wait for it, or stop it") from error
+        raise DataError(f"{path}: another process writes to {folder.parent}; wait for it, or stop it")
     return file
 
 

@@ -1,15 +1,19 @@
 """`dla data` from the command line: what goes wrong exits with 2 and one line, and leaves nothing behind."""
 
 import errno
+import fcntl
 import json
 import os
 import re
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from megatron_dla.cli import main
+from megatron_dla.data_prep.spool import lock
+from megatron_dla.errors import DataError
 from megatron_dla.shard_index import ShardIndex
 from tests.data_prep.test_sources import MALFORMED, MALFORMED_IDS, PACKED, TABLES, lines, save_arrow, save_dataset
 
@@ -254,6 +258,44 @@ def test_a_merge_that_failed_halfway_can_be_done_again(tmp_path, tok, monkeypatc
     assert str(calls[1]) in capsys.readouterr().err and not (out / "index.json").exists()
     assert dla("merge", part, "--output", out) == 0 and not (out / ".merging").exists()
     assert dla("verify", out) == 0
+
+
+def test_one_command_at_a_time_writes_to_a_directory(tmp_path, tok, capsys):
+    part, out = tmp_path / "part", tmp_path / "out"
+    build = ("shards", "--input", corpus(tmp_path / "c"), "--tokenizer", tok, "--workers", 1, "--output")
+    merge = ("merge", part, "--output", out)
+    assert dla(*build, part) == 0
+    for name in (".building", ".built-0123", ".merging"):
+        folder = out / name
+        folder.mkdir(parents=True)
+        with lock(folder):
+            for words in (merge, (*build, out)):
+                capsys.readouterr()
+                assert dla(*words) == 2, words
+                error = capsys.readouterr().err
+                assert str(folder) in error and len(error.splitlines()) == 1
+        assert [path.name for path in out.iterdir()] == [name]  # nothing else is written
+        # the same command goes on when the other one has ended, another does not
+        other, same = ((*build, out), merge) if name == ".merging" else (merge, (*build, out))
+        assert dla(*other) == 2 and str(folder) in capsys.readouterr().err
+        assert dla(*same) == 0 and not folder.exists() and dla("verify", out) == 0
+        shutil.rmtree(out)
+
+
+def test_a_lock_needs_a_file_system_with_locks_and_a_folder_that_is_kept(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", refuse)
+        lock(tmp_path).close()
+        assert str(tmp_path.parent) in capsys.readouterr().err
+
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.setattr(fcntl, "flock", lambda *_: shutil.rmtree(folder))  # its owner ends just then
+    with pytest.raises(DataError, match="work/lock"):
+        lock(folder)
 
 
 def test_a_full_disk_is_named_before_a_map_is_written_to(tmp_path, monkeypatch):
