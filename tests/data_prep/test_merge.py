@@ -194,19 +194,27 @@ def test_the_slurm_array_builds_parts_and_merges_them(corpus, tmp_path):
     srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
     environment = {
         **os.environ, "PATH": f"{srun.parent}:{os.environ['PATH']}", "DLA_PYTHON": sys.executable,
-        "PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_COUNT": "2",
+        "PYTHONPATH": str(ROOT),
     }  # fmt: skip
 
-    def submit(*words, task="0"):
-        script = [str(ROOT / "slurm/data.sbatch"), *map(str, words)]
-        return subprocess.run(["bash", *script], env={**environment, "SLURM_ARRAY_TASK_ID": task}, capture_output=True)
+    def submit(*words, task="0", tasks="3"):
+        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": tasks}
+        script = ["bash", str(ROOT / "slurm/data.sbatch"), *map(str, words)]
+        result = subprocess.run(script, env=environment | array, capture_output=True, text=True)
+        return result.returncode, result.stderr
 
     out = tmp_path / "out"
+    build = ("build", out, *arguments(corpus))
+    assert submit("merge", out)[0] == 2
     for task in ("0", "1", "1"):  # the last one is requeued
-        assert submit("build", out, *arguments(corpus), task=task).returncode == 0
-    assert submit("merge", out).returncode == 0
+        assert submit(*build, task=task)[0] == 0
+    code, error = submit("merge", out)
+    assert code == 2 and "1 of 3 parts" in error and "--array=2" in error and not (out / "index.json").exists()
+    assert submit(*build, task="2", tasks="1")[0] == 0  # that task alone, submitted again
+    assert "3" in submit(*build, task="3", tasks="4")[1] and not (out / "parts/00003").exists()
+    assert submit("merge", out)[0] == 0
     assert documents(out) == documents(corpus / "whole")
-    assert submit("build").returncode == 2
+    assert submit("build")[0] == 2
 
 
 def test_an_index_of_100_000_shards_is_read_quickly(tmp_path):
