@@ -18,8 +18,9 @@ from .cache import EMPTY, Partition, SlotCache
 from .chunk import ChunkDLA
 from .decode import decode_one, recurrent_partition
 from .documents import begin_of_document, document_starts
+from .fenwick import fenwick_partition, weights_by_recency
 from .partition import torch_partition
-from .rules import INFORMATION, Controls, check_rule, needs_positions, positions
+from .rules import FENWICK, INFORMATION, Controls, check_rule, needs_positions, positions
 
 BACKENDS = ("auto", "naive", "torch", "triton")
 TAU_TEMPERATURE = 0.1  # width of the surrogate sigmoid of a learned threshold
@@ -153,7 +154,7 @@ def partition(
         capacity: K, at least 2 (1 with a tau above 2).
         merge: neighbours that merge in a full cache: those with the least summed score a token (`density`, eq 16),
             whose union raises the squared error least (`ward`), with the fewest tokens (`equal_counts`), the oldest
-            (`oldest`) or any (`random`).
+            (`oldest`) or any (`random`). `fenwick`: the hierarchy of Log-Linear Attention, of `capacity` levels.
         controls: boundaries other than by information, and the seed of random ones and of random merges.
         cache: memory before the first token; only without `cu_seqlens`.
 
@@ -173,6 +174,8 @@ def partition(
                 k, k, v, g, lam, beta, tau=tau, capacity=capacity, merge=merge, controls=controls,
                 cu_seqlens=cu_seqlens, cache=cache,
             )[1]  # fmt: skip
+    if merge == FENWICK:
+        return fenwick_partition(v, capacity, cu_seqlens, cache)
     want_lo = isinstance(tau, Tensor) and tau.requires_grad
     with torch.no_grad():
         rule = _by_position(v, tau, capacity, merge, controls, cu_seqlens, cache)
@@ -251,7 +254,8 @@ def dla_attention(
         q, k: [B, T, G, Dk], G divides H (head h reads group h // (H / G)); q is already scaled.
         v: [B, T, H, Dv]. g: [B, T, H], log decay, <= 0. beta: [B, T, H] in [0, 1] selects the gated delta rule
             (k should have norm <= 1); None is the additive (Mamba-2) form.
-        slot_weights: [B, T, H, capacity], readout weight of each slot by recency (0 = the open slot).
+        slot_weights: [B, T, H, capacity], readout weight of each slot by recency (0 = the open slot), or
+            of each level with merge="fenwick".
         tau: boundary threshold, float or [H]; a tensor that requires a gradient gets the straight-through one.
         merge, controls: as `partition`.
         partition: decisions to follow instead of taking them (recomputation, teacher forcing).
@@ -314,6 +318,8 @@ def dla_attention(
         )  # fmt: skip
         final.states, final.info = final.states.to(compute_dtype(v)), final.info.to(compute_dtype(v))
         return out.to(v.dtype), final if return_cache else None
+    if merge == FENWICK:
+        slot_weights = weights_by_recency(slot_weights, cu_seqlens, cache)
     backend = _choose(backend, k, v, capacity)
     if partition is None:
         partition = _decide(
@@ -447,6 +453,15 @@ def decode_step(
     if slot_weights.shape != (*v.shape[:3], capacity):
         raise ValueError(f"slot_weights must be {(*v.shape[:3], capacity)}, got {tuple(slot_weights.shape)}")
     _check_cache(cache, v.shape[0], k, v, capacity)
+    if merge == FENWICK:  # several slots merge at once
+        with torch.no_grad():
+            out, after = dla_attention(
+                q, k, v, g, slot_weights, beta, tau=tau, capacity=capacity, merge=merge, controls=controls, cache=cache,
+                return_cache=True, backend=backend,
+            )  # fmt: skip
+        assert after is not None
+        cache.load_state_dict(after.state_dict())
+        return out, cache
     with torch.no_grad():
         rule = _by_position(v, tau, capacity, merge, controls, None, cache)
     triton = merge != "ward" and _choose(backend, k, v, capacity) == "triton"

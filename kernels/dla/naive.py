@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .cache import EMPTY, FIRST_SCORE, Partition, SlotCache
 from .documents import document_starts
-from .rules import INFORMATION, Controls, draw, head_key, pair_of
+from .rules import FENWICK, INFORMATION, Controls, draw, head_key, pair_of
 
 
 @dataclass
@@ -62,6 +62,19 @@ def _pair(slots: list[_Slot], merge: str, controls: Controls, position: int, hea
         return pair_of(draw(key, position), len(slots))
     costs = [merge_cost(a, b, merge) for a, b in zip(slots, slots[1:], strict=False)]
     return costs.index(min(costs))  # the oldest pair wins a tie
+
+
+def _level(slots: list[_Slot], i: int, levels: int) -> int:
+    """Of slot i in a Fenwick hierarchy: the newest is level 0; level l >= 1 has 2^(l-1) tokens, the last any number."""
+    return 0 if i == len(slots) - 1 else min(slots[i].count.bit_length(), levels - 1)
+
+
+def _cascades(slots: list[_Slot], levels: int) -> bool:
+    """Whether the newest two slots merge as another token comes: they are of one level then."""
+    if len(slots) < 2:
+        return False
+    into = min(slots[-1].count.bit_length(), levels - 1)  # the newest one's level when a token has come
+    return _level(slots, len(slots) - 2, levels) == into
 
 
 def _merge(slots: list[_Slot], i: int) -> int:
@@ -135,7 +148,7 @@ def naive_attention(
                 s = weight * torch.outer(kt, vt)
                 # the paper scores against the most recent state before the token acts on it
                 score_t = information_score(s.detach(), slots[-1].state.detach()) if slots else FIRST_SCORE
-                full = 1 < len(slots) == capacity  # one slot never merges: nothing opens a second
+                full = merge != FENWICK and 1 < len(slots) == capacity  # one slot never merges: nothing opens a second
                 position = held + t - document
                 pair = _pair(slots, merge, controls, position, h) if full else 0
                 lo[b, t, h] = max(slots[pair + 1].start, 0) if full else document
@@ -143,6 +156,8 @@ def naive_attention(
                     fires = not slots or _opens(score_t, tau[h].item(), controls, position, h)
                     if fires and full:
                         kill(_merge(slots, pair), t)
+                    while merge == FENWICK and _cascades(slots, capacity):
+                        kill(_merge(slots, len(slots) - 2), t)
                 else:
                     fires = not slots or bool(partition.start[b, t, h])
                     for i in range(len(slots) - 1, 0, -1):
@@ -159,7 +174,11 @@ def naive_attention(
                     last = slots[-1]
                     slots[-1] = _Slot(last.state + s, last.start, last.count + 1, last.info + score_t)
                 start[b, t, h], score[b, t, h] = fires, score_t
-                reads = [lam[b, t, h, r] * (q[b, t, h] @ slot.state) for r, slot in enumerate(reversed(slots))]
+                place = list(range(len(slots)))  # of the newest first
+                if merge == FENWICK:
+                    place = [_level(slots, i, capacity) for i in reversed(place)]
+                read = zip(place, reversed(slots), strict=True)
+                reads = [lam[b, t, h, r] * (q[b, t, h] @ slot.state) for r, slot in read]
                 out.append(reduce(torch.add, reads))
             final_states[b, h] = slots
     offset = torch.zeros(B, dtype=torch.int64) if cache is None else cache.position

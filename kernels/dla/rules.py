@@ -19,6 +19,7 @@ from .cache import SlotCache
 from .documents import begin_of_document
 
 MERGES = ("density", "ward", "equal_counts", "oldest", "random")
+FENWICK = "fenwick"  # the hierarchy of Log-Linear Attention, see `fenwick.py`; for every token a slot
 BOUNDARIES = ("information", "random", "every")
 ALWAYS, NEVER = -1.0, 4.0  # thresholds: every score is in [0, 2]
 _LOW = 0xFFFFFFFF
@@ -127,14 +128,16 @@ def positions(starts: Tensor, heads: int, cache: SlotCache | None) -> Tensor:
 
 def check_rule(merge: str, controls: Controls) -> None:
     """Raises ValueError where a rule is not known; the message names it."""
-    if merge not in MERGES:
-        raise ValueError(f"merge must be one of {MERGES}, got {merge!r}")
+    if merge not in (*MERGES, FENWICK):
+        raise ValueError(f"merge must be one of {(*MERGES, FENWICK)}, got {merge!r}")
     if controls.boundary not in BOUNDARIES:
         raise ValueError(f"controls.boundary must be one of {BOUNDARIES}, got {controls.boundary!r}")
     if not 0 <= controls.rate <= 1:
         raise ValueError(f"controls.rate must be in [0, 1], got {controls.rate}")
     if controls.every < 1:
         raise ValueError(f"controls.every must be at least 1, got {controls.every}")
+    if merge == FENWICK and (controls.boundary, controls.every) != ("every", 1):
+        raise ValueError(f"merge='fenwick' needs controls of boundary='every' with every=1, got {controls}")
 
 
 @dataclass(frozen=True)
@@ -153,4 +156,5 @@ class SlotRule:
         return replace(self, tau=tau, controls=self.controls.from_head(first))
 
 
+EVERY_TOKEN = Controls("every", every=1)
 ONE_SLOT = SlotRule(tau=3.0, capacity=1)  # holds everything: no score, at most 2, reaches tau

@@ -23,7 +23,8 @@ class Letter:
         softmax: softmax attention, which keeps keys and values and can carry a δ-mem; else a recurrence.
         rotary: queries and keys are rotated by their positions.
         window: a query sees the last `model.sliding_window` tokens only.
-        slots: the recurrence keeps up to `model.capacity` states a head, else one.
+        slots: a recurrence that decides where slots open, with `model.tau` and `model.boundary`.
+        states: key of the model section, the states a head that a recurrence keeps; "" = one.
     """
 
     label: str
@@ -34,10 +35,11 @@ class Letter:
     rotary: bool = False
     window: bool = False
     slots: bool = False
+    states: str = ""
 
 
 LETTERS = {
-    "D": Letter("DLA", "num_heads", "num_groups", "mixer", slots=True),
+    "D": Letter("DLA", "num_heads", "num_groups", "mixer", slots=True, states="capacity"),
     "A": Letter("softmax attention", "attention_heads", "attention_groups", "self_attn", softmax=True, rotary=True),
     "N": Letter(
         "softmax attention without rotary positions", "attention_heads", "attention_groups", "self_attn", softmax=True
@@ -53,6 +55,7 @@ LETTERS = {
     ),
     "G": Letter("Gated DeltaNet", "num_heads", "num_groups", "mixer"),
     "M": Letter("Mamba-2", "num_heads", "num_groups", "mixer"),
+    "L": Letter("Log-Linear Attention", "num_heads", "num_groups", "mixer", states="levels"),
 }
 
 

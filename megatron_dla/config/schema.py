@@ -97,10 +97,10 @@ class ModelSection:
     num_layers: Annotated[int, Field(ge=1, le=4096)] = 21
     pattern: Annotated[str, Field(max_length=4096)] = "D"
     """One letter a layer, repeated to num_layers: D = DLA mixer, A = softmax attention with RoPE, N = without,
-    W = with RoPE in a sliding window, G = Gated DeltaNet, M = Mamba-2."""
+    W = with RoPE in a sliding window, G = Gated DeltaNet, M = Mamba-2, L = Log-Linear Attention."""
     backbone: Backbone = "mamba2"
     num_heads: Heads = 48
-    """Heads H of the recurrent mixers (D, G, M)."""
+    """Heads H of the recurrent mixers (D, L, G, M)."""
     num_groups: Heads = 1
     """Query/key groups of the recurrent mixers; divides num_heads (Mamba-2: 1; GDN: num_heads)."""
     key_dim: Annotated[int, Field(ge=1, le=2**14)] = 128
@@ -134,6 +134,9 @@ class ModelSection:
     oldest, or random ones."""
     control_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of random boundaries and random merges."""
+    levels: Annotated[int, Field(ge=2, le=64)] = 15
+    """States a head of L layers. Level 0 holds the token, level l 2^(l-1) or none, the last all that is older;
+    15 is as published for rows of 16,384 tokens."""
     slot_weight_init: Literal["backbone", "log_linear"] = "backbone"
     """backbone: all slot weights are 1 at the start, which makes the layer equal to its plain backbone."""
     ffn_hidden_size: Annotated[int, Field(ge=0, le=2**22)] = 4096

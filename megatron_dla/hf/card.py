@@ -13,6 +13,7 @@ from megatron_dla.config import LETTERS, ModelSection, attention_head_dim, layer
 from megatron_dla.data.remote import local_directory
 from megatron_dla.hf.releases import tested_range
 from megatron_dla.metrics.sinks import read_metrics
+from megatron_dla.model.counts import recurrent_states
 
 LORA_MODULES = ["in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 CARD = """---
@@ -99,7 +100,9 @@ def _mixer(m: ModelSection, letter: str) -> str:
     if mixer.softmax:
         return f"{text}, the last {m.sliding_window:,} tokens" if mixer.window else text
     size = f"{m.key_dim} x {m.value_dim}, a memory of constant size, whatever the length of the context"
-    return f"{text}, backbone `{m.backbone}`, {m.capacity} slots of {size}" if mixer.slots else f"{text} of {size}"
+    if not mixer.states:
+        return f"{text} of {size}"
+    return f"{text}, backbone `{m.backbone}`, {mixer.states} {getattr(m, mixer.states)}: states of {size}"
 
 
 def _has(module: str, m: ModelSection) -> bool:
@@ -119,7 +122,7 @@ def cache_bytes(m: ModelSection, letter: str, element: int) -> tuple[int, int]:
     if mixer.softmax:
         token = 2 * m.attention_groups * attention_head_dim(m) * element
         return ((m.sliding_window - 1) * token, 0) if mixer.window else (0, token)
-    slots = m.num_heads * (m.capacity if mixer.slots else 1)
+    slots = m.num_heads * recurrent_states(m, letter)
     tails = (m.conv_kernel - 1) * (m.num_heads * m.value_dim + 2 * m.num_groups * m.key_dim)
     return slots * (m.key_dim * m.value_dim * 4 + 20) + m.num_heads * 8 + 8 + tails * element, 0
 

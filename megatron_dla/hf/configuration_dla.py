@@ -52,6 +52,7 @@ class DLAConfig(PretrainedConfig):
     boundary_every: int = 32
     merge: str = "density"
     control_seed: int = 0
+    levels: int = 15
     slot_weight_init: str = "backbone"
     ffn_hidden_size: int = 4096
     attention_heads: int = 16

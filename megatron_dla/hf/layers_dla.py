@@ -23,9 +23,9 @@ from .functional import (
     short_convolution,
     slot_weights,
 )
-from .layout import FP32_PARAMETERS, dla_parameters, gdn_parameters, mamba2_parameters
+from .layout import FP32_PARAMETERS, dla_parameters, gdn_parameters, log_linear_parameters, mamba2_parameters
 from .pattern import LETTERS
-from .rules import ONE_SLOT, Controls, SlotRule
+from .rules import EVERY_TOKEN, FENWICK, ONE_SLOT, Controls, SlotRule
 
 CONVOLVED = ("value", "query", "key")  # sections of `in_proj`, next to each other, that a short convolution follows
 
@@ -221,6 +221,17 @@ class DLAMixer(nn.Module):
         return dla_attention(q, k, v, g, lam, beta, tau=rule.tau, partition=memory.decided, **options)[0]
 
 
+class LogLinearMixer(DLAMixer):
+    """Log-Linear Attention: every token opens a slot, and slots merge by position; slot weights are those of levels."""
+
+    table = staticmethod(log_linear_parameters)
+
+    def _slots(self, part: dict[str, Tensor]) -> tuple[Tensor, SlotRule]:
+        levels = self.config.levels
+        weights = slot_weights(part["slot"].unflatten(-1, (-1, levels)), self.slot_scale, self.slot_bias)
+        return weights, SlotRule(0.0, levels, FENWICK, EVERY_TOKEN)
+
+
 class PlainMixer(DLAMixer):
     """A plain backbone, whatever `config.backbone` is: one state a head, no boundaries."""
 
@@ -301,7 +312,7 @@ class DLASoftmaxAttention(nn.Module):
 
 MIXERS = {
     "D": DLAMixer, "A": DLASoftmaxAttention, "N": DLASoftmaxAttention, "W": DLASoftmaxAttention, "G": GDNMixer,
-    "M": Mamba2Mixer,
+    "M": Mamba2Mixer, "L": LogLinearMixer,
 }  # fmt: skip
 
 
@@ -323,4 +334,4 @@ class DLALayer(GradientCheckpointingLayer):
         return x if self.mlp is None else x + self.mlp(self.post_attention_layernorm(x))
 
 
-__all__ = ["DLALayer", "DLAMixer", "DLARMSNorm", "DLASoftmaxAttention", "GDNMixer", "Mamba2Mixer", "Step"]
+__all__ = ["MIXERS", "DLALayer", "DLAMixer", "DLARMSNorm", "DLASoftmaxAttention", "Step"]

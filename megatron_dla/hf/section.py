@@ -30,6 +30,7 @@ _ADDED = (
     "boundary_rate",
     "boundary_every",
     "control_seed",
+    "levels",
 )
 
 

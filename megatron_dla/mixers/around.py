@@ -96,10 +96,11 @@ def recurrence_inputs(
     """
     if "slot" not in part or not uses_kernels(part["value"], backend):
         return _in_torch(part, p, m, starts, halo, delta)
+    assert p.slot_scale is not None
     fused = kernels("inputs")
     heads, groups = p.A_log.shape[0], part["query"].shape[-1] // m.key_dim
     shape = fused.Shape(
-        heads, groups, m.value_dim, m.key_dim, m.capacity, p.convolutions[0].shape[1], halo=halo, gdn=delta
+        heads, groups, m.value_dim, m.key_dim, p.slot_scale.shape[1], p.convolutions[0].shape[1], halo=halo, gdn=delta
     )
     gates = [p.A_log, p.dt_bias, p.slot_scale, p.slot_bias]
     gradient = part.gradient_of(part) if isinstance(part, Sections) else None
@@ -118,7 +119,7 @@ def _in_torch(
     if p.slot_scale is None or p.slot_bias is None:
         weights = torch.ones(*value.shape[:3], 1, dtype=p.A_log.dtype, device=value.device)
     else:
-        weights = functional.slot_weights(part["slot"].unflatten(-1, (-1, m.capacity)), p.slot_scale, p.slot_bias)
+        weights = functional.slot_weights(part["slot"].unflatten(-1, p.slot_scale.shape), p.slot_scale, p.slot_bias)
     if delta:
         query, key, g, beta = functional.gdn_inputs(query, key, part["step"], part["strength"], p.A_log, p.dt_bias)
         return Inputs(query, key, value, g, weights, beta), None

@@ -99,6 +99,7 @@ class MixerConfig(Protocol):
     value_dim: int
     conv_kernel: int
     capacity: int
+    levels: int
     tau: float
     init_std: float
     dt_min: float
@@ -183,18 +184,28 @@ def backbone_parameters(
     return table
 
 
-def dla_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
-    """Name -> parameter of one DLA mixer: its backbone's, and the weights of K slots a head."""
-    H, K = m.num_heads, m.capacity
+def _slot_parameters(m: MixerConfig, tensor_parallel: int, K: int, tau: bool) -> dict[str, ParamSpec]:
+    """Of the backbone, and the weights of K slots a head."""
+    H = m.num_heads
     as_backbone = m.slot_weight_init == "backbone"  # every slot weight softplus(slot_bias) starts at 1
     slot = ("slot", H * K, zeros if as_backbone else normal(m.init_std))
     table = backbone_parameters(m, tensor_parallel, delta=m.backbone == "gdn", more=[slot])
     norm = table.pop("norm")  # the last one: optimizer states of older checkpoints are in this order
     table["slot_scale"] = ParamSpec((H, K), (ones,))
     table["slot_bias"] = ParamSpec((H, K), (constant(math.log(math.e - 1)) if as_backbone else zeros,))
-    if m.tau_mode != "fixed":
+    if tau:
         table["tau"] = ParamSpec((H,), (constant(m.tau),))
     return table | {"norm": norm}
+
+
+def dla_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
+    """Name -> parameter of one DLA mixer: its backbone's, the weights of K slots a head, and thresholds."""
+    return _slot_parameters(m, tensor_parallel, m.capacity, m.tau_mode != "fixed")
+
+
+def log_linear_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
+    """Name -> parameter of one Log-Linear mixer: its backbone's, and the weights of its levels."""
+    return _slot_parameters(m, tensor_parallel, m.levels, False)
 
 
 def gdn_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:

@@ -21,7 +21,7 @@ def parameters_per_rank(m: ModelSection, vocab_size: int, tensor: int) -> int:
 def recurrent_states(m: ModelSection, letter: str) -> int:
     """States [Dk, Dv] that a head of the letter's mixer keeps at most."""
     mixer = LETTERS[letter]
-    return 0 if mixer.softmax else m.capacity if mixer.slots else 1
+    return 0 if mixer.softmax else getattr(m, mixer.states) if mixer.states else 1
 
 
 def core_flops(m: ModelSection, letter: str, seq_len: int) -> float:

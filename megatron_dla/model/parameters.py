@@ -13,6 +13,7 @@ from megatron_dla.mixers.layout import (
     ParamSpec,
     dla_parameters,
     gdn_parameters,
+    log_linear_parameters,
     mamba2_parameters,
     normal,
     ones,
@@ -41,6 +42,7 @@ MIXER_PARAMETERS: dict[str, Callable[[ModelSection, int], dict[str, ParamSpec]]]
     "W": softmax_parameters,
     "G": gdn_parameters,
     "M": mamba2_parameters,
+    "L": log_linear_parameters,
 }
 
 

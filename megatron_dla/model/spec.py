@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.mixers.dla import DLAMixer, DLAMixerSubmodules
+from megatron_dla.mixers.log_linear import LogLinearMixer
 from megatron_dla.mixers.norms import HeadNorm, RMSNorm
 from megatron_dla.mixers.plain import GDNMixer, Mamba2Mixer
 from megatron_dla.mixers.softmax import CoreAttention
@@ -53,6 +54,7 @@ MIXER_SPECS: dict[str, Callable[[ModelSection, ModuleSpec, str, str], ModuleSpec
     "W": _window_spec,
     "G": partial(dla_mixer_spec, module=GDNMixer),
     "M": partial(dla_mixer_spec, module=Mamba2Mixer),
+    "L": partial(dla_mixer_spec, module=LogLinearMixer),
 }
 
 

@@ -16,6 +16,8 @@ SECTIONS = {
     "gdn": dataclasses.replace(BASE_SECTION, backbone="gdn"),
     "hybrid": dataclasses.replace(BASE_SECTION, pattern="DA"),
     "windows": dataclasses.replace(BASE_SECTION, pattern="DW"),
+    "log-linear": dataclasses.replace(BASE_SECTION, pattern="L"),
+    "log-linear gdn": dataclasses.replace(BASE_SECTION, pattern="L", backbone="gdn"),
     "plain": dataclasses.replace(BASE_SECTION, pattern="GM"),
 }
 

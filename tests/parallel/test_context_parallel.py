@@ -59,8 +59,8 @@ def test_dla_layer_by_chain_on_four_ranks(ranks, name: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["heads", "chain"])
 @pytest.mark.parametrize("groups", [4, 1])
-@pytest.mark.parametrize("letter", ["G", "M"])
-def test_plain_layer(ranks, scheme: str, groups: int, letter: str) -> None:
+@pytest.mark.parametrize("letter", ["G", "M", "L"])
+def test_layer_of_another_recurrence(ranks, scheme: str, groups: int, letter: str) -> None:
     section, parallel = dataclasses.replace(BASE, num_groups=groups), ParallelSection(1, False, 2, scheme)
     for documents in ([], DOCUMENTS):
         for errors in ranks(2).run(workers.layer_parity, section, parallel, letter, documents, 28):

@@ -7,7 +7,7 @@ from megatron_dla.config import ModelSection
 BASE = ModelSection(
     hidden_size=32, num_layers=2, num_heads=4, num_groups=1, key_dim=8, value_dim=8, capacity=4, ffn_hidden_size=48,
     attention_heads=4, attention_groups=2, init_std=0.1, tau=1.35, vocab_multiple=128, rope_theta=10_000.0,
-    sliding_window=7,
+    sliding_window=7, levels=4,
 )  # fmt: skip
 SECTIONS = {
     "mamba2": BASE,

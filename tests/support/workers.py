@@ -27,6 +27,7 @@ from megatron_dla.parallel.tags import get_tag  # noqa: E402
 
 BASE_SECTION = ModelSection(
     sliding_window=9,
+    levels=5,
     hidden_size=32,
     num_layers=2,
     num_heads=4,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_dla.kernels.dla import Partition, SlotCache, dla_attention, partition
+from megatron_dla.kernels.dla.rules import EVERY_TOKEN, FENWICK
 from tests.support import triton_interpreter
 from tests.support.dla_cases import Case
 
@@ -113,6 +114,12 @@ def test_a_decay_to_zero_is_a_decay_to_zero(small_tiles: None, delta: bool) -> N
     want, got = (debug.run(y, cotangent(case, FP32), **rule) for y in (zero, less))
     for name, value in want.items():
         assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("case", both(replace(BASE, T=70, H=1, documents=(3, 40))), ids=lambda case: case.name)
+def test_a_hierarchy_of_levels(small_tiles: None, case: Case) -> None:
+    """Several slots die at one token."""
+    compare(case, FP32, merge=FENWICK, controls=EVERY_TOKEN)
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
