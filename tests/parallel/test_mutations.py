@@ -8,13 +8,14 @@ import dataclasses
 import pytest
 
 from tests.support import engine_workers, mutation_workers
-from tests.support.engine_workers import CHAIN, CP2, GDN, HYBRID, MAMBA, PUBLISHED, SP2, TP2, Case
+from tests.support.engine_workers import CHAIN, CP2, GDN, HYBRID, MAMBA, OTHERS, PUBLISHED, SP2, TP2, Case
 
 LIMIT = 1e-4  # the matrix allows 1e-5; what is lost must stand out
 # MAMBA has one q/k group for all heads (replicated weights); norms need their sum only under sequence parallelism
 CASES = {name: dataclasses.replace(case, steps=1) for name, case in {
     "tp2": Case(MAMBA, TP2), "tp2 published": Case(PUBLISHED, TP2),
-    "sp2": Case(MAMBA, SP2), "sp2 hybrid": Case(HYBRID, SP2), "dp2": Case(MAMBA),
+    "sp2": Case(MAMBA, SP2), "sp2 hybrid": Case(HYBRID, SP2),
+    "sp2 others": Case(OTHERS, SP2), "dp2": Case(MAMBA),
     "cp2": Case(MAMBA, CP2), "cp2 hybrid": Case(HYBRID, CP2), "chain": Case(GDN, CHAIN, documents=False),
 }.items()}  # fmt: skip
 COMMUNICATION = {
@@ -46,7 +47,7 @@ def test_unbroken_cases_pass(ranks, references) -> None:
             assert max(errors.values()) < LIMIT / 5 and not drifted, name
 
 
-@pytest.mark.parametrize("name", ["tp2", "tp2 published", "sp2", "sp2 hybrid"])
+@pytest.mark.parametrize("name", ["tp2", "tp2 published", "sp2", "sp2 hybrid", "sp2 others"])
 def test_every_sum_of_a_replicated_parameter_is_needed(ranks, references, name: str) -> None:
     case = CASES[name]
     kinds = ranks(2).run(mutation_workers.tags, case)[0]

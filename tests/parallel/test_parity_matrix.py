@@ -14,6 +14,7 @@ from tests.support.engine_workers import (
     GDN,
     HYBRID,
     MAMBA,
+    OTHERS,
     PUBLISHED,
     SP2,
     TP2,
@@ -48,6 +49,10 @@ MATRIX = {
     "tp2+sp controls": (2, Case(CONTROLS, SP2)),
     "cp2 controls": (2, Case(CONTROLS, CP2)),
     "cp2 chain controls": (2, Case(CONTROLS, CHAIN)),
+    "tp2 others": (2, Case(OTHERS, TP2)),
+    "tp2+sp others": (2, Case(OTHERS, SP2)),
+    "cp2 others": (2, Case(OTHERS, CP2)),
+    "cp2 chain others, log-linear gdn": (2, Case(dataclasses.replace(OTHERS, backbone="gdn"), CHAIN)),
 }
 
 

@@ -26,6 +26,7 @@ BASE = dataclasses.replace(BASE_SECTION, hidden_size=24, ffn_hidden_size=32, ini
 MAMBA = dataclasses.replace(BASE, num_groups=1, tau_mode="learned")
 PUBLISHED = dataclasses.replace(BASE, num_groups=1, ffn_hidden_size=0, conv_bias=True, gated_norm="group")
 GDN = dataclasses.replace(BASE, backbone="gdn", num_groups=4)
+OTHERS = dataclasses.replace(BASE, num_layers=4, pattern="LGWM", num_groups=4)  # beside DLA; Log-Linear Mamba-2
 HYBRID = dataclasses.replace(BASE, backbone="gdn", pattern="DA", tie_embeddings=True)
 CONTROLS = dataclasses.replace(
     BASE, num_groups=4, boundary="random", boundary_rate=0.4, merge="random", control_seed=3
