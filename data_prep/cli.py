@@ -252,8 +252,11 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
+    from megatron_dla.data_prep.shard_file import check_creatable
     from megatron_dla.data_prep.stats import data_stats, write_stats
 
+    if args.out:
+        check_creatable(args.out, "--out")
     stats = data_stats(_opened(args), depth=args.depth, shards=args.shards, workers=args.workers)
     print(stats)
     for path in write_stats(stats, args.out) if args.out else []:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_dla.data_prep.readers import Kind, holds_lines, kind_of, known_formats, shown
+from megatron_dla.data_prep.readers import Kind, holds_lines, kind_of, known_formats, refuse_url, shown
 from megatron_dla.errors import DataError
 
+_Seen = tuple[set[tuple[int, int]], set[Path]]  # directories (device, inode) and files of one input, without links
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
@@ -65,12 +66,13 @@ class Listing:
             self._add_file(path, shown(path.name), shown(path.name))
         elif path.is_dir():
             name = shown(path.resolve().name or "root")
-            self._add_tree(path, path, name, name)
+            self._add_tree(path, path, (name, name), (set(), set()))
         elif glob.has_magic(str(path)):
             self._add_pattern(path)
         elif path.is_symlink():
             raise DataError(f"{shown(path)}: a link to {shown(os.readlink(path))!r}, which does not exist; restore it")
         else:
+            refuse_url(path)
             what = "neither a file nor a directory" if path.exists() else "no such file or directory"
             raise DataError(f"{shown(path)}: {what}; check --input")
 
@@ -84,13 +86,14 @@ class Listing:
         name = shown(base.resolve().name or "root")
         given = f"{name}/{shown(pattern.relative_to(base))}"
         before, inside = len(self.files), set(found)
+        seen: _Seen = (set(), set())
         for path in found:
             if inside & set(path.parents):
                 continue  # `**` matches a directory and what is in it
             if path.is_dir():
-                self._add_tree(path, base, name, given)
-            elif self._takes(path):
-                self._add_file(path, f"{name}/{shown(path.relative_to(base).as_posix())}", given)
+                self._add_tree(path, base, (name, given), seen)
+            else:
+                self._add_once(path, base, (name, given), seen)
         if len(self.files) == before:
             raise DataError(f"{shown(pattern)}: no document in what matches this pattern; must be {known_formats()}")
 
@@ -118,35 +121,40 @@ class Listing:
             return False
         return True
 
-    def _add_tree(self, top: Path, base: Path, name: str, given: str) -> None:
-        before = len(self.files)
-        self._walk(top, base, (name, given), set(), set())
-        if len(self.files) == before:
+    def _add_once(self, path: Path, base: Path, names: tuple[str, str], seen: _Seen) -> None:
+        """Add a file found in a directory or by a pattern, if it is one to read and no link has named it before."""
+        if not self._takes(path):
+            return
+        if (real := path.resolve()) in seen[1]:
+            self.repeated.append(path)
+            return
+        seen[1].add(real)
+        self._add_file(path, f"{names[0]}/{shown(path.relative_to(base).as_posix())}", names[1])
+
+    def _add_tree(self, top: Path, base: Path, names: tuple[str, str], seen: _Seen) -> None:
+        before = len(self.files) + len(self.repeated)
+        self._walk(top, base, names, seen)
+        if len(self.files) + len(self.repeated) == before:
             raise DataError(f"{shown(top)}: no document in this directory; must be {known_formats()}")
 
-    def _walk(self, folder: Path, base: Path, names: tuple[str, str], folders: set[tuple[int, int]], files: set[Path]):
+    def _walk(self, folder: Path, base: Path, names: tuple[str, str], seen: _Seen) -> None:
         """Files of a directory in sorted order, then its subdirectories, through links, each once."""
         status = folder.stat()
-        if (status.st_dev, status.st_ino) in folders:
+        if (status.st_dev, status.st_ino) in seen[0]:
             self.repeated.append(folder)
             return
-        folders.add((status.st_dev, status.st_ino))
+        seen[0].add((status.st_dev, status.st_ino))
         entries = sorted(os.listdir(folder))
         if _SPLITS in entries:
             entries = [_one_split(folder)]
         elif _STATE in entries and _INFO in entries:
             entries = _dataset_files(folder)
         for path in (folder / entry for entry in entries):
-            if path.is_dir() or not self._takes(path):
-                continue
-            if (real := path.resolve()) in files:
-                self.repeated.append(path)
-                continue
-            files.add(real)
-            self._add_file(path, f"{names[0]}/{shown(path.relative_to(base).as_posix())}", names[1])
+            if not path.is_dir():
+                self._add_once(path, base, names, seen)
         for path in (folder / entry for entry in entries):
             if path.is_dir():
-                self._walk(path, base, names, folders, files)
+                self._walk(path, base, names, seen)
 
     def notes(self) -> list[str]:
         """What was left out, one line each."""

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from megatron_dla.console import progress_bar
+from megatron_dla.data_prep.readers import refuse_url
 from megatron_dla.data_prep.shard_file import SPLITS, check_exists, check_output
 from megatron_dla.data_prep.shards import REPORT_NAME
 from megatron_dla.data_prep.spool import lock
-from megatron_dla.data_prep.tokenizer import Tokenizer
+from megatron_dla.data_prep.tokenizer import tokenizer_of
 from megatron_dla.errors import DataError
 from megatron_dla.files import atomic_path, parse_json, write_bytes, write_json
-from megatron_dla.shard_index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardInfo, difference
+from megatron_dla.shard_index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardInfo
 
 _MERGING = ".merging"
 _NONE = np.zeros(0, dtype=np.bool_)
@@ -52,6 +53,7 @@ def merge_shards(
     roots = [Path(part) for part in parts]
     check_exists(root, overwrite)
     for number, part in enumerate(roots):
+        refuse_url(part)
         if part.resolve() in [other.resolve() for other in (root, *roots[:number])]:
             raise DataError(f"{part}: given twice, or as part and --output; its documents would count twice")
     indexes = [ShardIndex.load(part) for part in roots]
@@ -59,7 +61,7 @@ def merge_shards(
         _check_part(part, index, indexes[0], roots[0])
     if not dedup:
         _note_copies(roots, indexes)
-    files = _tokenizer_files(roots[0], indexes[0])
+    files = tokenizer_of(roots[0], indexes[0]).files()
     report = _report(roots) | {"duplicates_between_parts_removed": dedup}
     merged = replace(
         indexes[0], shards=[], sources=[record for index in indexes for record in index.sources],
@@ -163,15 +165,6 @@ def _note_copies(roots: list[Path], indexes: list[ShardIndex]) -> None:
             "(--dedup removes them)",
             file=sys.stderr,
         )
-
-
-def _tokenizer_files(part: Path, index: ShardIndex) -> dict[str, bytes]:
-    tokenizer = Tokenizer(part)
-    if tokenizer.sha256 != index.tokenizer_sha256:
-        raise DataError(
-            f"{tokenizer.path}: {difference('sha256', index.tokenizer_sha256, tokenizer.sha256)}; copy it again"
-        )
-    return tokenizer.files()
 
 
 def _link(source: Path, target: Path) -> None:

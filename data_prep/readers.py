@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
@@ -151,6 +152,15 @@ def known_formats() -> str:
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as valid text: bytes of a file name that are not UTF-8 become escapes such as `\\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def refuse_url(path: str | os.PathLike[str]) -> None:
+    """Raises DataError for a URL where a file or directory of this machine is needed."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(path)) and not os.path.exists(path):
+        raise DataError(
+            f"{shown(path)}: URLs are read by training and by `dla data verify`, `stats` and `show` alone; give a path "
+            "of this machine, and copy from or to the URL"
+        )
 
 
 def read_records(path: Path, kind: Kind, text_field: str, separator: str) -> Iterator[Record]:

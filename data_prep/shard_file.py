@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_dla.data_prep.readers import refuse_url, shown
 from megatron_dla.errors import DataError
 from megatron_dla.files import file_sha256, naming_full_disk
 from megatron_dla.shard_index import ENDS, INDEX_NAME, RECORDS, TOKENS, ShardIndex, ShardInfo
@@ -25,6 +26,15 @@ def check_exists(root: Path, overwrite: bool) -> None:
         raise DataError(f"{root / INDEX_NAME}: exists; pass --overwrite to replace this data, or another --output")
 
 
+def check_creatable(folder: Path, option: str = "--output") -> None:
+    """Raises DataError where `folder` is none, or cannot be made or written to. Makes nothing."""
+    refuse_url(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written to" if there.is_dir() else "not a directory"
+        raise DataError(f"{shown(there)}: {what}; choose another {option}")
+
+
 def check_output(root: Path, own: str) -> None:
     """Refuse an output that a build or merge may not write to.
 
@@ -32,9 +42,10 @@ def check_output(root: Path, own: str) -> None:
         own: the folder in it that the caller works in. Where it exists, shards without an index may be those of a
             caller that was killed at its end.
 
-    Raises DataError for the unfinished work of another command, and for a tar file in a split's directory that the
-    index of `root` does not list: it would be replaced or deleted, and is of somebody else.
+    Raises DataError where nothing can be written, for the unfinished work of another command, and for a tar file in a
+    split's directory that the index of `root` does not list: it would be replaced or deleted, and is of somebody else.
     """
+    check_creatable(root)
     for name, command in UNFINISHED.items():
         for path in root.glob(name) if command != UNFINISHED[own] else ():
             raise DataError(

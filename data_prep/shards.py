@@ -26,7 +26,6 @@ from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.bpe_form import export_note
 from megatron_dla.data_prep.each_shard import check_workers
 from megatron_dla.data_prep.layout import Layout, assign, choose_validation, mark_copies, release
-from megatron_dla.data_prep.readers import shown
 from megatron_dla.data_prep.shard_file import SPLITS, check_exists, check_output, write_shard
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.data_prep.spool import Spool, lock
@@ -257,7 +256,7 @@ def _tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, worker
     try:
         tokenise(source, tokenizer, spool, workers, seed)
         if not spool.documents:
-            raise DataError(f"{', '.join(map(shown, source.listing.inputs))}: no text in these inputs")
+            raise source.nothing()
     except DataError as error:
         if not spool.documents:
             shutil.rmtree(spool.folder)  # nothing to go on from

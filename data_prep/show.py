@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dla.data_prep.tokenizer import Tokenizer
+from megatron_dla.data_prep.tokenizer import tokenizer_of
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import REBUILD, ShardIndex
 
 if TYPE_CHECKING:
     from megatron_dla.data.loader import Packing
     from megatron_dla.data.packing import Batch
+    from megatron_dla.data.remote import RemoteDirectory
 
 
 def show_document(directory: str | os.PathLike[str], number: int, split: str = "train") -> str:
@@ -41,13 +43,13 @@ def show_document(directory: str | os.PathLike[str], number: int, split: str = "
         about = f"{record['source']}, {len(tokens):,} tokens, {int(record['n_bytes']):,} bytes of text, {shard.path}"
     except Exception as error:  # tarfile and json raise many types for damaged bytes
         raise DataError(f"{root}: {shard.path}: damaged records ({error}); {REBUILD}") from error
-    return f"document {number} of {count:,} ({split}): {about}\n{Tokenizer(_path(root)).decode(tokens[:-1].tolist())}"
+    text = tokenizer_of(_folder(root), reader.index).decode(tokens[:-1].tolist())
+    return f"document {number} of {count:,} ({split}): {about}\n{text}"
 
 
-def _path(root: os.PathLike[str]) -> str:
-    """Of the directory, where an index file was named."""
-    path = os.fspath(root)
-    return os.path.dirname(path) if os.path.isfile(path) else path
+def _folder(root: Path | RemoteDirectory) -> Path | RemoteDirectory:
+    """Of an index file, the directory."""
+    return root.parent if isinstance(root, Path) and root.is_file() else root
 
 
 def show_row(
@@ -73,7 +75,8 @@ def show_row(
     if num_streams < 1:
         raise DataError(f"num_streams = {num_streams}: must be at least 1")
     root = open_directory(directory)
-    tokens = ShardIndex.load(root).totals(split).tokens
+    index = ShardIndex.load(root)
+    tokens = index.totals(split).tokens
     if not 1 <= seq_len <= tokens:
         raise DataError(f"seq_len = {seq_len}: must be 1 to {tokens}, the tokens of {split}")
     if number > (most := _PASSES * max(1, tokens // seq_len)):
@@ -86,10 +89,10 @@ def show_row(
     for _ in range(number // num_streams):
         before = loader.next_step()
     (batch,) = loader.next_step()
-    eos = next(iter(loader.readers.values())).index.eos_id
+    eos = index.eos_id
     inside = packing == "concat" and before is not None and int(before[0].tokens[0, -1]) != eos
     parts = list(_parts(batch, eos, inside))
-    decode = Tokenizer(_path(root)).decode
+    decode = tokenizer_of(_folder(root), index).decode
     about = f"seq_len {seq_len}, {num_streams} streams, seed {seed}, {packing}"
     loss = f"{int(batch.loss_mask.sum())} of {seq_len} tokens are part of the loss"
     lines = [f"row {number} of {split} ({about}): {len(parts)} parts, {loss}"]

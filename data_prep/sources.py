@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -221,7 +222,7 @@ class DocumentSource:
             rest = counts.bad - len(self.progress.bad)
             raise DataError(
                 self._headline(share)
-                + "".join(f"\n  {line}" for line in (*self.progress.damaged, *self.progress.bad))
+                + "".join(f"\n  {line}" for line in (*self.progress.damaged, *_in_runs(self.progress.bad)))
                 + (f"\n  and {rest} more" if rest else "")
                 if len(self.progress.damaged) + counts.bad > 1
                 else f"{self.progress.bad[0]}; {self.progress.fix}, or leave it out with --skip-bad"
@@ -241,9 +242,8 @@ class DocumentSource:
             return f"{text}; fix them, or leave them out with --skip-bad:"
         return f"{text}, a share of {share:.2%}, above --skip-bad {limit:g}; fix them, or raise it:"
 
-    def notes(self) -> list[str]:
-        """What was left out so far, one line each."""
-        notes, counts = self.listing.notes(), self.counts
+    def _skipped(self) -> list[str]:
+        counts = self.counts
         reasons = {
             "blank lines in JSONL files": counts.blank_lines,
             "bad records": counts.bad,
@@ -251,7 +251,16 @@ class DocumentSource:
             f"documents under {self.options.min_chars} characters": counts.too_short,
             f"documents above {self.options.max_chars} characters": counts.too_long,
         }
-        notes += [f"note: skipped {number} {what}" for what, number in reasons.items() if number]
+        return [f"{number} {what}" for what, number in reasons.items() if number]
+
+    def nothing(self) -> DataError:
+        """The error of inputs without a document, after they were read."""
+        why = f" but {', '.join(self._skipped())}, which are left out" if self._skipped() else ""
+        return DataError(f"{', '.join(map(shown, self.listing.inputs))}: no text in these inputs{why}")
+
+    def notes(self) -> list[str]:
+        """What was left out so far, one line each."""
+        notes = self.listing.notes() + [f"note: skipped {what}" for what in self._skipped()]
         if stories := self.progress.stories:
             notes.append(
                 f"note: {stories} .txt documents contain {_STORY_END!r}; if it stands between documents, build again "
@@ -266,3 +275,19 @@ class DocumentSource:
     def report(self) -> dict[str, Any]:
         """Counts and the first bad records, for `report.json`."""
         return {**asdict(self.counts), "bad_records": self.progress.bad, "ignored_files": len(self.listing.ignored)}
+
+
+def _in_runs(bad: Sequence[str]) -> Iterator[str]:
+    """Bad records, `file:number: what`, with those that follow one another and have the same fault in one line."""
+    run: list[tuple[str, int, str]] = []
+    for line in (*bad, ""):
+        match = re.fullmatch(r"(.+?):(\d+): (.*)", line, re.DOTALL)
+        this = (match[1], int(match[2]), match[3]) if match else None
+        if run and this != (run[-1][0], run[-1][1] + 1, run[-1][2]):
+            where, first, what = run[0]
+            yield f"{where}:{first}{f' to {run[-1][1]}' if run[1:] else ''}: {what}"
+            run = []
+        if this:
+            run.append(this)
+        elif line:
+            yield line

@@ -12,16 +12,21 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.encoders import MAX_VOCAB, SPACE, Encoder, JsonEncoder, SentencePieceEncoder
 from megatron_dla.data_prep.readers import shown
+from megatron_dla.data_prep.shard_file import check_creatable
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.errors import DataError
-from megatron_dla.files import write_bytes
-from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME
+from megatron_dla.files import naming_full_disk, write_bytes
+from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex, difference
+
+if TYPE_CHECKING:
+    from megatron_dla.data.remote import RemoteDirectory
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 _RESERVED = {ord(SPACE): None, 0x2585: None}  # sentencepiece reads one as a space and drops texts with the other
@@ -50,7 +55,12 @@ class Tokenizer:
         file = Path(path)
         if file.is_dir():
             names = [name for name in (TOKENIZER_NAME, TOKENIZER_JSON) if (file / name).is_file()]
-            file = file / (names or [TOKENIZER_NAME])[0]
+            if not names:
+                raise DataError(
+                    f"{shown(file)}: no {TOKENIZER_NAME} or {TOKENIZER_JSON} in this directory; name the file, or "
+                    "train a tokenizer with `dla data tokenizer`"
+                )
+            file = file / names[0]
         self.path = file
         if file.exists() and not file.is_file():  # a pipe would be waited for
             raise DataError(f"{file}: not a file; give a tokenizer.model or tokenizer.json (--tokenizer)")
@@ -109,6 +119,17 @@ class Tokenizer:
             return []
         examples = ", ".join(f"{probe!r} -> {text!r}" for probe, text in self.losses[:3])
         return [f"note: {self.path} changes some texts, {changed} of these documents among them, such as {examples}"]
+
+
+def tokenizer_of(directory: Path | RemoteDirectory, index: ShardIndex) -> Tokenizer:
+    """The tokenizer of a data directory. Raises DataError if it is not the one that the shards were made with."""
+    tokenizer = Tokenizer(directory)
+    if tokenizer.sha256 != index.tokenizer_sha256:
+        raise DataError(
+            f"{tokenizer.path}: {difference('sha256', index.tokenizer_sha256, tokenizer.sha256)}, with which the "
+            "shards were made; copy it again"
+        )
+    return tokenizer
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -173,10 +194,11 @@ def train_tokenizer(
     if not 0 < character_coverage <= 1:
         raise DataError(f"character_coverage = {character_coverage}: must be in (0, 1]")
     if input_sentence_size < 1:
-        raise DataError(f"input_sentence_size = {input_sentence_size}: must be at least 1")
+        raise DataError(f"input_sentence_size = {input_sentence_size}: must be at least 1 (--max-pieces)")
     target = Path(output_dir) / TOKENIZER_NAME
     if target.exists() and not overwrite:
         raise DataError(f"{target}: exists, and shards may depend on it; pass --overwrite or another --output")
+    check_creatable(target.parent)  # before hours of training
     source = DocumentSource(inputs, options)
     checked: list[str] = []
     reserved = 0
@@ -202,7 +224,7 @@ def train_tokenizer(
             f"note: {reserved} characters U+2581 or U+2585 have no token and will be encoded as bytes", file=sys.stderr
         )
     if not any(sentences):
-        raise DataError(f"{', '.join(map(shown, inputs))}: no text in these inputs")
+        raise source.nothing()
     # sentencepiece reports no progress
     print(
         f"training {vocab_size:,} tokens on {len(sentences):,} of {total:,} pieces of text", file=sys.stderr, flush=True
@@ -216,7 +238,8 @@ def _write(target: Path, model: bytes, checked: list[str]) -> Tokenizer:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{TOKENIZER_NAME}.{os.getpid()}.new")
     try:
-        temporary.write_bytes(model)
+        with naming_full_disk(target, len(model)):
+            temporary.write_bytes(model)
         tokenizer = Tokenizer(temporary)
         bad = next((piece for piece in checked if tokenizer.decode(tokenizer.encode(piece)) != piece), None)
         if bad is not None:

@@ -102,7 +102,10 @@ class ShardIndex:
         file = Path(path)
         file = file / INDEX_NAME if file.is_dir() else file
         if not file.is_file():
-            raise DataError(f"{file}: no such index: the data is missing or its build did not finish; {REBUILD}")
+            raise DataError(
+                f"{file}: no such index: the data is missing or its build did not finish; run `dla data shards` again, "
+                "or copy the data again"
+            )
         try:
             raw = parse_json(file.read_bytes())
         except (OSError, ValueError) as error:

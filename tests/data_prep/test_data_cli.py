@@ -213,6 +213,41 @@ def test_options_that_cannot_be_used(tmp_path, tok, capsys):
         assert shown in capsys.readouterr().err
 
 
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, tok, monkeypatch, capsys):
+    """Also where it is a URL, which would make a directory named `s3:`."""
+    source, data = corpus(tmp_path / "c"), tmp_path / "data"
+    assert dla("shards", "--input", source, "--tokenizer", tok, "--workers", 1, "--output", data) == 0
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "locked").mkdir()
+    monkeypatch.chdir(tmp_path)
+    real = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: os.path.basename(path) != "locked" and real(path, mode))
+    commands = (
+        ("tokenizer", "--input", source, "--output"), ("shards", "--input", source, "--tokenizer", tok, "--output"),
+        ("merge", data, "--output"), ("stats", data, "--out"),
+    )  # fmt: skip
+    before = sorted(tmp_path.iterdir())
+    for words in commands:
+        for out in ("file", "file/inside", "locked/new", "s3://bucket/data"):
+            capsys.readouterr()
+            assert dla(*words, out) == 2, (words, out)
+            shown = capsys.readouterr()
+            assert len(shown.err.splitlines()) == 1 and not shown.out
+            assert out.split("/")[0] in shown.err
+    for words in (("shards", "--tokenizer", tok, "--input"), ("merge",)):
+        assert dla(*words, "https://host/data", "--output", tmp_path / "new") == 2
+        assert "https:" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "shards"])
+def test_that_nothing_is_left_is_said_with_the_reason(tmp_path, tok, capsys, command):
+    tokenizer = ("--tokenizer", tok) if command == "shards" else ()
+    words = (command, "--input", corpus(tmp_path / "c"), *tokenizer, "--output", tmp_path / "out")
+    assert dla(*words, "--min-chars", 100_000) == 2
+    assert "60 documents under 100000 characters" in capsys.readouterr().err
+
+
 def test_input_may_be_given_several_times(tmp_path, tok):
     source = corpus(tmp_path / "corpus")
     (source / "d.jsonl").write_bytes(lines("another one"))

@@ -148,6 +148,20 @@ def test_show_prints_the_rows_that_training_reads(texts, data, capsys, packing):
         assert "goes on from the row before" in parts[0]
 
 
+@pytest.mark.parametrize("row", [(), ("--row", "--seq-len", 32, "--num-streams", 2)])
+def test_show_needs_the_tokenizer_of_the_shards(texts, tmp_path, capsys, row):
+    """Another one gives another text, or an error of its own where its vocabulary is smaller."""
+    _, directory = texts
+    broken = shutil.copytree(directory, tmp_path / "broken")
+    model = broken / "tokenizer.model"
+    model.write_bytes(model.read_bytes() + b"\x1a\x02\x18\x01")  # normalizer_spec { add_dummy_prefix: true }
+    assert dla("show", broken, 0, *row) == 2
+    assert str(model) in capsys.readouterr().err
+    model.unlink()
+    assert dla("show", broken, 0, *row) == 2
+    assert f"{broken}: " in capsys.readouterr().err
+
+
 def test_show_and_stats_errors(texts, tmp_path, capsys):
     _, directory = texts
     broken = shutil.copytree(directory, tmp_path / "broken")
