@@ -1,6 +1,7 @@
 """The two kinds of tokenizer files: sentencepiece's `tokenizer.model` and `tokenizer.json` of `tokenizers`.
 
-Both have `vocab_size`, `eos_id`, `bos_id` (-1: none), `parts`, `decode` and `token_bytes`, as `Tokenizer` documents.
+Both have `vocab_size`, `eos_id`, `bos_id` (-1: none), `parts`, `decode` and `token_bytes`, as `Tokenizer` documents,
+and `encode_short`, the ids of each of many texts shorter than a window and without U+2581.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron_dla.shard_index import TOKENIZER_CONFIG
 
 SPACE = "\u2581"  # sentencepiece stores every space as this character
 WINDOW = 1 << 16  # characters encoded at once: BPE's memory grows with the length of its input
+_LONGEST = 1 << 20  # characters encoded at once where there is no place to cut; `tokenizers` takes 110 bytes for each
 MAX_VOCAB = 2**24
 # appended to a model, this switches its dummy prefix off: normalizer_spec { add_dummy_prefix: false }
 NO_PREFIX = b"\x1a\x02\x18\x00"
@@ -36,6 +38,7 @@ class Encoder(Protocol):
     bos_id: int
 
     def parts(self, text: str) -> Iterator[list[int]]: ...
+    def encode_short(self, texts: list[str]) -> Iterable[list[int]]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
     def token_bytes(self) -> np.ndarray: ...
 
@@ -86,6 +89,9 @@ class SentencePieceEncoder:
             for window in windows(part):
                 yield processor.encode(window)
                 processor = self._next
+
+    def encode_short(self, texts: list[str]) -> Iterable[list[int]]:
+        return self._first.encode(texts, num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._first.decode([int(i) for i in ids]))
@@ -155,6 +161,9 @@ class JsonEncoder:
             (encoded,) = self._core.encode_batch_fast([window], add_special_tokens=False)
             yield encoded.ids
 
+    def encode_short(self, texts: list[str]) -> Iterable[list[int]]:
+        return [encoded.ids for encoded in self._core.encode_batch_fast(texts, add_special_tokens=False)]
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._core.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -206,16 +215,24 @@ def windows(text: str) -> Iterator[str]:
 
 
 _LINE = re.compile(r"(?<=\S)\n(?=\S)")
+_WORD = re.compile(r"(?<=\S) (?=\S)")
 
 
 def _line_windows(text: str) -> Iterator[str]:
     """Parts of about 65,536 characters that end with a line: no pre-tokenizer joins what is cut there.
 
-    A part without such a place is longer.
+    Without such a place, 1M characters end before a word, or, in a text without spaces, anywhere.
     """
     start = 0
-    while len(text) - start > WINDOW and (found := _LINE.search(text, start + WINDOW)):
-        yield text[start : found.end()]
-        start = found.end()
+    while len(text) - start > WINDOW:
+        if found := _LINE.search(text, start + WINDOW, start + _LONGEST):
+            end = found.end()
+        elif len(text) - start <= _LONGEST:
+            break
+        else:
+            word = _WORD.search(text, start + _LONGEST - WINDOW, start + _LONGEST)
+            end = word.start() if word else start + _LONGEST
+        yield text[start:end]
+        start = end
     if start < len(text):
         yield text[start:]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20  # bytes read at once
+_STORIES = 1 << 16  # of files with a separator, whose stories, held at once, may be of one letter
 _NAMED = 20  # fields or columns in a message
 _ROWS, _ROWS_BYTES = 256, 1 << 22  # of a table decoded at once: rows at most, and bytes about
 # the largest window that the format can ask for (zstd --ultra --long=31); memory is taken as far as it is used
@@ -204,25 +205,28 @@ def _read_txt(path: Path, compression: str, text_field: str, separator: str) -> 
             yield Record(0, _utf8(stream.read().removeprefix(_BOM)), raw.tell())
             return
         number = 0
-        for story in _stories(stream, separator.encode()):
-            if story := story.strip(b"\r\n"):
-                number += 1
-                yield Record(number, _utf8(story), raw.tell())
+        for stories in _stories(stream, separator.encode()):
+            position = raw.tell()
+            for story in stories:
+                if story := story.strip(b"\r\n"):
+                    number += 1
+                    yield Record(number, _utf8(story), position)
 
 
-def _stories(stream: BinaryIO, mark: bytes) -> Iterator[bytes]:
-    """What stands between the marks. Of a long story, no byte is searched twice."""
-    held, at = bytearray(stream.read(_BLOCK).removeprefix(_BOM)), 0
+def _stories(stream: BinaryIO, mark: bytes) -> Iterator[list[bytes]]:
+    """What stands between the marks, in lists of what ends in a block. No byte of a long story is searched twice,
+    but where it ends."""
+    held, at = bytearray(stream.read(_STORIES).removeprefix(_BOM)), 0
     more = True
     while more:
-        while (end := held.find(mark, at)) >= 0:
-            yield bytes(held[:end])
-            del held[: end + len(mark)]
-            at = 0
+        if held.find(mark, at) >= 0:
+            *ended, last = bytes(held).split(mark)
+            yield ended
+            held = bytearray(last)
         at = max(0, len(held) - len(mark) + 1)
-        more = bool(block := stream.read(_BLOCK))
+        more = bool(block := stream.read(_STORIES))
         held += block
-    yield bytes(held)
+    yield bytes(held).split(mark)
 
 
 def _read_lines(path: Path, compression: str, text_field: str, separator: str) -> Iterator[Record]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
 from megatron_dla.data_prep.listing import Listing, SourceFile
-from megatron_dla.data_prep.readers import Problem, Record, UnreadableError, read_records, shown
+from megatron_dla.data_prep.readers import Problem, UnreadableError, read_records, shown
 from megatron_dla.errors import DataError
 
 _LISTED = 100  # bad records that an error or a report names; the others are counted
@@ -172,40 +173,40 @@ class DocumentSource:
         return self.counts.bad == self.counts.records >= _HOPELESS
 
     def _read(self, file: SourceFile, done: int) -> Iterator[Document]:
-        at, skip = self.progress, self.progress.record
-        text_file = file.kind.format == ".txt"
+        at, counts, text_file = self.progress, self.counts, file.kind.format == ".txt"
+        least, most = max(self.options.min_chars, 1), self.options.max_chars or sys.maxsize
         records = read_records(file.path, file.kind, self.options.text_field, self.options.separator)
-        for record in islice(records, skip, None):
-            self.bytes_read = done + record.position
+        for number, text, position in islice(records, at.record, None):
+            self.bytes_read = done + position
             at.record += 1
             if text_file:
-                at.separated += record.number > 1
-                at.stories += isinstance(record.text, str) and _STORY_END in record.text
-            if (document := self._take(record, file)) is not None:
-                yield document
-            if self._hopeless:
-                return
+                at.separated += number > 1
+                at.stories += isinstance(text, str) and _STORY_END in text
+            if isinstance(text, str) and least <= len(text) <= most:
+                counts.documents += 1
+                n_bytes = len(text) if text.isascii() else len(text.encode("utf-8"))
+                yield Document(text, n_bytes, at.file, number)
+            else:
+                self._leave_out(number, text, file)
+                if self._hopeless:
+                    return
 
-    def _take(self, record: Record, file: SourceFile) -> Document | None:
-        text, counts, options = record.text, self.counts, self.options
+    def _leave_out(self, number: int, text: str | Problem | None, file: SourceFile) -> None:
+        counts = self.counts
         if text is None:
             counts.blank_lines += 1
         elif isinstance(text, Problem):
             counts.bad += 1
             if len(self.progress.bad) < _LISTED:
-                where = shown(file.path) + (f":{record.number}" if record.number else "")
+                where = shown(file.path) + (f":{number}" if number else "")
                 self.progress.bad.append(f"{where}: {text.what}")
                 self.progress.fix = self.progress.fix or text.fix
         elif not text:
             counts.empty += 1
-        elif len(text) < options.min_chars:
+        elif len(text) < self.options.min_chars:
             counts.too_short += 1
-        elif options.max_chars is not None and len(text) > options.max_chars:
-            counts.too_long += 1
         else:
-            counts.documents += 1
-            return Document(text, len(text.encode("utf-8")), self.progress.file, record.number)
-        return None
+            counts.too_long += 1
 
     def check(self) -> None:
         """Raises DataError that names all damaged files and, unless they may be skipped, all bad records.

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,17 @@ DOCUMENT = np.dtype(
         ("number", "<u8"),
     ]
 )
-# one per document: tokens, UTF-8 bytes, content hash, file, number, whether the tokens decode to another text
-Encoded = list[tuple[bytes, int, int, int, int, bool]]
+
+
+class Encoded(NamedTuple):
+    """Tokens of documents, one after the other; their records, DOCUMENT [documents] without `start`; how many of them
+    the tokenizer does not reproduce."""
+
+    tokens: bytes
+    rows: np.ndarray
+    changed: int
+
+
 _PLAN, _LOG, _LOCK = "plan.json", "progress.jsonl", "lock"
 
 
@@ -114,18 +123,15 @@ class Spool:
 
     def add(self, encoded: Encoded, progress: Progress) -> None:
         """Add documents; `progress` is what of the inputs is in the spool then."""
-        rows = np.empty(len(encoded), DOCUMENT)
-        sizes = np.array([len(document[0]) // self.dtype.itemsize for document in encoded], dtype=np.uint64)
-        rows["n_tokens"], rows["start"] = sizes, self.tokens + np.cumsum(sizes) - sizes
-        for column, name in enumerate(("n_bytes", "hash", "file", "number"), 1):
-            rows[name] = [document[column] for document in encoded]
-        content = b"".join(document[0] for document in encoded)
-        with naming_full_disk(self.path("tokens"), len(content)):
-            self._files[0].write(content)
+        tokens, rows, changed = encoded
+        ends = self.tokens + np.cumsum(rows["n_tokens"])
+        rows["start"] = ends - rows["n_tokens"]
+        with naming_full_disk(self.path("tokens"), len(tokens)):
+            self._files[0].write(tokens)
             self._files[1].write(rows.tobytes())
-        self.tokens += int(sizes.sum())
-        self.documents += len(encoded)
-        self.changed += sum(document[5] for document in encoded)
+        self.tokens += len(tokens) // self.dtype.itemsize
+        self.documents += len(rows)
+        self.changed += changed
         self.progress = progress
 
     def commit(self, *, due: float = 0.0) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import multiprocessing
 import os
 import threading
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,11 +19,11 @@ import numpy as np
 
 from megatron_dla.console import progress_bar
 from megatron_dla.data_prep.sources import Document, DocumentSource, Progress
-from megatron_dla.data_prep.spool import COMMIT_S, Encoded, Spool
+from megatron_dla.data_prep.spool import COMMIT_S, DOCUMENT, Encoded, Spool
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
 
-_CHUNK_BYTES = 1 << 18  # text per task of a worker process
+_CHUNK_BYTES, _CHUNK_DOCUMENTS = 1 << 18, 1 << 13  # text, and documents at most, per task of a worker process
 Position = tuple[int, Progress]  # bytes read, and what was found, up to a document
 
 _tokenizer: Tokenizer | None = None  # set in each worker process
@@ -61,16 +62,22 @@ def _encode_in_worker(documents: list[Document], seed: int) -> Encoded:
 
 
 def _encode(tokenizer: Tokenizer, documents: list[Document], seed: int) -> Encoded:
-    dtype = token_dtype(tokenizer)
-    out: Encoded = []
-    for text, n_bytes, file, number in documents:
-        parts = [np.array(ids, dtype) for ids in tokenizer.parts(text)]
-        tokens = np.concatenate([*parts, np.array([tokenizer.eos_id], dtype)])
-        changed = bool(tokenizer.losses) and tokenizer.decode(tokens[:-1].tolist()) != text
+    dtype, key = token_dtype(tokenizer), str(seed).encode()
+    tokens, ends, digests, changed = array(dtype.char), [0], [], 0
+    for document, parts in zip(documents, tokenizer.parts_of_each([d.text for d in documents]), strict=True):
+        for ids in parts:
+            tokens.extend(ids)
+        if tokenizer.losses:
+            changed += tokenizer.decode(tokens[ends[-1] :]) != document.text
+        tokens.append(tokenizer.eos_id)
+        ends.append(len(tokens))
         # Hash of the content, so that exact copies of a document end up in the same split.
-        digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
-        out.append((tokens.tobytes(), n_bytes, int.from_bytes(digest, "big"), file, number, changed))
-    return out
+        digests.append(hashlib.blake2b(document.text.encode(), digest_size=8, key=key).digest())
+    rows = np.zeros(len(documents), DOCUMENT)
+    rows["n_tokens"], rows["hash"] = np.diff(ends), np.frombuffer(b"".join(digests), ">u8")
+    for column, name in enumerate(("n_bytes", "file", "number"), 1):
+        rows[name] = [document[column] for document in documents]
+    return Encoded(np.array(tokens, dtype).tobytes(), rows, changed)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -84,7 +91,7 @@ def _chunks(source: DocumentSource, after: Progress) -> Iterator[tuple[list[Docu
     for document in source.documents(after):
         chunk.append(document)
         size += document.n_bytes
-        if size >= _CHUNK_BYTES:
+        if size >= _CHUNK_BYTES or len(chunk) == _CHUNK_DOCUMENTS:
             yield chunk, (source.bytes_read, copy.deepcopy(source.progress))
             chunk, size = [], 0
     yield chunk, (source.bytes_read, source.progress)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 _RESERVED = {ord(SPACE): None, 0x2585: None}  # sentencepiece reads one as a space and drops texts with the other
+_SHORT = 1 << 12  # characters
 _PIECE_BYTES = 4000  # largest piece of training text; sentencepiece drops pieces above its own limit
 _PROBES = (
     "", " ", "  lead", "trail  ", "a   b", "\ttab\t\t", "\n\n x\r\n\r", "\x00\x01\x1f\x7f", "<s></s><unk><0x0A>",
@@ -97,6 +98,13 @@ class Tokenizer:
                 f"lone surrogate at character {error.start} of the text is not valid Unicode; remove it"
             ) from None
         return self._encoder.parts(text)
+
+    def parts_of_each(self, texts: Sequence[str]) -> Iterator[Iterable[list[int]]]:
+        """What `parts` gives for each text; faster for many short ones, whose ids are all held meanwhile."""
+        short = [text for text in texts if len(text) <= _SHORT and SPACE not in text]
+        ids = iter(self._encoder.encode_short(short))
+        for text in texts:
+            yield [next(ids)] if len(text) <= _SHORT and SPACE not in text else self.parts(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bos and eos decode to nothing."""

@@ -128,6 +128,29 @@ def test_long_documents_are_encoded_in_parts(tmp_path, kind):
         assert ids == core.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("between", ["\n\n", " ", "\r\n", ""])
+def test_texts_without_a_line_to_cut_at_are_encoded_in_parts_too(tmp_path, monkeypatch, between):
+    core = byte_level(tmp_path, LINES)
+    monkeypatch.setattr(encoders, "WINDOW", 1000)
+    monkeypatch.setattr(encoders, "_LONGEST", 4000)
+    text = between.join(["quick brown fox" if between else "quickbrownfox"] * 2000)
+    parts = list(Tokenizer(tmp_path / "tokenizer.json").parts(text))
+    ids = list(itertools.chain(*parts))
+    assert len(parts) >= len(text) // 4000 and core.decode(ids) == text
+    if between:
+        assert ids == core.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model", "dummy prefix"])
+def test_short_texts_encoded_together_have_the_ids_of_each(tmp_path, kind):
+    byte_level(tmp_path, LINES)
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**PREFIXED if kind == "dummy prefix" else {}))
+    tokenizer = Tokenizer(tmp_path / (kind if "." in kind else "tokenizer.model"))
+    texts = [*TEXTS, "\u2581 a", "x y\n" * 2000, "b"]
+    together = [list(itertools.chain(*parts)) for parts in tokenizer.parts_of_each(texts)]
+    assert together == [tokenizer.encode(text) for text in texts]
+
+
 def test_the_end_of_a_document_is_that_of_the_directory(tmp_path):
     core = byte_level(tmp_path, LINES)
     core.add_special_tokens(["<|im_end|>", "<|stop|>"])

@@ -319,7 +319,7 @@ def test_a_read_error_that_passes_is_not_kept(corpus, tmp_path, monkeypatch, cap
             raise OSError(errno.EIO, "Input/output error")
         yield from real(batch, column)
 
-    monkeypatch.setattr(readers, "_BLOCK", 900)
+    monkeypatch.setattr(readers, "_STORIES", 900)
     real, batches = readers._cells, []
     with monkeypatch.context() as patch:
         patch.setattr(readers, "open", opened, raising=False)

@@ -264,7 +264,7 @@ def test_separator_and_its_hint(tmp_path, monkeypatch):
     for ends in ("\n", "\r\n"):
         (tmp_path / "s.txt").write_bytes(f"{ends}<|endoftext|>{ends}".join([*stories, ""]).encode())
         for block in (1 << 20, 7):  # a separator may lie across two blocks
-            monkeypatch.setattr(readers, "_BLOCK", block)
+            monkeypatch.setattr(readers, "_STORIES", block)
             found = read(tmp_path / "s.txt", separator="<|endoftext|>")
             assert found == [(story, f"s.txt:{i}") for i, story in enumerate(stories, 1)]
     source = DocumentSource([tmp_path])
@@ -277,8 +277,16 @@ def test_stories_around_the_blocks_of_reading(tmp_path, monkeypatch):
     stories = ["a" * n for n in (1, 7, 30, 2, 64, 5)]
     (tmp_path / "s.txt").write_text("\ufeff" + "<||>".join(stories))
     for block in range(3, 20):
-        monkeypatch.setattr(readers, "_BLOCK", block)
+        monkeypatch.setattr(readers, "_STORIES", block)
         assert texts(tmp_path / "s.txt", separator="<||>") == stories
+
+
+@pytest.mark.parametrize("mark", ["|", "##", "abab"])
+def test_stories_of_a_letter_are_those_of_splitting_the_whole_text(tmp_path, monkeypatch, mark):
+    monkeypatch.setattr(readers, "_STORIES", 50)
+    text = mark.join("ab#x"[i * i % 4] * (i % 3) for i in range(300)) + mark
+    (tmp_path / "s.txt").write_text(text)
+    assert texts(tmp_path / "s.txt", separator=mark) == [story for story in text.split(mark) if story]
 
 
 def test_file_names_that_are_not_utf8_are_escaped(tmp_path):
