@@ -85,6 +85,7 @@ def _add_training(subparsers) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from megatron_dla.boundaries.cli import add_boundaries_parser
     from megatron_dla.data_prep.cli import add_data_parser
     from megatron_dla.evaluation.cli import add_eval_parser
     from megatron_dla.hf.cli import add_convert_parser
@@ -109,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_chat_parser(subparsers)
     add_eval_parser(subparsers)
     add_study_parser(subparsers)
+    add_boundaries_parser(subparsers)
     add_smoke_parser(subparsers)
     add_bench_parser(subparsers)
     add_slurm_parsers(subparsers)
