@@ -182,6 +182,9 @@ def build_shards(
         _publish(root, spool.folder, index, tokenizer, report)
         os.replace(spool.folder, own)
         index.save(root / INDEX_NAME)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on after {spool.documents:,} documents", file=sys.stderr)
+        raise
     finally:
         spool.close()
     shutil.rmtree(own, ignore_errors=True)

@@ -173,6 +173,8 @@ def entry() -> NoReturn:
     sys.stdout = protect(sys.stdout)
     try:
         code = main()
+    except KeyboardInterrupt:  # outside of a command: while its parser is made
+        code = 130
     except Exception:
         traceback.print_exc()
         code = 1

@@ -210,6 +210,22 @@ cli.entry()
 """
 
 
+INTERRUPTED = """
+from megatron_dla import cli
+
+def build_parser():
+    raise KeyboardInterrupt
+
+cli.build_parser = build_parser
+cli.entry()
+"""
+
+
+def test_control_c_before_a_command_has_begun_is_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_a_rank_keeps_its_exit_code_whatever_the_interpreter_does_at_its_end() -> None:
     done = subprocess.run([sys.executable, "-c", RANK], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (5, "at exit\n"), done.stderr

@@ -83,6 +83,8 @@ def fill(cls: type, values: Any, path: str = "", defaults: Any = None) -> Any:
         if key not in fields:
             raise ConfigError(f"unknown config key {full!r}: {_suggest(str(key), fields)}")
         kind, adapter = fields[key]
+        if value is None and getattr(cls, key, None) == "":
+            value = ""  # null, for a default that docs/config.md calls (none)
         done[key] = (
             fill(kind, value, full, getattr(defaults, key)) if adapter is None else _value(kind, adapter, value, full)
         )

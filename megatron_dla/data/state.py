@@ -51,18 +51,19 @@ def check_same(state: dict[str, Any], identity: Mapping[str, Any]) -> None:
     for name, fingerprint in state["sources"].items():
         if name not in identity["sources"]:
             raise DataError(
-                f"cannot resume the loader: the checkpoint has a source {name!r}, this run has not; "
+                f"cannot resume: the checkpoint has a source {name!r}, this run has not; "
                 "add it with a weight of 0, so that its position is kept"
             )
         if fingerprint != identity["sources"][name]:
             what = "the data (index fingerprint)" + (f" of source {name!r}" if len(state["sources"]) > 1 else "")
-            raise _changed(what, fingerprint, identity["sources"][name])
+            more = "; to go on with other data, list both directories in data.sources, with any weights"
+            raise _changed(what, fingerprint, identity["sources"][name], more)
 
 
-def _changed(what: str, before: Any, now: Any) -> DataError:
+def _changed(what: str, before: Any, now: Any, more: str = "") -> DataError:
     return DataError(
-        f"cannot resume the loader: {what} was {before!r} in the checkpoint and is {now!r} now; "
-        "set it back, or start from the beginning of the data, without this loader state"
+        f"cannot resume: {what} was {before!r} in the checkpoint and is {now!r} now; set it back, or begin another run "
+        f"(run.name){more}"
     )
 
 

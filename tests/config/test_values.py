@@ -79,6 +79,17 @@ def test_paths_may_hold_the_home_directory_and_variables(tmp_path: Path, monkeyp
             load_config(path, [override])
 
 
+def test_null_is_the_default_of_keys_without_one(tmp_path: Path) -> None:
+    """So that an override can take back `data.dir` for a mixture."""
+    (tmp_path / "c.yaml").write_text("data: {dir: x, cache_dir: null}")
+    config = load_config(tmp_path / "c.yaml", ["data.dir=null", "data.sources.web.dir=y"])
+    assert isinstance(config, RunConfig)
+    assert (config.data.dir, config.data.cache_dir) == ("", "")
+    for override in ("run.dir=null", "run.name=null", "data.seq_len=null"):
+        with pytest.raises(ConfigError, match=override.split("=")[0]):
+            load_config(tmp_path / "c.yaml", [override])
+
+
 @pytest.mark.parametrize("override", ["training=", "training={steps: 3}", "model=null"])
 def test_an_override_of_a_whole_section_is_refused(tmp_path: Path, override: str) -> None:
     (tmp_path / "c.yaml").write_text("training: {steps: 7}")

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -203,6 +204,23 @@ def test_process_groups_killed_while_they_read_and_while_they_write_shards(corpu
         assert not (out / "index.json").exists()
     build(corpus, out, inputs)
     assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def test_control_c_says_how_to_go_on(corpus, undisturbed, tmp_path, monkeypatch, capsys):
+    def interrupted(self, *rest):
+        real(self, *rest)
+        if self.documents > 100:
+            raise KeyboardInterrupt
+
+    real = spool.Spool.add
+    monkeypatch.setattr(spool.Spool, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(corpus, tmp_path)
+    monkeypatch.undo()
+    number = re.search(r"the same command goes on after (\d+) documents", capsys.readouterr().err)[1]
+    build(corpus, tmp_path)
+    assert f"going on after {number} documents" in capsys.readouterr().err
+    assert tree(tmp_path) == undisturbed
 
 
 def test_what_was_read_ahead_is_not_lost(corpus, undisturbed, tmp_path, monkeypatch):
