@@ -1,5 +1,6 @@
 """Mixtures: the realised mix, stages, limits, exact resume at any number of ranks, changed weights, older states."""
 
+import itertools
 import json
 import random
 import zlib
@@ -84,18 +85,20 @@ def test_the_others_share_the_part_of_a_source_that_has_ended():
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_resume_of_a_mixture_at_random_steps_sizes_and_prefetch(three, packing):
+    """100 random steps, and every pair of sizes before and after, with and without prefetch."""
     total, rng, options = 110, random.Random(1), {"stages": STAGES, "packing": packing}
-    want = hashes(global_steps(ranks(three, 1, **options), total + 3))
-    running, states = ranks(three, 2, prefetch_rows=20, **options), []
-    for step in range(total):
-        states.append(json.loads(json.dumps([one.state_dict() for one in running])))
-        assert hashes(global_steps(running, 1)) == want[step : step + 1]
-    for step in rng.sample(range(total), 100):
-        resumed = ranks(
-            dict(reversed(three.items())), rng.choice([1, 2, 4]), prefetch_rows=rng.choice([0, 7, 64]), **options
-        )
+    runs = [ranks(three, size, prefetch_rows=rows, **options) for size, rows in ((1, 0), (2, 20), (4, 64))]
+    want, states = [], []
+    for _ in range(total + 3):
+        states.append([json.dumps([one.state_dict() for one in run]) for run in runs])
+        steps = [hashes(global_steps(run, 1)) for run in runs]
+        assert steps[0] == steps[1] == steps[2]
+        want += steps[0]
+    cases = itertools.cycle(itertools.product(range(3), (1, 2, 4), (0, 7, 64)))
+    for step, (saved, size, rows) in zip(rng.sample(range(total), 100), cases, strict=False):
+        resumed = ranks(dict(reversed(three.items())), size, prefetch_rows=rows, **options)
         for one in resumed:
-            one.load_state_dict(TokenLoader.merge_states(states[step]))
+            one.load_state_dict(TokenLoader.merge_states(json.loads(states[step][saved])))
         assert hashes(global_steps(resumed, 3)) == want[step : step + 3]
     assert len(resumed[0].mixtures) == 1
 
