@@ -17,6 +17,7 @@ from typing import NoReturn
 from megatron_dla import __version__
 from megatron_dla.console import escaped, protect
 from megatron_dla.errors import UserError, is_wrong_path
+from megatron_dla.masking import mask_text
 
 MAX_LINE = 3000
 
@@ -120,7 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _report(line: str) -> None:
     """Print one line to stderr; a rank of `dla run` writes it to a file, and the launcher prints the first one."""
-    line = escaped("; ".join(part.strip() for part in line.splitlines() if part.strip()).replace(":;", ":"))
+    line = "; ".join(part.strip() for part in line.splitlines() if part.strip()).replace(":;", ":")
+    line = escaped(mask_text(line))
     if len(line) > MAX_LINE:  # a parser's error quotes what it read
         line = f"{line[: MAX_LINE // 2]} [...] {line[-MAX_LINE // 2 :]}"
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

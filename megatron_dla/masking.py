@@ -7,6 +7,7 @@ from typing import Any
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(?<![A-Z])KEY|KEY(?![A-Z])", re.IGNORECASE)
 _USER = re.compile(r"(://[^/\s:@]*):[^@/\s]+@")
+_LOGIN = re.compile(r"(https?://)[^/\s:@]+@", re.IGNORECASE)  # a token; other protocols name a bucket so
 _QUERY = re.compile(
     r"([?&][\w.-]*(?:token|secret|signature|credential|passw\w*|key|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
 )
@@ -14,7 +15,22 @@ _QUERY = re.compile(
 
 def mask_text(text: str) -> str:
     """Passwords in URLs, and the values of signed queries, as ***."""
-    return _QUERY.sub(r"\1***", _USER.sub(r"\1:***@", text))
+    return _QUERY.sub(r"\1***", _USER.sub(r"\1:***@", _LOGIN.sub(r"\1***@", text)))
+
+
+def check_url(text: str) -> str:
+    """`text`, unless it is a URL with a password, a token or a signature in it.
+
+    Raises:
+        ValueError: it is. Configs, commands and messages are written to files; the environment is not.
+    """
+    if "://" in text and mask_text(text) != text:
+        raise ValueError(
+            "a URL with credentials would be written to files: take them out; s3, gs, hf and the other protocols of "
+            "fsspec read theirs from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HF_TOKEN, FSSPEC_*) "
+            "or their own files, http and https from ~/.netrc"
+        )
+    return text
 
 
 def mask_environment(env: dict[str, str]) -> dict[str, str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_dla.checkpoint.find import COMPLETE, LAYOUT
-from megatron_dla.errors import CheckpointError
+from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.files import file_sha256, fsync_directory, fsync_file, write_text
 
 FORMAT_VERSION = 2  # of layout.json; checkpoints of version 1 have no checksums
@@ -148,6 +149,20 @@ def _share(files: FilesRecord, rank: int, size: int) -> set[str]:
         shares[least].add(name)
         loads[least] += files[name]["size"]
     return shares[rank]
+
+
+@contextmanager
+def naming_values(path: Path) -> Iterator[None]:
+    """CheckpointError where what a file holds cannot be used, though its checksum is right: a tool wrote it so."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} holds wrong or missing values ({error!r}): restore it, or delete this checkpoint to resume "
+            "from an older one"
+        ) from error
 
 
 def damaged_error(directory: Path, faults: list[str], fix: str) -> CheckpointError:

@@ -20,6 +20,7 @@ from megatron_dla.config.aliases import rename_keys, rename_overrides
 from megatron_dla.config.schema import RunConfig
 from megatron_dla.config.yaml_text import parse_yaml, read_yaml
 from megatron_dla.errors import ConfigError
+from megatron_dla.masking import mask_text
 from megatron_dla.resources import find_yaml
 
 _RULES = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
@@ -59,6 +60,7 @@ def _value(kind: Any, adapter: TypeAdapter[Any], value: Any, key: str) -> Any:
         first = error.errors(include_url=False)[0]
         at = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
         bad = first["input"] if at else value
+        bad = mask_text(bad) if isinstance(bad, str) else bad
         reason = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
         raise ConfigError(f"{key}{at} = {_shown.repr(bad)}: {reason}") from None
 
@@ -119,7 +121,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     try:
         return key.strip().split("."), parse_yaml(value)
     except ConfigError as error:
-        raise ConfigError(f"override {text!r}: {error}") from error
+        raise ConfigError(f"override {mask_text(text)!r}: {mask_text(str(error))}") from error
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:

@@ -13,7 +13,7 @@ from megatron_dla.data.mixture import Limit, MixedStream, Stages, check_tokenize
 from megatron_dla.data.packing import Batch, make_batch
 from megatron_dla.data.prefetch import ReadAhead
 from megatron_dla.data.shards import ShardReader, Verify
-from megatron_dla.data.state import check_same, check_streams, merge_states, to_version_1, to_version_2
+from megatron_dla.data.state import check_same, check_streams, count_in, merge_states, to_version_1, to_version_2
 from megatron_dla.data.stream import ShardStream, TokenStream
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import ShardIndex
@@ -244,7 +244,7 @@ class TokenLoader:
         self.close()
         for j, stream in self.streams.items():
             stream.load_state_dict(state["streams"][str(j)])
-        self.steps, self.tokens_seen = int(state["steps"]), int(state["tokens_seen"])
+        self.steps, self.tokens_seen = (count_in(state, key) for key in ("steps", "tokens_seen"))
         now = {**self.mixtures[-1], "from_tokens": self.tokens_seen}
         before = state["mixtures"]
         same = before and {**before[-1], "from_tokens": self.tokens_seen} == now

@@ -5,17 +5,20 @@ http and https are read with the standard library, the other protocols with fssp
 
 from __future__ import annotations
 
+import base64
 import errno
 import fcntl
 import hashlib
 import importlib
 import json
+import netrc
 import os
 import random
 import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -25,6 +28,7 @@ from typing import Any, BinaryIO
 
 from megatron_dla.errors import DataError, UserError
 from megatron_dla.files import atomic_path, write_bytes
+from megatron_dla.masking import check_url, mask_text
 from megatron_dla.shard_index import (
     INDEX_NAME,
     TOKENIZER_CONFIG,
@@ -91,7 +95,10 @@ class RemoteDirectory(os.PathLike[str]):
     """
 
     def __init__(self, url: str, cache: Path, limit: int) -> None:
-        self.url = url.rstrip("/")
+        try:
+            self.url = check_url(url).rstrip("/")
+        except ValueError as error:
+            raise DataError(f"{mask_text(url)!r}: {error}") from None
         self.fetched = self.retries = 0
         self._get = _reader(self.url)
         self._shards = ShardCache(cache, limit)
@@ -348,8 +355,23 @@ def _reader(url: str) -> Callable[[str], bytes]:
 
 
 def _read_http(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
+    request = urllib.request.Request(url)
+    if login := _login(url):
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
         return answer.read()
+
+
+def _login(url: str) -> str:
+    """user:password for the host of a URL from ~/.netrc, or the file in NETRC; "" where there is none."""
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        found = netrc.netrc(path).authenticators(urllib.parse.urlsplit(url).hostname or "")
+    except FileNotFoundError:
+        return ""
+    except (OSError, netrc.NetrcParseError) as error:
+        raise DataError(f"{str(path)!r} cannot be read ({type(error).__name__}): mend it, or set NETRC") from None
+    return f"{found[0]}:{found[2]}" if found else ""
 
 
 def _json_problem(content: bytes) -> str:

@@ -36,6 +36,14 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def count_in(state: Mapping[str, Any], key: str) -> int:
+    """A count of a state. Raises DataError where it is none."""
+    value = state[key]
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise DataError(f"the loader state has {key} = {value!r}, which is no count; use another checkpoint")
+    return value
+
+
 def check_streams(state: dict[str, Any], streams: Iterable[int]) -> None:
     """Raises DataError if the state lacks one of `streams`."""
     missing = [j for j in streams if str(j) not in state["streams"]]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dla.checkpoint.find import set_aside, step_directories
-from megatron_dla.checkpoint.integrity import describe_damage, newest_whole
+from megatron_dla.checkpoint.integrity import DATA_STATE, describe_damage, naming_values, newest_whole
 from megatron_dla.checkpoint.manager import (
     Checkpointer,
     agreed_faults,
@@ -123,7 +123,8 @@ class Trainer:
         """All but the weights, which are in the model already; returns the state of `anomalies`."""
         self.step, state = self.checkpoints.load(checkpoint, self.layout)
         anomalies = state.pop(ANOMALIES, {})
-        self.task.load_state_dict(state)
+        with naming_values(checkpoint / DATA_STATE):
+            self.task.load_state_dict(state)
         apply_optimizer_section(self.engine, self.optimizer_groups, self.config)
         self.anomalies.can_rewind = True
         return anomalies

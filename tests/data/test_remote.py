@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dla.cli import main
 from megatron_dla.data import ShardReader, remote, validation_batches
 from megatron_dla.data.remote import RemoteDirectory, local_directory, open_directory
 from megatron_dla.errors import DataError
@@ -258,3 +259,45 @@ def test_other_protocols_are_read_with_fsspec(made, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"data.dir = 's3://b/c': .*pip install fsspec s3fs"):
         open_directory("s3://b/c", tmp_path)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_login_comes_from_netrc(made, server, tmp_path, monkeypatch, private):
+    file = tmp_path / ".netrc"
+    file.write_text("machine 127.0.0.1 login me password pw\n" if private else "machine")
+    monkeypatch.setenv("NETRC", str(file))
+    if private:
+        opened(server, tmp_path)
+        assert set(server.logins) == {"Basic bWU6cHc="}
+    else:
+        with pytest.raises(DataError, match="netrc"):
+            opened(server, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://me:hidden@host/a", "https://hidden@host/a", "s3://b/a?X-Amz-Signature=hidden", "ftp://u:hidden@h/a"],
+)
+def test_credentials_in_a_url_are_refused_and_not_shown(url, tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"run: {{dir: {tmp_path / 'runs'}}}")
+    for argv in (
+        ["train", str(config), f"data.dir={url}"],
+        ["run", str(config), "--nproc", "1", f"data.sources={{a: {{dir: '{url}'}}}}"],
+        ["submit", str(config), "--profile", "cpu", "--nodes", "1", f"data.dir={url}"],
+        ["data", "stats", url],
+        ["data", "verify", url],
+    ):
+        assert main(argv) == 2
+        out = capsys.readouterr()
+        assert "hidden" not in out.err + out.out and "***" in out.err and "netrc" in out.err
+    with pytest.raises(DataError, match="netrc"):
+        open_directory(url)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_credentials_in_a_variable_are_refused_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("URL", "https://me:hidden@host/a")
+    (tmp_path / "c.yaml").write_text("data: {dir: $URL}")
+    assert main(["train", str(tmp_path / "c.yaml")]) == 2
+    assert "hidden" not in (error := capsys.readouterr().err) and "data.dir = '$URL'" in error

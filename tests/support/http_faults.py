@@ -16,7 +16,7 @@ class FaultyServer(ThreadingHTTPServer):
         faults: {path: what happens to the next requests for it}. always: {path: what happens to all others}.
             An answer code; "drop" (the connection ends inside the body), "short" (half a file), "wrong" (other bytes),
             "delay", "stall" (no end of the body until `released` is set).
-        requests: paths in the order of the requests.
+        requests: paths in the order of the requests. logins: their Authorization headers.
     """
 
     daemon_threads = True
@@ -28,6 +28,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.faults: defaultdict[str, list[str]] = defaultdict(list)
         self.always: dict[str, str] = {}
         self.requests: list[str] = []
+        self.logins: list[str | None] = []
         self.released = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -53,6 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = self.path.removeprefix("/")
         server = self.server
         server.requests.append(name)
+        server.logins.append(self.headers.get("Authorization"))
         fault = server.faults[name].pop(0) if server.faults[name] else server.always.get(name, "")
         file = server.root / name
         if fault.isdecimal() or not file.is_file():

@@ -1,5 +1,6 @@
 """The trainer over DeepSpeed equals plain single-process training; interrupted + resumed equals uninterrupted."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_dla.checkpoint.integrity import DATA_STATE, find_faults, read_marker, seal
 from megatron_dla.checkpoint.weights import load_merged
 from megatron_dla.cli import main
 from megatron_dla.metrics.sinks import read_metrics
@@ -262,6 +264,33 @@ def test_damaged_checkpoints_are_named(ranks, data, tmp_path, damage) -> None:
     (tmp_path / "tiny" / "checkpoints" / "step_1" / damage).write_bytes(b"[]" if damage.endswith("json") else b"junk")
     with pytest.raises(AssertionError, match=rf"CheckpointError.*step_1' is damaged \(.*{damage}"):
         ranks(1).run(train_workers.train, values)
+
+
+STATES = {
+    "streams": lambda state: state.pop("streams"),
+    "streams.0": lambda state: state["streams"].pop("0"),
+    "streams.1": lambda state: state["streams"].update({"1": [0, 0]}),
+    "streams.2.shard": lambda state: state["streams"]["2"].update(shard=10**30),
+    "steps": lambda state: state.update(steps="1"),
+    "tokens_seen": lambda state: state.update(tokens_seen=-1),
+    "anomalies": lambda state: state.update(anomalies=[0]),
+}
+
+
+def test_a_data_state_that_a_tool_has_edited_is_refused(ranks, data, tmp_path) -> None:
+    """With a marker whose checksums are right."""
+    values = run_config(data, tmp_path, "mamba2", training={"steps": 1})
+    ranks(1).run(train_workers.train, values)
+    step = tmp_path / "tiny" / "checkpoints" / "step_1"
+    before, marker = (step / DATA_STATE).read_text(), read_marker(step)
+    for key, edit in STATES.items():
+        state = json.loads(before)
+        edit(state)
+        (step / DATA_STATE).write_text(json.dumps(state))
+        seal(step, {k: v for k, v in marker.items() if k not in ("files", "sha256")})
+        assert not find_faults(step)
+        with pytest.raises(AssertionError, match=rf"(Checkpoint|Data)Error.*{key.split('.')[-1]}"):
+            ranks(1).run(train_workers.train, values)
 
 
 def test_shards_of_another_tokenizer_than_the_checkpoint(ranks, capsys, data, tmp_path) -> None:

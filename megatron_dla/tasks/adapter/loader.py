@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_dla.data.state import count_in
 from megatron_dla.errors import DataError
 from megatron_dla.tasks.adapter.episodes import Episode, EpisodeBatch, collate
 
@@ -93,7 +94,7 @@ class EpisodeLoader:
                     "set it back, or use another run.name"
                 )
         self._rows = self._stream()
-        self.steps = int(state["steps"])
+        self.steps = count_in(state, "steps")
         for _ in range(self.steps * self.global_batch_size):
             next(self._rows)
 
