@@ -144,12 +144,14 @@ class JsonEncoder:
         self._windowed = bool(described["pre_tokenizer"]) and not any(step in before for step in at_ends)
 
     def _end(self, path: Path) -> str:
-        named = _named_ends(path.parent)
         by_id = {i: token for token, i in self._vocabulary.items()}
-        for end in [*named, *_ends_of_published(self._vocabulary)]:
+        for where, end in _named_ends(path.parent):
             token = by_id.get(end) if isinstance(end, int) else end
-            if token in self._vocabulary:
-                return str(token)
+            if token not in self._vocabulary:
+                raise DataError(f"{where} = {end!r}: no token of {shown(path)}; name the one that ends a document")
+            return str(token)
+        for token in _ends_of_published(self._vocabulary):
+            return token
         raise DataError(
             f"{shown(path)}: which token ends a document is not known; write it beside this file as "
             f'{TOKENIZER_CONFIG} with {{"eos_token": "..."}}'
@@ -181,8 +183,8 @@ class JsonEncoder:
         return sizes
 
 
-def _named_ends(folder: Path) -> Iterator[str | int]:
-    """What the files of a Hugging Face directory give as the end of a document."""
+def _named_ends(folder: Path) -> Iterator[tuple[str, str | int]]:
+    """What the files of a Hugging Face directory give as the end of a document, each with file and key."""
     for name, key in (
         (TOKENIZER_CONFIG, "eos_token"), ("special_tokens_map.json", "eos_token"),
         ("generation_config.json", "eos_token_id"), ("config.json", "eos_token_id"),
@@ -194,7 +196,7 @@ def _named_ends(folder: Path) -> Iterator[str | int]:
         value = value.get("content") if isinstance(value, dict) else value
         value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, str | int):
-            yield value
+            yield f"{shown(folder / name)}: {key}", value
 
 
 def _ends_of_published(vocabulary: dict[str, int]) -> list[str]:

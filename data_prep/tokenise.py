@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import multiprocessing
 import os
+import signal
 import threading
 from array import array
 from collections import deque
@@ -43,6 +44,7 @@ def _return_large_blocks() -> None:
 
 def _start_worker(path: str) -> None:
     global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the build, which ends its workers
     _return_large_blocks()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = Tokenizer(path)

@@ -164,6 +164,11 @@ def test_the_end_of_a_document_is_that_of_the_directory(tmp_path):
         (tmp_path / "copy").mkdir(exist_ok=True)
         (tmp_path / "copy" / name).write_bytes(content)
     assert Tokenizer(tmp_path / "copy").eos_id == tokenizer.eos_id
+    for value in ('"<|im_ned|>"', "100000"):  # not taken for another one
+        (tmp_path / "copy/tokenizer_config.json").write_text(f'{{"eos_token": {value}}}')
+        with pytest.raises(DataError, match=r"tokenizer_config.json: eos_token = .*(im_ned|100000)"):
+            Tokenizer(tmp_path / "copy")
+    (tmp_path / "copy/tokenizer_config.json").unlink()
     core = Core(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     core.save(str(tmp_path / "copy" / "tokenizer.json"))
     with pytest.raises(DataError, match=r"tokenizer.json: .*tokenizer_config.json.*eos_token"):

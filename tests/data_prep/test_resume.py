@@ -457,23 +457,30 @@ def test_mapped_files_do_not_stay_in_memory(tmp_path):
     assert resident() - before < records.nbytes / 2
 
 
-def test_workers_end_with_a_killed_build(corpus, tmp_path):
-    code = "import sys; from megatron_dla.cli import main; main(sys.argv[1:])"
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_a_killed_build(corpus, tmp_path, how):
+    """Also with Ctrl-C, which a terminal sends to all of them: without their tracebacks."""
+    code = "import signal, sys; from megatron_dla.cli import main\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
     write(tmp_path / "a.jsonl", 20_000)
     arguments = ["data", "shards", "--input", tmp_path / "a.jsonl", "--tokenizer", corpus / "tok"]
     arguments += ["--output", tmp_path / "out", "--workers", "2"]
     slow = "import megatron_dla.data_prep.tokenise as t; t._CHUNK_BYTES = 50\n"
     process = subprocess.Popen(
-        [sys.executable, "-c", slow + code, *map(str, arguments)], env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+        [sys.executable, "-c", slow + code, *map(str, arguments)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     log = tmp_path / "out/.building/documents"
     while not (log.exists() and log.stat().st_size):
         assert process.poll() is None
         time.sleep(0.02)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
-    process.kill()
-    process.wait()
+    for one in (*children, process) if how == signal.SIGINT else (process,):
+        one.send_signal(how)
+    error = process.communicate(timeout=60)[1]
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "goes on" in error and "Traceback" not in error, error
     _, alive = psutil.wait_procs(children, timeout=20)
     for child in alive:
         child.kill()
