@@ -308,6 +308,7 @@ def _read_arrow(path: Path, compression: str, text_field: str, separator: str) -
             reader = batches = pyarrow.ipc.open_stream(file)
         column = _column(path, reader.schema, text_field)
         for batch in batches:
+            batch.column(column[0]).validate()  # damaged lengths and offsets, followed, would end the process
             rows = _rows_at_once(batch.nbytes, batch.num_rows)
             for start in range(0, batch.num_rows, rows):
                 for text in _cells(batch.slice(start, rows), column):
@@ -352,10 +353,25 @@ def _cells(batch: pyarrow.RecordBatch, column: list[str]) -> Iterator[str | Prob
     if column[1:]:
         array = pyarrow.compute.struct_field(array, column[1:])
     if pyarrow.types.is_dictionary(array.type):
+        _as_bytes(array.dictionary)
+        least, most = pyarrow.compute.min_max(array.indices).values()
+        if least.is_valid and not 0 <= least.as_py() <= most.as_py() < len(array.dictionary):
+            raise pyarrow.ArrowInvalid("a row names a value that the dictionary does not have")
         array = array.dictionary_decode()
     # bytes, which are decoded one by one, so that a row with invalid text can be named
-    for cell in array.cast(pyarrow.large_binary()).to_pylist():
+    for cell in _as_bytes(array).cast(pyarrow.large_binary()).to_pylist():
         yield Problem("the text is null", "fix or remove the row") if cell is None else _utf8(cell)
+
+
+def _as_bytes(array: pyarrow.Array) -> pyarrow.Array:
+    """Texts as bytes, without a copy. Raises pyarrow.ArrowInvalid for offsets outside of the data."""
+    import pyarrow
+
+    kinds = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    kinds[pyarrow.string_view()] = pyarrow.binary_view()
+    array = array.cast(kinds.get(array.type, array.type))
+    array.validate(full=True)
+    return array
 
 
 Reader = Callable[[Path, str, str, str], Iterator[Record]]

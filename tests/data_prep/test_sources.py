@@ -414,6 +414,11 @@ MALFORMED = [
         ARROW.replace(b"\x32\0\0\0\x64\0\0\0", b"\x32\0\0\0\1\0\0\0"),
         ": .*compress it again",
     ),  # ends before its start
+    (
+        "x.arrow",
+        ARROW.replace(b"\x32\0\0\0\x64\0\0\0", b"\x32\0\0\0\0\0\0\x7f"),
+        ": .*compress it again",
+    ),  # ends far beyond the data
     ("x.txt.zst", zstandard.ZstdCompressor().compress(bytes(range(256)) * 999)[:-4], ": .*middle of a frame"),
     ("x.txt.zst", b"junkjunk", ": .*compress it again"),
     ("x.jsonl.zst", zstd(lines("a")) + b"junkjunk", ": .*compress it again"),
@@ -450,6 +455,13 @@ def test_malformed_files(tmp_path, name, content, where):
     with pytest.raises(DataError, match=f"{re.escape(name)}{where}") as caught:
         texts(tmp_path / name)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_rows_of_an_arrow_file_outside_of_its_dictionary(tmp_path):
+    damaged = pa.DictionaryArray.from_arrays(pa.array([0, 1, 10**9]), pa.array(["a", "b"]), safe=False)
+    save_arrow(tmp_path / "x.arrow", pa.table({"text": damaged}))
+    with pytest.raises(DataError, match=r"x.arrow: .*dictionary.*compress it again"):
+        texts(tmp_path / "x.arrow")
 
 
 @pytest.mark.parametrize("form", [".parquet", ".arrow"])
