@@ -107,6 +107,7 @@ def write_adapter(
             "r": adapter.config.rank,
             "alpha": adapter.config.alpha,
             "delta_mem": adapter.config.to_dict(),
+            "sha256": adapter_sha256(adapter.config, tensors),
         })  # fmt: skip
     return directory
 
@@ -148,7 +149,10 @@ def _read_safetensors(directory: Path) -> Adapter:
     base = _base(values, where)
     for key, x in flat.items():
         check_weight(key, x, repr(str(path)), "use an intact copy")
-    return Adapter(config, upstream.by_layer(flat, path), base)
+    adapter = Adapter(config, upstream.by_layer(flat, path), base)
+    if "sha256" in values and values["sha256"] != adapter.sha256():  # older versions wrote none
+        raise CheckpointError(f"the content of {str(path)!r} does not match sha256 in {CONFIG}: use an intact copy")
+    return adapter
 
 
 def _base(values: dict[str, Any], where: str) -> Fingerprint | None:

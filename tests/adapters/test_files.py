@@ -190,6 +190,40 @@ def test_damaged_directories_are_refused(tmp_path, content):
         read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("change", ["transposed", "sign", "config", "null"])
+def test_an_adapter_is_known_by_its_checksum(tmp_path, change):
+    """Also a square matrix that is transposed, whose shape is right."""
+    write_adapter(tmp_path, adapter_of(build_adapted()))
+    values, flat = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    name = next(key for key, x in flat.items() if x.dim() == 2)
+    if change == "transposed":
+        flat[name] = flat[name].mT.contiguous().view(flat[name].shape)
+    elif change == "sign":
+        flat[name] = -flat[name]
+    elif change == "config":
+        values["delta_mem"]["alpha"] *= 2
+    else:
+        values["sha256"] = None
+    save_file(flat, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}.*sha256"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, 0, [], {}, True, ""], ids=repr)
+@pytest.mark.parametrize("key", ["peft_type", "base_model_sha256", "base_model_name_or_path", "delta_mem"])
+def test_fields_of_another_type_are_refused(tmp_path, key, value):
+    model = adapter_of(build_adapted())
+    write_adapter(tmp_path, model)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    for changed in ({**values, key: value}, {name: x for name, x in values.items() if name != key}):
+        (tmp_path / CONFIG).write_text(json.dumps(changed))
+        if key in changed and (key, value) in [("base_model_name_or_path", ""), ("delta_mem", {})]:
+            continue  # a model without a name; all defaults
+        with pytest.raises(CheckpointError, match=CONFIG):
+            read_adapter(tmp_path)
+
+
 def test_an_adapter_is_not_overwritten_unasked(tmp_path):
     adapter = adapter_of(build_adapted())
     write_adapter(tmp_path, adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_dla.config import AdapterRunConfig, from_dict, load_config  # noqa
 from megatron_dla.config.load import fill, to_dict  # noqa: E402
 from megatron_dla.data import TokenLoader  # noqa: E402
 from megatron_dla.errors import FenceError  # noqa: E402
+from megatron_dla.files import free_bytes  # noqa: E402
 from megatron_dla.metrics.sinks import read_metrics  # noqa: E402
 from megatron_dla.model.gpt import build_model, packed_sequence  # noqa: E402
 from megatron_dla.tasks.run import check_run, run_directory  # noqa: E402
@@ -232,6 +234,43 @@ def on_a_full_disk(values: dict[str, Any], steps: list[int]) -> tuple[str, str, 
         Files.write = write  # type: ignore[method-assign]
     torch.distributed.barrier()
     return printed.getvalue(), error, read_metrics(trainer.run_dir / "metrics.jsonl")
+
+
+def on_small_disks(values: dict[str, Any], shares: dict[int, float]) -> tuple[str, list[str]]:
+    """A run whose disk is filled before the saves of some steps, {step: share of a checkpoint that still fits}.
+
+    Returns what it prints, and the names of its checkpoints after each of these saves (waited for).
+    """
+    trainer, found = make_trainer(values), []
+    save, filler, size = trainer._save, trainer.run_dir.parent / "filler", 0
+
+    def on_a_full_disk(*args: Any, **options: Any) -> None:
+        nonlocal size
+        share = shares.get(trainer.step)
+        if share is not None and torch.distributed.get_rank() == 0:
+            fill_disk(filler, free_bytes(filler.parent) - int(share * size))
+        torch.distributed.barrier()
+        save(*args, **options)
+        trainer.checkpoints.finish()
+        steps = trainer.run_dir / "checkpoints"
+        if share is not None:
+            found.append(" ".join(sorted(path.name for path in steps.iterdir())))
+            torch.distributed.barrier()
+            if torch.distributed.get_rank() == 0:
+                filler.unlink()
+        elif not size:
+            size = sum(path.stat().st_size for path in (steps / f"step_{trainer.step}").rglob("*"))
+
+    trainer._save = on_a_full_disk  # type: ignore[method-assign]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert trainer.run() == 0
+    return printed.getvalue(), found
+
+
+def fill_disk(path: Path, size: int) -> None:
+    """A file of `size` bytes that takes them on the disk."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, size))
 
 
 def resumed_optimizer(values: dict[str, Any]) -> list[tuple[str, float, float]]:
