@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from megatron_dla.data_prep.bpe_form import bpe_form, differing_probe
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import CheckpointError
-from megatron_dla.hf.directory import TOKENIZER
+from megatron_dla.hf.directory import TOKENIZER, TOKENIZER_JSON
 
 _PADS = ("<pad>", "<|padding|>", "<|pad|>", "[PAD]")
 
@@ -87,7 +89,12 @@ def write_tokenizer(out: Path, source: Path, rows: int) -> SpecialTokens:
             f"{str(source)!r}: {probe!r} would get other ids in tokenizer.json; train on shards of another tokenizer "
             "(`dla data tokenizer` makes one) to export"
         )
-    fast.save_pretrained(str(out))
+    try:
+        fast.save_pretrained(str(out))
+    except Exception as error:  # the package tokenizers raises no OSError
+        if isinstance(error, OSError) or "os error 28" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / TOKENIZER_JSON)) from error
     if source.suffix != ".json":
         shutil.copyfile(source, out / TOKENIZER)  # shards for this model are made with it
     return SpecialTokens(tokenizer.eos_id, fast.pad_token_id, size, tuple(range(size, rows)))
