@@ -34,6 +34,7 @@ from megatron_dla.mixers.chain import Chain
 from megatron_dla.mixers.decisions import Decisions
 from megatron_dla.mixers.layout import FP32_PARAMETERS, ParamSpec, dla_parameters
 from megatron_dla.mixers.recurrence import Inputs, attend, decide
+from megatron_dla.mixers.statistics import SlotStatistics
 from megatron_dla.parallel.context import HeadExchange
 from megatron_dla.parallel.sums import sum_over
 from megatron_dla.parallel.tags import Tag, set_tag, set_without_gradient, sum_gradient
@@ -108,6 +109,7 @@ class DLAMixer(MegatronModule):
         self.boundaries: Tensor | None = None
         self.tokens: Counter[tuple[int, int]] = Counter()
         self.scores: ScoreCounts | None = None  # counted in training, while tau is calibrated
+        self.statistics: SlotStatistics | None = None  # counted in training, in steps that are logged
         self.gate_temperature: float | None = None  # soft gates in training, set by the trainer each step; None = hard
         table = self.table(model, size)
         self.sections = table["in_proj.weight"].sections
@@ -268,9 +270,13 @@ class DLAMixer(MegatronModule):
     def _mix(self, inputs: Inputs, cu_seqlens: Tensor | None, starts: Tensor | None) -> Tensor:
         """The recurrence: [B, S, H, Dv]."""
         rule = self._rule()
+        if self.statistics is not None and self.training:
+            self.statistics.add_weights(inputs.slot_weights, self._first_head())
         if self.chain is not None:
             return self.chain.attend(inputs, rule, starts, self._partition)
         decided = self._partition(0, lambda: decide(inputs, rule, cu_seqlens))
+        if self.statistics is not None and self.training:
+            self.statistics.add_sizes(decided, starts, self._first_head())
         if self.training and self.gate_temperature is not None:
             out, _ = soft_attention(
                 *inputs, tau=rule.tau, temperature=self.gate_temperature, partition=decided, cu_seqlens=cu_seqlens
@@ -292,21 +298,25 @@ class DLAMixer(MegatronModule):
 
     def _controls(self) -> Controls:
         """Of the heads at hand, which have the same random numbers at every layout."""
-        m, first = self.model, self.tp.rank() * self.heads
-        if self.exchange is not None:
-            first += self.exchange.rank * (self.heads // self.exchange.size)
+        m, first = self.model, self.tp.rank() * self.heads + self._first_head()
         layer = (self.layer_number or 1) - 1
         return Controls(m.boundary, m.boundary_rate, m.boundary_every, m.control_seed, layer, first)
+
+    def _first_head(self) -> int:
+        """Number, among those of the tensor-parallel rank, of the first head that this rank has whole rows of."""
+        return 0 if self.exchange is None else self.exchange.rank * (self.heads // self.exchange.size)
 
     def _partition(self, first_head: int, compute: Callable[[], Partition]) -> Partition:
         """The computed partition of the heads from `first_head` on, or the kept one where this pass is recomputed."""
 
         def counted() -> Partition:
             decided = compute()
-            self._count(decided.start, first_head)
+            first = first_head + self._first_head()
+            self._count(decided.start, first)
             if self.scores is not None and self.training:
-                first = first_head + (0 if self.exchange is None else self.exchange.rank * decided.start.shape[2])
                 self.scores.add(decided, first)
+            if self.statistics is not None and self.training:
+                self.statistics.add(decided, first)
             return decided
 
         return self.decisions.get(counted)
@@ -314,8 +324,6 @@ class DLAMixer(MegatronModule):
     @torch.no_grad()
     def _count(self, start: Tensor, first: int) -> None:
         opened = start.sum((0, 1))
-        if self.exchange is not None:
-            first += self.exchange.rank * len(opened)
         if self.boundaries is None:
             self.tokens.clear()
         self.tokens[first, len(opened)] += start.shape[0] * start.shape[1]

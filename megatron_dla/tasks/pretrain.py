@@ -22,6 +22,7 @@ from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import ConfigError, DataError, UserError
 from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
 from megatron_dla.mixers.calibration import begin_step, end_step
+from megatron_dla.mixers.statistics import SlotStatistics, degenerate, report
 from megatron_dla.model.counts import count_parameters, flops_per_token, recurrent_states
 from megatron_dla.model.gpt import build_model, packed_sequence, padded_vocab, slot_mixers
 from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex
@@ -44,6 +45,7 @@ class PretrainTask(Task):
 
     config: RunConfig
     loader: TokenLoader
+    _warned = False  # of a threshold that decides nothing
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -232,6 +234,9 @@ class PretrainTask(Task):
         for mixer in self.mixers:
             mixer.gate_temperature = self.gate_temperature
         model, tau = self.config.model, self.config.tau
+        if (step + 1) % self.config.training.log_every == 0:
+            for mixer in self.mixers:
+                mixer.statistics = SlotStatistics(mixer.heads, model.capacity, self.runtime.device)
         calibrating = self.mixers and model.tau_mode == "calibrated" and step < tau.calibration_steps
         if calibrating:
             begin_step(self.mixers)
@@ -260,8 +265,32 @@ class PretrainTask(Task):
             metrics |= {
                 "boundary_rate": rates.mean().item(),
                 "boundary_rate_by_head": [[round(r, 4) for r in layer] for layer in rates.tolist()],
+                **self._slot_report(),
             }
         return metrics
+
+    def _slot_report(self) -> dict[str, Any]:
+        """Of the last step, where its slots were counted (a collective)."""
+        layers = [mixer.statistics for mixer in self.mixers]
+        for mixer in self.mixers:
+            mixer.statistics = None
+        groups = self.runtime.groups
+        if layers[0] is None:
+            return {}
+        metrics, rate = report(layers, groups.dp_cp, groups.tp)
+        self._warn(rate)
+        return metrics
+
+    def _warn(self, rate: float) -> None:
+        """Once, after the warm-up: the threshold decides nothing."""
+        model, config = self.config.model, self.config
+        asked = model.boundary != "information" or model.tau <= 0 or model.tau > 2
+        calibration = config.tau.calibration_steps if model.tau_mode == "calibrated" else 0
+        if self._warned or asked or self.loader.steps <= max(config.optimizer.warmup_steps, calibration):
+            return
+        if words := degenerate(rate):
+            self._warned = True
+            self.runtime.print(f"warning: boundary rate {rate:.2g} within documents: {words}")
 
     def _data_report(self) -> dict[str, Any]:
         """Over all ranks (a collective)."""

@@ -33,6 +33,7 @@ def test_charts_have_what_the_run_logged(run: Path) -> None:
     charts = {chart.title: chart for chart in make_charts(read_record(run))}
     assert set(charts) == {
         "Loss", "Held-out text", "Held-out loss by source", "Learning rate", "Gradient norm", "Boundary rate by layer",
+        "Merges of the newest two slots by layer", "Slots by their tokens", "Readout weight by slot",
         "Speed", "MFU", "Time waiting for data", "Memory", "Data mix", "Padding and cut documents",
     }  # fmt: skip
     raw, smooth, held_out = charts["Loss"].curves

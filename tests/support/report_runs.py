@@ -26,6 +26,9 @@ def log_step(step: int, seed: int = 0, layers: int = 8) -> dict[str, Any]:
         "memory_reserved_gb": 68.5, "epoch": step / 900, "padding_share": 0.012, "cut_share": 0.002,
         "mix": {"web": 0.698 + rnd.gauss(0, 0.004), "books": 0.202, "code & <maths>": 0.1},
         "source_epochs": {"web": step / 1200, "books": step / 300, "code & <maths>": step / 700},
+        "newest_merge_share_by_layer": [0.5, None],
+        "slot_sizes": {"1": 0.75, "2-3": 0.25},
+        "slot_weights": {"0": 1.5, "1": 0.5},
         "boundary_rate_by_head": [
             [max(0.02, 0.5 - 0.04 * layer - 0.0006 * step + rnd.gauss(0, 0.01)) for _ in range(4)]
             for layer in range(layers)

@@ -305,3 +305,36 @@ def sent_forward(section: ModelSection, parallel: ParallelSection) -> dict[str, 
     run = RunConfig(data=DataSection(seq_len=48), model=section, parallel=parallel)
     run.training = TrainingSection(micro_batch_size=2)
     return sent | {"planned": context_bytes(run, 4)}
+
+
+def slot_statistics(section: ModelSection, parallel: ParallelSection, documents: list[int], seed: int):
+    """(metrics, partitions and readout weights of each layer) of one training pass of rows [2, 48]."""
+    from megatron_dla.mixers.dla import DLAMixer
+    from megatron_dla.mixers.statistics import SlotStatistics, report
+    from megatron_dla.model.gpt import slot_mixers
+
+    lay_out(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
+    model = build_model(section, parallel, vocab_size=200, seq_len=48, seed=seed, dtype=torch.float64).train()
+    perturb(model, section)
+    tokens = torch.randint(0, 200, (2, 48), generator=torch.Generator().manual_seed(seed))
+    packed = packed_sequence(torch.tensor(documents, dtype=torch.int32), 48)
+    partitions, weights = [], []
+    mixers, mix, partition = slot_mixers(model), DLAMixer._mix, DLAMixer._partition
+
+    def keep_weights(self, inputs, *args):
+        weights.append(inputs.slot_weights.detach())
+        return mix(self, inputs, *args)
+
+    def keep_partition(self, *args):
+        partitions.append(partition(self, *args))
+        return partitions[-1]
+
+    DLAMixer._mix, DLAMixer._partition = keep_weights, keep_partition
+    try:
+        for mixer in mixers:
+            mixer.statistics = SlotStatistics(mixer.heads, section.capacity, torch.device("cpu"))
+        model(context_slice(tokens, parallel_state.get_context_parallel_group()), None, None, packed_seq_params=packed)
+    finally:
+        DLAMixer._mix, DLAMixer._partition = mix, partition
+    groups = process_groups()
+    return report([mixer.statistics for mixer in mixers], groups.dp_cp, groups.tp), partitions, weights

@@ -138,6 +138,25 @@ def test_annealed_gates_cool_down_and_end_hard(ranks, data, tmp_path) -> None:
     assert 1e-6 < gap < 0.05
 
 
+@pytest.mark.parametrize("tau,words", [(0.4, "raise model.tau"), (1.99, "lower model.tau"), (0.0, "")])
+def test_a_threshold_that_decides_nothing_is_named_once(data, tmp_path, capsys, tau: float, words: str) -> None:
+    """After the warm-up; not where every token is asked to open a slot. What slots do is among the metrics."""
+    values = run_config(
+        data, tmp_path, "gdn", model={"tau": tau, "pattern": "D"}, optimizer={"warmup_steps": 2},
+        training={"steps": 5, "log_every": 2, "save_every": 0},
+    )  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path)]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: boundary rate")]
+    assert len(warnings) == bool(words) and all(words in line for line in warnings)
+    steps = {m["step"]: m for m in read_metrics(tmp_path / "tiny" / "metrics.jsonl") if "loss" in m}
+    assert [("slot_sizes" in m, "slot_weights" in m) for m in steps.values()] == [(True, True)] * 2 + [(False, False)]
+    assert sum(steps[2]["slot_sizes"].values()) == pytest.approx(1, abs=1e-3)
+    share = steps[4]["newest_merge_share_by_layer"]
+    assert all(x is None for x in share) if tau == 1.99 else all(0 < x <= 1 for x in share)
+
+
 CALIBRATED = {
     "model": {"tau_mode": "calibrated", "boundary_rate": 0.2, "tau": 0.6},
     "tau": {"calibration_steps": 4},
