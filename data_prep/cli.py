@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_dla.data_prep.sources import ReadOptions
 from megatron_dla.errors import DataError
+from megatron_dla.files import FULL, naming_full_disk
 from megatron_dla.shard_index import MIN_TRAIN_SHARDS, ShardIndex
 
 DEFAULT_SKIP_BAD = 0.01
@@ -207,14 +210,28 @@ def _tokenizer(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _going_on(output: Path) -> Iterator[None]:
+    """The error of a full disk names a file, and says that nothing has to be done twice."""
+    try:
+        with naming_full_disk(output):
+            yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        words = f"{error.strerror}; free some space, and the same command goes on where it stopped"
+        raise OSError(error.errno, words, error.filename) from error
+
+
 def _shards(args: argparse.Namespace) -> int:
     from megatron_dla.data_prep.shards import build_shards
 
-    index = build_shards(
-        args.input, args.tokenizer, args.output, val_fraction=args.val_fraction, val_docs=args.val_docs,
-        shard_tokens=args.shard_tokens, min_train_shards=args.min_train_shards, workers=args.workers,
-        seed=args.seed, options=_options(args), dedup=args.dedup, part=args.part, overwrite=args.overwrite,
-    )  # fmt: skip
+    with _going_on(args.output):
+        index = build_shards(
+            args.input, args.tokenizer, args.output, val_fraction=args.val_fraction, val_docs=args.val_docs,
+            shard_tokens=args.shard_tokens, min_train_shards=args.min_train_shards, workers=args.workers,
+            seed=args.seed, options=_options(args), dedup=args.dedup, part=args.part, overwrite=args.overwrite,
+        )  # fmt: skip
     _print_totals(args.output, index)
     return 0
 
@@ -222,9 +239,10 @@ def _shards(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from megatron_dla.data_prep.merge import merge_shards
 
-    index = merge_shards(
-        args.parts, args.output, dedup=args.dedup, workers=args.workers, overwrite=args.overwrite
-    )  # fmt: skip
+    with _going_on(args.output):
+        index = merge_shards(
+            args.parts, args.output, dedup=args.dedup, workers=args.workers, overwrite=args.overwrite
+        )  # fmt: skip
     _print_totals(args.output, index)
     return 0
 

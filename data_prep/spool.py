@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
@@ -143,7 +144,7 @@ class Spool:
                 file.flush()
                 os.fsync(file.fileno())
         sizes = {"documents": self.documents, "tokens": self.tokens, "changed": self.changed}
-        with open(self.folder / _LOG, "a") as log:
+        with naming_full_disk(self.folder / _LOG), open(self.folder / _LOG, "a") as log:
             log.write(json.dumps({**sizes, "progress": asdict(self.progress)}) + "\n")
             log.flush()
             os.fsync(log.fileno())
@@ -155,8 +156,10 @@ class Spool:
         return np.memmap(self.path("documents"), dtype=DOCUMENT, mode="r", shape=(self.documents,))
 
     def close(self) -> None:
+        """What was added since the last commit may be lost on a full disk, which is no error then: it is read again."""
         for file in (*self._files, self._lock):
-            file.close()
+            with suppress(OSError):
+                file.close()
 
 
 def lock(folder: Path) -> BinaryIO:

