@@ -69,9 +69,13 @@ def end_by(number: int) -> None:
 
 
 def print_or_drop(text: str) -> None:
-    """Print a line. Where standard output has gone (a closed terminal, `| tee` after Ctrl-C), /dev/null replaces it."""
+    """Print a line, in one piece where several threads do.
+
+    Where standard output has gone (a closed terminal, `| tee` after Ctrl-C), /dev/null replaces it.
+    """
     try:
-        print(text, flush=True)
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise

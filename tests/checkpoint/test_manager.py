@@ -97,7 +97,7 @@ def test_twenty_saves_on_disks_that_are_really_full(ranks, data, disk) -> None:
     printed, found = ranks(2).run(train_workers.on_small_disks, values, shares)[0]
     assert found == [f"step_{(step - 2) // 5 * 5 + 1}" for step in shares]  # the last good one, and no .partial
     lines = [line for line in printed.splitlines() if line.startswith("warning") and "step_" in line]
-    assert len(lines) == 20
+    assert len(lines) == 20, printed
     for step, line in zip(shares, lines, strict=True):
         assert f"step_{step}." in line and "bytes" in line and "No space left" in line
     assert names(disk / "tiny") == {"step_26"} and not find_faults(checkpoint_dir(disk / "tiny") / "step_26")

@@ -122,6 +122,7 @@ def test_documents_of_a_tokenizer_json(data, tmp_path, capsys) -> None:
     corpus, shards = tiny.write_corpus(tmp_path / "corpus"), tmp_path / "shards"
     backbone(tmp_path / "llama", rows=304)
     byte_level(tmp_path / "llama", [json.loads(line)["text"] for line in corpus.open()])
+    (tmp_path / "llama" / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     build_shards([corpus], tmp_path / "llama", shards, workers=1, min_train_shards=8)
     documents = {"train": "", "valid": "", "documents": str(shards), "num_streams": 4}
     sections = {"backbone": {"dir": str(tmp_path / "llama")}, "episodes": documents, "training": {"eval_every": 0}}
