@@ -40,16 +40,16 @@ def level_of_slot(position: Tensor, levels: int) -> Tensor:
 def fenwick_partition(v: Tensor, levels: int, cu_seqlens: Tensor | None, cache: SlotCache | None) -> Partition:
     """The partition of the tokens of v [B, T, H, Dv]; scores are 0, for none decides anything."""
     B, T, H, _ = v.shape
-    where = positions(document_starts(cu_seqlens, B, T, v.device), H, cache)
+    where = positions(document_starts(cu_seqlens, B, T, v.device), H, cache)[..., :1]  # all heads are alike
     row = torch.arange(T, device=v.device)[None, :, None]
-    death = (row + deaths(where, levels) - where).clamp(max=T)
+    death = (row + deaths(where, levels) - where).clamp(max=T).int().expand(B, T, H).contiguous()
     cache_death = None
     if cache is not None:
         began = (cache.start - cache.start[..., :1]).clamp(min=0)  # in the document, which the oldest slot began
         ends = (deaths(began, levels) - cache.held()[..., None]).clamp(max=T)
         cache_death = torch.where(cache.start > EMPTY, ends, T).int()
     return Partition(
-        torch.ones(B, T, H, dtype=torch.bool, device=v.device), death.int(),
+        torch.ones(B, T, H, dtype=torch.bool, device=v.device), death,
         torch.zeros(B, T, H, device=v.device), cache_death=cache_death,
     )  # fmt: skip
 
@@ -57,5 +57,5 @@ def fenwick_partition(v: Tensor, levels: int, cu_seqlens: Tensor | None, cache: 
 def weights_by_recency(weights: Tensor, cu_seqlens: Tensor | None, cache: SlotCache | None) -> Tensor:
     """Readout weights by level -> by recency, [B, T, H, K] both."""
     B, T, H, levels = weights.shape
-    where = positions(document_starts(cu_seqlens, B, T, weights.device), H, cache)
-    return weights.gather(-1, level_of_slot(where, levels))
+    where = positions(document_starts(cu_seqlens, B, T, weights.device), H, cache)[..., :1]
+    return weights.gather(-1, level_of_slot(where, levels).expand_as(weights))

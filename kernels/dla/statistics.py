@@ -24,14 +24,6 @@ class Counts:
     merges: Tensor
     newest: Tensor
 
-    def rate(self) -> Tensor:
-        """Boundaries a token, float64 [H]."""
-        return self.boundaries.double() / self.tokens
-
-    def newest_share(self) -> Tensor:
-        """Share of the merges that joined the newest pair, float64 [H]; NaN without a merge."""
-        return self.newest.double() / self.merges
-
 
 @torch.no_grad()
 def count(part: Partition) -> Counts:

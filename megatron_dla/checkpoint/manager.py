@@ -250,7 +250,10 @@ class Checkpointer:
     def _work(
         self, directory: Path, files: Files, report: Report, marker: dict[str, Any], pace: Pace | None = None
     ) -> None:
-        """On every rank: write its files. On rank 0: publish them when all are written; sets the outcome."""
+        """On every rank: write its files. On rank 0: publish them when all are written; sets the outcome.
+
+        `pace`: of a save in the background, which itself warns of its failure.
+        """
         try:
             directory.mkdir(parents=True, exist_ok=True)
             report.give({"files": files.write(directory, pace), "size": files.size})
@@ -266,7 +269,7 @@ class Checkpointer:
         except Exception as error:
             shutil.rmtree(directory, ignore_errors=True)
             self._outcome = error
-            if isinstance(error, OSError) and threading.current_thread() is self._thread:
+            if isinstance(error, OSError) and pace is not None:
                 self._warn(error)
 
     def _publish(self, directory: Path, marker: dict[str, Any], reports: list[dict[str, Any]]) -> None:

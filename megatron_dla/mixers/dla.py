@@ -312,7 +312,8 @@ class DLAMixer(MegatronModule):
         def counted() -> Partition:
             decided = compute()
             first = first_head + self._first_head()
-            self._count(decided.start, first)
+            if self.reports_boundaries:
+                self._count(decided.start, first)
             if self.scores is not None and self.training:
                 self.scores.add(decided, first)
             if self.statistics is not None and self.training:

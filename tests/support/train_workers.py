@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import re
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.support.workers import lay_out
 
 compat.install()
 
+from megatron_dla.checkpoint import manager  # noqa: E402
 from megatron_dla.checkpoint.writer import Files  # noqa: E402
 from megatron_dla.config import AdapterRunConfig, from_dict, load_config  # noqa: E402
 from megatron_dla.config.load import fill, to_dict  # noqa: E402
@@ -239,6 +241,8 @@ def on_a_full_disk(values: dict[str, Any], steps: list[int]) -> tuple[str, str, 
 def on_small_disks(values: dict[str, Any], shares: dict[int, float]) -> tuple[str, list[str]]:
     """A run whose disk is filled before the saves of some steps, {step: share of a checkpoint that still fits}.
 
+    A save in the background ends before its thread is known to the run, as it may where it fails at once.
+
     Returns what it prints, and the names of its checkpoints after each of these saves (waited for).
     """
     trainer, found = make_trainer(values), []
@@ -262,7 +266,17 @@ def on_small_disks(values: dict[str, Any], shares: dict[int, float]) -> tuple[st
             size = sum(path.stat().st_size for path in (steps / f"step_{trainer.step}").rglob("*"))
 
     trainer._save = on_a_full_disk  # type: ignore[method-assign]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    start = manager.start_thread
+
+    def ended(work: Any) -> Any:
+        thread = start(work)
+        thread.join()
+        return thread
+
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        unittest.mock.patch.object(manager, "start_thread", ended),
+    ):
         assert trainer.run() == 0
     return printed.getvalue(), found
 

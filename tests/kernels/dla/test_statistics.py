@@ -47,4 +47,3 @@ def test_counts_are_a_walk(merge: str, documents: tuple[int, ...]) -> None:
     assert got.tokens.tolist() == [case.B * case.T] * case.H
     assert torch.equal(torch.stack([got.boundaries, got.merges, got.newest]), totals)
     assert (totals[1] > 5).all() and (totals[2] > 0).any() == (merge != "oldest")
-    torch.testing.assert_close(got.rate(), totals[0].double() / (case.B * case.T))
