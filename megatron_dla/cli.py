@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     from megatron_dla.boundaries.cli import add_boundaries_parser
     from megatron_dla.data_prep.cli import add_data_parser
     from megatron_dla.evaluation.cli import add_eval_parser
+    from megatron_dla.evaluation.lm.cli import add_eval_lm_parser
     from megatron_dla.hf.cli import add_convert_parser
     from megatron_dla.kernels.bench.cli import add_bench_parser
     from megatron_dla.launch.cli import add_slurm_parsers
@@ -110,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate_parser(subparsers)
     add_chat_parser(subparsers)
     add_eval_parser(subparsers)
+    add_eval_lm_parser(subparsers)
     add_study_parser(subparsers)
     add_boundaries_parser(subparsers)
     add_smoke_parser(subparsers)
@@ -140,6 +142,9 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     parser = build_parser()
     # argparse does not accept positionals after an option (dla run C --nproc 2 a.b=c): take overrides from the rest
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:2] == ["eval", "lm"]:  # a command of two words: its first positional is not that of `eval`
+        argv[:2] = ["eval lm"]
     args, rest = parser.parse_known_args(argv)
     if unknown := [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

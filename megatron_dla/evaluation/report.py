@@ -18,16 +18,16 @@ def write_report(out: Path, tables: Sequence[Table], about: dict[str, Any], seed
     out.mkdir(parents=True, exist_ok=True)
     results = {**about, "tasks": [table.summary(seed) for table in tables]}
     path = out / JSON_NAME
-    path.write_text(json.dumps(_plain(results), indent=2) + "\n")
+    path.write_text(json.dumps(plain(results), indent=2) + "\n")
     return [path, draw_report(out / PICTURE_NAME, tables, seed)]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NumPy scalars as Python numbers; nan and inf, which JSON lacks, as None."""
     if isinstance(value, dict):
-        return {str(key): _plain(x) for key, x in value.items()}
+        return {str(key): plain(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(x) for x in value]
+        return [plain(x) for x in value]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -1,0 +1,229 @@
+"""Multiple choice and last-word tasks from local JSONL, scored as lm-eval does.
+
+The form of a row says what it is:
+
+    {"q": ..., "choices": [...], "gold": 1}              question and answers (also "support": a text before)
+    {"ctx": ..., "choices": [...], "gold": 1}            a text and its continuations ("activity": its heading)
+    {"sentence": "... _ ...", "choices": [...], "gold": 0}   what fills the blank; the rest of the sentence is scored
+    {"context": ..., "target": " word"}                  the last word
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from megatron_dla.data_prep.readers import COMPRESSIONS, kind_of
+from megatron_dla.errors import UserError
+from megatron_dla.evaluation.lm.items import Item, Task, Values, digest
+from megatron_dla.evaluation.lm.models import Subject
+from megatron_dla.evaluation.lm.scoring import Row, score_rows
+
+PLAIN_QUESTIONS = ("openbookqa",)
+"""Sets whose question is the beginning of a sentence, without `Question:` before it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """(context, continuation) pairs of which the model prefers one; `gold` is the right one."""
+
+    pairs: tuple[tuple[str, str], ...]
+    lengths: tuple[int, ...]  # characters of the choices, for acc_norm
+    gold: int
+
+
+class MultipleChoice(Task):
+    """`acc`: the right continuation has the highest log-probability; `acc_norm`: divided by the characters of the
+    choice."""
+
+    metrics: ClassVar = ("acc", "acc_norm")
+    unit: ClassVar = "questions"
+
+    def __init__(self, name: str, questions: Sequence[Question], file: str, budget: int = 8192) -> None:
+        chance = float(np.mean([1 / len(question.pairs) for question in questions]))
+        super().__init__(name, {"file": file}, chance)
+        self._questions, self._budget = questions, budget
+
+    def items(self, subject: Subject) -> list[Item]:
+        out = []
+        for number, question in enumerate(self._questions):
+            rows = [pair_row(subject, *pair) for pair in question.pairs]
+            key = f"{number}/{digest(question.pairs, question.gold)}"
+            out.append(Item(key, sum(len(row.ids) - 1 for row in rows), (question, rows)))
+        return out
+
+    def measure(self, subject: Subject, items: Sequence[Item]) -> list[Values]:
+        rows = [row for item in items for row in item.payload[1]]
+        scores = iter(score_rows(subject, rows, self._budget))
+        out = []
+        for item in items:
+            question, mine = item.payload
+            found = np.array([next(scores).logprob.sum() for _ in mine])
+            normed = found / np.array(question.lengths)
+            out.append({
+                "acc": float(found.argmax() == question.gold), "acc_norm": float(normed.argmax() == question.gold),
+                "logprobs": found.tolist(),
+            })  # fmt: skip
+        return out
+
+
+class LastWord(Task):
+    """`acc`: every token of the word is the most probable one; `nats` of the whole word."""
+
+    metrics: ClassVar = ("acc", "nats")
+    unit: ClassVar = "texts"
+
+    def __init__(self, name: str, pairs: Sequence[tuple[str, str]], file: str, budget: int = 8192) -> None:
+        super().__init__(name, {"file": file})
+        self._pairs, self._budget = pairs, budget
+
+    def items(self, subject: Subject) -> list[Item]:
+        rows = [pair_row(subject, *pair) for pair in self._pairs]
+        keys = [f"{number}/{digest(pair)}" for number, pair in enumerate(self._pairs)]
+        return [Item(key, len(row.ids) - 1, row) for key, row in zip(keys, rows, strict=True)]
+
+    def measure(self, subject: Subject, items: Sequence[Item]) -> list[Values]:
+        out = []
+        for item, scores in zip(items, score_rows(subject, [i.payload for i in items], self._budget), strict=True):
+            right = bool((scores.best == np.array(item.payload.ids[item.payload.start :])).all())
+            out.append({"acc": float(right), "nats": float(-scores.logprob.sum())})
+        return out
+
+
+# ---- tokens
+
+
+def pair_row(subject: Subject, context: str, continuation: str) -> Row:
+    """Tokens of both texts, of which those of the continuation are scored, by lm-eval's rules.
+
+    Spaces at the end of the context belong to the continuation. Both are encoded as one text, and what follows as many
+    tokens as the context alone has is the continuation. An empty context is one token (`Subject.prefix`). What is
+    longer than the model's `max_position_embeddings` loses tokens on the left.
+    """
+    if not context:
+        before, after = [subject.prefix], subject.encode(continuation)
+    else:
+        kept = context.rstrip()
+        continuation, context = context[len(kept) :] + continuation, kept
+        before = subject.encode(context, special=True)
+        after = subject.encode(context + continuation, special=True)[len(before) :]
+    ids = before + after
+    limit = getattr(subject.model.config, "max_position_embeddings", len(ids))
+    ids = ids[-(limit + 1) :]
+    return Row(ids, max(1, len(ids) - len(after)))
+
+
+# ---- files
+
+
+def read_questions(argument: str, limit: int = 0, budget: int = 8192) -> Task:
+    """The task of an argument FILE or NAME=FILE; the name of a bare file is its own, up to the first dot.
+
+    Args:
+        limit: the first so many rows; 0 = all. budget: tokens of a batch.
+
+    Raises:
+        UserError: no such file, or a row that has none of the forms, or another than the first row.
+    """
+    name, equals, file = argument.partition("=")
+    if not equals:
+        name, file = Path(argument).name.split(".")[0], argument
+    rows = _read_rows(file)[: limit or None]
+    forms = [form for form in _FORMS if all(key in rows[0] for key in form)]
+    if not forms:
+        wanted = " or ".join("{" + ", ".join(form) + "}" for form in _FORMS)
+        raise UserError(f"--questions {file}:1: has {', '.join(sorted(rows[0]))[:200]}: want rows of {wanted}")
+    read = _FORMS[forms[0]]
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(read(name, row))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"--questions {file}:{number}: not a row of {', '.join(forms[0])} ({type(error).__name__}: {error})"
+            ) from error
+    if forms[0] == ("context", "target"):
+        return LastWord(name, found, file, budget)
+    return MultipleChoice(name, found, file, budget)
+
+
+def _read_rows(file: str) -> list[dict[str, Any]]:
+    kind = kind_of(Path(file))
+    if kind is None or kind.format not in (".jsonl", ".json"):
+        raise UserError(f"--questions {file}: give a .jsonl file (also with {', '.join(filter(None, COMPRESSIONS))})")
+    rows = []
+    for number, line in enumerate(_lines(file, kind.compression), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise UserError(f"--questions {file}:{number}: no JSON object ({error})") from error
+        if row:
+            rows.append(row)
+    if not rows:
+        raise UserError(f"--questions {file}: it has no rows")
+    return rows
+
+
+def _lines(file: str, compression: str) -> list[bytes]:
+    with open(file, "rb") as raw, COMPRESSIONS[compression](raw) as stream:
+        try:
+            return stream.read().splitlines()
+        except Exception as error:  # the packages' errors share no base class
+            raise UserError(f"--questions {file}: cannot be read ({error}); copy or compress it again") from error
+
+
+def _question(context: str, choices: Sequence[str], gold: int) -> Question:
+    if not 0 <= gold < len(choices) or not all(choices):
+        raise ValueError(f"gold = {gold} of {len(choices)} choices")
+    return Question(tuple((context, f" {choice}") for choice in choices), tuple(map(len, choices)), gold)
+
+
+def _read_asked(name: str, row: dict[str, Any]) -> Question:
+    context = row["q"] if name in PLAIN_QUESTIONS else f"Question: {row['q']}\nAnswer:"
+    if "support" in row:
+        context = f"{row['support'].lstrip()}\n{context}"
+    return _question(context, row["choices"], row["gold"])
+
+
+def _read_continued(name: str, row: dict[str, Any]) -> Question:
+    heading = f"{row['activity']}: " if row.get("activity") else ""
+    return _question(_clean(heading + row["ctx"]), [_clean(choice) for choice in row["choices"]], row["gold"])
+
+
+def _clean(text: str) -> str:
+    """Without the marks that WikiHow's texts carry."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def _read_blank(name: str, row: dict[str, Any]) -> Question:
+    before, blank, after = row["sentence"].partition("_")
+    if not blank:
+        raise ValueError("no _ in the sentence")
+    end = f" {after.strip()}"
+    pairs = tuple((before + choice, end) for choice in row["choices"])
+    if not 0 <= row["gold"] < len(pairs):
+        raise ValueError(f"gold = {row['gold']} of {len(pairs)} choices")
+    return Question(pairs, tuple(len(after.strip()) for _ in pairs), row["gold"])
+
+
+def _read_last_word(name: str, row: dict[str, Any]) -> tuple[str, str]:
+    if not row["context"].strip() or not row["target"].strip():
+        raise ValueError("an empty context or target")
+    return row["context"], row["target"]
+
+
+_FORMS: dict[tuple[str, ...], Any] = {
+    ("q", "choices", "gold"): _read_asked,
+    ("ctx", "choices", "gold"): _read_continued,
+    ("sentence", "choices", "gold"): _read_blank,
+    ("context", "target"): _read_last_word,
+}
