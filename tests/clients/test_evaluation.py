@@ -66,6 +66,49 @@ def test_batch_1_and_8_agree(lm, tmp_path):
             assert a == pytest.approx(b, abs=1e-3)
 
 
+def test_our_scores_are_those_of_lm_eval(exported, tmp_path):
+    """`dla eval lm --questions` and lm-eval's own PIQA, ARC-easy and LAMBADA on the same rows: equal for every row."""
+    import lm_eval.tasks
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from megatron_dla.evaluation.lm.models import load_subject
+    from megatron_dla.evaluation.lm.questions import read_questions
+
+    def text(i):
+        return " ".join(WORDS[(i * k + k) % 7] for k in range(1, 3 + i % 9))
+
+    rows = range(40)
+    asked = [{"q": text(i), "choices": [text(i + k) for k in range(1, 3)], "gold": i % 2} for i in rows]
+    last = [{"context": text(i), "target": f" {WORDS[i % 7]}"} for i in rows]
+    data = {
+        "piqa/piqa": (asked, lambda x: dict(goal=x["q"], sol1=x["choices"][0], sol2=x["choices"][1], label=x["gold"])),
+        "arc/arc_easy": (asked, lambda x: dict(
+            question=x["q"], choices=dict(text=x["choices"], label=["A", "B"]), answerKey="AB"[x["gold"]])),
+        "lambada/lambada_openai": (last, lambda x: dict(text=x["context"] + x["target"])),
+    }  # fmt: skip
+    subject = load_subject("x", str(exported("gdn_hybrid").directory))
+    lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=8, device="cpu")
+    for path, (ours, convert) in data.items():
+        name = Path(path).name
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ours)))
+        (tmp_path / "theirs.jsonl").write_text("\n".join(json.dumps(convert(row)) for row in ours))
+        files = dict.fromkeys(("train", "validation", "test"), str(tmp_path / "theirs.jsonl"))
+        task = tmp_path / f"{name}.yaml"
+        own = {"include": str(Path(lm_eval.tasks.__file__).parent / f"{path}.yaml"), "task": f"local_{name}"}
+        local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        task.write_text(json.dumps(own | local))
+        out = simple_evaluate(lm, tasks=[str(task)], log_samples=True, bootstrap_iters=0)
+        mine = read_questions(str(tmp_path / f"{name}.jsonl"))
+        values = mine.measure(subject, mine.items(subject))
+        samples = sorted(out["samples"][f"local_{name}"], key=lambda sample: sample["doc_id"])
+        for metric in {"acc", "acc_norm"} & values[0].keys():
+            assert [float(sample[metric]) for sample in samples] == [value[metric] for value in values]
+            assert out["results"][f"local_{name}"][f"{metric},none"] == pytest.approx(
+                sum(value[metric] for value in values) / len(values)
+            )
+
+
 def test_contexts_are_not_cut_at_the_training_length(lm):
     from lm_eval.api.instance import Instance
 
