@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import sys
@@ -24,7 +25,7 @@ from megatron_dla.errors import DataError
 from megatron_dla.files import atomic_path, parse_json, write_bytes, write_json
 from megatron_dla.shard_index import FORMAT_VERSION, INDEX_NAME, ShardIndex, ShardInfo
 
-_MERGING = ".merging"
+_MERGING, _DONE = ".merging", "done"  # the second is in the first, with a key of the merge, once all shards are there
 _NONE = np.zeros(0, dtype=np.bool_)
 
 
@@ -51,24 +52,35 @@ def merge_shards(
     """
     root = Path(output_dir)
     roots = [Path(part) for part in parts]
-    check_exists(root, overwrite)
+    work = root / _MERGING
+    done = work / _DONE
+    ended = done.exists() and (root / INDEX_NAME).exists()  # a merge that was killed before it removed its folder
+    check_exists(root, overwrite or ended)
     for number, part in enumerate(roots):
         refuse_url(part)
         if part.resolve() in [other.resolve() for other in (root, *roots[:number])]:
             raise DataError(f"{part}: given twice, or as part and --output; its documents would count twice")
     indexes = [ShardIndex.load(part) for part in roots]
+    key = _key(indexes, dedup)
+    if ended:
+        same = done.read_text() == key
+        shutil.rmtree(work, ignore_errors=True)  # another process may be at it
+        if same:
+            print(f"note: this merge was complete; removed {work.name}, which it had left", file=sys.stderr)
+            return ShardIndex.load(root)
+        check_exists(root, overwrite)
     for part, index in zip(roots, indexes, strict=True):
         _check_part(part, index, indexes[0], roots[0])
     if not dedup:
         _note_copies(roots, indexes)
     files = tokenizer_of(roots[0], indexes[0]).files()
-    report = _report(roots) | {"duplicates_between_parts_removed": dedup}
+    _note_missing(report := _report(roots))
+    report |= {"duplicates_between_parts_removed": dedup}
     merged = replace(
         indexes[0], shards=[], sources=[record for index in indexes for record in index.sources],
         format_version=FORMAT_VERSION if dedup else max(index.format_version for index in indexes),
     )  # fmt: skip
     check_output(root, _MERGING)
-    work = root / _MERGING
     work.mkdir(parents=True, exist_ok=True)
     with lock(work):
         check_exists(root, overwrite)  # again: of another merge, which has just ended
@@ -87,6 +99,7 @@ def merge_shards(
             report |= {"duplicates_removed": True, "duplicates_between_parts": removed}
         write_json(root / REPORT_NAME, report, indent=1)
         merged.shards.sort(key=lambda shard: (shard.split, shard.name))
+        write_bytes(done, key.encode())
         merged.save(root / INDEX_NAME)
         shutil.rmtree(work)
     if dedup and removed:
@@ -167,6 +180,23 @@ def _note_copies(roots: list[Path], indexes: list[ShardIndex]) -> None:
         )
 
 
+def _note_missing(report: dict[str, Any]) -> None:
+    """Say which parts of `shards --part` are missing; where several corpora have as many, there is one of each."""
+    counts = Counter(report.get("parts_of", []))
+    for number in sorted({part.partition("/")[2] for part in counts}, key=int):
+        names = [f"{i}/{number}" for i in range(int(number))]
+        if missing := [name for name in names if counts[name] < max(counts[other] for other in names)]:
+            print(
+                f"note: parts {', '.join(missing)} are not among these directories; build and add them", file=sys.stderr
+            )
+
+
+def _key(indexes: list[ShardIndex], dedup: bool) -> str:
+    """What the result depends on."""
+    digests = [shard.sha256 for index in indexes for shard in index.shards]
+    return hashlib.sha256("\n".join([str(dedup), *digests]).encode()).hexdigest()
+
+
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     with atomic_path(target, fsync=False) as temporary:
@@ -205,7 +235,12 @@ def _report(roots: list[Path]) -> dict[str, Any]:
 def _read_report(path: Path) -> dict[str, Any]:
     try:
         report = parse_json(path.read_bytes())
-        kinds = {"bad_records": list, "duplicates_removed": bool, "duplicates_between_parts_removed": bool}
+        kinds = {
+            "bad_records": list,
+            "parts_of": list,
+            "duplicates_removed": bool,
+            "duplicates_between_parts_removed": bool,
+        }
         if not isinstance(report, dict):
             raise ValueError("not an object")
         for key, value in report.items():

@@ -10,6 +10,7 @@ shards written so far; the same command goes on from there. When all shards are 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -212,7 +213,13 @@ def _write_shards(
         for shard in writer.write(layout):
             index.shards.append(shard)
             bar.update(shard.tokens * spool.dtype.itemsize)
-    report = {"duplicates": count, "duplicates_removed": wanted.dedup, "changed_by_tokenizer": spool.changed}
+    report: dict[str, Any] = {
+        "duplicates": count,
+        "duplicates_removed": wanted.dedup,
+        "changed_by_tokenizer": spool.changed,
+    }
+    if source.part[1] > 1:
+        report["parts_of"] = ["{}/{}".format(*source.part)]
     return index, source.report() | report
 
 
@@ -256,6 +263,7 @@ def _digest(values: list[Any]) -> str:
 
 
 def _tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, workers: int, seed: int) -> None:
+    root = spool.folder.parent
     try:
         tokenise(source, tokenizer, spool, workers, seed)
         if not spool.documents:
@@ -263,6 +271,8 @@ def _tokenise(source: DocumentSource, tokenizer: Tokenizer, spool: Spool, worker
     except DataError as error:
         if not spool.documents:
             shutil.rmtree(spool.folder)  # nothing to go on from
+            with contextlib.suppress(OSError):  # not empty: it was an output before
+                root.rmdir()
             raise
         kept = f"the tokens of the other documents are kept in {spool.folder} for the next try"
         raise DataError(f"{error}\n  {kept}") from error

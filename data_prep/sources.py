@@ -126,7 +126,7 @@ class DocumentSource:
         options: ReadOptions | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        self.options = options or ReadOptions()
+        self.options, self.part = options or ReadOptions(), part
         self.listing = Listing(inputs)
         self.files: list[SourceFile] = self.listing.files[part[0] :: part[1]]
         if not self.files:

@@ -231,7 +231,7 @@ def train_tokenizer(
         print(
             f"note: {reserved} characters U+2581 or U+2585 have no token and will be encoded as bytes", file=sys.stderr
         )
-    if not any(sentences):
+    if not any(piece.strip("\n") for piece in sentences):
         raise source.nothing()
     # sentencepiece reports no progress
     print(

@@ -30,6 +30,19 @@ def weights_at(stages: Stages, tokens_seen: int) -> Mapping[str, float]:
     return [weights for start, weights in stages if start <= tokens_seen][-1]
 
 
+def described(mixture: Mapping[str, Any]) -> str:
+    """An entry of `TokenLoader.mixtures` in words: the weights of each stage, and where sources end."""
+    stages = []
+    for start, weights in mixture["stages"]:
+        when = f"from token {start:,} on " if start else ""
+        stages.append(when + ", ".join(f"{name} {weight:g}" for name, weight in weights.items()))
+    ends = []
+    for name, (epochs, tokens) in mixture["limits"].items():
+        limits = [f"{epochs:g} epochs"] * bool(epochs) + [f"{tokens:,} tokens"] * bool(tokens)
+        ends += [f"{name} ends after {' or '.join(limits)}"] if limits else []
+    return "; ".join(stages + ends)
+
+
 def planned_tokens(stages: Stages, total: int) -> dict[str, int]:
     """Tokens of each source in a run of `total` tokens, if none is used up."""
     planned: dict[str, float] = {}

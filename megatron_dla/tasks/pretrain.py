@@ -15,7 +15,7 @@ from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import RunConfig, check_config, check_precision, layer_letters
 from megatron_dla.data import ShardReader, TokenLoader, validation_batches
 from megatron_dla.data.loader import ONLY
-from megatron_dla.data.mixture import Limit, check_tokenizers, least_tokens, planned_tokens
+from megatron_dla.data.mixture import Limit, check_tokenizers, described, least_tokens, planned_tokens
 from megatron_dla.data.packing import Batch
 from megatron_dla.data.remote import RemoteDirectory, open_directory
 from megatron_dla.data_prep.tokenizer import Tokenizer
@@ -308,9 +308,8 @@ class PretrainTask(Task):
         super().load_state_dict(state)
         before, now = state.get("mixtures", []), self.loader.mixtures
         if self.config.data.sources and len(now) > len(before):
-            self.runtime.print(
-                f"note: the mixture of data.sources has changed; from step {state['steps'] + 1} on: {now[-1]}"
-            )
+            step = state["steps"] + 1
+            self.runtime.print(f"note: data.sources has changed; from step {step} on: {described(now[-1])}")
 
     def _boundary_rates(self) -> torch.Tensor:
         """[layers, H] over all tokens since the last call (a collective)."""

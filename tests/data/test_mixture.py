@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_dla.data import TokenLoader
-from megatron_dla.data.mixture import Limit, MixedStream, least_tokens, planned_tokens
+from megatron_dla.data.mixture import Limit, MixedStream, described, least_tokens, planned_tokens
 from megatron_dla.errors import DataError
 from tests.support.rows import ROWS, STREAMS, T, build_words, global_steps, hashes, loader, ranks
 
@@ -238,3 +238,9 @@ def test_planned_tokens():
     stages = [(0, {"a": 1, "b": 3}), (100, {"a": 1}), (150, {"b": 2})]
     assert planned_tokens(stages, 200) == {"a": 75, "b": 125}
     assert planned_tokens(stages, 120) == {"a": 45, "b": 75}
+
+
+def test_a_mixture_in_words():
+    stages = [[0, {"web": 1.0, "books": 0.25}], [1_000_000, {"web": 2}]]
+    text = described({"from_tokens": 5, "stages": stages, "limits": {"web": [0, 0], "books": [2, 3000]}})
+    assert text == "web 1, books 0.25; from token 1,000,000 on web 2; books ends after 2 epochs or 3,000 tokens"

@@ -246,6 +246,21 @@ def test_that_nothing_is_left_is_said_with_the_reason(tmp_path, tok, capsys, com
     words = (command, "--input", corpus(tmp_path / "c"), *tokenizer, "--output", tmp_path / "out")
     assert dla(*words, "--min-chars", 100_000) == 2
     assert "60 documents under 100000 characters" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "shards"])
+def test_no_file_and_no_directory_is_left_of_newlines_alone(tmp_path, tok, capsys, command):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "c.jsonl").write_bytes(lines("\n", "\n\n"))
+    tokenizer = ("--tokenizer", tok, "--val-fraction", 0) if command == "shards" else ()
+    code = dla(command, "--input", tmp_path / "c", *tokenizer, "--output", tmp_path / "out")
+    assert code == (2 if command == "tokenizer" else 0)  # newlines are text, but nothing to learn tokens from
+    if code:
+        shown = capsys.readouterr().err
+        assert (
+            "c: no text in these inputs" in shown and "sentencepiece" not in shown and not (tmp_path / "out").exists()
+        )
 
 
 def test_input_may_be_given_several_times(tmp_path, tok):

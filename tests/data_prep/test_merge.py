@@ -157,6 +157,39 @@ def test_parts_on_another_file_system_are_copied(corpus, tmp_path, monkeypatch):
     verify_shards(tmp_path)
 
 
+def test_a_part_that_is_missing_is_named(corpus, tmp_path, capsys):
+    parts = [corpus / f"part{i}" for i in range(3)]
+    assert dla("merge", parts[0], parts[2], "--output", tmp_path / "two") == 0
+    assert "note: parts 1/3 are not" in capsys.readouterr().err
+    assert dla("merge", tmp_path / "two", parts[1], "--output", tmp_path / "all") == 0
+    assert dla("merge", corpus / "whole", "--output", tmp_path / "one") == 0
+    assert "are not" not in capsys.readouterr().err
+    shutil.copytree(parts[0], tmp_path / "other")  # stands for part 0 of another corpus
+    assert dla("merge", *parts, tmp_path / "other", "--output", tmp_path / "corpora") == 0
+    assert "note: parts 1/3, 2/3 are not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dedup", [(), ("--dedup",)])
+def test_a_merge_that_is_killed_after_its_index_is_done(corpus, tmp_path, monkeypatch, capsys, dedup):
+    out, parts = tmp_path / "out", [corpus / f"part{i}" for i in range(3)]
+
+    def killed():
+        with monkeypatch.context() as patch:
+            patch.setattr(merge.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert dla("merge", *parts, "--output", out, *dedup) == 130 and (out / ".merging").exists()
+
+    killed()
+    before = (out / "index.json").read_bytes()
+    assert dla("merge", *parts[:2], "--output", out, *dedup) == 2  # another merge; what was left is removed
+    assert "index.json: exists" in capsys.readouterr().err and not (out / ".merging").exists()
+    shutil.rmtree(out)
+    killed()
+    monkeypatch.setattr(merge.os, "link", None)  # nothing is done again
+    assert dla("merge", *parts, "--output", out, *dedup) == 0
+    assert "was complete" in capsys.readouterr().err
+    assert (out / "index.json").read_bytes() == before and not (out / ".merging").exists()
+
+
 def test_merge_errors(corpus, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(corpus / "part0", tmp_path / "other")
