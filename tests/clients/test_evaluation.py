@@ -89,6 +89,7 @@ def test_our_scores_are_those_of_lm_eval(exported, tmp_path):
     }  # fmt: skip
     subject = load_subject("x", str(exported("gdn_hybrid").directory))
     lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=8, device="cpu")
+    index = lm_eval.tasks.TaskManager()
     for path, (ours, convert) in data.items():
         name = Path(path).name
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ours)))
@@ -98,7 +99,7 @@ def test_our_scores_are_those_of_lm_eval(exported, tmp_path):
         own = {"include": str(Path(lm_eval.tasks.__file__).parent / f"{path}.yaml"), "task": f"local_{name}"}
         local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
         task.write_text(json.dumps(own | local))
-        out = simple_evaluate(lm, tasks=[str(task)], log_samples=True, bootstrap_iters=0)
+        out = simple_evaluate(lm, tasks=[str(task)], log_samples=True, bootstrap_iters=0, task_manager=index)
         mine = read_questions(str(tmp_path / f"{name}.jsonl"))
         values = mine.measure(subject, mine.items(subject))
         samples = sorted(out["samples"][f"local_{name}"], key=lambda sample: sample["doc_id"])
@@ -107,6 +108,30 @@ def test_our_scores_are_those_of_lm_eval(exported, tmp_path):
             assert out["results"][f"local_{name}"][f"{metric},none"] == pytest.approx(
                 sum(value[metric] for value in values) / len(values)
             )
+
+
+def test_their_tasks_by_dla_eval(exported, tmp_path, capsys):
+    """`dla eval lm --lm-eval` of a YAML file: lm-eval's accuracies, two models paired; an unknown name."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from megatron_dla import cli
+
+    directory = str(exported("gdn_hybrid").directory)
+    task = tasks(tmp_path)[0]
+    arguments = ["eval", "lm", f"a={directory}", f"b={directory}", "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--lm-eval", task]) == 0
+    assert cli.main([*arguments, "--lm-eval", task]) == 0  # from the journal
+    (found,) = json.loads((tmp_path / "out" / "eval.json").read_text())["tasks"]
+    lm = HFLM(pretrained=directory, trust_remote_code=True, batch_size=4, device="cpu")
+    (wanted,) = simple_evaluate(lm, tasks=[task], bootstrap_iters=0)["results"].values()
+    for metric in ("acc", "acc_norm"):
+        assert found["conditions"]["a"][metric]["mean"] == pytest.approx(wanted[f"{metric},none"])
+        assert found["conditions"]["a"][metric]["count"] == 12
+    assert all(row["mean"] == 0 for row in found["differences"]) and found["settings"]["paired"] == ["b"]
+    capsys.readouterr()
+    assert cli.main([*arguments, "--lm-eval", "no_such_task"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("dla eval lm: --lm-eval no_such_task: ")
 
 
 def test_contexts_are_not_cut_at_the_training_length(lm):

@@ -13,7 +13,8 @@ from megatron_dla import cli
 from megatron_dla.errors import DataError, UserError
 from megatron_dla.evaluation.lm import generated
 from megatron_dla.evaluation.lm.answering import Documents
-from megatron_dla.evaluation.lm.generated import Generated, found_in
+from megatron_dla.evaluation.lm.counting import frequent_words
+from megatron_dla.evaluation.lm.generated import Generated, Place, found_in
 from megatron_dla.evaluation.lm.material import ADJECTIVES, NOUNS, Haystack
 from megatron_dla.evaluation.lm.models import Subject
 from megatron_dla.evaluation.lm.retrieval import Recall, key_value_task, recall_row, word_tokens
@@ -114,10 +115,10 @@ def solve(prompt: str) -> str:
 @pytest.mark.parametrize("name", [*RULER, "key_value"])
 def test_solvers_and_lengths(files, subject, monkeypatch, name):
     """Reading the prompt gives 100 %; answering another prompt of the task gives chance. Prompts fill their length."""
-    lengths = (2048 if name == "cwe" else 1024, 4096)  # a short list of words does not fit into 1,024 here
+    lengths = (1024, 4096)
     task = make(files, name, lengths, count=4)
     items = task.items(subject)
-    assert [item.about["length"] for item in items] == [lengths[0]] * 4 + [4096] * 4
+    assert [item.about["length"] for item in items] == [1024] * 4 + [4096] * 4
     for item in items:
         assert 0.85 * item.about["length"] <= item.tokens <= item.about["length"], (item.about, item.tokens)
     prompts = [item.payload[0].prompt for item in items]
@@ -171,6 +172,13 @@ def test_shapes(files, subject):
             )
             if name.startswith("niah"):
                 assert all(re.fullmatch(form, answer) for answer in sample.answers)
+
+
+def test_frequent_words_have_no_ties():
+    for size in range(60, 100):
+        sample = frequent_words(Place(Random(size), 0, 1024), size)
+        words = Counter(re.findall(r"\b[a-z]{6}\b", sample.prompt.split("\n")[1])).most_common(4)
+        assert [word for word, _ in words[:3]] == list(sample.answers) and words[2][1] > words[3][1], size
 
 
 def test_what_counts_as_an_answer():

@@ -1,5 +1,6 @@
 """Multiple choice and last words: lm-eval's rules, against sums over single unbatched calls."""
 
+import importlib.util
 import json
 import lzma
 from string import ascii_lowercase
@@ -113,6 +114,13 @@ def test_the_command(place, capsys, tmp_path):
     assert task["task"] == "asked" and task["conditions"]["a"]["acc"]["count"] == 12
     assert task["settings"]["paired"] == ["b"] and {row["metric"] for row in task["differences"]} == {"acc", "acc_norm"}
     assert "b - a" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_lm_eval_is_asked_for(place, capsys):
+    assert cli.main(["eval", "lm", f"{place}/model", "--lm-eval", "piqa"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "--lm-eval piqa" in err and "megatron-dla[eval]" in err
 
 
 BAD = {

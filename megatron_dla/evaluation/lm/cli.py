@@ -38,6 +38,10 @@ def add_eval_lm_parser(subparsers: Any) -> None:
         "and last words, scored as lm-eval does",
     )  # fmt: skip
     asked.add_argument("--limit", type=int, default=0, help="the first so many rows of each file; 0 = all (default)")
+    asked.add_argument(
+        "--lm-eval", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval by name, or its YAML files; their "
+        "data comes from the network or its cache",
+    )  # fmt: skip
     made = parser.add_argument_group("generated long-context tasks")
     made.add_argument(
         "--tasks", default="", metavar="LIST", help="ruler (its 13 tasks), single ones of them (niah_single_1, ..., "
@@ -108,8 +112,8 @@ def _eval_lm(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError for invalid or conflicting arguments."""
-    if not (args.text or args.questions or args.tasks):
-        raise UserError("no task: give --text FILE, --questions FILE or --tasks LIST")
+    if not (args.text or args.questions or args.lm_eval or args.tasks):
+        raise UserError("no task: give --text FILE, --questions FILE, --lm-eval TASK or --tasks LIST")
     args.stride = args.stride or args.window
     least = {"window": 1, "stride": 1, "windows": 0, "limit": 0, "items": 1, "pairs": 1, "batch_tokens": 1, "seed": 0}
     for name, low in least.items():
@@ -123,6 +127,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:
+    from megatron_dla.evaluation.lm.harness import Harness
     from megatron_dla.evaluation.lm.perplexity import Perplexity, read_documents
     from megatron_dla.evaluation.lm.questions import read_questions
 
@@ -131,6 +136,7 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
         options = {"window": args.window, "stride": args.stride, "count": args.windows, "seed": args.seed}
         tasks.append(Perplexity(read_documents(args.text), budget=args.batch_tokens, files=args.text, **options))
     tasks += [read_questions(argument, args.limit, args.batch_tokens) for argument in args.questions]
+    tasks += [Harness(name, args.limit, args.batch_tokens) for name in args.lm_eval]
     tasks += _generated(args) if args.tasks else []
     seen: set[str] = set()
     for task in tasks:

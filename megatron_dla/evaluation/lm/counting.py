@@ -47,8 +47,8 @@ def _chain(rng: Random, lines: int, letters: int = 5) -> tuple[str, list[str]]:
 
 @dataclass(frozen=True)
 class CommonWords:
-    """The ten words that a numbered list has most often, out of `size` words of the haystack's vocabulary; a solved
-    example comes first."""
+    """The ten words that a numbered list has most often, out of `size` words of the haystack's vocabulary. A solved
+    example comes first, if there is room for one."""
 
     haystack: Haystack
 
@@ -59,7 +59,8 @@ class CommonWords:
         example = _word_list(place.rng, words[size:], *shown)
         asked = _word_list(place.rng, words[:size], often, seldom)
         solved = " ".join(f"{number}. {word}" for number, word in enumerate(words[size : size + COMMON], 1))
-        return Sample(f"{example} {solved}\n\n{asked}", tuple(words[:COMMON]))
+        prompt = asked if place.length < SHORT // 2 else f"{example} {solved}\n\n{asked}"
+        return Sample(prompt, tuple(words[:COMMON]))
 
 
 def _word_list(rng: Random, words: Sequence[str], often: int, seldom: int) -> str:
@@ -81,8 +82,6 @@ def frequent_words(place: Place, size: int) -> Sample:
         vocabulary["".join(place.rng.choices(string.ascii_lowercase, k=6))] = None
     ranked = ["...", *vocabulary]
     counts = [int(size / ZETA_2 / rank**2) for rank in range(1, len(ranked) + 1)]
-    for rank in range(FREQUENT, 0, -1):  # rounding must not make two ranks equal
-        counts[rank] = max(counts[rank], counts[rank + 1] + 1)
     words = [word for word, count in zip(ranked, counts, strict=True) for _ in range(count)]
     place.rng.shuffle(words)
     prompt = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import ClassVar
 
+from megatron_dla.console import progress_bar
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.lm.items import Item, Task, Values, digest
 from megatron_dla.evaluation.lm.models import Subject
@@ -14,6 +14,7 @@ from megatron_dla.evaluation.lm.scoring import continue_prompts
 
 GOLDEN = 0.6180339887498949
 ROUNDS = 12  # of the search for the size that fits
+CLOSE = 100  # which ends where less than a hundredth of the length is left
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Recipe:
 class Generated(Task):
     """`accuracy`: share of the answers that occur in the continuation, in any case."""
 
-    metrics: ClassVar = ("accuracy",)
-    unit: ClassVar = "prompts"
+    metrics = ("accuracy",)
+    unit = "prompts"
 
     def __init__(self, name: str, recipe: Recipe, *, lengths: Sequence[int], count: int, seed: int) -> None:
         super().__init__(name, {"lengths": list(lengths), "items": count, "seed": seed}, chance=0.0)
@@ -76,14 +77,17 @@ class Generated(Task):
 
     def items(self, subject: Subject) -> list[Item]:
         out = []
-        for length in self.settings["lengths"]:
-            size = 2 * self._recipe.least
-            for index in range(self.settings["items"]):
-                sample, ids, size = self._fitted(subject, length, index, size)
-                about = {"length": length} | ({} if sample.depth is None else {"depth": sample.depth})
-                key = f"{length}/{index}/{digest(sample.prompt, sample.answers)}"
-                spare = self._new_tokens(subject, sample)
-                out.append(Item(key, len(ids) + spare, (sample, ids, spare), about))
+        lengths, count = self.settings["lengths"], self.settings["items"]
+        with progress_bar(len(lengths) * count, f"{self.name}: making prompts", unit="") as bar:
+            for length in lengths:
+                size = 2 * self._recipe.least
+                for index in range(count):
+                    sample, ids, size = self._fitted(subject, length, index, size)
+                    about = {"length": length} | ({} if sample.depth is None else {"depth": sample.depth})
+                    key = f"{length}/{index}/{digest(sample.prompt, sample.answers)}"
+                    spare = self._new_tokens(subject, sample)
+                    out.append(Item(key, len(ids) + spare, (sample, ids, spare), about))
+                    bar.update()
         return out
 
     def sample(self, length: int, index: int, size: int) -> Sample:
@@ -120,7 +124,7 @@ class Generated(Task):
         low, high, room = least, most + 1, best[2]
         size = min(max(size, least + 1), most)
         for _ in range(ROUNDS):
-            if not low < size < high:
+            if not low < size < high or room <= length // CLOSE:
                 break
             found = tried(size)
             slope = max((room - found[2]) / (size - low), 1e-9)

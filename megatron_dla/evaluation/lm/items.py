@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from megatron_dla.evaluation.lm.models import Subject
 
@@ -38,8 +38,8 @@ class Task:
         chance: of the main metric for an answer that does not depend on the prompt; None = none is known.
     """
 
-    metrics: ClassVar[tuple[str, ...]]
-    unit: ClassVar[str]
+    metrics: tuple[str, ...]
+    unit: str
 
     def __init__(self, name: str, settings: dict[str, Any], chance: float | None = None) -> None:
         self.name, self.settings, self.chance = name, settings, chance
@@ -51,6 +51,10 @@ class Task:
     def measure(self, subject: Subject, items: Sequence[Item]) -> list[Values]:
         """The values of a batch of items, at least those of `metrics`."""
         raise NotImplementedError
+
+    def finish(self, items: list[Item], values: list[Values]) -> tuple[list[Item], list[Values]]:
+        """What the tables are made of, when all items are measured."""
+        return items, values
 
 
 def digest(*parts: object) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -64,8 +64,8 @@ class Perplexity(Task):
         count: windows, drawn by `seed` out of all; 0 = all.
     """
 
-    metrics: ClassVar = ("nats", "bits_per_byte")
-    unit: ClassVar = "windows"
+    metrics = ("nats", "bits_per_byte")
+    unit = "windows"
 
     def __init__(
         self, documents: Sequence[str], *, window: int, stride: int, count: int = 0, seed: int = 0, budget: int = 8192,

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -42,8 +42,8 @@ class MultipleChoice(Task):
     """`acc`: the right continuation has the highest log-probability; `acc_norm`: divided by the characters of the
     choice."""
 
-    metrics: ClassVar = ("acc", "acc_norm")
-    unit: ClassVar = "questions"
+    metrics = ("acc", "acc_norm")
+    unit = "questions"
 
     def __init__(self, name: str, questions: Sequence[Question], file: str, budget: int = 8192) -> None:
         chance = float(np.mean([1 / len(question.pairs) for question in questions]))
@@ -76,8 +76,8 @@ class MultipleChoice(Task):
 class LastWord(Task):
     """`acc`: every token of the word is the most probable one; `nats` of the whole word."""
 
-    metrics: ClassVar = ("acc", "nats")
-    unit: ClassVar = "texts"
+    metrics = ("acc", "nats")
+    unit = "texts"
 
     def __init__(self, name: str, pairs: Sequence[tuple[str, str]], file: str, budget: int = 8192) -> None:
         super().__init__(name, {"file": file})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from random import Random
-from typing import ClassVar
 
 import numpy as np
 
@@ -27,8 +26,8 @@ class Recall(Task):
     the values of the row (chance: 1 / pairs).
     """
 
-    metrics: ClassVar = ("accuracy", "choice")
-    unit: ClassVar = "rows"
+    metrics = ("accuracy", "choice")
+    unit = "rows"
 
     def __init__(self, *, pairs: int, lengths: Sequence[int], count: int, seed: int, budget: int = 8192) -> None:
         super().__init__(MQAR, {"pairs": pairs, "lengths": list(lengths), "items": count, "seed": seed}, chance=0.0)

@@ -53,7 +53,7 @@ def _recipe(name: str, haystack: Callable[[], Haystack], documents: Sequence[str
     if name == "vt":
         return Recipe(track_variables, 30)
     if name == "fwe":
-        return Recipe(frequent_words, 50, least=_LEAST_WORDS)
+        return Recipe(frequent_words, 50, least=_LEAST_WORDS)  # of fewer, two ranks may be equal
     if name == "cwe":
         found = haystack()
         return Recipe(CommonWords(found), 120, least=12, most=len(found.vocabulary) - 40)

@@ -75,4 +75,5 @@ class Runner:
                 self.journal.add(run, [item.key for item in part], values)
                 found |= {item.key: value for item, value in zip(part, values, strict=True)}
                 bar.update(sum(item.tokens for item in part))
-        return Outcome(items, [value for item in items if (value := found[item.key]) is not None])
+        values = [value for item in items if (value := found[item.key]) is not None]
+        return Outcome(*task.finish(items, values))
