@@ -23,7 +23,7 @@ else
   $(error DEVICE = $(DEVICE): use cpu, cuda or auto)
 endif
 
-.PHONY: help setup demo demo-delta-mem test aot test-triton test-hf test-clients test-slurm chaos fuzz lint clean
+.PHONY: help setup demo demo-delta-mem test aot test-triton test-hf test-clients test-slurm chaos fuzz study-cut lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -93,6 +93,11 @@ SEED ?= 0
 CASES ?= 100
 fuzz: setup
 	FUZZ_SEED=$(SEED) FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -n $(JOBS) -rP tests/fuzz
+
+## make study-cut  the synthetic tasks of a study, cut short, with their report (CPU, two processes, under 4 minutes)
+study-cut: setup
+	$(BIN)/dla study study_ci --task 0/2 & first=$$!; $(BIN)/dla study study_ci --task 1/2 && wait $$first
+	$(BIN)/dla study report study_ci
 
 ## make lint       ruff and mypy
 lint: setup

@@ -38,17 +38,22 @@ def _study(args: argparse.Namespace) -> int:
     from megatron_dla.study.plan import load_study
     from megatron_dla.study.report import write_report
     from megatron_dla.study.results import collect
+    from megatron_dla.study.results_synthetic import collect_synthetic
     from megatron_dla.study.run import StudyRunner
+    from megatron_dla.study.run_synthetic import SyntheticRunner
 
     *before, path = args.words
     if before not in ([], ["report"]):
         raise UserError(f"study {' '.join(args.words)}: write `dla study CONFIG` or `dla study report CONFIG`")
     study = load_study(path)
-    if not before and (code := StudyRunner(study, args.task).run()):
-        print(f"stopped; `dla study {path}` goes on")
-        return code
-    results = collect(study)
-    if before and not results["cells"]["done"]:
+    runners: list[StudyRunner | SyntheticRunner] = [StudyRunner(study, args.task)]
+    runners += [SyntheticRunner(study.synthetic, args.task)] if study.synthetic else []
+    for runner in [] if before else runners:
+        if code := runner.run():
+            print(f"stopped; `dla study {path}` goes on")
+            return code
+    results = {**collect(study), "synthetic": collect_synthetic(study.synthetic)}
+    if before and not (results["cells"]["done"] or results["synthetic"]):
         raise UserError(f"{str(study.root)!r}: no cell has ended yet; run `dla study {path}` first")
     if before or args.task == (0, 1):
         for file in write_report(results, args.out or study.root, f"dla study {path}"):

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal, TypeVar
 
 from megatron_dla.config import RunConfig, load_config
 from megatron_dla.config.load import fill
 from megatron_dla.config.schema import Directory, Ranks
 from megatron_dla.config.yaml_text import read_yaml
 from megatron_dla.errors import ConfigError
-from megatron_dla.model.counts import count_parameters
 from megatron_dla.resources import find_yaml
+from megatron_dla.study.parameters import equal_width
+from megatron_dla.study.synthetic import Rate, Seed, SyntheticSection, SyntheticStudy
 from megatron_dla.tasks.run import make_task
 
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Rate = Annotated[float, Field(gt=0, le=1e3)]
+Name = TypeVar("Name")
 _WIDTHS = 8  # the MLP width that equalises parameters is a multiple of it
-_TOLERANCE = 0.01  # between the parameters of two arms, as a share
 
 
 @dataclass
@@ -50,6 +46,8 @@ class StudyConfig:
     """Of initialisation and data order; a seed gives all arms the same batches in the same order."""
     parameters: Literal["equal", "as_given"] = "equal"
     """equal: model.ffn_hidden_size of each arm is set so that it has the reference's parameters within 1 %."""
+    synthetic: SyntheticSection = field(default_factory=SyntheticSection)
+    """Recall tasks for small models, with arms of their own."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class Study:
 
     Attributes:
         config: of the study. root: its directory. arms: {name: RunConfig}, with learning rate and seed of the base.
+        synthetic: its synthetic tasks, or None.
 
     Raises:
         ConfigError: a wrong key or value, an unknown arm, or an arm whose parameters cannot be made equal.
@@ -81,10 +80,14 @@ class Study:
         _check(config)
         self.root = Path(config.dir) / config.name
         self.arms = {name: self._arm(name) for name in config.arms}
-        if config.parameters == "equal":
+        self.synthetic = SyntheticStudy(config.synthetic, self.root) if config.synthetic.tasks else None
+        if self.arms and config.parameters == "equal":
             vocab = make_task(self.arms[self.reference]).layout().vocab_size
-            wanted = count_parameters(self.arms[self.reference].model, vocab)
-            self.arms = {name: with_parameters(arm, vocab, wanted, name) for name, arm in self.arms.items()}
+            reference = self.arms[self.reference].model
+            self.arms = {
+                name: replace(arm, model=equal_width(arm.model, reference, vocab, f"arms.{name}", _WIDTHS))
+                for name, arm in self.arms.items()
+            }
 
     @property
     def reference(self) -> str:
@@ -126,13 +129,18 @@ def load_study(path: str | Path) -> Study:
 
 
 def _check(config: StudyConfig) -> None:
-    if not config.base:
+    text = config.base or config.arms or not config.synthetic.tasks  # else a study of synthetic tasks alone
+    if text and not config.base:
         raise ConfigError("base = '': name the config that all arms share")
-    if not config.arms:
+    if text and not config.arms:
         raise ConfigError("arms = {}: give at least one arm, {name: {section.key: value}}")
     if config.reference and config.reference not in config.arms:
         raise ConfigError(f"reference = {config.reference!r}: not one of the arms {', '.join(config.arms)}")
-    for key, names in (("name", [config.name]), ("arms", config.arms)):
+    synthetic = config.synthetic
+    for key, names in (
+        ("name", [config.name]), ("arms", config.arms), ("synthetic.arms", synthetic.arms),
+        ("synthetic.tasks", synthetic.tasks),
+    ):  # fmt: skip
         for name in names:
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
                 raise ConfigError(f"{key}: {name!r} names a directory: use letters, digits and . _ + -")
@@ -148,23 +156,6 @@ def _check(config: StudyConfig) -> None:
         raise ConfigError("optimizer.lr: an arm sets it and learning_rates too; give one of the two")
 
 
-def with_parameters(config: RunConfig, vocab_size: int, wanted: int, name: str) -> RunConfig:
-    """`config` with the MLP width that gives it `wanted` parameters. Raises ConfigError beyond 1 %."""
-    model = config.model
-    if abs(count_parameters(model, vocab_size) - wanted) <= 1e-4 * wanted:
-        return config
-    counts = [count_parameters(replace(model, ffn_hidden_size=width), vocab_size) for width in (_WIDTHS, 2 * _WIDTHS)]
-    width = _WIDTHS * max(1, 1 + round((wanted - counts[0]) / (counts[1] - counts[0])))
-    new = replace(config, model=replace(model, ffn_hidden_size=width))
-    found = count_parameters(new.model, vocab_size)
-    if not math.isclose(found, wanted, rel_tol=_TOLERANCE):
-        raise ConfigError(
-            f"arms.{name}: {found:,} parameters with model.ffn_hidden_size = {width}, the reference has {wanted:,}: "
-            "change its widths, or set parameters: as_given"
-        )
-    return new
-
-
-def of_part(names: Iterable[str], part: tuple[int, int]) -> list[str]:
+def of_part(names: Iterable[Name], part: tuple[int, int]) -> list[Name]:
     """The arms of task i of n: each task runs its arms alone, since an arm's later runs depend on its first ones."""
     return [name for number, name in enumerate(names) if number % part[1] == part[0]]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.files import write_json, write_text
+from megatron_dla.study.html import html_table, number, plots, show_difference
+from megatron_dla.study.report_synthetic import RECALL, draw_recall, synthetic_section
 from megatron_dla.study.results import verdict
 
 JSON_NAME, PAGE_NAME, CURVES, FOREST = "study.json", "study.html", "curves.png", "differences.png"
@@ -22,10 +24,11 @@ _STYLE = (
 def write_report(results: dict[str, Any], out: Path, command: str) -> list[Path]:
     """Write all files into `out`; `command`: what runs the study again. The page needs no other file."""
     out.mkdir(parents=True, exist_ok=True)
-    results = {**results, "command": command}
+    results = {"synthetic": {}, **results, "command": command}
     write_json(out / JSON_NAME, results, indent=1)
     again = json.loads((out / JSON_NAME).read_text())  # as somebody who has only this file
-    pictures = [draw_curves(again, out / CURVES), draw_differences(again, out / FOREST)]
+    pictures = [draw_curves(again, out / CURVES), draw_differences(again, out / FOREST)] if again["arms"] else []
+    pictures += [draw_recall(again["synthetic"], out / RECALL)] if again["synthetic"] else []
     write_text(out / PAGE_NAME, page(again, pictures))
     return [out / JSON_NAME, *pictures, out / PAGE_NAME]
 
@@ -42,75 +45,59 @@ def table(results: dict[str, Any]) -> list[list[str]]:
         arm, found = arms[name], arms[name]["difference"]
         rows.append(
             [
-                name, _number(arm["parameters"], ",.0f"),
-                _number(arm["best_rate"], ".1e") + (" (edge)" if arm["rate_at_edge"] else ""),
-                str(len(arm["results"])), _number(arm["mean"], ".4f"), _number(arm["spread"], ".4f"),
-                "reference" if name == results["reference"] else _difference(found), verdict(found),
-                _number(arm["boundary_rate"], ".3f"), _number(arm["tokens_per_s"], ",.0f"),
-                _number(arm["memory_gb"], ".2f"),
+                name, number(arm["parameters"], ",.0f"),
+                number(arm["best_rate"], ".1e") + (" (edge)" if arm["rate_at_edge"] else ""),
+                str(len(arm["results"])), number(arm["mean"], ".4f"), number(arm["spread"], ".4f"),
+                "reference" if name == results["reference"] else show_difference(found, 4), verdict(found),
+                number(arm["boundary_rate"], ".3f"), number(arm["tokens_per_s"], ",.0f"),
+                number(arm["memory_gb"], ".2f"),
             ]
         )  # fmt: skip
     return [header, *rows]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    interval = "" if found["low"] is None else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
-    return f"{found['mean']:+.4f}{interval}"
-
-
 def page(results: dict[str, Any], pictures: list[Path]) -> str:
     """The HTML page, pictures included."""
-    head, *rows = table(results)
-    cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-    images = "".join(
-        f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    images = {
+        path.name: f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for path in pictures
-    )
-    done = results["cells"]
+    }
+    text = _text_section(results) + images[CURVES] + images[FOREST] if results["arms"] else ""
+    recall = synthetic_section(results["synthetic"]) + images[RECALL] if results["synthetic"] else ""
     arms = {name: arm["overrides"] for name, arm in results["arms"].items()}
-    about = {key: results[key] for key in ("machine", "versions")} | {"arms": arms}
+    synthetic = results["synthetic"].get("overrides", {})
+    about = {key: results[key] for key in ("machine", "versions")} | {"arms": arms, "synthetic arms": synthetic}
     title = html.escape(f"Study {results['study']}")
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
-        f"<p>{done['done']} of {done['planned']} cells. Held-out bits per byte, lower is better; differences are "
-        "paired by seed, with percentile bootstrap intervals over seeds, which are coarse for few seeds. "
-        "Each arm has the learning rate that was best at the first seed; (edge): the best one tried was the smallest "
-        "or the largest, so a better one may lie outside.</p>"
-        f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>{images}"
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{text}{recall}"
         f"<h2>Run it again</h2><pre>{html.escape(results['command'])}</pre>"
         f"<h2>Arms, machine, versions</h2><pre>{html.escape(json.dumps(about, indent=1))}</pre></body></html>\n"
     )
 
 
-def _plots() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+def _text_section(results: dict[str, Any]) -> str:
+    done = results["cells"]
+    return (
+        f"<p>{done['done']} of {done['planned']} cells. Held-out bits per byte, lower is better; differences are "
+        "paired by seed, with percentile bootstrap intervals over seeds, which are coarse for few seeds. "
+        "Each arm has the learning rate that was best at the first seed; (edge): the best one tried was the smallest "
+        f"or the largest, so a better one may lie outside.</p>{html_table(table(results))}"
+    )
 
 
 def draw_curves(results: dict[str, Any], path: Path) -> Path:
     """Held-out bits per byte by step: mean and range over the seeds of each arm, at its best learning rate."""
-    plt = _plots()
+    plt = plots()
     figure, axis = plt.subplots(figsize=(9, 5), constrained_layout=True)
-    for number, (name, arm) in enumerate(results["arms"].items()):
+    for place, (name, arm) in enumerate(results["arms"].items()):
         runs = [c["held_out"] for c in arm["cells"] if c["rate"] == arm["best_rate"] and "held_out" in c]
         if not runs:
             continue
         steps = [step for step, _ in min(runs, key=len)]
         values = [[value for _, value in run[: len(steps)]] for run in runs]
         middle = [sum(column) / len(column) for column in zip(*values, strict=True)]
-        color = plt.get_cmap("tab10" if len(results["arms"]) <= 10 else "tab20")(number)
+        color = plt.get_cmap("tab10" if len(results["arms"]) <= 10 else "tab20")(place)
         axis.plot(steps, middle, color=color, label=name)
         lows, highs = zip(*[(min(column), max(column)) for column in zip(*values, strict=True)], strict=True)
         axis.fill_between(steps, lows, highs, color=color, alpha=0.15)
@@ -124,7 +111,7 @@ def draw_curves(results: dict[str, Any], path: Path) -> Path:
 
 def draw_differences(results: dict[str, Any], path: Path) -> Path:
     """Each arm's difference to the reference, with its interval and the seeds."""
-    plt = _plots()
+    plt = plots()
     reference = results["arms"][results["reference"]]["results"]
     arms = {name: arm for name, arm in results["arms"].items() if arm["difference"]}
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.45 * len(arms)), constrained_layout=True)

@@ -21,13 +21,13 @@ KEPT = (
 def collect(study: Study) -> dict[str, Any]:
     """Everything that the report shows, from the cells that have ended; the report is drawn from this alone."""
     arms = {name: _arm(study, name) for name in study.arms}
-    reference = arms[study.reference]["results"]
+    reference = arms[study.reference]["results"] if arms else {}
     for arm in arms.values():
         arm["difference"] = difference(arm["results"], reference) if arm["results"] is not reference else None
     versions = [c["versions"] for name in study.arms for c in _cells(study, name) if "versions" in c]
     return {
         "study": study.config.name,
-        "reference": study.reference,
+        "reference": study.reference if arms else None,
         "metric": METRIC,
         "cells": {
             "done": sum(len(arm["cells"]) for arm in arms.values()),
@@ -82,8 +82,9 @@ def difference(results: dict[int, float], reference: dict[int, float]) -> dict[s
     return found
 
 
-def verdict(found: dict[str, Any] | None) -> str:
-    """ "better", "worse", "tie" (the interval holds 0), or "" with fewer than 3 seeds: lower is better."""
+def verdict(found: dict[str, Any] | None, lower: bool = True) -> str:
+    """ "better", "worse", "tie" (the interval holds 0), or "" with fewer than 3 seeds. `lower`: lower is better."""
     if found is None or found["seeds"] < 3:
         return ""
-    return "better" if found["high"] < 0 else "worse" if found["low"] > 0 else "tie"
+    below, above = ("better", "worse") if lower else ("worse", "better")
+    return below if found["high"] < 0 else above if found["low"] > 0 else "tie"

@@ -31,6 +31,27 @@ DIVERGED = "FloatingPointError"
 Launch = Callable[[RunConfig, int, Path], int]
 
 
+class Progress:
+    """The lines of the cells of a study that have ended. `total`: cells in all."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.seconds: list[float] = []  # of the cells that this process ran
+
+    def skip(self, cells: int) -> None:
+        """Count cells that will not run."""
+        self.done += cells
+
+    def show(self, cell: str, value: str, seconds: float | None) -> None:
+        """The line of a cell; `seconds`: None where its result was there."""
+        self.done += 1
+        self.seconds += [] if seconds is None else [seconds]
+        words = [f"cell {self.done}/{self.total}", cell, value, "found" if seconds is None else clock(seconds)]
+        if self.seconds:
+            words.append(f"eta {clock(statistics.mean(self.seconds) * (self.total - self.done))}")
+        print(" | ".join(words), flush=True)
+
+
 class StudyRunner:
     """Runs a study, or the arms of one task of it.
 
@@ -41,9 +62,7 @@ class StudyRunner:
     def __init__(self, study: Study, part: tuple[int, int] = (0, 1), launch: Launch | None = None) -> None:
         self.study, self.launch = study, launch or launch_run
         self.arms = of_part(study.arms, part)
-        self.done = 0
-        self.total = sum(len(study.rates(arm)) + len(study.config.seeds) - 1 for arm in self.arms)
-        self.seconds: list[float] = []  # of the cells that this process ran
+        self.progress = Progress(sum(len(study.rates(arm)) + len(study.config.seeds) - 1 for arm in self.arms))
 
     def run(self) -> int:
         """0, or 75 where a signal stopped it.
@@ -62,7 +81,7 @@ class StudyRunner:
             best = best_rate(self.study, arm)
             if best is None:
                 print(f"{arm}: diverged with every learning rate", flush=True)
-                self.done += len(self.study.config.seeds) - 1
+                self.progress.skip(len(self.study.config.seeds) - 1)
                 continue
             for cell in self.study.later_cells(arm, best):
                 if not self._cell(cell):
@@ -72,27 +91,17 @@ class StudyRunner:
     def _cell(self, cell: Cell) -> bool:
         """Whether its result is there: found, or made now. False: stopped by a signal."""
         place = self.study.root / cell.path
-        record, found = read_cell(place), True
         config = plain(self.study.run_config(cell))
-        if record is not None and (changed := different_keys(record["config"], config)):
-            raise ConfigError(
-                f"{str(place / CELL)!r} is the result of another config ({', '.join(changed)} changed): "
-                "give the study another name, or delete the cell to run it again"
-            )
+        record, seconds = result_of(place, config), None
         if record is None:
             started = time.monotonic()
             code = self.launch(self.study.run_config(cell), self.study.config.nproc, place)
             if code == STOPPED:
                 return False
-            record, found = self._record(cell, place, code), False
-            self.seconds.append(time.monotonic() - started)
+            record, seconds = self._record(cell, place, code), time.monotonic() - started
             write_json(place / CELL, {**record, "config": config})
-        self.done += 1
-        left = "" if not self.seconds else clock(statistics.mean(self.seconds) * (self.total - self.done))
         value = record.get("diverged") or f"{METRIC} {record[METRIC]:.4f}"
-        words = [f"cell {self.done}/{self.total}", f"{cell.arm} lr {cell.rate:g} seed {cell.seed}", value]
-        words.append("found" if found else clock(self.seconds[-1]))
-        print(" | ".join([*words, f"eta {left}"] if left else words), flush=True)
+        self.progress.show(f"{cell.arm} lr {cell.rate:g} seed {cell.seed}", value, seconds)
         return True
 
     def _record(self, cell: Cell, place: Path, code: int) -> dict[str, Any]:
@@ -135,6 +144,17 @@ def plain(config: RunConfig) -> dict[str, Any]:
     values = json.loads(json.dumps(to_dict(config)))
     values["run"] = {"seed": values["run"]["seed"]}
     return dict(values)
+
+
+def result_of(place: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a cell that has ended. Raises ConfigError where it is damaged, or that of another config."""
+    record = read_cell(place)
+    if record is not None and (changed := different_keys(record["config"], config)):
+        raise ConfigError(
+            f"{str(place / CELL)!r} is the result of another config ({', '.join(changed)} changed): "
+            "give the study another name, or delete the cell to run it again"
+        )
+    return record
 
 
 def different_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -183,11 +203,17 @@ def launch_run(config: RunConfig, nproc: int, place: Path) -> int:
     path = place.with_name(f"{place.name}.yaml")
     dump_config(config, path)
     command = [sys.executable, "-m", "megatron_dla.cli", "run", str(path), "--nproc", str(nproc)]
-    with log_path(place).open("ab") as log:
-        run = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        with StopSignals(lambda _: run.send_signal(signal.SIGTERM), lambda _: run.send_signal(signal.SIGTERM)):
-            code = run.wait()
+    code = run_process(command, log_path(place))
     if code == BAD_INPUT:
         lines = log_path(place).read_text(errors="replace").splitlines()
         raise UserError(f"{str(place)!r}: {lines[-1] if lines else 'the run was refused'}")
     return code
+
+
+def run_process(command: list[str], log: Path) -> int:
+    """Run a command in a session of its own, its output appended to `log`; signals to stop are passed on as SIGTERM.
+    Returns its exit code, negative where a signal ended it."""
+    with log.open("ab") as out:
+        run = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        with StopSignals(lambda _: run.send_signal(signal.SIGTERM), lambda _: run.send_signal(signal.SIGTERM)):
+            return run.wait()
