@@ -16,6 +16,7 @@ from .arrays import compute_dtype, lanes, unlanes
 from .autocast import without_autocast
 from .cache import EMPTY, Partition, SlotCache
 from .chunk import ChunkDLA
+from .content import content_weights
 from .decode import decode_one, recurrent_partition
 from .documents import begin_of_document, document_starts
 from .fenwick import fenwick_partition, weights_by_recency
@@ -247,6 +248,7 @@ def dla_attention(
     backend: str = "auto",
     chunk_size: int | None = None,
     tau_temperature: float = TAU_TEMPERATURE,
+    sharpness: Tensor | None = None,
 ) -> tuple[Tensor, SlotCache | None]:
     """Dynamic Linear Attention over a sequence (arXiv 2606.10650, eqs 13-18).
 
@@ -269,6 +271,8 @@ def dla_attention(
             interpreter), `auto` (`triton` on a GPU where it takes the inputs, else `torch`).
         chunk_size: tokens a chunk of the `torch` backend; changes the speed and the rounding, not the result. None: 128
             where it pays, with states of at least 64 x 64, else 64.
+        sharpness: [H], multiplies the slot weights by a factor that says how well a slot's keys match the query, see
+            `content.py`; None: by none. Caches then hold `keys`.
 
     Returns:
         out [B, T, H, Dv] in v's dtype (states and decisions are fp32, or float64 for float64 inputs), and the final
@@ -289,6 +293,13 @@ def dla_attention(
         cu_seqlens = _padding_borders(padding, B, T)
     _check_cu_seqlens(cu_seqlens, B * T)
     learned = isinstance(tau, Tensor) and tau.requires_grad
+    if sharpness is not None:
+        if sharpness.shape != (H,):
+            raise ValueError(f"sharpness must be [H] = [{H}], got {tuple(sharpness.shape)}")
+        if learned or merge == FENWICK:
+            raise ValueError("sharpness works without a tau that requires a gradient and without merge='fenwick'")
+    if cache is not None and (cache.keys is None) != (sharpness is None):
+        raise ValueError(f"cache.keys is {'missing: needed' if cache.keys is None else 'set: for use'} with sharpness")
     if learned and (cache is not None or merge != "density" or controls.boundary != "information"):
         raise ValueError(
             "a tau that requires a gradient works with merge='density', boundaries by information and without an "
@@ -305,7 +316,7 @@ def dla_attention(
             raise ValueError("with cu_seqlens and a cache the partition cannot be given")
         rule: dict[str, Any] = dict(
             tau=tau, capacity=capacity, merge=merge, controls=controls, backend=backend, chunk_size=chunk_size,
-            tau_temperature=tau_temperature,
+            tau_temperature=tau_temperature, sharpness=sharpness,
         )  # fmt: skip
         out, last = _by_document([q, k, v, g, slot_weights], beta, cu_seqlens, cache, rule)
         return out, last if return_cache else None
@@ -314,9 +325,10 @@ def dla_attention(
     if backend == "naive":
         out, _, final = _kernel("naive", "naive_attention")(
             q, k, v, g, slot_weights, beta, tau=tau, capacity=capacity, merge=merge, controls=controls,
-            partition=partition, cu_seqlens=cu_seqlens, cache=cache,
+            partition=partition, cu_seqlens=cu_seqlens, cache=cache, sharpness=sharpness,
         )  # fmt: skip
         final.states, final.info = final.states.to(compute_dtype(v)), final.info.to(compute_dtype(v))
+        final.keys = None if final.keys is None else final.keys.to(compute_dtype(v))
         return out.to(v.dtype), final if return_cache else None
     if merge == FENWICK:
         slot_weights = weights_by_recency(slot_weights, cu_seqlens, cache)
@@ -328,6 +340,10 @@ def dla_attention(
         )  # fmt: skip
     if learned and partition.lo is None:
         raise ValueError("partition.lo is missing: compute the partition with the tau that requires a gradient")
+    resets = document_starts(cu_seqlens, B, T, v.device)
+    keys = None
+    if sharpness is not None:
+        slot_weights, keys = content_weights(q, k, slot_weights, sharpness, partition, resets, cache)
     if backend == "triton":
         attend = partial(
             _kernel("triton_attention", "triton_attention"), q, k, v, g, slot_weights, beta, part=partition,
@@ -335,11 +351,11 @@ def dla_attention(
         )  # fmt: skip
         if cache is None and not return_cache:
             return attend()[0], None
-    resets = document_starts(cu_seqlens, B, T, v.device).repeat_interleave(H, dim=0)
+    resets = resets.repeat_interleave(H, dim=0)
     slots, slot_death, states = _incoming(cache, partition, k, v, capacity)
     if backend == "triton":
         out, final = attend(cache=cache, slot_death=slot_death, states=states, want_final=return_cache)
-        return out, _final_cache(final, partition, resets, slots, slot_death, cache) if return_cache else None
+        return out, _final_cache(final, partition, resets, slots, slot_death, cache, keys) if return_cache else None
     start, death, score = (_flat(x) for x in (partition.start, partition.death, partition.score))
     lo = None if partition.lo is None else _flat(partition.lo)
     tau_lanes = torch.as_tensor(tau, device=v.device, dtype=states.dtype).expand(H).repeat(B)
@@ -347,7 +363,7 @@ def dla_attention(
     decisions = (start, death, score, lo, resets, slots, slot_death)
     out, final = ChunkDLA.apply(*inputs, states, tau_lanes, decisions, chunk_size, tau_temperature)
     out = unlanes(out, B).to(v.dtype)
-    return out, _final_cache(final, partition, resets, slots, slot_death, cache) if return_cache else None
+    return out, _final_cache(final, partition, resets, slots, slot_death, cache, keys) if return_cache else None
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -377,8 +393,9 @@ def _incoming(
 
 
 def _final_cache(
-    final: Tensor, part: Partition, resets: Tensor, slots: Tensor, slot_death: Tensor, cache: SlotCache | None
-) -> SlotCache:
+    final: Tensor, part: Partition, resets: Tensor, slots: Tensor, slot_death: Tensor, cache: SlotCache | None,
+    keys: Tensor | None,
+) -> SlotCache:  # fmt: skip
     """A `SlotCache` from the states after the last token ([N, K, Dk, Dv] by recency) and the partition's scalars."""
     B, T, H = part.start.shape
     N, K = slots.shape
@@ -417,7 +434,7 @@ def _final_cache(
     return SlotCache(
         states=states.view(*shape, *final.shape[2:]), start=start.reshape(shape).contiguous(),
         count=count.reshape(shape).contiguous(), info=info.reshape(shape).contiguous(),
-        live=live.view(B, H), position=before + T,
+        live=live.view(B, H), position=before + T, keys=keys,
     )  # fmt: skip
 
 
@@ -436,6 +453,7 @@ def decode_step(
     merge: str = "density",
     controls: Controls = INFORMATION,
     backend: str = "auto",
+    sharpness: Tensor | None = None,
 ) -> tuple[Tensor, SlotCache]:
     """One token (T = 1) on a cache, which is changed in place; cost and memory do not depend on the context.
 
@@ -453,11 +471,11 @@ def decode_step(
     if slot_weights.shape != (*v.shape[:3], capacity):
         raise ValueError(f"slot_weights must be {(*v.shape[:3], capacity)}, got {tuple(slot_weights.shape)}")
     _check_cache(cache, v.shape[0], k, v, capacity)
-    if merge == FENWICK:  # several slots merge at once
+    if merge == FENWICK or sharpness is not None:  # several slots merge at once; weights need the decision
         with torch.no_grad():
             out, after = dla_attention(
                 q, k, v, g, slot_weights, beta, tau=tau, capacity=capacity, merge=merge, controls=controls, cache=cache,
-                return_cache=True, backend=backend,
+                return_cache=True, backend=backend, sharpness=sharpness,
             )  # fmt: skip
         assert after is not None
         cache.load_state_dict(after.state_dict())

@@ -63,6 +63,7 @@ class SlotCache:
         info: [B, H, K], sum of the information scores of those tokens.
         live: int64 [B, H], number of slots in use.
         position: int64 [B], tokens read so far.
+        keys: [B, H, K, Dk], sum of the unit keys of those tokens, or None without content-addressed slot weights.
     """
 
     states: Tensor
@@ -71,6 +72,7 @@ class SlotCache:
     info: Tensor
     live: Tensor
     position: Tensor
+    keys: Tensor | None = None
 
     FIELDS: ClassVar[tuple[str, ...]] = ("states", "start", "count", "info", "live", "position")
 
@@ -85,8 +87,9 @@ class SlotCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        keys: bool = False,
     ) -> SlotCache:
-        """An empty memory for `batch` sequences."""
+        """An empty memory for `batch` sequences. `keys`: for content-addressed slot weights."""
         slots = (batch, heads, capacity)
         return cls(
             states=torch.zeros(*slots, key_dim, value_dim, dtype=dtype, device=device),
@@ -95,6 +98,7 @@ class SlotCache:
             info=torch.zeros(slots, dtype=dtype, device=device),
             live=torch.zeros(batch, heads, dtype=torch.int64, device=device),
             position=torch.zeros(batch, dtype=torch.int64, device=device),
+            keys=torch.zeros(*slots, key_dim, dtype=dtype, device=device) if keys else None,
         )
 
     @property
@@ -108,36 +112,39 @@ class SlotCache:
     @property
     def nbytes(self) -> int:
         """Bytes held, constant over the life of the cache."""
-        return sum(getattr(self, name).nbytes for name in self.FIELDS)
+        return sum(x.nbytes for x in self.state_dict().values())
 
     def state_dict(self) -> dict[str, Tensor]:
         """All fields, ready for safetensors."""
-        return {name: getattr(self, name) for name in self.FIELDS}
+        named = {name: getattr(self, name) for name in self.FIELDS}
+        return named if self.keys is None else named | {"keys": self.keys}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy `state` in; raises ValueError where a field is missing or shapes differ."""
-        if set(state) != set(self.FIELDS):
-            wanted = sorted(self.FIELDS)
+        mine = self.state_dict()
+        if set(state) != set(mine):
+            wanted = sorted(mine)
             raise ValueError(f"SlotCache.load_state_dict: expected the fields {wanted}, got {sorted(state)}")
-        for name in self.FIELDS:
-            mine = getattr(self, name)
-            if mine.shape != state[name].shape:
+        for name, x in mine.items():
+            if x.shape != state[name].shape:
                 raise ValueError(
                     f"SlotCache.load_state_dict: {name} has shape {tuple(state[name].shape)}, "
-                    f"this cache needs {tuple(mine.shape)}: make it with the same batch, heads and capacity"
+                    f"this cache needs {tuple(x.shape)}: make it with the same batch, heads and capacity"
                 )
-        for name in self.FIELDS:
-            getattr(self, name).copy_(state[name])
+        for name, x in mine.items():
+            x.copy_(state[name])
 
     def clone(self) -> SlotCache:
         """An independent copy (fork a session)."""
-        return SlotCache(**{name: getattr(self, name).clone() for name in self.FIELDS})
+        return SlotCache(**{name: x.clone() for name, x in self.state_dict().items()})
 
     @classmethod
     def concatenate(cls, caches: list[SlotCache]) -> SlotCache:
         """One cache for all sequences of `caches`, in their order."""
-        return cls(**{name: torch.cat([getattr(cache, name) for cache in caches]) for name in cls.FIELDS})
+        return cls(
+            **{name: torch.cat([cache.state_dict()[name] for cache in caches]) for name in caches[0].state_dict()}
+        )
 
     def select(self, index: Tensor) -> SlotCache:
         """The sequences `index` (int64 [B']) of the batch, copied: beam search, or one document of many."""
-        return SlotCache(**{name: getattr(self, name)[index] for name in self.FIELDS})
+        return SlotCache(**{name: x[index] for name, x in self.state_dict().items()})

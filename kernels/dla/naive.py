@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache import EMPTY, FIRST_SCORE, Partition, SlotCache
+from .content import unit
 from .documents import document_starts
 from .rules import FENWICK, INFORMATION, Controls, draw, head_key, pair_of
 
@@ -23,6 +24,7 @@ class _Slot:
     start: int
     count: int
     info: float
+    keys: Tensor | float = 0.0  # [Dk], sum of the unit keys
 
 
 def information_score(s: Tensor, state: Tensor) -> float:
@@ -80,13 +82,21 @@ def _cascades(slots: list[_Slot], levels: int) -> bool:
 def _merge(slots: list[_Slot], i: int) -> int:
     """Merge slot i + 1 into slot i (eq 17); returns the start that dies."""
     old, young = slots[i], slots.pop(i + 1)
-    slots[i] = _Slot(old.state + young.state, old.start, old.count + young.count, old.info + young.info)
+    slots[i] = _Slot(
+        old.state + young.state, old.start, old.count + young.count, old.info + young.info, old.keys + young.keys
+    )
     return young.start
 
 
 def _load(cache: SlotCache, b: int, h: int) -> list[_Slot]:
     return [
-        _Slot(cache.states[b, h, i].double(), -1 - i, int(cache.count[b, h, i]), float(cache.info[b, h, i]))
+        _Slot(
+            cache.states[b, h, i].double(),
+            -1 - i,
+            int(cache.count[b, h, i]),
+            float(cache.info[b, h, i]),
+            0.0 if cache.keys is None else cache.keys[b, h, i].double(),
+        )
         for i in range(int(cache.live[b, h]))
     ]
 
@@ -106,6 +116,7 @@ def naive_attention(
     partition: Partition | None = None,
     cu_seqlens: Tensor | None = None,
     cache: SlotCache | None = None,
+    sharpness: Tensor | None = None,
 ) -> tuple[Tensor, Partition, SlotCache]:
     """DLA as a float64 recurrence; shapes and meaning as `dla_attention`.
 
@@ -169,20 +180,26 @@ def naive_attention(
                     erased = 0.0 if beta is None else weight * torch.outer(kt, kt @ slot.state)
                     slot.state = g[b, t, h].exp() * (slot.state - erased)
                 if fires:
-                    slots.append(_Slot(s, t, 1, score_t))
+                    slots.append(_Slot(s, t, 1, score_t, unit(kt)))
                 else:
                     last = slots[-1]
-                    slots[-1] = _Slot(last.state + s, last.start, last.count + 1, last.info + score_t)
+                    slots[-1] = _Slot(
+                        last.state + s, last.start, last.count + 1, last.info + score_t, last.keys + unit(kt)
+                    )
                 start[b, t, h], score[b, t, h] = fires, score_t
                 place = list(range(len(slots)))  # of the newest first
                 if merge == FENWICK:
                     place = [_level(slots, i, capacity) for i in reversed(place)]
-                read = zip(place, reversed(slots), strict=True)
-                reads = [lam[b, t, h, r] * (q[b, t, h] @ slot.state) for r, slot in read]
+                factor = torch.ones(len(slots), dtype=torch.float64)
+                if sharpness is not None:
+                    match = torch.stack([unit(q[b, t, h]) @ (slot.keys / slot.count) for slot in reversed(slots)])
+                    factor = len(slots) * torch.softmax(sharpness[h].double() * match, 0)
+                read = zip(place, factor, reversed(slots), strict=True)
+                reads = [lam[b, t, h, r] * f * (q[b, t, h] @ slot.state) for r, f, slot in read]
                 out.append(reduce(torch.add, reads))
             final_states[b, h] = slots
     offset = torch.zeros(B, dtype=torch.int64) if cache is None else cache.position
-    states = []
+    states, keys = [], []
     for (b, h), slots in final_states.items():
         final.live[b, h] = len(slots)
         for i, slot in enumerate(slots):
@@ -195,6 +212,10 @@ def naive_attention(
         empty = [torch.zeros(k.shape[-1], Dv, dtype=torch.float64)] * (capacity - len(slots))
         final.start[b, h, len(slots) :] = EMPTY
         states.append(torch.stack([slot.state for slot in slots] + empty))
+        sums = [torch.as_tensor(slot.keys, dtype=torch.float64).expand(k.shape[-1]) for slot in slots]
+        keys.append(torch.stack(sums + [x[:, 0] for x in empty]))
+    if sharpness is not None:
+        final.keys = torch.stack(keys).view(B, H, capacity, k.shape[-1])
     final.states = torch.stack(states).view(B, H, capacity, k.shape[-1], Dv)
     output = torch.stack(out).view(B, H, T, Dv).transpose(1, 2)
     return output, Partition(start, death, score, lo, cache_death, final.info), final

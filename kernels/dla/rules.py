@@ -149,11 +149,13 @@ class SlotRule:
     merge: str = "density"
     controls: Controls = INFORMATION
     backend: str = "auto"
+    sharpness: Tensor | None = None
 
     def of_heads(self, first: int, heads: int) -> SlotRule:
         """The same of some of the heads at hand."""
         tau = self.tau[first : first + heads] if isinstance(self.tau, Tensor) and self.tau.ndim else self.tau
-        return replace(self, tau=tau, controls=self.controls.from_head(first))
+        sharp = None if self.sharpness is None else self.sharpness[first : first + heads]
+        return replace(self, tau=tau, controls=self.controls.from_head(first), sharpness=sharp)
 
 
 EVERY_TOKEN = Controls("every", every=1)

@@ -70,6 +70,11 @@ def check_model(model: ModelSection) -> None:
         )
     if model.tau_mode == "learned" and model.merge != "density":
         raise ConfigError("model.tau_mode = learned needs model.merge = density (the gradient follows that rule)")
+    if model.tau_mode == "learned" and model.slot_weights == "content":
+        raise ConfigError(
+            "model.tau_mode = learned with model.slot_weights = content: the gradient of the threshold does not follow "
+            "weights that depend on what a slot holds; use model.slot_weights=recency or model.tau_mode=calibrated"
+        )
     if softmax_layers(model):
         check_attention(model)
     for low, high in (("dt_min", "dt_max"), ("a_min", "a_max")):
@@ -212,6 +217,11 @@ def check_chain(model: ModelSection, size: int, seq_len: int) -> None:
         raise ConfigError(
             f"parallel.cp_scheme = chain with model.tau_mode = {model.tau_mode}: the threshold has no gradient through "
             "a slot memory that another rank sent; use parallel.cp_scheme=heads or model.tau_mode=fixed"
+        )
+    if model.slot_weights == "content" and opens_slots(model):
+        raise ConfigError(
+            "parallel.cp_scheme = chain with model.slot_weights = content: the keys of slots are not sent from rank to "
+            "rank; use parallel.cp_scheme=heads or model.slot_weights=recency"
         )
     if seq_len // size < model.conv_kernel - 1:
         raise ConfigError(

@@ -137,6 +137,10 @@ class ModelSection:
     levels: Annotated[int, Field(ge=2, le=64)] = 15
     """States a head of L layers. Level 0 holds the token, level l 2^(l-1) or none, the last all that is older;
     15 is as published for rows of 16,384 tokens."""
+    slot_weights: Literal["recency", "content"] = "recency"
+    """What the weight with which a token reads a slot depends on. recency: how many slots are newer. content: also how
+    well the slot's keys match the query, by a sharpness a head that starts at 0; without a learned tau, and with
+    cp_scheme=heads."""
     slot_weight_init: Literal["backbone", "log_linear"] = "backbone"
     """backbone: all slot weights are 1 at the start, which makes the layer equal to its plain backbone."""
     ffn_hidden_size: Annotated[int, Field(ge=0, le=2**22)] = 4096

@@ -53,6 +53,7 @@ class DLAConfig(PretrainedConfig):
     merge: str = "density"
     control_seed: int = 0
     levels: int = 15
+    slot_weights: str = "recency"
     slot_weight_init: str = "backbone"
     ffn_hidden_size: int = 4096
     attention_heads: int = 16
@@ -94,6 +95,8 @@ class DLAConfig(PretrainedConfig):
             raise ValueError(f"backbone = {self.backbone!r}: use mamba2 or gdn")
         if self.gated_norm not in ("head", "group"):
             raise ValueError(f"gated_norm = {self.gated_norm!r}: use head or group")
+        if self.slot_weights not in ("recency", "content"):
+            raise ValueError(f"slot_weights = {self.slot_weights!r}: use recency or content")
         if self.sliding_window < 1:
             raise ValueError(f"sliding_window = {self.sliding_window}: use at least 1")
         if self.num_heads % self.num_groups:

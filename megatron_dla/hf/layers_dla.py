@@ -110,6 +110,7 @@ class DLAMixer(nn.Module):
     D: nn.Parameter
     slot_scale: nn.Parameter
     slot_bias: nn.Parameter
+    sharpness: nn.Parameter
     tau: nn.Parameter
     norm: nn.Parameter
 
@@ -168,7 +169,9 @@ class DLAMixer(nn.Module):
         raw = part["slot"].unflatten(-1, (-1, c.capacity))
         tau = c.tau if c.tau_mode == "fixed" else clamp_tau(self.tau) if c.tau_mode == "learned" else self.tau.detach()
         controls = Controls(c.boundary, c.boundary_rate, c.boundary_every, c.control_seed, self.layer)
-        return slot_weights(raw, self.slot_scale, self.slot_bias), SlotRule(tau, c.capacity, c.merge, controls)
+        sharpness = self.sharpness if c.slot_weights == "content" else None
+        rule = SlotRule(tau, c.capacity, c.merge, controls, sharpness=sharpness)
+        return slot_weights(raw, self.slot_scale, self.slot_bias), rule
 
     def _convolve(self, part: dict[str, Tensor], memory: LayerMemory, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key [B, T, G, Dk] and value [B, T, H, Dv] after their short convolutions."""
@@ -194,7 +197,9 @@ class DLAMixer(nn.Module):
         """The recurrence over (q, k, v, g, slot_weights, beta): [B, T, H, Dv]."""
         q, k, v, g, lam, beta = tensors
         tau = rule.tau
-        options: dict[str, Any] = dict(capacity=rule.capacity, merge=rule.merge, controls=rule.controls)
+        options: dict[str, Any] = dict(
+            capacity=rule.capacity, merge=rule.merge, controls=rule.controls, sharpness=rule.sharpness
+        )
         if memory.slots is not None:
             if isinstance(tau, Tensor):
                 tau = tau.detach()  # the threshold has a gradient only over whole sequences
@@ -218,7 +223,8 @@ class DLAMixer(nn.Module):
             if isinstance(tau, Tensor):  # also in the first pass of a reentrant checkpoint, which records no gradient
                 tau = tau.detach().requires_grad_(self.tau.requires_grad and self.config.tau_mode == "learned")
             memory.decided = partition(k, v, g, beta, tau=tau, **options)
-        return dla_attention(q, k, v, g, lam, beta, tau=rule.tau, partition=memory.decided, **options)[0]
+        options |= dict(partition=memory.decided, sharpness=rule.sharpness)
+        return dla_attention(q, k, v, g, lam, beta, tau=rule.tau, **options)[0]
 
 
 class LogLinearMixer(DLAMixer):

@@ -31,6 +31,7 @@ _ADDED = (
     "boundary_every",
     "control_seed",
     "levels",
+    "slot_weights",
 )
 
 

@@ -74,6 +74,7 @@ class DLAMixer(MegatronModule):
     D: nn.Parameter
     slot_scale: nn.Parameter
     slot_bias: nn.Parameter
+    sharpness: nn.Parameter
     tau: nn.Parameter
     norm: nn.Parameter
 
@@ -294,7 +295,8 @@ class DLAMixer(MegatronModule):
         if m.tau_mode == "learned":
             tau = functional.clamp_tau(self._local(self.tau))
             tau = tau if torch.is_grad_enabled() else tau.requires_grad_()  # a recomputation will need Partition.lo
-        return SlotRule(tau, m.capacity, m.merge, self._controls(), self.backend)
+        sharpness = self._local(self.sharpness) if m.slot_weights == "content" else None
+        return SlotRule(tau, m.capacity, m.merge, self._controls(), self.backend, sharpness)
 
     def _controls(self) -> Controls:
         """Of the heads at hand, which have the same random numbers at every layout."""

@@ -18,7 +18,7 @@ from torch import Tensor
 Init = Callable[[tuple[int, ...], torch.Generator | None], Tensor]
 
 # parameters that stay fp32 in a bf16 model: they sit in exponentials and thresholds
-FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "tau")
+FP32_PARAMETERS = ("A_log", "dt_bias", "D", "slot_scale", "slot_bias", "sharpness", "tau")
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -112,6 +112,8 @@ class MixerConfig(Protocol):
     @property
     def tau_mode(self) -> str: ...
     @property
+    def slot_weights(self) -> str: ...
+    @property
     def slot_weight_init(self) -> str: ...
     @property
     def conv_bias(self) -> bool: ...
@@ -184,7 +186,7 @@ def backbone_parameters(
     return table
 
 
-def _slot_parameters(m: MixerConfig, tensor_parallel: int, K: int, tau: bool) -> dict[str, ParamSpec]:
+def _slot_parameters(m: MixerConfig, tensor_parallel: int, K: int, *, tau: bool, content: bool) -> dict[str, ParamSpec]:
     """Of the backbone, and the weights of K slots a head."""
     H = m.num_heads
     as_backbone = m.slot_weight_init == "backbone"  # every slot weight softplus(slot_bias) starts at 1
@@ -193,6 +195,8 @@ def _slot_parameters(m: MixerConfig, tensor_parallel: int, K: int, tau: bool) ->
     norm = table.pop("norm")  # the last one: optimizer states of older checkpoints are in this order
     table["slot_scale"] = ParamSpec((H, K), (ones,))
     table["slot_bias"] = ParamSpec((H, K), (constant(math.log(math.e - 1)) if as_backbone else zeros,))
+    if content:
+        table["sharpness"] = ParamSpec((H,), (zeros,))
     if tau:
         table["tau"] = ParamSpec((H,), (constant(m.tau),))
     return table | {"norm": norm}
@@ -200,12 +204,14 @@ def _slot_parameters(m: MixerConfig, tensor_parallel: int, K: int, tau: bool) ->
 
 def dla_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
     """Name -> parameter of one DLA mixer: its backbone's, the weights of K slots a head, and thresholds."""
-    return _slot_parameters(m, tensor_parallel, m.capacity, m.tau_mode != "fixed")
+    return _slot_parameters(
+        m, tensor_parallel, m.capacity, tau=m.tau_mode != "fixed", content=m.slot_weights == "content"
+    )
 
 
 def log_linear_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:
     """Name -> parameter of one Log-Linear mixer: its backbone's, and the weights of its levels."""
-    return _slot_parameters(m, tensor_parallel, m.levels, False)
+    return _slot_parameters(m, tensor_parallel, m.levels, tau=False, content=False)
 
 
 def gdn_parameters(m: MixerConfig, tensor_parallel: int = 1) -> dict[str, ParamSpec]:

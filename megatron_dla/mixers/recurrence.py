@@ -47,5 +47,5 @@ def attend(
     """Outputs [B, T, H, Dv] under a partition, and the slots after the last token if `return_cache`."""
     return dla_attention(
         *inputs, tau=rule.tau, capacity=rule.capacity, merge=rule.merge, controls=rule.controls, partition=decided,
-        cu_seqlens=cu_seqlens, cache=cache, return_cache=return_cache, backend=rule.backend,
+        cu_seqlens=cu_seqlens, cache=cache, return_cache=return_cache, backend=rule.backend, sharpness=rule.sharpness,
     )  # fmt: skip

@@ -55,6 +55,10 @@ def stage(tokens: int, **weights: float) -> dict:
         ({"model.num_groups": 5}, ["model.num_groups = 5", "model.num_heads = 48", "1, 2, 3, 4, 6"]),
         ({"parallel.tensor_model_parallel_size": 5}, [f"{TP} = 5", "{1, 2, 4, 8, 16}"]),
         ({"model.tau_mode": "learned", "model.merge": "ward"}, ["model.tau_mode = learned", "model.merge = density"]),
+        (
+            {"model.tau_mode": "learned", "model.slot_weights": "content"},
+            ["model.tau_mode = learned", "model.slot_weights = content"],
+        ),
         ({"model.dt_min": 0.2}, ["model.dt_min = 0.2", "model.dt_max = 0.1"]),
         (
             {"model.boundary": "every", "model.tau_mode": "learned"},
@@ -77,6 +81,10 @@ def stage(tokens: int, **weights: float) -> dict:
         (
             {"parallel.cp_scheme": "chain", "parallel.context_parallel_size": 2, "model.tau_mode": "learned"},
             ["parallel.cp_scheme = chain", "model.tau_mode = learned"],
+        ),
+        (
+            {"parallel.cp_scheme": "chain", "parallel.context_parallel_size": 2, "model.slot_weights": "content"},
+            ["parallel.cp_scheme = chain", "model.slot_weights = content"],
         ),
         ({"tau.temperature_end": 0.5}, ["tau.temperature_end = 0.5", "tau.temperature_start = 0.3"]),
         (

@@ -66,7 +66,7 @@ def test_every_letter_of_the_pattern(exported, saved, tmp_path, letter, name):
 
 CONTROLS = {
     "random": dict(boundary="random", boundary_rate=0.3, merge="random", control_seed=11),
-    "every": dict(boundary="every", boundary_every=3, merge="equal_counts"),
+    "every": dict(boundary="every", boundary_every=3, merge="equal_counts", slot_weights="content"),
     "oldest": dict(merge="oldest", tau_mode="calibrated"),
     "ward": dict(merge="ward"),
 }
@@ -76,12 +76,14 @@ CONTROLS = {
 def test_every_rule_of_boundaries_and_merges(exported, saved, tmp_path, rule):
     section = replace(exported("mamba2" if rule == "random" else "gdn").section, **CONTROLS[rule])
     megatron, step = saved(section, tmp_path / "run")
+    mixer = megatron.decoder.layers[0].self_attention
+    assert section.slot_weights == "recency" or mixer.sharpness.abs().max() > 0.01
     model, ids = load_export(to_hf(step, tmp_path / f"hf_rule_{rule}")).double(), tokens(2, 60)
     with torch.no_grad():
         want = megatron.double()(ids, torch.arange(60).expand_as(ids), None)
         torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-10)
     torch.testing.assert_close(decode_logits(model, ids, 33), want, rtol=0, atol=1e-10)
-    megatron.decoder.layers[0].self_attention.model.merge = "density"  # the test says nothing where no slots merge
+    mixer.model.merge = "density"  # the test says nothing where no slots merge
     with torch.no_grad():
         other = megatron(ids, torch.arange(60).expand_as(ids), None)
     assert (other - want).abs().max() > 1e-6

@@ -48,7 +48,7 @@ MATRIX = {
     "tp2+sp published mamba2": (2, Case(PUBLISHED, SP2)),
     "tp2+sp controls": (2, Case(CONTROLS, SP2)),
     "cp2 controls": (2, Case(CONTROLS, CP2)),
-    "cp2 chain controls": (2, Case(CONTROLS, CHAIN)),
+    "cp2 chain controls": (2, Case(dataclasses.replace(CONTROLS, slot_weights="recency"), CHAIN)),
     "tp2 others": (2, Case(OTHERS, TP2)),
     "tp2+sp others": (2, Case(OTHERS, SP2)),
     "cp2 others": (2, Case(OTHERS, CP2)),

@@ -29,7 +29,7 @@ GDN = dataclasses.replace(BASE, backbone="gdn", num_groups=4)
 OTHERS = dataclasses.replace(BASE, num_layers=4, pattern="LGWM", num_groups=4)  # beside DLA; Log-Linear Mamba-2
 HYBRID = dataclasses.replace(BASE, backbone="gdn", pattern="DA", tie_embeddings=True)
 CONTROLS = dataclasses.replace(
-    BASE, num_groups=4, boundary="random", boundary_rate=0.4, merge="random", control_seed=3
+    BASE, num_groups=4, boundary="random", boundary_rate=0.4, merge="random", control_seed=3, slot_weights="content"
 )  # num_groups: one a head
 TP2, SP2, TP4 = ParallelSection(2), ParallelSection(2, True), ParallelSection(4, True)
 CP2, CP2TP2 = ParallelSection(context_parallel_size=2), ParallelSection(2, False, 2)
