@@ -98,7 +98,7 @@ def _eval_lm(args: argparse.Namespace) -> int:
     for task in tasks:
         table = task_table(task, runner.outcomes[task.name])
         summaries.append(task_summary(task, runner.outcomes[task.name], table, args.seed))
-        if "by_length" not in summaries[-1] or len(names) > 1:
+        if "by_length" not in summaries[-1] or len(names) > 1 or len(task.metrics) > 1:
             print(f"\n{table.text(args.seed)}", flush=True)
         for name, value in summaries[-1].get("perplexity", {}).items():
             print(f"{name}: perplexity {value:.4f}")
