@@ -270,7 +270,7 @@ def dla_attention(
         backend: `naive` (float64 recurrence), `torch` (chunkwise), `triton` (GPU kernels; on a CPU only under Triton's
             interpreter), `auto` (`triton` on a GPU where it takes the inputs, else `torch`).
         chunk_size: tokens a chunk of the `torch` backend; changes the speed and the rounding, not the result. None: 128
-            where it pays, with states of at least 64 x 64, else 64.
+            where it pays, with states of at least 64 x 64, else 64; for short rows the power of 2 that holds them.
         sharpness: [H], multiplies the slot weights by a factor that says how well a slot's keys match the query, see
             `content.py`; None: by none. Caches then hold `keys`.
 
@@ -309,6 +309,7 @@ def dla_attention(
         raise ValueError("backend='naive' has no gradient for tau: use 'torch'")
     if chunk_size is None:
         chunk_size = 128 if min(k.shape[-1], Dv) >= 64 else 64
+        chunk_size = min(chunk_size, max(16, 1 << (T - 1).bit_length()))  # a short row would be padded to it
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if cu_seqlens is not None and padding is None and (cache is not None or return_cache):
