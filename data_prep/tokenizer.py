@@ -129,14 +129,19 @@ class Tokenizer:
         return [f"note: {self.path} changes some texts, {changed} of these documents among them, such as {examples}"]
 
 
+def tokenizer_problem(tokenizer: Tokenizer, index: ShardIndex) -> str:
+    """How the tokenizer of a data directory differs from the one in its index; empty if it does not."""
+    if tokenizer.sha256 != index.tokenizer_sha256:
+        return f"{difference('sha256', index.tokenizer_sha256, tokenizer.sha256)}, with which the shards were made"
+    ours, found = (index.vocab_size, index.eos_id), (tokenizer.vocab_size, tokenizer.eos_id)
+    return difference("(vocab_size, eos_id)", ours, found) if ours != found else ""
+
+
 def tokenizer_of(directory: Path | RemoteDirectory, index: ShardIndex) -> Tokenizer:
     """The tokenizer of a data directory. Raises DataError if it is not the one that the shards were made with."""
     tokenizer = Tokenizer(directory)
-    if tokenizer.sha256 != index.tokenizer_sha256:
-        raise DataError(
-            f"{tokenizer.path}: {difference('sha256', index.tokenizer_sha256, tokenizer.sha256)}, with which the "
-            "shards were made; copy it again"
-        )
+    if problem := tokenizer_problem(tokenizer, index):
+        raise DataError(f"{tokenizer.path}: {problem}; copy it and index.json again")
     return tokenizer
 
 

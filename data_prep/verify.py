@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_dla.data_prep.each_shard import for_each_shard
-from megatron_dla.data_prep.tokenizer import Tokenizer
+from megatron_dla.data_prep.tokenizer import Tokenizer, tokenizer_problem
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import REBUILD, ShardIndex, ShardInfo, content_problem, difference
 
@@ -79,11 +79,8 @@ def _check_tokenizer(root: Path | RemoteDirectory, index: ShardIndex) -> tuple[n
         tokenizer = Tokenizer(root)
     except DataError as error:
         return None, [str(error)]
-    if tokenizer.sha256 != index.tokenizer_sha256:
-        return None, [f"{tokenizer.path.name}: {difference('sha256', index.tokenizer_sha256, tokenizer.sha256)}"]
-    if (tokenizer.vocab_size, tokenizer.eos_id) != (index.vocab_size, index.eos_id):
-        ours, found = (index.vocab_size, index.eos_id), (tokenizer.vocab_size, tokenizer.eos_id)
-        return None, [f"{tokenizer.path.name}: {difference('(vocab_size, eos_id)', ours, found)}"]
+    if problem := tokenizer_problem(tokenizer, index):
+        return None, [f"{tokenizer.path.name}: {problem}"]
     return tokenizer.token_bytes() if tokenizer.exact_bytes and not tokenizer.losses else None, []
 
 

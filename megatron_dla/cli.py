@@ -164,7 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        where = "" if error.filename is None else f"{error.filename!r}: "
+        name = error.filename2 or error.filename  # of a copy that failed, the target
+        where = "" if name is None else f"{name!r}: "
         _report(f"dla {args.command}: {where}{error.strerror}")
         return 2 if is_wrong_path(error) else 1
     except KeyboardInterrupt:

@@ -100,6 +100,15 @@ def test_errors_of_the_file_system_are_one_line_and_only_wrong_paths_are_bad_inp
     assert capsys.readouterr().err == f"dla jobs: {where}{os.strerror(number)}\n"
 
 
+def test_a_copy_that_does_not_fit_names_its_target(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(runs: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/source", None, "/full/target")
+
+    monkeypatch.setattr("megatron_dla.launch.jobs.list_jobs", fail)
+    assert main(["jobs"]) == 1
+    assert capsys.readouterr().err == "dla jobs: '/full/target': No space left on device\n"
+
+
 def test_an_error_of_the_system_without_a_file_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(runs: Path) -> None:
         raise OSError(errno.ECONNRESET, "Connection reset by peer")

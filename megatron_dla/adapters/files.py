@@ -78,7 +78,8 @@ def write_adapter(
         dtype: of the stored tensors (fp32, bf16); None = as they are. Writing bf16 rounds.
 
     Raises:
-        CheckpointError: there is an adapter already. ConfigError: the published form cannot hold this config.
+        CheckpointError: there is an adapter already, or a file cannot be written; no new one is left then.
+        ConfigError: the published form cannot hold this config.
     """
     directory, formats = Path(directory), tuple(formats)
     values = upstream.to_upstream(adapter.config) if "upstream" in formats else {}
@@ -89,26 +90,36 @@ def write_adapter(
         layer: {name: x.detach().cpu().to(dtype or x.dtype).contiguous() for name, x in named.items()}
         for layer, named in adapter.tensors.items()
     }
+    made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    if "upstream" in formats:
-        with atomic_file(directory / upstream.WEIGHTS) as path:
-            upstream.save_weights(tensors, path)
-        _write_json(directory / upstream.CONFIG, values)
-    if "safetensors" in formats:
-        flat = {upstream.tensor_key(layer, name): x for layer, named in tensors.items() for name, x in named.items()}
-        with atomic_file(directory / WEIGHTS) as path:
-            save_tensors(flat, path, {"format": "pt"})
-        base = adapter.base
-        _write_json(directory / CONFIG, {
-            "peft_type": PEFT_TYPE,
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base.name if base else None,
-            "base_model_sha256": base.sha256 if base else None,
-            "r": adapter.config.rank,
-            "alpha": adapter.config.alpha,
-            "delta_mem": adapter.config.to_dict(),
-            "sha256": adapter_sha256(adapter.config, tensors),
-        })  # fmt: skip
+    try:
+        if "upstream" in formats:
+            with atomic_file(directory / upstream.WEIGHTS) as path:
+                upstream.save_weights(tensors, path)
+            _write_json(directory / upstream.CONFIG, values)
+        if "safetensors" in formats:
+            flat = {
+                upstream.tensor_key(layer, name): x for layer, named in tensors.items() for name, x in named.items()
+            }
+            with atomic_file(directory / WEIGHTS) as path:
+                save_tensors(flat, path, {"format": "pt"})
+            base = adapter.base
+            _write_json(directory / CONFIG, {
+                "peft_type": PEFT_TYPE,
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": base.name if base else None,
+                "base_model_sha256": base.sha256 if base else None,
+                "r": adapter.config.rank,
+                "alpha": adapter.config.alpha,
+                "delta_mem": adapter.config.to_dict(),
+                "sha256": adapter_sha256(adapter.config, tensors),
+            })  # fmt: skip
+    except CheckpointError:  # weights without their config
+        for name in {CONFIG, WEIGHTS, upstream.CONFIG, upstream.WEIGHTS} - set(taken):
+            (directory / name).unlink(missing_ok=True)
+        if made:
+            directory.rmdir()
+        raise
     return directory
 
 

@@ -156,8 +156,8 @@ class ShardReader:
             raise _mismatch(path, "documents", shard.documents, len(ends))
         if len(tokens) != shard.tokens:
             raise _mismatch(path, "tokens", shard.tokens, len(tokens))
-        if (kind := f"{tokens.ndim}-d {tokens.dtype}") != (want := f"1-d {self.index.dtype}"):
-            raise _mismatch(path, "tokens", want, kind)
+        if tokens.dtype != self.index.dtype:
+            raise _mismatch(path, "tokens", f"of {self.index.dtype}", tokens.dtype)
         if np.any(np.diff(ends, prepend=0) < 1) or ends[-1] != len(tokens):
             raise DataError(f"{path}: the documents do not end where their tokens do; {REBUILD}")
         if (wrong := np.flatnonzero(tokens[ends - 1] != self.index.eos_id)).size:
@@ -183,8 +183,11 @@ def _members(content: bytes) -> dict[str, memoryview]:
     return found
 
 
-def _array(content: memoryview) -> np.ndarray:
-    return np.load(io.BytesIO(content), allow_pickle=False)
+def _array(content: memoryview | bytes) -> np.ndarray:
+    x = np.load(io.BytesIO(content), allow_pickle=False)
+    if x.ndim != 1:
+        raise ValueError(f"an array of shape {list(x.shape)}, not of one dimension")
+    return x
 
 
 def read_documents(content: bytes) -> Documents:
@@ -212,7 +215,7 @@ def read_layout(file: BinaryIO) -> tuple[np.ndarray, list[dict[str, Any]]]:
         if TOKENS in members:
             ends, records = (tar.extractfile(members[name]) for name in (ENDS, RECORDS))
             assert ends is not None and records is not None
-            return np.load(io.BytesIO(ends.read())).astype(np.int64), _records([records.read()])
+            return _array(ends.read()).astype(np.int64), _records([records.read()])
     file.seek(0)
     content = file.read()
     return read_documents(content).ends, read_records(content)

@@ -198,7 +198,7 @@ def to_hf(
         kept = DTYPES[dtype] if dtype else None
         parameters = write_state(weights, new, out.name, kept, max_file_bytes=max_file_bytes)
         for name, path in code_files().items():
-            shutil.copyfile(path, new / name)
+            (new / name).write_bytes(path.read_bytes())  # whose error on a full disk does not blame the source
         run = checkpoint.resolve().parent.parent
         (new / "README.md").write_text(model_card(layout, out.name, parameters, tokens.size, run, license))
     return out

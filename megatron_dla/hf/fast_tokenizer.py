@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,5 +95,5 @@ def write_tokenizer(out: Path, source: Path, rows: int) -> SpecialTokens:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / TOKENIZER_JSON)) from error
     if source.suffix != ".json":
-        shutil.copyfile(source, out / TOKENIZER)  # shards for this model are made with it
+        (out / TOKENIZER).write_bytes(source.read_bytes())  # shards for this model are made with it
     return SpecialTokens(tokenizer.eos_id, fast.pad_token_id, size, tuple(range(size, rows)))

@@ -18,7 +18,7 @@ from megatron_dla.data.loader import ONLY
 from megatron_dla.data.mixture import Limit, check_tokenizers, described, least_tokens, planned_tokens
 from megatron_dla.data.packing import Batch
 from megatron_dla.data.remote import RemoteDirectory, open_directory
-from megatron_dla.data_prep.tokenizer import Tokenizer
+from megatron_dla.data_prep.tokenizer import Tokenizer, tokenizer_problem
 from megatron_dla.errors import ConfigError, DataError, UserError
 from megatron_dla.kernels.dla import beyond_kernels, kernels_missing
 from megatron_dla.mixers.calibration import begin_step, end_step
@@ -115,11 +115,8 @@ class PretrainTask(Task):
 
     def _check_shards(self, directory: Path | RemoteDirectory, index: ShardIndex) -> None:
         tokenizer, data = Tokenizer(directory), self.config.data
-        if tokenizer.sha256 != index.tokenizer_sha256:
-            raise DataError(
-                f"vocabulary mismatch: {tokenizer.path} ({tokenizer.sha256[:12]}) is not the tokenizer "
-                f"that the shards were made with ({index.tokenizer_sha256[:12]}): build the shards again"
-            )
+        if problem := tokenizer_problem(tokenizer, index):
+            raise DataError(f"vocabulary mismatch: {tokenizer.path}: {problem}: build the shards again")
         if isinstance(directory, Path):
             self._check_sizes(directory, index)
         shards = len(index.split("train"))

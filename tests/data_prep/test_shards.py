@@ -1,13 +1,16 @@
 """Building shards: independence of the worker count, verification, and the command line."""
 
 import argparse
+import hashlib
 import io
 import json
 import os
 import random
 import subprocess
 import sys
+import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,8 @@ import webdataset as wds
 import yaml
 
 from megatron_dla import console
+from megatron_dla.cli import main
+from megatron_dla.data.shards import ShardReader
 from megatron_dla.data_prep import shard_file
 from megatron_dla.data_prep import shards as shards_module
 from megatron_dla.data_prep.cli import add_data_parser
@@ -24,6 +29,7 @@ from megatron_dla.data_prep.tokenizer import Tokenizer, train_tokenizer
 from megatron_dla.data_prep.verify import verify_shards
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import MIN_TRAIN_SHARDS, ShardIndex
+from tests.data.test_loader import rewrite_as_format_1
 from tests.support import shipped
 
 
@@ -194,7 +200,7 @@ def test_verify_lists_every_problem(base, tmp_path):
         (lambda t: np.where(np.arange(len(t)) == 0, 60000, t).astype(t.dtype), "token 60000 .* vocab_size 290"),
         (lambda t: t[::-1].copy(), "eos 2"),
         (lambda t: t[1:], "tokens [0-9]+, found [0-9]+"),
-        (lambda t: t.astype(np.int64), "1-d uint16, found 1-d int64"),
+        (lambda t: t.astype(np.int64), "tokens of uint16, found int64"),
         (lambda t: np.where(np.arange(len(t)) == 0, 2, t).astype(t.dtype), "eos 2 at token 0"),
     ],
 )
@@ -230,6 +236,56 @@ def test_index_errors(base, tmp_path):
     index.unlink()
     with pytest.raises(DataError, match=r"index.json"):
         ShardIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("vocab_size", -1), ("vocab_size", 10), ("vocab_size", 10**9), ("vocab_size", 291), ("vocab_size", None),
+     ("tokenizer_sha256", None), ("tokenizer_sha256", "")],
+)  # fmt: skip
+def test_an_index_of_another_vocabulary_is_refused_wherever_the_tokenizer_counts(base, tmp_path, capsys, key, value):
+    build(base, tmp_path / "data")
+    index = tmp_path / "data" / "index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), key: value}))
+    (tmp_path / "c.yaml").write_text(
+        f"run: {{dir: {tmp_path}}}\ndata: {{dir: {tmp_path}/data, num_streams: 8}}\ntraining: {{device: cpu}}\n"
+    )
+    data = str(tmp_path / "data")
+    for argv in (
+        ["data", "verify", data], ["data", "show", data, "0"], ["data", "merge", data, "--output", str(tmp_path / "m")],
+        ["train", str(tmp_path / "c.yaml"), "--dry-run"],
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert main(argv) == 2, argv
+        error = capsys.readouterr().err
+        line = error.splitlines()[0]
+        assert line.startswith(f"dla {argv[0]}: ") and data in line, line
+        assert (key.removeprefix("tokenizer_") in error) and str(value or "") in error, error
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["format 2", "format 1"])
+@pytest.mark.parametrize("content", [np.array(5, np.uint16), np.array("x"), np.zeros((2, 3), np.uint16)], ids=repr)
+def test_arrays_of_another_shape_are_damage(base, tmp_path, old, content):
+    """With checksums made right again: what the arrays hold is looked at too."""
+    build(base, tmp_path)
+    if old:
+        rewrite_as_format_1(tmp_path)
+    index = ShardIndex.load(tmp_path)
+    path, out, array = tmp_path / index.shards[0].path, io.BytesIO(), io.BytesIO()
+    np.save(array, content)
+    with tarfile.open(path) as before, tarfile.open(fileobj=out, mode="w") as after:
+        for member in before:
+            held = array.getvalue() if member.name.endswith(".npy") else before.extractfile(member).read()
+            member.size = len(held)
+            after.addfile(member, io.BytesIO(held))
+    path.write_bytes(out.getvalue())
+    changed = replace(index.shards[0], bytes=len(out.getvalue()), sha256=hashlib.sha256(out.getvalue()).hexdigest())
+    replace(index, shards=[changed, *index.shards[1:]]).save(tmp_path)
+    reader = ShardReader(tmp_path, "train")
+    with pytest.raises(DataError, match=index.shards[0].name):
+        reader.read(reader.shards[0])
+    assert main(["data", "verify", str(tmp_path)]) == 2 and main(["data", "stats", str(tmp_path)]) == 2
 
 
 def test_progress_in_a_log_is_a_line_per_interval(monkeypatch):

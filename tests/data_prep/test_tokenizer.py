@@ -120,9 +120,10 @@ def test_loading_errors(tmp_path, corpus):
 
     with pytest.raises(DataError, match=r"none.model: "):
         Tokenizer(tmp_path / "none.model")
-    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(DataError, match=r"tokenizer.model: .*dla data tokenizer"):
-        Tokenizer(tmp_path)
+    for content in (b"not a model", b"", b"\0" * 64):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(DataError, match=r"tokenizer.model: .*dla data tokenizer"):
+            Tokenizer(tmp_path)
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(tmp_path / "endless"), vocab_size=60, model_type="bpe", eos_id=-1,
         minloglevel=2,
@@ -130,7 +131,7 @@ def test_loading_errors(tmp_path, corpus):
     with pytest.raises(DataError, match=r"endless.model: .*dla data tokenizer"):
         Tokenizer(tmp_path / "endless.model")
     (tmp_path / "tokenizer.model").unlink()
-    for content in ("{}", "[]", "junk", '{"model": {"type": "BPE"}}'):
+    for content in ("", "{}", "[]", "junk", '{"model": {"type": "BPE"}}'):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(DataError, match=r"tokenizer.json: not a tokenizer.json"):
             Tokenizer(tmp_path)

@@ -128,6 +128,8 @@ def test_a_small_model_decodes_with_one_thread(monkeypatch):
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0"),
     (["--prompt", "a", "--temperature", "nan"], "--temperature nan"),
+    (["--prompt", "a", "--temperature", "1e-300"], "--temperature 1e-300"),
+    (["--prompt", "a", "--temperature", "1e300"], "--temperature 1e+300"),
     (["--prompt", "a", "--top-p", "0"], "--top-p 0.0"),
     (["--prompt", "a", "--top-k", "-1"], "--top-k -1"),
     (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),

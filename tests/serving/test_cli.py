@@ -213,6 +213,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(dla, broken, command):
     (["chat", "{gpt}", "--adapter", "{adapter}"], r"gpt/config.json': model_type = gpt2 .*: use a model of .* Qwen3"),
     (["chat", "{base}", "--session", "no/place"], r"--session 'no/place'"),
     (["chat", "{base}", "--adapter", "{adapter}", "--temperature", "-1"], r"--temperature -1"),
+    (generate("x", "--temperature", "1e-300"), r"--temperature 1e-300"),
     (generate("", "--session", "new"), r"--prompt is empty"),
     (generate("x", "--session", "{damaged}"), r"damaged' is missing, damaged or not a session"),
     (generate("x", "--session", "{session}", "--adapter", "{messages}"), r"session' belongs to another adapter"),
