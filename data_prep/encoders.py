@@ -145,13 +145,14 @@ class JsonEncoder:
 
     def _end(self, path: Path) -> str:
         by_id = {i: token for token, i in self._vocabulary.items()}
-        for where, end in _named_ends(path.parent):
+        where, end = next(_named_ends(path.parent), ("", ""))
+        if where:
             token = by_id.get(end) if isinstance(end, int) else end
             if token not in self._vocabulary:
                 raise DataError(f"{where} = {end!r}: no token of {shown(path)}; name the one that ends a document")
             return str(token)
-        for token in _ends_of_published(self._vocabulary):
-            return token
+        if published := [token for token in _ENDS if token in self._vocabulary]:
+            return published[0]
         raise DataError(
             f"{shown(path)}: which token ends a document is not known; write it beside this file as "
             f'{TOKENIZER_CONFIG} with {{"eos_token": "..."}}'
@@ -197,10 +198,6 @@ def _named_ends(folder: Path) -> Iterator[tuple[str, str | int]]:
         value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, str | int):
             yield f"{shown(folder / name)}: {key}", value
-
-
-def _ends_of_published(vocabulary: dict[str, int]) -> list[str]:
-    return [token for token in _ENDS if token in vocabulary]
 
 
 def windows(text: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from megatron_dla import __version__
 from megatron_dla.boundaries.collect import Head, Record
 from megatron_dla.errors import UserError
 from megatron_dla.files import write_text
-from megatron_dla.report.page import POLICY, esc
+from megatron_dla.report.page import esc, head
 from megatron_dla.resources import resource
 
 
@@ -43,19 +43,9 @@ def write_page(record: Record, shown: Head, out: Path, model: str, text: str) ->
     }
     # no "<" can end the script element early
     embedded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    style, script = (resource(f"boundaries/{name}").read_text() for name in ("style.css", "script.js"))
+    script = resource("boundaries/script.js").read_text()
     rows = "".join(_row(one, i, len(record.tokens)) for i, one in enumerate(record.heads))
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="generator" content="megatron-dla {__version__}">
-<title>{esc(model)}: boundaries in {esc(text)}</title>
-<style>
-{style}</style>
-</head>
+    page = f"""{head("boundaries", f"{esc(model)}: boundaries in {esc(text)}")}
 <body>
 <main>
 <h1>Where {esc(model)} opens slots in {esc(text)}</h1>

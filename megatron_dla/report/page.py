@@ -40,12 +40,9 @@ def esc(text: object) -> str:
     return html_escape(escaped(str(text)))
 
 
-def render(record: Record) -> str:
-    """The whole page."""
-    charts = "".join(draw(chart, i) for i, chart in enumerate(make_charts(record)))
-    none = '<p class="card empty">No step is logged yet.</p>'
-    tone, words = record.status
-    style, script = (resource(f"report/{name}").read_text() for name in ("style.css", "script.js"))
+def head(package: str, title: str) -> str:
+    """A page up to its body, with the style of a package; `title` is HTML."""
+    style = resource(f"{package}/style.css").read_text()
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -53,10 +50,19 @@ def render(record: Record) -> str:
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta name="generator" content="megatron-dla {__version__}">
-<title>{esc(record.name)}: training report</title>
+<title>{title}</title>
 <style>
 {style}</style>
-</head>
+</head>"""
+
+
+def render(record: Record) -> str:
+    """The whole page."""
+    charts = "".join(draw(chart, i) for i, chart in enumerate(make_charts(record)))
+    none = '<p class="card empty">No step is logged yet.</p>'
+    tone, words = record.status
+    script = resource("report/script.js").read_text()
+    return f"""{head("report", f"{esc(record.name)}: training report")}
 <body>
 <main>
 <header><h1>{esc(record.name)}</h1><span class="status {tone}">{words}</span>

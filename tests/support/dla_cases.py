@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention
+
 TOLERANCE = 1e-10
 
 
@@ -106,6 +108,22 @@ def assert_same(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: flo
     scale = want.detach().abs().max().clamp(min=1e-12)
     error = ((got - want).detach().abs().max() / scale).item()
     assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def cut(x: dict, a: int, b: int) -> dict:
+    """The tokens a to b - 1 of all inputs."""
+    return {name: y[:, a:b] for name, y in x.items()}
+
+
+def decoded(case: Case, x: dict, options: dict, prefill: int) -> tuple[torch.Tensor, SlotCache]:
+    """Output and cache after `prefill` tokens in one call and the others one by one."""
+    cache, outs = SlotCache.empty(case.B, case.H, case.capacity, case.Dk, case.Dv, dtype=torch.float64), []
+    if prefill:
+        first, cache = dla_attention(**cut(x, 0, prefill), **options, return_cache=True, chunk_size=16)
+        outs = [first]
+    for t in range(prefill, case.T):
+        outs.append(decode_step(**cut(x, t, t + 1), cache=cache, **options)[0])
+    return torch.cat(outs, 1), cache
 
 
 def random_case(seed: int) -> Case:

@@ -5,7 +5,7 @@ import torch
 
 from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention, partition
 from megatron_dla.kernels.dla.naive import naive_attention
-from tests.support.dla_cases import Case, assert_same
+from tests.support.dla_cases import Case, assert_same, cut
 
 FIELDS = ("start", "count", "live", "position")
 
@@ -18,10 +18,6 @@ def cases() -> list[Case]:
         Case("all boundaries", T=40, tau=0.0, capacity=5),
     ]
     return [Case(**{**c.__dict__, "delta": d, "name": f"{c.name} {d}"}) for c in plain for d in (False, True)]
-
-
-def cut(x: dict, a: int, b: int) -> dict:
-    return {name: t[:, a:b] for name, t in x.items()}
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)

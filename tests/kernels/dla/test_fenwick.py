@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention, partition
+from megatron_dla.kernels.dla import decode_step, dla_attention, partition
 from megatron_dla.kernels.dla.naive import naive_attention
 from megatron_dla.kernels.dla.rules import EVERY_TOKEN, FENWICK
-from tests.support.dla_cases import Case, assert_same, gradients
+from tests.support.dla_cases import Case, assert_same, cut, decoded, gradients
 
 each_backbone = pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
 DOCUMENTS = (13, 40, 55, 56)
@@ -17,10 +17,6 @@ DOCUMENTS = (13, 40, 55, 56)
 
 def rule(case: Case, **more) -> dict:
     return dict(tau=0.0, capacity=case.capacity, merge=FENWICK, controls=EVERY_TOKEN, **more)
-
-
-def cut(x: dict, a: int, b: int) -> dict:
-    return {name: y[:, a:b] for name, y in x.items()}
 
 
 def published(x: dict[str, Tensor], ends: list[int], levels: int) -> Tensor:
@@ -108,13 +104,7 @@ def test_decoding_is_the_full_pass(delta: bool, prefill: int) -> None:
     case = Case("decode", T=40, capacity=5, delta=delta)
     x, options = {name: y.detach() for name, y in case.make().items()}, rule(case)
     want = published(x, [], case.capacity)
-    cache, outs = SlotCache.empty(case.B, case.H, case.capacity, case.Dk, case.Dv, dtype=torch.float64), []
-    if prefill:
-        first, cache = dla_attention(**cut(x, 0, prefill), **options, return_cache=True, chunk_size=16)
-        outs = [first]
-    for t in range(prefill, case.T):
-        outs.append(decode_step(**cut(x, t, t + 1), cache=cache, **options)[0])
-    assert_same(torch.cat(outs, 1), want, "output")
+    assert_same(decoded(case, x, options, prefill)[0], want, "output")
 
 
 @pytest.mark.parametrize("backend", ["torch", "naive"])

@@ -9,7 +9,7 @@ from megatron_dla.kernels.dla import SlotCache, decode_step, dla_attention, part
 from megatron_dla.kernels.dla.debug import forced_replay
 from megatron_dla.kernels.dla.naive import naive_attention
 from megatron_dla.kernels.dla.rules import BOUNDARIES, MERGES, Controls, draw, head_key, pair_of
-from tests.support.dla_cases import Case, assert_same, gradients
+from tests.support.dla_cases import Case, assert_same, cut, decoded, gradients
 
 RULES = {
     **{f"{merge} merges": (merge, Controls(seed=5, layer=3)) for merge in MERGES},
@@ -27,10 +27,6 @@ each_backbone = pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "
 def rule_of(name: str, case: Case) -> dict:
     merge, controls = RULES[name]
     return dict(tau=case.tau, capacity=case.capacity, merge=merge, controls=controls)
-
-
-def cut(x: dict, a: int, b: int) -> dict:
-    return {name: y[:, a:b] for name, y in x.items()}
 
 
 def decided(x: dict) -> tuple:
@@ -77,13 +73,8 @@ def test_decoding_is_the_full_pass(rule: str, delta: bool, prefill: int) -> None
     case = Case("decode", T=30, capacity=4, tau=1.0, delta=delta, topic=4)
     x, options = {name: y.detach() for name, y in case.make().items()}, rule_of(rule, case)
     full, _, want = naive_attention(**x, **options)
-    cache, outs = SlotCache.empty(case.B, case.H, case.capacity, case.Dk, case.Dv, dtype=torch.float64), []
-    if prefill:
-        first, cache = dla_attention(**cut(x, 0, prefill), **options, return_cache=True, chunk_size=16)
-        outs = [first]
-    for t in range(prefill, case.T):
-        outs.append(decode_step(**cut(x, t, t + 1), cache=cache, **options)[0])
-    assert_same(torch.cat(outs, 1), full, "output")
+    out, cache = decoded(case, x, options, prefill)
+    assert_same(out, full, "output")
     for name in FIELDS:
         assert torch.equal(getattr(cache, name), getattr(want, name)), name
     assert_same(cache.states, want.states, "states")
