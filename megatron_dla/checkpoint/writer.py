@@ -26,7 +26,7 @@ from megatron_dla.files import fsync_file, naming_full_disk, save_tensors
 from megatron_dla.processes import usable_cpus
 
 POLL_S = 0.02
-CROWDED_SHARE = 0.05  # of a processor, for a save on a machine whose processors all compute
+CROWDED_SHARE = 0.02  # of a processor, for a save on a machine whose processors all compute
 PEERS_S = 10.0  # how long an ending process waits for the others' files
 
 
