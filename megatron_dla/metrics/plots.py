@@ -37,14 +37,16 @@ def plot_run(run_dir: Path) -> Path:
     loss.plot([m["step"] for m in held_out], [m["val_loss"] for m in held_out], "o-", label="held out")
     loss.set(title="Loss", xlabel="step", ylabel="nats per token")
     loss.legend()
-    by_layer = [m["boundary_rate_by_head"] for m in steps if m.get("boundary_rate_by_head")]
+    by_layer = {m["step"]: m["boundary_rate_by_head"] for m in steps if m.get("boundary_rate_by_head")}
     if by_layer:
-        for layer in range(len(by_layer[0])):
-            heads = [m[layer] for m in by_layer]
+        layers = len(next(iter(by_layer.values())))
+        for layer in range(layers):
+            heads = [m[layer] for m in by_layer.values()]
             mean = [sum(h) / len(h) for h in heads]
-            color = plt.get_cmap("viridis")(layer / max(1, len(by_layer[0]) - 1))
-            rates.plot(x, mean, label=f"layer {layer}", color=color)
-            rates.fill_between(x, [min(h) for h in heads], [max(h) for h in heads], color=color, alpha=0.15)
+            color = plt.get_cmap("viridis")(layer / max(1, layers - 1))
+            rates.plot(list(by_layer), mean, label=f"layer {layer}", color=color)
+            low, high = [min(h) for h in heads], [max(h) for h in heads]
+            rates.fill_between(list(by_layer), low, high, color=color, alpha=0.15)
         rates.legend(fontsize=8)
     rates.set(title="Boundary rate (mean and range of the heads)", xlabel="step", ylabel="share of tokens", ylim=(0, 1))
     measured = [m for m in held_out if "val_bpb" in m]  # not where an adapter is trained

@@ -103,7 +103,7 @@ ABSURD = {
         "hidden_size": 2**31, "num_layers": 2**31, "num_heads": 2**31, "num_groups": 2**31, "key_dim": 2**31,
         "value_dim": 2**31, "conv_kernel": 2**31, "capacity": 2**31, "ffn_hidden_size": 2**31, "attention_heads": 2**31,
         "attention_head_dim": 2**31, "vocab_multiple": 2**31, "rope_theta": 1e300, "rope_factor": 1e300,
-        "norm_eps": 1e10, "init_std": 1e308, "dt_min": 1e-300, "dt_max": 1e300, "a_max": 1e300, "pattern": "D" * 5000,
+        "norm_eps": 1e10, "init_std": 1e20, "dt_min": 1e-300, "dt_max": 1e300, "a_max": 1e300, "pattern": "D" * 5000,
         "rope_original_length": 2**31, "sliding_window": 2**31, "levels": 2**31,
     },
     "data": {"seq_len": 2**31, "num_streams": 2**31, "prefetch_rows": 2**31, "cache_gb": 1e300},

@@ -124,9 +124,13 @@ def test_a_stop_signal_saves_and_a_second_one_ends_the_ranks_at_once(
 
 
 def test_more_threads_than_cpus_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(usable_cpus()))
-    note = _crowding()
-    assert f"{usable_cpus()} ranks x 2 threads share {usable_cpus()} CPUs" in note and "OMP_NUM_THREADS=1" in note
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert _crowding() == ""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        note = _crowding()
+        assert f"{usable_cpus()} ranks x 2 threads share {usable_cpus()} CPUs" in note and "OMP_NUM_THREADS=1" in note
+        torch.set_num_threads(1)
+        assert _crowding() == ""
+    finally:
+        torch.set_num_threads(before)
