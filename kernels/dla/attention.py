@@ -270,7 +270,7 @@ def dla_attention(
         backend: `naive` (float64 recurrence), `torch` (chunkwise), `triton` (GPU kernels; on a CPU only under Triton's
             interpreter), `auto` (`triton` on a GPU where it takes the inputs, else `torch`).
         chunk_size: tokens a chunk of the `torch` backend; changes the speed and the rounding, not the result. None: 128
-            where it pays, with states of at least 64 x 64, else 64; for short rows the power of 2 that holds them.
+            where it pays, with states of at least 64 x 64, else 64; 16 for rows as short as that.
         sharpness: [H], multiplies the slot weights by a factor that says how well a slot's keys match the query, see
             `content.py`; None: by none. Caches then hold `keys`.
 
@@ -309,7 +309,7 @@ def dla_attention(
         raise ValueError("backend='naive' has no gradient for tau: use 'torch'")
     if chunk_size is None:
         chunk_size = 128 if min(k.shape[-1], Dv) >= 64 else 64
-        chunk_size = min(chunk_size, max(16, 1 << (T - 1).bit_length()))  # a short row would be padded to it
+        chunk_size = 16 if T <= 16 else chunk_size  # a short row would be padded to it
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if cu_seqlens is not None and padding is None and (cache is not None or return_cache):
@@ -341,10 +341,10 @@ def dla_attention(
         )  # fmt: skip
     if learned and partition.lo is None:
         raise ValueError("partition.lo is missing: compute the partition with the tau that requires a gradient")
-    resets = document_starts(cu_seqlens, B, T, v.device)
     keys = None
     if sharpness is not None:
-        slot_weights, keys = content_weights(q, k, slot_weights, sharpness, partition, resets, cache)
+        borders = document_starts(cu_seqlens, B, T, v.device)
+        slot_weights, keys = content_weights(q, k, slot_weights, sharpness, partition, borders, cache)
     if backend == "triton":
         attend = partial(
             _kernel("triton_attention", "triton_attention"), q, k, v, g, slot_weights, beta, part=partition,
@@ -352,7 +352,7 @@ def dla_attention(
         )  # fmt: skip
         if cache is None and not return_cache:
             return attend()[0], None
-    resets = resets.repeat_interleave(H, dim=0)
+    resets = document_starts(cu_seqlens, B, T, v.device).repeat_interleave(H, dim=0)
     slots, slot_death, states = _incoming(cache, partition, k, v, capacity)
     if backend == "triton":
         out, final = attend(cache=cache, slot_death=slot_death, states=states, want_final=return_cache)
