@@ -76,7 +76,12 @@ class Tokenizer:
         self.vocab_size, self.eos_id, self.bos_id = (
             self._encoder.vocab_size, self._encoder.eos_id, self._encoder.bos_id,
         )  # fmt: skip
-        tried = [(probe, self.encode(probe)) for probe in _PROBES]
+        try:
+            tried = [(probe, self.encode(probe)) for probe in _PROBES]
+        except Exception as error:  # the package tokenizers raises no narrower type
+            raise DataError(
+                f"{shown(file)}: cannot encode every text ({error}); use one with bytes or an unknown token"
+            ) from error
         decoded = [(probe, self.decode(ids)) for probe, ids in tried]
         self.losses = tuple((probe, text) for probe, text in decoded if probe != text)
         sizes, lost = self.token_bytes(), dict(self.losses)

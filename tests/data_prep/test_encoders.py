@@ -196,3 +196,11 @@ def test_shards_and_export_of_a_tokenizer_json(tmp_path, capsys):
     for text in TEXTS[:-2]:
         assert hf(text)["input_ids"] == tokenizer.encode(text)
     assert (tokens.eos, tokens.pad, tokens.size) == (0, 281, 281) and hf.pad_token_id == 281
+
+
+def test_a_vocabulary_of_words_without_an_unknown_token_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    Core(models.WordLevel({"a": 0, "<|endoftext|>": 1}, unk_token="[UNK]")).save(str(path))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    with pytest.raises(DataError, match=r"tokenizer\.json: cannot encode every text .*unknown token"):
+        Tokenizer(path)
