@@ -60,7 +60,6 @@ def content_weights(
     held = rows[:before].expand(len(start), -1)
     scale = sharpness.double().repeat(B)[:, None, None]
     factors = []
-    places = held
     for at in range(0, T, _CHUNK):
         now = rows[before + at : before + min(at + _CHUNK, T)]
         candidates = torch.cat([held, now.expand(len(start), -1)], 1)  # [N, X]
@@ -71,9 +70,8 @@ def content_weights(
         score = (scale * match / count).masked_fill(~live, float("-inf"))
         factors.append((score.softmax(-1) * live.sum(-1, keepdim=True)).to(dtype))
         held = places[:, -1]
-        places = held
     factor = unlanes(torch.cat(factors, 1), B)
-    return slot_weights * factor.to(slot_weights.dtype), _sums_after(places, sums, dtype).view(B, H, K, -1)
+    return slot_weights * factor.to(slot_weights.dtype), _sums_after(held, sums, dtype).view(B, H, K, -1)
 
 
 def _slots(
