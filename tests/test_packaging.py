@@ -200,7 +200,7 @@ def test_configs_are_plain_yaml_mappings() -> None:
     for path in shipped.RUNS:
         sections = set(yaml.safe_load(path.read_text()))
         kind = AdapterRunConfig if "delta_mem" in sections else RunConfig
-        assert sections <= {field.name for field in dataclasses.fields(kind)} - {"debug"}
+        assert sections <= {field.name for field in dataclasses.fields(kind)} - {"debug"} | {"base"}
 
 
 def test_batch_scripts_parse() -> None:

@@ -9,15 +9,16 @@ else are compiled once. Then shapes that users may choose.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from megatron_dla.config import LETTERS, ModelSection, RunConfig, layer_letters, load_config
 from megatron_dla.kernels.dla import Partition, SlotCache, decode_step, dla_attention, partition
 from megatron_dla.kernels.dla.rules import Controls
 from megatron_dla.resources import resource
@@ -66,7 +67,6 @@ OTHERS = (
     Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, cached=True, tokens=2048, archs=HOPPER),
     Config("gdn-mixed-128-K1", BF16, 128, 128, True, capacity=1, tau=3.0, mixed=True, tokens=2048),  # letter G
     Config("mamba2-bf16-64-K15", BF16, 64, 64, False, capacity=15),
-    Config("mamba2-bf16-128x64-K1", BF16, 128, 64, False, capacity=1, tau=3.0, tokens=2048),  # letter M
     Config("gdn-bf16-128-controls", BF16, 128, 128, True, control=True, tokens=2048, archs=HOPPER),
     Config("mamba2-bf16-128x64-K64-cache", BF16, 128, 64, False, capacity=64, cached=True, archs=HOPPER),
     Config("gdn-fp16-64", FP16, 64, 64, True, documents=(70, 133), archs=HOPPER),
@@ -90,18 +90,15 @@ def kernels_of(one: Config) -> tuple[Any, ...]:
 
 @cache
 def shipped() -> tuple[Config, ...]:
-    """What the shipped configs for GPUs launch on one rank, each set of kernels once."""
+    """What the shipped configs for GPUs launch on one rank, each set of kernels once; in `--quick` the letter D's."""
     found: list[Config] = []
     kinds, shapes = set(), set()
-    for path in sorted(SHIPPED.glob("*.yaml")):
-        run = yaml.safe_load(path.read_text())
-        if run.get("training", {}).get("device") != "cuda":
-            continue
-        model = run["model"]
-        delta, heads, groups = model["backbone"] == "gdn", model["num_heads"], model["num_groups"]
+    for path, m, letter in shipped_layers():
+        delta, heads, groups = m.backbone == "gdn", m.num_heads, m.num_groups
+        capacity = getattr(m, LETTERS[letter].states) if LETTERS[letter].states else 1
         one = Config(
-            path.stem, BF16, model["key_dim"], model["value_dim"], delta, model["capacity"], heads, groups,
-            learned=model.get("tau_mode") == "learned", quick=True,
+            path.stem, BF16, m.key_dim, m.value_dim, delta, capacity, heads, groups,
+            learned=m.tau_mode == "learned" and letter == "D", tau=1.2 if capacity > 1 else 3.0, quick=letter == "D",
             # enough blocks for shards of the partition, and as many heads a program of dk as at full length
             tokens=2048 if delta else 4352,
         )  # fmt: skip
@@ -114,6 +111,17 @@ def shipped() -> tuple[Config, ...]:
                 kinds.add(kind)
                 shapes.add(shape)
     return tuple(found)
+
+
+def shipped_layers() -> Iterator[tuple[Path, ModelSection, str]]:
+    """The recurrent letters of the shipped pretraining configs for GPUs; configs with a letter D come first."""
+    paths = [path for path in sorted(SHIPPED.glob("*.yaml")) if not path.stem.startswith(("study_", "delta_mem_"))]
+    runs = [(path, run) for path in paths if isinstance(run := load_config(path), RunConfig)]
+    for path, run in sorted(runs, key=lambda one: "D" not in layer_letters(one[1].model)):
+        if run.training.device == "cuda":
+            for letter in sorted(set(layer_letters(run.model))):
+                if not LETTERS[letter].softmax:
+                    yield path, run.model, letter
 
 
 def configs() -> tuple[Config, ...]:

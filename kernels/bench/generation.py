@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from megatron_dla.resources import resource
+from megatron_dla.config import load_config, to_dict
 from megatron_dla.tasks.pretrain import ASSUMED_VOCABULARY
 
 from .export import exported
@@ -47,10 +46,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
     args = parser.parse_args()
     device = resolve_device(args.device)
-    section = yaml.safe_load((resource("configs") / f"{args.config}.yaml").read_text())["model"]
-    model = (
-        exported(section["backbone"], section | {"vocab_size": ASSUMED_VOCABULARY}).to(torch.bfloat16).to(device).eval()
-    )
+    section = to_dict(load_config(args.config))["model"] | {"vocab_size": ASSUMED_VOCABULARY}
+    model = exported(section["backbone"], section).to(torch.bfloat16).to(device).eval()
     found = rates(model, PROMPT, TOKENS, BATCHES, Stopwatch(device, budget_s=args.budget, least=2))
     for name, rate in found.items():
         print(f"{args.config} in bf16, prompt {PROMPT}, {name}: {rate:,.0f} tokens/s")

@@ -137,6 +137,8 @@ def to_dict(config: RunConfig | AdapterRunConfig) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig | AdapterRunConfig:
     """Read a YAML config and apply `section.key=value` overrides; one with a `delta_mem` section trains an adapter.
 
+    A config may name another one as its `base` and give only the keys that differ.
+
     Raises:
         ConfigError: no such file, invalid YAML, an unknown key, or a value of the wrong type or out of range.
     """
@@ -146,8 +148,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig | 
 
 def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     """The mapping of sections in a YAML file, with overrides."""
-    values = read_yaml(find_yaml(path, "configs", "config"), "config")
-    rename_keys(values)
+    values = _read_file(find_yaml(path, "configs", "config"), ())
     for keys, value in rename_overrides(map(parse_override, overrides)):
         if len(keys) == 1:  # it would reset all other keys of the section
             raise ConfigError(f"override {keys[0]}={_shown.repr(value)}: give one key of it, {keys[0]}.key=value")
@@ -160,6 +161,31 @@ def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
                 raise ConfigError(f"override {'.'.join(keys)}={_shown.repr(value)}: {key!r} is a value, not a section")
         node[keys[-1]] = value
     return values
+
+
+def _read_file(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
+    """The sections of a config file over those of its `base`; `derived`: the files that it is a base of."""
+    values = read_yaml(path, "config")
+    rename_keys(values)
+    if "base" not in values:
+        return values
+    where, base = f"config {str(path)!r}: base", values.pop("base")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(
+            f"{where} = {_shown.repr(base)}: give the path of a YAML file, or the name of a shipped config"
+        )
+    beside, files = path.parent / base, (*derived, path.resolve())
+    try:
+        found = beside if beside.is_file() else find_yaml(base, "configs", "config")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if found.resolve() in files:
+        raise ConfigError(f"{where} = {base!r}: a config cannot be a base of itself")
+    merged = _read_file(found, files)
+    for section, keys in values.items():
+        old = merged.get(section)
+        merged[section] = {**old, **keys} if isinstance(old, dict) and isinstance(keys, dict) else keys or old
+    return merged
 
 
 def to_yaml(config: RunConfig | AdapterRunConfig) -> str:

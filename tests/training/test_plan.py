@@ -20,7 +20,10 @@ from tests.support.engine_workers import BASE
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-@pytest.mark.parametrize("name", ["dla_mamba2_780m", "dla_gdn_800m", "dla_gdn_1b3"])
+AT_SCALE = sorted(path.stem for size in ("780m", "800m", "1b3") for path in CONFIGS.glob(f"*_{size}.yaml"))
+
+
+@pytest.mark.parametrize("name", AT_SCALE)
 def test_counts_equal_the_real_module(name: str, monkeypatch) -> None:
     section = load_config(CONFIGS / f"{name}.yaml").model
     initialize_distributed("cpu")
@@ -29,6 +32,24 @@ def test_counts_equal_the_real_module(name: str, monkeypatch) -> None:
     real = sum(p.numel() for p in model.parameters())
     vocab = padded_vocab(32_000, section.vocab_multiple)
     assert count_parameters(section, vocab) == parameters_per_rank(section, vocab, 1) == real
+
+
+@pytest.mark.parametrize(
+    ("reference", "arms"),
+    [
+        ("dla_mamba2_780m", ["softmax_780m", "mamba2_780m", "log_linear_mamba2_780m"]),
+        ("dla_gdn_1b3", ["softmax_1b3", "gdn_1b3", "log_linear_gdn_1b3"]),
+    ],
+)
+def test_arms_at_scale_differ_in_the_mixer_alone(reference: str, arms: list[str]) -> None:
+    wanted = load_config(reference)
+    for name in arms:
+        arm = load_config(name)
+        assert arm.run.name == name and arm.model.pattern != wanted.model.pattern
+        same = {"pattern": wanted.model.pattern, "ffn_hidden_size": wanted.model.ffn_hidden_size}
+        assert dataclasses.replace(arm, run=wanted.run, model=dataclasses.replace(arm.model, **same)) == wanted
+        parameters = [count_parameters(config.model, 32_000) for config in (arm, wanted)]
+        assert parameters[0] == pytest.approx(parameters[1], rel=0.01)
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
