@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
@@ -22,6 +23,8 @@ _BLOCK = 1 << 20  # bytes read at once
 _STORIES = 1 << 16  # of files with a separator, whose stories, held at once, may be of one letter
 _NAMED = 20  # fields or columns in a message
 _ROWS, _ROWS_BYTES = 256, 1 << 22  # of a table decoded at once: rows at most, and bytes about
+# parquet: rows of the smallest page that pyarrow and its users write, and bytes of a page that are worth a note
+_PAGE_ROWS, _PAGE_BYTES = 1024, 1 << 26
 # the largest window that the format can ask for (zstd --ultra --long=31); memory is taken as far as it is used
 _ZSTD_WINDOW = 1 << 31
 
@@ -281,16 +284,37 @@ def _read_parquet(path: Path, compression: str, text_field: str, separator: str)
     with pyarrow.parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False) as file:
         column = _column(path, file.schema_arrow, text_field)
         total = max(file.metadata.num_rows, 1)
-        for group in range(file.num_row_groups):
-            info = file.metadata.row_group(group)
-            parts = [info.column(i) for i in range(info.num_columns)]
-            stored = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == ".".join(column))
-            rows = _rows_at_once(stored, info.num_rows)
+        sizes = [_column_bytes(file.metadata.row_group(group), column) for group in range(file.num_row_groups)]
+        if note := _note_of_pages(path, sizes):
+            print(note, file=sys.stderr)
+        for group, (stored, number_of_rows) in enumerate(sizes):
+            rows = _rows_at_once(stored, number_of_rows)
             pyarrow.default_memory_pool().release_unused()  # or memory grows by a third from 60 to 600 MB of text
             for batch in file.iter_batches(rows, row_groups=[group], columns=[text_field], use_threads=False):
                 for text in _cells(batch, column):
                     number += 1
                     yield Record(number, text, size * number // total)
+
+
+def _column_bytes(group: Any, column: list[str]) -> tuple[int, int]:
+    """Bytes of a column in a row group, not compressed, and the rows of the group."""
+    parts = [group.column(i) for i in range(group.num_columns)]
+    return sum(
+        part.total_uncompressed_size for part in parts if part.path_in_schema == ".".join(column)
+    ), group.num_rows
+
+
+def _note_of_pages(path: Path, sizes: list[tuple[int, int]]) -> str:
+    """What to say of a file whose pages, which are read whole, are large; "" if they are not."""
+    largest = max((stored * min(1.0, _PAGE_ROWS / max(rows, 1)) for stored, rows in sizes), default=0.0)
+    if largest <= _PAGE_BYTES:
+        return ""
+    stored, rows = max(sizes)
+    return (
+        f"note: {shown(path)}: a row group has {rows} rows and {stored / 1e6:,.0f} MB of text, in pages of "
+        f"{_PAGE_ROWS} rows if pyarrow wrote it; a page is read whole, which may take {3 * largest / 1e9:.1f} GB of "
+        "memory: write row groups of fewer rows (row_group_size)"
+    )
 
 
 def _read_arrow(path: Path, compression: str, text_field: str, separator: str) -> Iterator[Record]:

@@ -457,6 +457,16 @@ def test_malformed_files(tmp_path, name, content, where):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_large_pages_of_a_parquet_file_are_noted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(readers, "_PAGE_BYTES", 250_000)
+    table = pa.table({"text": [f"{i} " + "a" * 1000 for i in range(300)], "other": ["b"] * 300})
+    pq.write_table(table, tmp_path / "whole.parquet")
+    pq.write_table(table, tmp_path / "small.parquet", row_group_size=200)
+    assert len(texts(tmp_path / "small.parquet")) == len(texts(tmp_path / "whole.parquet")) == 300
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note:") and "whole.parquet" in note and "300 rows" in note and "row_group_size" in note
+
+
 def test_rows_of_an_arrow_file_outside_of_its_dictionary(tmp_path):
     damaged = pa.DictionaryArray.from_arrays(pa.array([0, 1, 10**9]), pa.array(["a", "b"]), safe=False)
     save_arrow(tmp_path / "x.arrow", pa.table({"text": damaged}))
