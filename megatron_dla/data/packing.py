@@ -41,6 +41,14 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor
     rows: torch.Tensor
 
+    def positions(self, documents: bool) -> torch.Tensor:
+        """Tokens before each one in its row, or with `documents` in its part of a document; int64 [b, T]."""
+        index = torch.arange(self.tokens.numel())
+        if not documents:
+            return (index % self.tokens.shape[1]).view_as(self.tokens)
+        begin = self.cu_seqlens.long()
+        return (index - begin[torch.searchsorted(begin, index, right=True) - 1]).view_as(self.tokens)
+
 
 def pack_row(window: np.ndarray, eos_id: int) -> Row:
     """A row from a window of T + 1 tokens of a stream."""

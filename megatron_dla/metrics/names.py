@@ -27,6 +27,7 @@ SHOWN_AS: dict[str, tuple[str, float]] = {
     "val_loss": ("validation_metrics/loss", 1),
     # ours alone
     "val_bpb": ("validation_metrics/bits_per_byte", 1),
+    "val_bpb_by_position": ("validation_metrics/bits_per_byte", 1),
     "val_loss_by_source": ("validation_metrics/loss", 1),
     "memory_gb": ("memory/peak(GB)", 1),
 }

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.files import write_json, write_text
-from megatron_dla.study.html import html_table, number, plots, show_difference
+from megatron_dla.study.figures import draw_figures
+from megatron_dla.study.html import html_table, number, show_difference
 from megatron_dla.study.report_synthetic import RECALL, draw_recall, synthetic_section
 from megatron_dla.study.results import verdict
 
-JSON_NAME, PAGE_NAME, CURVES, FOREST = "study.json", "study.html", "curves.png", "differences.png"
+JSON_NAME, PAGE_NAME = "study.json", "study.html"
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:right}"
@@ -27,7 +28,7 @@ def write_report(results: dict[str, Any], out: Path, command: str) -> list[Path]
     results = {"synthetic": {}, **results, "command": command}
     write_json(out / JSON_NAME, results, indent=1)
     again = json.loads((out / JSON_NAME).read_text())  # as somebody who has only this file
-    pictures = [draw_curves(again, out / CURVES), draw_differences(again, out / FOREST)] if again["arms"] else []
+    pictures = draw_figures(again, out) if again["arms"] else []
     pictures += [draw_recall(again["synthetic"], out / RECALL)] if again["synthetic"] else []
     write_text(out / PAGE_NAME, page(again, pictures))
     return [out / JSON_NAME, *pictures, out / PAGE_NAME]
@@ -38,7 +39,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     arms = results["arms"]
     header = [
         "arm", "parameters", "learning rate", "seeds", "bits per byte", "seed spread", "difference [95 %]", "",
-        "boundary rate", "tokens/s", "GB",
+        "boundary rate", "newest merges", "tokens/s", "GB",
     ]  # fmt: skip
     rows = []
     for name in sorted(arms, key=lambda name: (arms[name]["mean"] is None, arms[name]["mean"])):
@@ -49,8 +50,8 @@ def table(results: dict[str, Any]) -> list[list[str]]:
                 number(arm["best_rate"], ".1e") + (" (edge)" if arm["rate_at_edge"] else ""),
                 str(len(arm["results"])), number(arm["mean"], ".4f"), number(arm["spread"], ".4f"),
                 "reference" if name == results["reference"] else show_difference(found, 4), verdict(found),
-                number(arm["boundary_rate"], ".3f"), number(arm["tokens_per_s"], ",.0f"),
-                number(arm["memory_gb"], ".2f"),
+                number(arm["boundary_rate"], ".3f"), number(arm["newest_merges"], ".3f"),
+                number(arm["tokens_per_s"], ",.0f"), number(arm["memory_gb"], ".2f"),
             ]
         )  # fmt: skip
     return [header, *rows]
@@ -62,8 +63,9 @@ def page(results: dict[str, Any], pictures: list[Path]) -> str:
         path.name: f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for path in pictures
     }
-    text = _text_section(results) + images[CURVES] + images[FOREST] if results["arms"] else ""
-    recall = synthetic_section(results["synthetic"]) + images[RECALL] if results["synthetic"] else ""
+    recall = images.pop(RECALL, "")
+    text = _text_section(results) + "".join(images.values()) if results["arms"] else ""
+    recall = synthetic_section(results["synthetic"]) + recall if results["synthetic"] else ""
     arms = {name: arm["overrides"] for name, arm in results["arms"].items()}
     synthetic = results["synthetic"].get("overrides", {})
     about = {key: results[key] for key in ("machine", "versions")} | {"arms": arms, "synthetic arms": synthetic}
@@ -82,50 +84,7 @@ def _text_section(results: dict[str, Any]) -> str:
         f"<p>{done['done']} of {done['planned']} cells. Held-out bits per byte, lower is better; differences are "
         "paired by seed, with percentile bootstrap intervals over seeds, which are coarse for few seeds. "
         "Each arm has the learning rate that was best at the first seed; (edge): the best one tried was the smallest "
-        f"or the largest, so a better one may lie outside.</p>{html_table(table(results))}"
+        "or the largest, so a better one may lie outside. boundary rate: share of tokens that open a slot; newest "
+        "merges: share of merges that join the newest two slots, which undoes the boundary before.</p>"
+        f"{html_table(table(results))}"
     )
-
-
-def draw_curves(results: dict[str, Any], path: Path) -> Path:
-    """Held-out bits per byte by step: mean and range over the seeds of each arm, at its best learning rate."""
-    plt = plots()
-    figure, axis = plt.subplots(figsize=(9, 5), constrained_layout=True)
-    for place, (name, arm) in enumerate(results["arms"].items()):
-        runs = [c["held_out"] for c in arm["cells"] if c["rate"] == arm["best_rate"] and "held_out" in c]
-        if not runs:
-            continue
-        steps = [step for step, _ in min(runs, key=len)]
-        values = [[value for _, value in run[: len(steps)]] for run in runs]
-        middle = [sum(column) / len(column) for column in zip(*values, strict=True)]
-        color = plt.get_cmap("tab10" if len(results["arms"]) <= 10 else "tab20")(place)
-        axis.plot(steps, middle, color=color, label=name)
-        lows, highs = zip(*[(min(column), max(column)) for column in zip(*values, strict=True)], strict=True)
-        axis.fill_between(steps, lows, highs, color=color, alpha=0.15)
-    axis.set(xlabel="step", ylabel="held-out bits per byte", title="Mean and range over seeds")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
-def draw_differences(results: dict[str, Any], path: Path) -> Path:
-    """Each arm's difference to the reference, with its interval and the seeds."""
-    plt = plots()
-    reference = results["arms"][results["reference"]]["results"]
-    arms = {name: arm for name, arm in results["arms"].items() if arm["difference"]}
-    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.45 * len(arms)), constrained_layout=True)
-    for y, arm in enumerate(arms.values()):
-        found = arm["difference"]
-        if found["low"] is not None:
-            axis.plot([found["low"], found["high"]], [y, y], color="tab:blue", linewidth=2)
-        axis.plot(found["mean"], y, "o", color="tab:blue")
-        each = [arm["results"][seed] - reference[seed] for seed in arm["results"] if seed in reference]
-        axis.plot(each, [y] * len(each), "|", color="tab:gray", markersize=12)
-    axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(range(len(arms)), list(arms))
-    axis.invert_yaxis()
-    axis.set(xlabel=f"bits per byte minus {results['reference']} (left is better); bars: single seeds")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path

@@ -10,11 +10,11 @@ import numpy as np
 
 from megatron_dla.evaluation.stats import bootstrap_mean
 from megatron_dla.study.plan import Study
-from megatron_dla.study.run import METRIC, best_rate, read_cell
+from megatron_dla.study.run import METRIC, SLOTS, best_rate, read_cell
 
 KEPT = (
-    "rate", "seed", "parameters", METRIC, "val_loss", "tokens", "held_out", "loss", "boundary_rate", "tokens_per_s",
-    "memory_gb", "seconds", "diverged",
+    "rate", "seed", "parameters", METRIC, "val_loss", "tokens", "held_out", "by_position", "loss", "boundary_rate",
+    *SLOTS, "tokens_per_s", "memory_gb", "seconds", "diverged",
 )  # fmt: skip
 
 
@@ -59,9 +59,20 @@ def _arm(study: Study, name: str) -> dict[str, Any]:
         "mean": float(np.mean(list(results.values()))) if results else None,
         "spread": float(np.std(list(results.values()), ddof=1)) if len(results) > 1 else None,
         **{key: _mean([cell.get(key) for cell in chosen]) for key in ("boundary_rate", "tokens_per_s", "memory_gb")},
+        "newest_merges": _mean([share for cell in chosen for share in cell.get("newest_merge_share_by_layer") or ()]),
+        **{
+            key: _means([cell.get(key) or {} for cell in chosen])
+            for key in ("by_position", "slot_sizes", "slot_weights")
+        },
         "parameters": chosen[0]["parameters"] if chosen else None,
         "cells": [{key: cell[key] for key in KEPT if key in cell} for cell in cells],
     }
+
+
+def _means(values: list[dict[str, float]]) -> dict[str, float]:
+    """By key, which is a number or a range N-M; what a mapping does not have counts as 0."""
+    keys = sorted({key for one in values for key in one}, key=lambda key: int(key.rstrip("+").split("-")[0]))
+    return {key: sum(one.get(key, 0.0) for one in values) / len(values) for key in keys}
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -27,6 +27,8 @@ from megatron_dla.training.control import EXITS
 CELL = "cell.json"
 LOG = "output.log"
 METRIC = "val_bpb"
+# of the last step that is logged
+SLOTS = ("boundary_rate_by_head", "newest_merge_share_by_layer", "slot_sizes", "slot_weights")
 DIVERGED = "FloatingPointError"
 Launch = Callable[[RunConfig, int, Path], int]
 
@@ -130,9 +132,10 @@ def summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "val_loss": held_out[-1]["val_loss"],
         "tokens": steps[-1]["tokens"],
         "held_out": [[m["step"], m[METRIC]] for m in held_out],
+        "by_position": held_out[-1].get("val_bpb_by_position"),
         "loss": [[m["step"], m["loss"]] for m in steps],
         "boundary_rate": steps[-1].get("boundary_rate"),
-        "boundary_rate_by_head": steps[-1].get("boundary_rate_by_head"),
+        **{key: steps[-1].get(key) for key in SLOTS},
         "tokens_per_s": statistics.median(m["tokens_per_s"] for m in steps),
         "memory_gb": max(m["memory_gb"] for m in steps),
         "seconds": steps[-1]["tokens"] / statistics.median(m["tokens_per_s"] for m in steps),

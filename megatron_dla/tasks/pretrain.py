@@ -328,7 +328,10 @@ class PretrainTask(Task):
             for name, index in self.indexes.items()
             if "val" in index.splits
         }  # fmt: skip
-        values = validate(engine, batches, groups, self.runtime.device, self._pack, self.token_bytes)
+        values = validate(
+            engine, batches, groups, self.runtime.device, self._pack, self.token_bytes,
+            positions=lambda batch: batch.positions(config.data.reset_at_documents),
+        )  # fmt: skip
         for mixer in self.mixers:
             mixer.take_boundary_rate()  # held-out tokens are not part of the training rate
         return values

@@ -43,6 +43,8 @@ def test_batch_flattens_borders():
     assert batch.cu_seqlens.tolist() == [0, 2, 4, 8] and batch.cu_seqlens.dtype == torch.int32
     assert (batch.tokens.dtype, batch.labels.dtype, batch.loss_mask.dtype) == (torch.int64, torch.int64, torch.float32)
     assert batch.rows.tolist() == [3, 7]
+    assert batch.positions(documents=True).tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]
+    assert batch.positions(documents=False).tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_padding_is_outside_the_loss_and_its_own_segment():

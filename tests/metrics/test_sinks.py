@@ -70,8 +70,9 @@ LOGGED = {
     "step": 30, "time": 1.0, "loss": 2.5, "grad_norm": None, "lr": 1e-3, "tokens": 960, "tokens_per_s": 400.0,
     "tokens_per_s_per_device": 100.0, "step_s": 2.0, "data_wait_share": 0.25, "tflops": 3.0, "mfu": 0.2,
     "memory_gb": 3.0, "memory_active_gb": 1.073741824, "memory_active_share": 0.5, "eta_s": 5.0, "alloc_retries": 2.0,
-    "val_loss": 2.0, "val_bpb": 1.5, "val_loss_by_source": {"web": 1.0}, "mix": {"web": 0.75}, "data_crc32": 7,
-    "data_wait_s": 0.1, "boundary_rate": 0.3, "boundary_rate_by_head": [[0.1, 0.3], [None, 0.4]], "epoch": 0.5,
+    "val_loss": 2.0, "val_bpb": 1.5, "val_loss_by_source": {"web": 1.0},
+    "val_bpb_by_position": {"0-15": 2.5}, "mix": {"web": 0.75}, "data_crc32": 7, "data_wait_s": 0.1,
+    "boundary_rate": 0.3, "boundary_rate_by_head": [[0.1, 0.3], [None, 0.4]], "epoch": 0.5,
     "gate_by_layer": [0.1, None],
 }  # fmt: skip
 
@@ -84,6 +85,7 @@ def test_names_and_units_are_those_of_torchtitan() -> None:
         "time_metrics/data_loading(s)": 0.5, "tflops": 3.0, "mfu(%)": 20.0, "memory/peak(GB)": 3.0,
         "memory/max_active(GiB)": 1.0, "memory/max_active(%)": 50.0, "memory/num_alloc_retries": 2.0,
         "validation_metrics/loss": 2.0, "validation_metrics/bits_per_byte": 1.5, "validation_metrics/loss/web": 1.0,
+        "validation_metrics/bits_per_byte/0-15": 2.5,
         "mix/web": 0.75, "boundary_rate": 0.3, "boundary_rate/layer_00": 0.2, "boundary_rate/layer_01": 0.4,
         "epoch": 0.5, "gate/layer_00": 0.1,
     }  # fmt: skip

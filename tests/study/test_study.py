@@ -68,9 +68,12 @@ class Fake:
             return 1
         value = 2.0 + list(ARMS).index(arm) / 10 + abs(rate - BEST[arm]) + 0.01 * (seed - 7)
         step = {"step": 1, "loss": 3.0, "tokens": 512, "tokens_per_s": 10.0, "memory_gb": 0.5, "boundary_rate": 0.25}
+        places = {"val_bpb_by_position": {"0-15": value + 0.5, "16-31": value - 0.5}}
+        slots = {"newest_merge_share_by_layer": [0.5, 0.25, None], "slot_weights": {"0": 1.0, "1": 0.5}}
+        sizes = {"16-31": 0.25, "2-3": 0.75} if seed == 7 else {"1": 1.0}
         lines = [
             {**step, "val_bpb": value + 1, "val_loss": 4.0},
-            {**step, "step": 2, "val_bpb": value, "val_loss": 3.0},
+            {**step, "step": 2, "val_bpb": value, "val_loss": 3.0, **places, **slots, "slot_sizes": sizes},
         ]
         (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return 0
@@ -121,10 +124,13 @@ def test_the_report_says_what_the_cells_say(write, tmp_path) -> None:
     assert dla["difference"] == pytest.approx({"mean": 0.1, "seeds": 3, "low": 0.1, "high": 0.1})
     assert soft["best_rate"] is None and "diverged" in soft["cells"][0] and len(soft["cells"]) == 3
     assert results["cells"] == {"done": 13, "planned": 15}
+    assert one["by_position"] == pytest.approx({"0-15": 2.51, "16-31": 1.51}) and one["newest_merges"] == 0.375
+    assert list(one["slot_sizes"]) == ["1", "2-3", "16-31"]
+    assert list(one["slot_sizes"].values()) == pytest.approx([2 / 3, 0.25, 0.25 / 3])
     rows = table(results)
     assert [row[0] for row in rows] == ["arm", "one", "dla", "soft"] and rows[2][7] == "worse"
     text = files[-1].read_text()
-    assert text.count("data:image/png") == 2 and "http" not in text and "+0.1000 [+0.1000, +0.1000]" in text
+    assert text.count("data:image/png") == 4 and "http" not in text and "+0.1000 [+0.1000, +0.1000]" in text
 
 
 def test_differences_are_paired_by_seed() -> None:

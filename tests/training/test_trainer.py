@@ -79,8 +79,9 @@ def test_context_parallel_equals_one_process(ranks, data, plain, tmp_path, backb
     alone = ranks(1).run(train_workers.train, values)[0]
     for a, b in zip(alone, metrics, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() & {"val_loss", "val_bpb", "boundary_rate"}:
+        for key in a.keys() & {"val_loss", "val_bpb", "val_bpb_by_position", "boundary_rate"}:
             assert a[key] == (pytest.approx(b[key], rel=1e-5) if b[key] is not None else None), key
+    assert len(metrics[-1]["val_bpb_by_position"]) > 1
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
