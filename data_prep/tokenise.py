@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import hashlib
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -44,10 +46,20 @@ def _return_large_blocks() -> None:
 
 def _start_worker(path: str) -> None:
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the build, which ends its workers
     _return_large_blocks()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = Tokenizer(path)
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that start inside never see Ctrl-C, not even while they import: the build ends them."""
+    multiprocessing.resource_tracker.ensure_running()  # its start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:
@@ -114,7 +126,9 @@ def _encoded(
     waiting: deque[tuple[Future[Encoded], Position]] = deque()
     try:
         for documents, position in chunks:
-            waiting.append((pool.submit(_encode_in_worker, documents, seed), position))
+            with _without_ctrl_c():  # starts a worker as long as all are busy
+                future = pool.submit(_encode_in_worker, documents, seed)
+            waiting.append((future, position))
             if len(waiting) > 3 * workers:
                 future, position = waiting.popleft()
                 yield future.result(), position
