@@ -344,9 +344,9 @@ print(peak() - start)
 
 
 def test_conversion_holds_a_few_tensors_in_memory(exported, write_checkpoint, tokenizer, tmp_path):
-    """300 MB of weights from two ranks' files into files of 40 MB, and back into four; the largest tensor has 17 MB."""
+    """150 MB of weights from two ranks' files into files of 40 MB, and back; the largest tensor has 17 MB."""
     small = exported("mamba2")
-    section = replace(small.section, hidden_size=1024, ffn_hidden_size=2048, num_layers=8, num_heads=8, value_dim=128)
+    section = replace(small.section, hidden_size=1024, ffn_hidden_size=2048, num_layers=4, num_heads=8, value_dim=128)
     table, tags, merged = model_parameters(section, 384), mapping.parameter_tags(section), {}
     for name, spec in table.items():
         merged |= zip(tags[name].keys(name), tags[name].split(torch.randn(spec.shape)), strict=True)
@@ -359,7 +359,7 @@ def test_conversion_holds_a_few_tensors_in_memory(exported, write_checkpoint, to
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peaks = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
     slack = 20_000_000  # of the allocator
-    assert total > 250_000_000, total
+    assert total > 120_000_000, total
     *converting, verifying = peaks
     assert len(converting) == 3 and max(converting) < 4 * largest + slack, (peaks, largest)
     assert verifying < 1.2 * total + largest + slack, (verifying, total)  # the logits, by one model after the other
