@@ -40,6 +40,8 @@ class StudyConfig:
     """What differs from arm to arm: {name: {section.key: value}}."""
     reference: str = ""
     """The arm that the others are compared with; the first if not given."""
+    questions: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Arms to compare beside that: {question: [arm, control]}."""
     learning_rates: tuple[Rate, ...] = ()
     """Tried for each arm with the first seed; the others run with the best. Empty: that of the config."""
     seeds: tuple[Seed, ...] = (1234,)
@@ -136,6 +138,9 @@ def _check(config: StudyConfig) -> None:
         raise ConfigError("arms = {}: give at least one arm, {name: {section.key: value}}")
     if config.reference and config.reference not in config.arms:
         raise ConfigError(f"reference = {config.reference!r}: not one of the arms {', '.join(config.arms)}")
+    for question, names in config.questions.items():
+        for name in (name for name in names if name not in config.arms):
+            raise ConfigError(f"questions.{question} = {list(names)}: {name!r} is not one of the arms")
     synthetic = config.synthetic
     for key, names in (
         ("name", [config.name]), ("arms", config.arms), ("synthetic.arms", synthetic.arms),

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_dla.files import write_json, write_text
 from megatron_dla.study.figures import draw_figures
+from megatron_dla.study.findings import findings
 from megatron_dla.study.html import html_table, number, show_difference
 from megatron_dla.study.report_synthetic import RECALL, draw_recall, synthetic_section
 from megatron_dla.study.results import verdict
@@ -64,6 +65,7 @@ def page(results: dict[str, Any], pictures: list[Path]) -> str:
         for path in pictures
     }
     recall = images.pop(RECALL, "")
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in findings(results))
     text = _text_section(results) + "".join(images.values()) if results["arms"] else ""
     recall = synthetic_section(results["synthetic"]) + recall if results["synthetic"] else ""
     arms = {name: arm["overrides"] for name, arm in results["arms"].items()}
@@ -72,7 +74,7 @@ def page(results: dict[str, Any], pictures: list[Path]) -> str:
     title = html.escape(f"Study {results['study']}")
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{text}{recall}"
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1><ul>{lines}</ul>{text}{recall}"
         f"<h2>Run it again</h2><pre>{html.escape(results['command'])}</pre>"
         f"<h2>Arms, machine, versions</h2><pre>{html.escape(json.dumps(about, indent=1))}</pre></body></html>\n"
     )

@@ -24,6 +24,11 @@ def collect(study: Study) -> dict[str, Any]:
     reference = arms[study.reference]["results"] if arms else {}
     for arm in arms.values():
         arm["difference"] = difference(arm["results"], reference) if arm["results"] is not reference else None
+    questions = [
+        {"question": question, "arm": arm, "control": control,
+         "difference": difference(arms[arm]["results"], arms[control]["results"])}
+        for question, (arm, control) in study.config.questions.items()
+    ]  # fmt: skip
     versions = [c["versions"] for name in study.arms for c in _cells(study, name) if "versions" in c]
     return {
         "study": study.config.name,
@@ -36,6 +41,7 @@ def collect(study: Study) -> dict[str, Any]:
         "machine": {"processor": platform.processor() or platform.machine(), "system": platform.platform()},
         "versions": versions[-1] if versions else {},
         "arms": arms,
+        "questions": questions,
     }
 
 

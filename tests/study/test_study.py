@@ -12,6 +12,7 @@ import yaml
 from megatron_dla.cli import main
 from megatron_dla.errors import STOPPED, ConfigError, UserError
 from megatron_dla.model.counts import count_parameters
+from megatron_dla.study.findings import findings
 from megatron_dla.study.plan import Cell, Study, load_study
 from megatron_dla.study.report import table, write_report
 from megatron_dla.study.results import collect, difference, verdict
@@ -114,7 +115,7 @@ def test_tasks_of_an_array_share_the_arms(write) -> None:
 
 
 def test_the_report_says_what_the_cells_say(write, tmp_path) -> None:
-    study = load_study(write())
+    study = load_study(write(questions={"Is one better?": ["one", "dla"], "Is soft better?": ["soft", "one"]}))
     StudyRunner(study, launch=Fake(diverge=("soft",))).run()
     files = write_report(collect(study), tmp_path / "report", "dla study s")
     results = json.loads(files[0].read_text())
@@ -124,6 +125,10 @@ def test_the_report_says_what_the_cells_say(write, tmp_path) -> None:
     assert dla["difference"] == pytest.approx({"mean": 0.1, "seeds": 3, "low": 0.1, "high": 0.1})
     assert soft["best_rate"] is None and "diverged" in soft["cells"][0] and len(soft["cells"]) == 3
     assert results["cells"] == {"done": 13, "planned": 15}
+    first, question, control = findings(results)
+    assert "worse: dla +0.1000 [+0.1000, +0.1000]" in first and "soft" not in first
+    assert question.startswith("Is one better? Yes, one is better (one minus dla: -0.1000")
+    assert control.startswith("Is soft better? Too few seeds")
     assert one["by_position"] == pytest.approx({"0-15": 2.51, "16-31": 1.51}) and one["newest_merges"] == 0.375
     assert list(one["slot_sizes"]) == ["1", "2-3", "16-31"]
     assert list(one["slot_sizes"].values()) == pytest.approx([2 / 3, 0.25, 0.25 / 3])
@@ -167,6 +172,7 @@ def test_arms_of_shipped_studies_have_equal_parameters(path, data, tmp_path) -> 
         ({"arms": {"a/b": {}}, "reference": ""}, ("arms", "'a/b'")), ({"seeds": [1, 1]}, ("seeds", "1, 1")),
         ({"seeds": []}, ("seeds",)), ({"arms": {"one": {"run.seed": 3}}}, ("run.seed",)),
         ({"arms": {"one": {"model.tauu": 3}}}, ("arms.one", "model.tauu")),
+        ({"questions": {"Why?": ["one", "x"]}}, ("questions.Why?", "'x'")),
         ({"learning_rates": [0.0]}, ("learning_rates",)),
         ({"arms": {"one": {"optimizer.lr": 0.1}}}, ("optimizer.lr",)), ({"nproc": 0}, ("nproc", "0")),
         (
