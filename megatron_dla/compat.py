@@ -8,6 +8,7 @@ All act only without CUDA, but for `_keep_fp32_parameters`, which DeepSpeed's bf
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -73,16 +74,52 @@ def _patch_megatron() -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
-def _import_megatron() -> None:
+@contextlib.contextmanager
+def _compiler_when_called() -> Iterator[None]:
+    """Inside, `torch.compile` of a function loads the compiler when the function is first called.
+
+    megatron-core decorates its fused functions with it where they are defined, and to load torch's compiler (dynamo,
+    inductor, sympy) takes a third of a rank's start, whether or not one of them is ever called.
+    """
+    real = torch.compile
+
+    def compile(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(compile, **options)
+        if isinstance(function, torch.nn.Module):
+            return real(function, **options)
+        compiled = functools.cache(lambda: real(function, **options))
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    torch.compile = compile  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = real
+
+
+@contextlib.contextmanager
+def _without_wandb() -> Iterator[None]:
     """Megatron imports wandb, which takes a second and makes temporary directories that a killed rank leaves behind."""
     if "wandb" in sys.modules:
+        yield
         return
     sys.modules["wandb"] = None  # type: ignore[assignment]  # an import of it raises ImportError
     try:
-        import megatron.core.models.gpt
-        import megatron.core.timers  # noqa: F401
+        yield
     finally:
         del sys.modules["wandb"]
+
+
+def _import_megatron() -> None:
+    with _compiler_when_called(), _without_wandb():
+        import megatron.core.models.gpt
+        import megatron.core.timers  # noqa: F401
 
 
 def install() -> None:
@@ -120,9 +157,13 @@ def import_deepspeed() -> Any:
     import logging
 
     install()
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
+    with _compiler_when_called():
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.utils import logger
+
+        with contextlib.suppress(ImportError):  # by `deepspeed.initialize` otherwise, and it compiles a function
+            import deepspeed.runtime.zero.muon.original_muon
 
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

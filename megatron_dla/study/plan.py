@@ -138,9 +138,9 @@ def _check(config: StudyConfig) -> None:
         raise ConfigError("arms = {}: give at least one arm, {name: {section.key: value}}")
     if config.reference and config.reference not in config.arms:
         raise ConfigError(f"reference = {config.reference!r}: not one of the arms {', '.join(config.arms)}")
-    for question, names in config.questions.items():
-        for name in (name for name in names if name not in config.arms):
-            raise ConfigError(f"questions.{question} = {list(names)}: {name!r} is not one of the arms")
+    for question, pair in config.questions.items():
+        for name in (name for name in pair if name not in config.arms):
+            raise ConfigError(f"questions.{question} = {list(pair)}: {name!r} is not one of the arms")
     synthetic = config.synthetic
     for key, names in (
         ("name", [config.name]), ("arms", config.arms), ("synthetic.arms", synthetic.arms),

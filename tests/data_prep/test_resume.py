@@ -457,19 +457,6 @@ def test_mapped_files_do_not_stay_in_memory(tmp_path):
     assert resident() - before < records.nbytes / 2
 
 
-def test_control_c_is_not_for_workers(corpus):
-    def worker():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tokenise._start_worker(str(corpus / "tok"))
-        os.kill(os.getpid(), signal.SIGINT)
-        os._exit(0)
-
-    process = FORK.Process(target=worker)
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
-
-
 def workers_of(pid: int) -> int:
     """Processes that import, without the one that tracks resources."""
     children = psutil.Process(pid).children(recursive=True)
