@@ -90,7 +90,8 @@ def kernels_of(one: Config) -> tuple[Any, ...]:
 
 @cache
 def shipped() -> tuple[Config, ...]:
-    """What the shipped configs for GPUs launch on one rank, each set of kernels once; in `--quick` the letter D's."""
+    """What the shipped configs for GPUs launch on one rank, each set of kernels once; in `--quick` those of the
+    letter D without tensor parallelism."""
     found: list[Config] = []
     kinds, shapes = set(), set()
     for path, m, letter in shipped_layers():
@@ -103,7 +104,10 @@ def shipped() -> tuple[Config, ...]:
             tokens=2048 if delta else 4352,
         )  # fmt: skip
         for tensor in (n for n in RANKS if heads % n == 0 and (groups % n == 0 or n % groups == 0)):
-            share = replace(one, name=f"{one.name}-tp{tensor}", heads=heads // tensor, groups=max(1, groups // tensor))
+            share = replace(
+                one, name=f"{one.name}-tp{tensor}", heads=heads // tensor, groups=max(1, groups // tensor),
+                quick=one.quick and tensor == 1,
+            )  # fmt: skip
             shape = kernels_of(share)
             kind = delta, *shape[-2:]
             if kind not in kinds or (tensor == 1 and shape not in shapes):
