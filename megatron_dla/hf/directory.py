@@ -32,6 +32,11 @@ def read_config(hf_dir: str | Path, fix: str = "fetch it again") -> dict[str, An
         config = parse_json(path.read_bytes())
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
+        kind, names = config.get("model_type"), config.get("architectures")
+        if not isinstance(kind, str | None):
+            raise ValueError(f"model_type = {kind!r}: must be a string")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"architectures = {names!r}: must be a list of strings")
         return config
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged ({error}): {fix}") from error

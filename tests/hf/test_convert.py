@@ -215,6 +215,14 @@ def test_existing_output(exported, tmp_path):
 def test_from_hf_refuses_what_it_cannot_read(exported, tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         from_hf(tmp_path, tmp_path / "out")
+    for damage, words in (
+        ({"model_type": ["dla"]}, r"config\.json.*model_type = \['dla'\]"),
+        ({"model_type": "llama", "architectures": 3}, r"config\.json.*architectures = 3"),
+        ({"model_type": "llama", "architectures": [None]}, r"config\.json.*architectures = \[None\]"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(damage))
+        with pytest.raises(CheckpointError, match=words):
+            from_hf(tmp_path, tmp_path / "step_0")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(CheckpointError, match=r"model_type = gpt2 .* is not supported: use a model of one of Llama"):
         from_hf(tmp_path, tmp_path / "out")
