@@ -67,6 +67,7 @@ OTHERS = (
     Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, cached=True, tokens=2048, archs=HOPPER),
     Config("gdn-mixed-128-K1", BF16, 128, 128, True, capacity=1, tau=3.0, mixed=True, tokens=2048),  # letter G
     Config("mamba2-bf16-64-K15", BF16, 64, 64, False, capacity=15),
+    Config("mamba2-bf16-128x64-K1", BF16, 128, 64, False, capacity=1, tau=3.0, tokens=2048),  # letter M
     Config("gdn-bf16-128-controls", BF16, 128, 128, True, control=True, tokens=2048, archs=HOPPER),
     Config("mamba2-bf16-128x64-K64-cache", BF16, 128, 64, False, capacity=64, cached=True, archs=HOPPER),
     Config("gdn-fp16-64", FP16, 64, 64, True, documents=(70, 133), archs=HOPPER),
@@ -96,10 +97,10 @@ def shipped() -> tuple[Config, ...]:
     kinds, shapes = set(), set()
     for path, m, letter in shipped_layers():
         delta, heads, groups = m.backbone == "gdn", m.num_heads, m.num_groups
-        capacity = getattr(m, LETTERS[letter].states) if LETTERS[letter].states else 1
+        capacity = getattr(m, LETTERS[letter].states)
         one = Config(
             path.stem, BF16, m.key_dim, m.value_dim, delta, capacity, heads, groups,
-            learned=m.tau_mode == "learned" and letter == "D", tau=1.2 if capacity > 1 else 3.0, quick=letter == "D",
+            learned=m.tau_mode == "learned" and letter == "D", quick=letter == "D",
             # enough blocks for shards of the partition, and as many heads a program of dk as at full length
             tokens=2048 if delta else 4352,
         )  # fmt: skip
@@ -118,13 +119,13 @@ def shipped() -> tuple[Config, ...]:
 
 
 def shipped_layers() -> Iterator[tuple[Path, ModelSection, str]]:
-    """The recurrent letters of the shipped pretraining configs for GPUs; configs with a letter D come first."""
+    """Letters with several states of the shipped pretraining configs for GPUs; configs with a letter D come first."""
     paths = [path for path in sorted(SHIPPED.glob("*.yaml")) if not path.stem.startswith(("study_", "delta_mem_"))]
     runs = [(path, run) for path in paths if isinstance(run := load_config(path), RunConfig)]
     for path, run in sorted(runs, key=lambda one: "D" not in layer_letters(one[1].model)):
         if run.training.device == "cuda":
             for letter in sorted(set(layer_letters(run.model))):
-                if not LETTERS[letter].softmax:
+                if LETTERS[letter].states:
                     yield path, run.model, letter
 
 

@@ -129,7 +129,7 @@ def test_every_shipped_gpu_config_is_compiled_as_its_ranks_run_it() -> None:
             path.stem, aot_dla.BF16, model.key_dim, model.value_dim, model.backbone == "gdn", capacity,
             model.num_heads, model.num_groups, learned=model.tau_mode == "learned",
         )  # fmt: skip
-        if run_config.training.device == "cuda" and not LETTERS[letter].softmax:
+        if run_config.training.device == "cuda" and LETTERS[letter].states:
             assert aot_dla.kernels_of(whole) in {aot_dla.kernels_of(one) for one in configs.values()}, path
         else:
             assert not shares, path
