@@ -306,10 +306,10 @@ def _column_bytes(group: Any, column: list[str]) -> tuple[int, int]:
 
 def _note_of_pages(path: Path, sizes: list[tuple[int, int]]) -> str:
     """What to say of a file whose pages, which are read whole, are large; "" if they are not."""
-    largest = max((stored * min(1.0, _PAGE_ROWS / max(rows, 1)) for stored, rows in sizes), default=0.0)
+    pages = [(stored * min(1.0, _PAGE_ROWS / max(rows, 1)), stored, rows) for stored, rows in sizes]
+    largest, stored, rows = max(pages, default=(0.0, 0, 0))
     if largest <= _PAGE_BYTES:
         return ""
-    stored, rows = max(sizes)
     return (
         f"note: {shown(path)}: a row group has {rows} rows and {stored / 1e6:,.0f} MB of text, in pages of "
         f"{_PAGE_ROWS} rows if pyarrow wrote it; a page is read whole, which may take {3 * largest / 1e9:.1f} GB of "

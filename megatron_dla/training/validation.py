@@ -49,7 +49,6 @@ def validate(
                 bins = _bin(context_slice(positions(batch), groups.cp).to(device)).flatten()
                 by_position.scatter_add_(1, bins.expand(2, -1), torch.stack([losses * mask, size]).flatten(1).double())
     dist.all_reduce(totals, group=groups.dp_cp)
-    dist.all_reduce(by_position, group=groups.dp_cp)
     engine.train()
     nats, count, size = totals.sum(0).tolist()
     values: dict[str, Any] = {"val_loss": nats / count}
@@ -59,6 +58,7 @@ def validate(
         return values
     values["val_bpb"] = nats / math.log(2) / size
     if positions is not None:
+        dist.all_reduce(by_position, group=groups.dp_cp)
         pairs = enumerate(by_position.T.tolist())
         values["val_bpb_by_position"] = {_name(n): nats / math.log(2) / size for n, (nats, size) in pairs if size}
     return values
