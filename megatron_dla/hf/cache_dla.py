@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ class LayerMemory:
         keys, values: [B, G, S, D], rotated keys; they grow with the context, or to the sliding window less one.
         decided: the partition of a pass that fills no cache, for its recomputation under gradient checkpointing: a
             boundary that rounded to the other side would give the gradient of another function.
+        attend: instead of `keys` and `values`, where an engine keeps them itself: takes the rotated queries, keys and
+            values of the new tokens, [B, heads, T, D], and returns the attention's output, shaped as the queries.
     """
 
     slots: SlotCache | None = None
@@ -26,12 +29,15 @@ class LayerMemory:
     keys: Tensor | None = None
     values: Tensor | None = None
     decided: Partition | None = None
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (self.tail, self.keys, self.values) if x is not None]
 
     def select(self, index: Tensor) -> LayerMemory:
-        """The sequences `index` (int64 [B']) of the batch, copied."""
+        """The sequences `index` (int64 [B']) of the batch, copied. Raises ValueError where an engine keeps the keys."""
+        if self.attend is not None:
+            raise ValueError("keys and values of this cache are kept by an engine: only it can copy a sequence")
 
         def pick(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[index.to(x.device)]
@@ -53,6 +59,8 @@ class DLACache:
     Attributes:
         layers: one `LayerMemory` a layer. seen: tokens read, padding included.
         padding: int64 [B], leading padded tokens of each sequence, or None.
+        lengths: int64 [B], tokens read of each sequence, where an engine batches sequences of different lengths
+            without padding; it sets them before each call. None: `seen` of all.
     """
 
     is_compileable = False
@@ -64,6 +72,7 @@ class DLACache:
         self.is_linear = [False] * num_layers
         self.seen = 0
         self.padding: Tensor | None = None
+        self.lengths: Tensor | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, padding included."""
@@ -92,8 +101,9 @@ class DLACache:
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices` (int64 [B']), in that order."""
         self.layers = [layer.select(indices) for layer in self.layers]
-        if self.padding is not None:
-            self.padding = self.padding[indices.to(self.padding.device)]
+        for name in ("padding", "lengths"):
+            if (x := getattr(self, name)) is not None:
+                setattr(self, name, x[indices.to(x.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: sequence i continues sequence `beam_idx[i]`."""
@@ -104,9 +114,11 @@ class DLACache:
         self.batch_select_indices(torch.arange(self.batch_size or 0).repeat_interleave(repeats))
 
     def clone(self) -> DLACache:
-        """An independent copy."""
+        """An independent copy. Raises ValueError where an engine keeps the keys."""
+        if any(layer.attend is not None for layer in self.layers):
+            raise ValueError("keys and values of this cache are kept by an engine: only it can copy a sequence")
         copy = DLACache(len(self.layers))
-        copy.seen, copy.padding = self.seen, self.padding
+        copy.seen, copy.padding, copy.lengths = self.seen, self.padding, self.lengths
         copy.layers = [
             LayerMemory(
                 slots=None if layer.slots is None else layer.slots.clone(),

@@ -292,15 +292,19 @@ class DLASoftmaxAttention(nn.Module):
         if self.rotated:
             assert step.rotary is not None
             q, k = rotate(q, *step.rotary), rotate(k, *step.rotary)
+        out = self._attend(q, k, v, memory, step) if memory.attend is None else memory.attend(q, k, v)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, memory: LayerMemory, step: Step) -> Tensor:
+        """[B, heads, T, D], over the memory and the new tokens, which it then keeps."""
         if memory.keys is not None and memory.values is not None:
             k, v = torch.cat([memory.keys, k], 2), torch.cat([memory.values, v], 2)
         if step.keep:
             memory.keys, memory.values = self._kept(k), self._kept(v)
-        mask = self._mask(step.mask, q.shape[2], k.shape[2], x.device)
+        mask = self._mask(step.mask, q.shape[2], k.shape[2], q.device)
         grouped = k.shape[1] != q.shape[1]
         causal = mask is None and q.shape[2] > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
     def _kept(self, x: Tensor) -> Tensor:
         """What later calls can see of keys or values [B, G, S, D]; a copy, since a view would keep all alive."""

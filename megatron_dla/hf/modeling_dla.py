@@ -215,6 +215,10 @@ class DLAModel(DLAPreTrainedModel):
     def _step(self, x: Tensor, mask: Tensor | None, starts: Tensor | None, cache: DLACache | None, keep: bool) -> Step:
         """Padding, documents, positions and softmax mask of this call."""
         B, T = x.shape[:2]
+        softmax = any(LETTERS[letter].softmax for letter in self.config.layer_letters)
+        if cache is not None and cache.lengths is not None:
+            position = cache.lengths[:, None] + torch.arange(T, device=x.device)
+            return Step(None, None, self._rotary(position) if softmax else None, None, keep)
         past = 0 if cache is None else cache.seen
         now = left_padding(mask, past, B, T, keep)
         padding = cache.padding if cache is not None and past else now
@@ -230,7 +234,7 @@ class DLAModel(DLAPreTrainedModel):
             borders = position == (0 if now is None else now[:, None])
             borders = (borders | (position == 0) | (borders if starts is None else starts)).expand(B, T)
             step.ends = F.pad(borders.flatten().nonzero().flatten(), (0, 1), value=B * T)
-        if any(LETTERS[letter].softmax for letter in self.config.layer_letters):
+        if softmax:
             begin = None if padding is None else padding[:, None]
             if starts is not None:
                 documents = torch.where(starts, position, 0).cummax(1).values

@@ -52,7 +52,12 @@ class Sampling:
         for good, name, wanted in checks:
             if not good:
                 value = getattr(self, name)
-                raise UserError(f"--{name.replace('_', '-')} {value[0] if name == 'stop' else value}: want {wanted}")
+                raise UserError(f"{self.shown(name)} {value[0] if name == 'stop' else value}: want {wanted}")
+
+    @classmethod
+    def shown(cls, name: str) -> str:
+        """A field, as whoever set it knows it."""
+        return f"--{name.replace('_', '-')}"
 
     def for_transformers(self) -> dict[str, Any]:
         """Keyword arguments of transformers' `generate`; `stop` and `seed` are the caller's."""

@@ -1,7 +1,8 @@
-"""Tiny adapted models."""
+"""Tiny adapted models, and the exported ones of tests/hf."""
 
 import pytest
 
+from tests.hf.conftest import exported, saved, tokenizer, use_modules_cache  # noqa: F401 (fixtures)
 from tests.support.tiny_hf import CONFIGS, build_adapted
 
 

@@ -1,0 +1,275 @@
+"""The engine: requests in, events out, one step of all sequences at a time.
+
+`submit`, `cancel` and `stats` may be called from any thread; `step` (or `run`, which repeats it) from one at a time.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_dla.errors import UserError
+from megatron_dla.serving.engine.config import EngineConfig
+from megatron_dla.serving.engine.output import Output, end_tokens
+from megatron_dla.serving.engine.request import EngineFullError, Event, FinishReason, Request, TokenLogprob
+from megatron_dla.serving.engine.runner import ModelRunner, Saved
+from megatron_dla.serving.engine.scheduler import Phase, Scheduler, Sequence
+from megatron_dla.serving.engine.states import state_bytes
+from megatron_dla.serving.engine.stats import Meter, SequenceBytes, Stats, memory, sequence_bytes
+
+
+@dataclass
+class Completion:
+    """All of a request. Attributes: tokens: generated, an end token included. logprobs: of each, if asked for."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str = ""
+
+
+class Handle:
+    """A submitted request: iterate over its events, which waits for them, or take the `result`."""
+
+    def __init__(self, engine: Engine, number: int, request: Request, listener: Callable[[Event], None] | None) -> None:
+        self.id, self.request = number, request
+        self._engine, self._listener = engine, listener
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def put(self, event: Event) -> None:
+        if self._listener is None:
+            self._events.put(event)
+        else:
+            self._listener(event)
+
+    def __iter__(self) -> Iterator[Event]:
+        while True:
+            event = self._events.get()
+            yield event
+            if event.finish_reason:
+                return
+
+    def result(self) -> Completion:
+        """Waits for the end; another thread must step the engine."""
+        done = Completion()
+        for event in self:
+            done.text += event.text
+            done.finish_reason, done.error = event.finish_reason, event.error
+            if event.token is not None:
+                done.tokens.append(event.token)
+            if event.logprob is not None:
+                done.logprobs.append(event.logprob)
+        return done
+
+    def cancel(self) -> None:
+        self._engine.cancel(self.id)
+
+
+@dataclass
+class _Live:
+    """A request that has not ended."""
+
+    handle: Handle
+    sequence: Sequence
+    output: Output
+
+
+class Engine:
+    """Continuous batching on one exported model.
+
+    Args:
+        model: of `load_export`, in eval mode. tokenizer: for text and stop strings; None: token ids only.
+        clock: seconds, of deadlines and rates.
+
+    Raises:
+        UserError: the model's code is too old.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any = None, config: EngineConfig | None = None, *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.config = config or EngineConfig()
+        self.tokenizer, self._clock = tokenizer, clock
+        self._runner = ModelRunner(model, self.config)
+        self._rows_agree = self._runner.rows_agree()
+        self._scheduler = Scheduler(self.config, self._runner, self._runner.windows)
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
+        self._ends = end_tokens(model, tokenizer)
+        self._suppressed = sorted(model.generation_config.suppress_tokens or [])
+        self._live: dict[int, _Live] = {}  # by number; under the lock
+        self._cancelled: set[int] = set()
+        self._new: list[_Live] = []
+        self._lock, self._work = threading.Lock(), threading.Condition()
+        self._stepping = threading.Lock()
+        self._numbers = self._prefix_tokens = 0
+        self._read, self._decoded = Meter(), Meter()
+
+    # ---- from any thread
+
+    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> Handle:
+        """Queue a request.
+
+        Args:
+            listener: called with each event in the thread that steps the engine, instead of the handle's queue.
+
+        Raises:
+            UserError: a token that the model does not have, stop strings without a tokenizer, or more tokens than the
+                pages hold. EngineFullError: `max_waiting` requests wait.
+        """
+        if odd := [x for x in request.prompt if type(x) is not int or not 0 <= x < self._vocabulary]:
+            raise UserError(f"prompt has token {odd[0]!r}: the model has tokens 0 to {self._vocabulary - 1}")
+        if request.sampling.stop and self.tokenizer is None:
+            raise UserError(f"stop = {list(request.sampling.stop)}: the engine has no tokenizer: use stop_ids")
+        self._scheduler.check(request)
+        ends = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self._ends)
+        with self._lock:
+            waiting = len(self._new) + len(self._scheduler.waiting)
+            if waiting >= self.config.max_waiting:
+                raise EngineFullError(
+                    f"{waiting} requests wait (max_waiting = {self.config.max_waiting}): try again later"
+                )
+            handle = Handle(self, self._numbers, request, listener)
+            self._numbers += 1
+            expires = None if request.deadline is None else self._clock() + request.deadline
+            live = _Live(handle, Sequence(request, handle.id, expires), Output(request, self.tokenizer, ends))
+            self._live[handle.id] = live
+            self._new.append(live)
+        with self._work:
+            self._work.notify_all()
+        return handle
+
+    def cancel(self, number: int) -> None:
+        """End a request at the next step; one that has ended already is left alone."""
+        with self._lock:
+            if number in self._live:
+                self._cancelled.add(number)
+        with self._work:
+            self._work.notify_all()
+
+    def stats(self) -> Stats:
+        """Between two steps."""
+        with self._stepping, self._lock:
+            s, now = self._scheduler, self._clock()
+            running = [x for x in s.held if x.phase is not Phase.ENDED]
+            saved = [x for x in s.waiting if x.phase is Phase.SAVED]
+            total, reserved, used = memory(s, self._runner)
+            decoding = [x.row for x in running if x.phase is Phase.DECODING]
+            slots, every = self._runner.pool.open_slots(decoding)
+            pages = sum(pool.total for pool in s.pools)
+            return Stats(
+                running=len(running), waiting=len(s.waiting) + len(self._new), saved=len(saved),
+                slots=self.config.slots, slots_used=len(s.held), pages=pages,
+                pages_used=pages - sum(pool.free for pool in s.pools), pool_bytes=total, reserved_bytes=reserved,
+                used_bytes=used, saved_bytes=sum(x.state.nbytes for x in saved if isinstance(x.state, Saved)),
+                prefix_bytes=sum(state_bytes(x.state) for x in s.prefixes.kept), open_slots=slots, all_slots=every,
+                tokens_per_s=self._read.rate(now) + self._decoded.rate(now), decoded=self._decoded.total,
+                read=self._read.total, saves=s.saves, requests=self._numbers, prefix_tokens=self._prefix_tokens,
+                rows_agree=self._rows_agree,
+            )  # fmt: skip
+
+    def sequence_bytes(self) -> dict[int, SequenceBytes]:
+        """By request, of those that have a slot."""
+        with self._stepping:
+            held = [x for x in self._scheduler.held if x.phase is not Phase.ENDED]
+            return {x.arrival: sequence_bytes(x, self._runner) for x in held}
+
+    # ---- from the thread that steps
+
+    def step(self) -> bool:
+        """Decode a token of every sequence that has been read, and read prompts within the token budget; False: there
+        was nothing to do."""
+        with self._stepping:
+            self._take_changes()
+            rows = self._scheduler.begin_step()
+            for first in sorted({x.row // self.config.rows for x in rows}):
+                self._decode([x for x in rows if x.row // self.config.rows == first])
+            while (work := self._scheduler.next_read()) is not None:
+                self._read_chunk(*work)
+            return bool(self._live)
+
+    def run(self, stop: threading.Event) -> None:
+        """Step until `stop` is set; waits where nothing is to do. Requests that are left are cancelled."""
+        while not stop.is_set():
+            if not self.step():
+                with self._work:
+                    self._work.wait_for(lambda: self._live or stop.is_set(), timeout=0.1)
+        for number in list(self._live):
+            self.cancel(number)
+        self.step()
+
+    def drain(self) -> None:
+        """Step until every request has ended."""
+        while self.step():
+            pass
+
+    # ---- one step
+
+    def _take_changes(self) -> None:
+        with self._lock:
+            new, self._new = self._new, []
+            cancelled, self._cancelled = self._cancelled, set()
+            for live in new:
+                self._scheduler.add(live.sequence)
+        for number in sorted(cancelled & self._live.keys()):
+            self._end(self._live[number], "cancelled")
+        for sequence in self._scheduler.expired(self._clock()):
+            self._end(self._live[sequence.arrival], "deadline")
+
+    def _decode(self, rows: list[Sequence]) -> None:
+        try:
+            logits = self._runner.decode(rows)
+        except Exception as error:
+            for one in rows:
+                self._end(self._live[one.arrival], "error", f"{type(error).__name__}: {error}")
+            return
+        self._decoded.add(self._clock(), len(rows))
+        greedy = self._mask(logits).argmax(-1).tolist()
+        for one, row, best in zip(rows, logits, greedy, strict=True):
+            self._scheduler.decoded(one)
+            self._token(one, row, best)
+
+    def _read_chunk(self, sequence: Sequence, stop: int) -> None:
+        try:
+            logits = self._runner.read(sequence, stop)
+        except Exception as error:
+            self._end(self._live[sequence.arrival], "error", f"{type(error).__name__}: {error}")
+            return
+        self._read.add(self._clock(), stop - sequence.length)
+        if sequence.length == sequence.cached:
+            self._prefix_tokens += sequence.cached
+        self._scheduler.was_read(sequence, stop)
+        if logits is not None:
+            logits = self._mask(logits[None])
+            self._token(sequence, logits[0], int(logits.argmax(-1)))
+
+    def _mask(self, logits: Any) -> Any:
+        """In place: tokens that the model shall not generate."""
+        if self._suppressed:
+            logits[:, self._suppressed] = -float("inf")
+        return logits
+
+    def _token(self, sequence: Sequence, logits: Any, best: int) -> None:
+        live = self._live[sequence.arrival]
+        try:
+            event = live.output.next(logits, best, sequence)
+        except Exception as error:  # of a tokenizer
+            self._end(live, "error", f"{type(error).__name__}: {error}")
+            return
+        if event.finish_reason:
+            self._forget(live)
+        live.handle.put(event)
+
+    def _forget(self, live: _Live) -> None:
+        self._scheduler.end(live.sequence)
+        with self._lock:
+            del self._live[live.handle.id]
+
+    def _end(self, live: _Live, reason: FinishReason, error: str = "") -> None:
+        self._forget(live)
+        live.handle.put(live.output.last(live.sequence, reason, error))

@@ -1,0 +1,78 @@
+"""From logits to the events of one request: sampling, end tokens, stop strings, text, log-probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dla.serving.decode import sample
+from megatron_dla.serving.engine.request import Event, FinishReason, Request, TokenLogprob
+from megatron_dla.serving.engine.scheduler import Sequence
+from megatron_dla.serving.stream import TextStream
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text, of the model's generation config and of the tokenizer."""
+    found: list[int | None] = []
+    for source in (model.generation_config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found += value if isinstance(value, (list, tuple)) else [value]
+    return frozenset(x for x in found if x is not None)
+
+
+def log_probabilities(logits: Tensor, token: int, top: int) -> TokenLogprob:
+    """Of `token` and of the `top` most probable ones, from logits [V]."""
+    values = logits.float().log_softmax(-1)
+    best, which = values.topk(top)
+    return TokenLogprob(float(values[token]), tuple(zip(which.tolist(), best.tolist(), strict=True)))
+
+
+class Output:
+    """The continuation of one request; its random numbers are its own, so that a seed gives it alike under any load."""
+
+    def __init__(self, request: Request, tokenizer: Any, ends: frozenset[int]) -> None:
+        self.request, self.ends = request, ends
+        self._text = None if tokenizer is None else TextStream(tokenizer, stop=request.sampling.stop)
+        self._shown = 0
+        self._generator = torch.Generator().manual_seed(request.sampling.seed)
+
+    def next(self, logits: Tensor, best: int, sequence: Sequence) -> Event:
+        """Choose a token from logits [V], whose largest is at `best`, and add it to the sequence."""
+        sampling = self.request.sampling
+        token = best
+        if sampling.temperature > 0 or sampling.repetition_penalty != 1:
+            token = self._sample(logits, sequence)
+        sequence.tokens.append(token)
+        logprob = None if self.request.logprobs is None else log_probabilities(logits, token, self.request.logprobs)
+        reason: FinishReason | None = "stop" if token in self.ends else None
+        if self._text is not None and reason is None:
+            self._text.put(token)
+            reason = "stop" if self._text.stopped else None
+        if reason is None and len(sequence.tokens) >= sampling.max_new_tokens:
+            reason = "length"
+        return self._event(sequence, token, logprob, reason)
+
+    def last(self, sequence: Sequence, reason: FinishReason, error: str) -> Event:
+        """The end of a request from outside."""
+        return self._event(sequence, None, None, reason, error)
+
+    def _sample(self, logits: Tensor, sequence: Sequence) -> int:
+        options = self.request.sampling.for_session()
+        if options["repetition_penalty"] != 1:
+            options["seen"] = torch.tensor([[*self.request.prompt, *sequence.tokens]], device=logits.device)
+        return int(sample(logits[None], **options | {"generator": self._generator}))
+
+    def _event(
+        self, sequence: Sequence, token: int | None, logprob: TokenLogprob | None, reason: FinishReason | None,
+        error: str = "",
+    ) -> Event:  # fmt: skip
+        text = ""
+        if self._text is not None:
+            if reason:
+                self._text.end()
+            text, self._shown = self._text.text[self._shown :], len(self._text.text)
+        return Event(
+            token, text, logprob, reason, error, len(self.request.prompt), len(sequence.tokens), sequence.cached
+        )

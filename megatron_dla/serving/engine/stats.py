@@ -1,0 +1,113 @@
+"""What an engine does and holds, in numbers."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_dla.serving.engine.config import PAGE
+
+if TYPE_CHECKING:
+    from megatron_dla.serving.engine.runner import ModelRunner
+    from megatron_dla.serving.engine.scheduler import Scheduler, Sequence
+
+
+@dataclass(frozen=True)
+class SequenceBytes:
+    """Of one sequence that has a slot. Attributes: state: constant. kv_reserved: its pages. kv_used: of them, keys and
+    values that a later token can see."""
+
+    state: int
+    kv_reserved: int
+    kv_used: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A moment of an engine.
+
+    Attributes:
+        running, waiting, saved: sequences with a slot; without one; put aside (among the waiting).
+        slots, slots_used, pages, pages_used: of the pools; pages of all kinds of softmax layers together.
+        pool_bytes: allocated at the start. reserved_bytes: of them, held by sequences and prefixes. used_bytes: of
+            those, states, and keys and values that a later token can see. saved_bytes: in host memory.
+        prefix_bytes: states of kept prefixes, beside the pool (their pages are in it).
+        open_slots, all_slots: DLA slots of the running sequences that hold tokens, and all of them: a state has its
+            full size from the first token on.
+        tokens_per_s: decoded and read, over the last seconds (`Meter`). decoded, read, saves, requests: so far.
+        prefix_tokens: prompt tokens that kept prefixes saved. rows_agree: see `ModelRunner.rows_agree`.
+    """
+
+    running: int
+    waiting: int
+    saved: int
+    slots: int
+    slots_used: int
+    pages: int
+    pages_used: int
+    pool_bytes: int
+    reserved_bytes: int
+    used_bytes: int
+    saved_bytes: int
+    prefix_bytes: int
+    open_slots: int
+    all_slots: int
+    tokens_per_s: float
+    decoded: int
+    read: int
+    saves: int
+    requests: int
+    prefix_tokens: int
+    rows_agree: bool
+
+    @property
+    def waste(self) -> float:
+        """Share of the reserved memory that holds nothing."""
+        return 1 - self.used_bytes / self.reserved_bytes if self.reserved_bytes else 0.0
+
+
+class Meter:
+    """A rate over the last `seconds`."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds, self.total = seconds, 0
+        self._begin: float | None = None
+        self._log: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, count: int) -> None:
+        self._begin = now if self._begin is None else self._begin
+        self.total += count
+        self._log.append((now, count))
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        while self._log and self._log[0][0] < now - self.seconds:
+            self._log.popleft()
+
+    def rate(self, now: float) -> float:
+        self._forget(now)
+        if self._begin is None:
+            return 0.0
+        return sum(count for _, count in self._log) / max(min(self.seconds, now - self._begin), 1e-9)
+
+
+def sequence_bytes(sequence: Sequence, runner: ModelRunner) -> SequenceBytes:
+    reserved = idle = 0
+    for table, token in zip(sequence.tables, runner.token_bytes, strict=True):
+        reserved += len(table.pages) * PAGE * token
+        idle += table.idle(sequence.length) * token
+    return SequenceBytes(runner.pool.row_bytes if sequence.row >= 0 else 0, reserved, reserved - idle)
+
+
+def memory(scheduler: Scheduler, runner: ModelRunner) -> tuple[int, int, int]:
+    """Bytes of the pools: allocated, reserved, used. A page that several hold counts once."""
+    row = runner.pool.row_bytes
+    total, reserved = scheduler.config.slots * row, len(scheduler.held) * row
+    idle = 0
+    for kind, token in enumerate(runner.token_bytes):
+        pool = scheduler.pools[kind]
+        total += pool.total * PAGE * token
+        reserved += (pool.total - pool.free) * PAGE * token
+        idle += sum(x.tables[kind].idle(x.length) for x in scheduler.held) * token
+    return total, reserved, reserved - idle
