@@ -108,7 +108,8 @@ class Engine:
         self._lock, self._work = threading.Lock(), threading.Condition()
         self._stepping = threading.Lock()
         self._numbers = self._prefix_tokens = 0
-        self._read, self._decoded = Meter(), Meter()
+        self._closed = False
+        self._read, self._generated = Meter(), Meter()
 
     # ---- from any thread
 
@@ -120,7 +121,7 @@ class Engine:
 
         Raises:
             UserError: a token that the model does not have, stop strings without a tokenizer, or more tokens than the
-                pages hold. EngineFullError: `max_waiting` requests wait.
+                pages hold. EngineFullError: `max_waiting` requests wait, or `run` has come to its end.
         """
         if odd := [x for x in request.prompt if type(x) is not int or not 0 <= x < self._vocabulary]:
             raise UserError(f"prompt has token {odd[0]!r}: the model has tokens 0 to {self._vocabulary - 1}")
@@ -129,6 +130,8 @@ class Engine:
         self._scheduler.check(request)
         ends = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self._ends)
         with self._lock:
+            if self._closed:
+                raise EngineFullError("the engine is closed: it takes no more requests")
             waiting = len(self._new) + len(self._scheduler.waiting)
             if waiting >= self.config.max_waiting:
                 raise EngineFullError(
@@ -168,9 +171,9 @@ class Engine:
                 pages_used=pages - sum(pool.free for pool in s.pools), pool_bytes=total, reserved_bytes=reserved,
                 used_bytes=used, saved_bytes=sum(x.state.nbytes for x in saved if isinstance(x.state, Saved)),
                 prefix_bytes=sum(state_bytes(x.state) for x in s.prefixes.kept), open_slots=slots, all_slots=every,
-                tokens_per_s=self._read.rate(now) + self._decoded.rate(now), decoded=self._decoded.total,
-                read=self._read.total, saves=s.saves, requests=self._numbers, prefix_tokens=self._prefix_tokens,
-                rows_agree=self._rows_agree,
+                generated=self._generated.total, generated_per_s=self._generated.rate(now), read=self._read.total,
+                read_per_s=self._read.rate(now), saves=s.saves, requests=self._numbers,
+                prefix_tokens=self._prefix_tokens, rows_agree=self._rows_agree,
             )  # fmt: skip
 
     def sequence_bytes(self) -> dict[int, SequenceBytes]:
@@ -194,13 +197,14 @@ class Engine:
             return bool(self._live)
 
     def run(self, stop: threading.Event) -> None:
-        """Step until `stop` is set; waits where nothing is to do. Requests that are left are cancelled."""
+        """Step until `stop` is set, waiting where nothing is to do; then cancel what is left, and take no more."""
         while not stop.is_set():
             if not self.step():
                 with self._work:
                     self._work.wait_for(lambda: self._live or stop.is_set(), timeout=0.1)
-        for number in list(self._live):
-            self.cancel(number)
+        with self._lock:
+            self._closed = True
+            self._cancelled |= self._live.keys()
         self.step()
 
     def drain(self) -> None:
@@ -228,7 +232,6 @@ class Engine:
             for one in rows:
                 self._end(self._live[one.arrival], "error", f"{type(error).__name__}: {error}")
             return
-        self._decoded.add(self._clock(), len(rows))
         greedy = self._mask(logits).argmax(-1).tolist()
         for one, row, best in zip(rows, logits, greedy, strict=True):
             self._scheduler.decoded(one)
@@ -261,6 +264,7 @@ class Engine:
         except Exception as error:  # of a tokenizer
             self._end(live, "error", f"{type(error).__name__}: {error}")
             return
+        self._generated.add(self._clock(), 1)
         if event.finish_reason:
             self._forget(live)
         live.handle.put(event)

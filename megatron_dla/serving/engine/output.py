@@ -40,10 +40,7 @@ class Output:
 
     def next(self, logits: Tensor, best: int, sequence: Sequence) -> Event:
         """Choose a token from logits [V], whose largest is at `best`, and add it to the sequence."""
-        sampling = self.request.sampling
-        token = best
-        if sampling.temperature > 0 or sampling.repetition_penalty != 1:
-            token = self._sample(logits, sequence)
+        sampling, token = self.request.sampling, self._choose(logits, best, sequence)
         sequence.tokens.append(token)
         logprob = None if self.request.logprobs is None else log_probabilities(logits, token, self.request.logprobs)
         reason: FinishReason | None = "stop" if token in self.ends else None
@@ -58,8 +55,10 @@ class Output:
         """The end of a request from outside."""
         return self._event(sequence, None, None, reason, error)
 
-    def _sample(self, logits: Tensor, sequence: Sequence) -> int:
+    def _choose(self, logits: Tensor, best: int, sequence: Sequence) -> int:
         options = self.request.sampling.for_session()
+        if options["temperature"] == 0 and options["repetition_penalty"] == 1:
+            return best
         if options["repetition_penalty"] != 1:
             options["seen"] = torch.tensor([[*self.request.prompt, *sequence.tokens]], device=logits.device)
         return int(sample(logits[None], **options | {"generator": self._generator}))

@@ -35,7 +35,7 @@ class Stats:
         prefix_bytes: states of kept prefixes, beside the pool (their pages are in it).
         open_slots, all_slots: DLA slots of the running sequences that hold tokens, and all of them: a state has its
             full size from the first token on.
-        tokens_per_s: decoded and read, over the last seconds (`Meter`). decoded, read, saves, requests: so far.
+        generated, read: tokens so far, and a second over the last ten. saves, requests: so far.
         prefix_tokens: prompt tokens that kept prefixes saved. rows_agree: see `ModelRunner.rows_agree`.
     """
 
@@ -53,9 +53,10 @@ class Stats:
     prefix_bytes: int
     open_slots: int
     all_slots: int
-    tokens_per_s: float
-    decoded: int
+    generated: int
+    generated_per_s: float
     read: int
+    read_per_s: float
     saves: int
     requests: int
     prefix_tokens: int
