@@ -5,69 +5,21 @@
 
 from __future__ import annotations
 
-import queue
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_dla.errors import UserError
 from megatron_dla.serving.engine.config import EngineConfig
+from megatron_dla.serving.engine.handle import Handle
 from megatron_dla.serving.engine.output import Output, end_tokens
-from megatron_dla.serving.engine.request import EngineFullError, Event, FinishReason, Request, TokenLogprob
-from megatron_dla.serving.engine.runner import ModelRunner, Saved
+from megatron_dla.serving.engine.request import EngineFullError, Event, FinishReason, Request
+from megatron_dla.serving.engine.runner import ModelRunner
 from megatron_dla.serving.engine.scheduler import Phase, Scheduler, Sequence
-from megatron_dla.serving.engine.states import state_bytes
-from megatron_dla.serving.engine.stats import Meter, SequenceBytes, Stats, memory, sequence_bytes
-
-
-@dataclass
-class Completion:
-    """All of a request. Attributes: tokens: generated, an end token included. logprobs: of each, if asked for."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    error: str = ""
-
-
-class Handle:
-    """A submitted request: iterate over its events, which waits for them, or take the `result`."""
-
-    def __init__(self, engine: Engine, number: int, request: Request, listener: Callable[[Event], None] | None) -> None:
-        self.id, self.request = number, request
-        self._engine, self._listener = engine, listener
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-
-    def put(self, event: Event) -> None:
-        if self._listener is None:
-            self._events.put(event)
-        else:
-            self._listener(event)
-
-    def __iter__(self) -> Iterator[Event]:
-        while True:
-            event = self._events.get()
-            yield event
-            if event.finish_reason:
-                return
-
-    def result(self) -> Completion:
-        """Waits for the end; another thread must step the engine."""
-        done = Completion()
-        for event in self:
-            done.text += event.text
-            done.finish_reason, done.error = event.finish_reason, event.error
-            if event.token is not None:
-                done.tokens.append(event.token)
-            if event.logprob is not None:
-                done.logprobs.append(event.logprob)
-        return done
-
-    def cancel(self) -> None:
-        self._engine.cancel(self.id)
+from megatron_dla.serving.engine.stats import Counts, SequenceBytes, Stats, sequence_bytes, take_stats
 
 
 @dataclass
@@ -97,7 +49,7 @@ class Engine:
         self.config = config or EngineConfig()
         self.tokenizer, self._clock = tokenizer, clock
         self._runner = ModelRunner(model, self.config)
-        self._rows_agree = self._runner.rows_agree()
+        self._counts = Counts(self._runner.rows_agree())
         self._scheduler = Scheduler(self.config, self._runner, self._runner.windows)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._ends = end_tokens(model, tokenizer)
@@ -107,9 +59,7 @@ class Engine:
         self._new: list[_Live] = []
         self._lock, self._work = threading.Lock(), threading.Condition()
         self._stepping = threading.Lock()
-        self._numbers = self._prefix_tokens = 0
         self._closed = False
-        self._read, self._generated = Meter(), Meter()
 
     # ---- from any thread
 
@@ -137,8 +87,8 @@ class Engine:
                 raise EngineFullError(
                     f"{waiting} requests wait (max_waiting = {self.config.max_waiting}): try again later"
                 )
-            handle = Handle(self, self._numbers, request, listener)
-            self._numbers += 1
+            handle = Handle(self._counts.requests, request, self.cancel, listener)
+            self._counts.requests += 1
             expires = None if request.deadline is None else self._clock() + request.deadline
             live = _Live(handle, Sequence(request, handle.id, expires), Output(request, self.tokenizer, ends))
             self._live[handle.id] = live
@@ -158,23 +108,8 @@ class Engine:
     def stats(self) -> Stats:
         """Between two steps."""
         with self._stepping, self._lock:
-            s, now = self._scheduler, self._clock()
-            running = [x for x in s.held if x.phase is not Phase.ENDED]
-            saved = [x for x in s.waiting if x.phase is Phase.SAVED]
-            total, reserved, used = memory(s, self._runner)
-            decoding = [x.row for x in running if x.phase is Phase.DECODING]
-            slots, every = self._runner.pool.open_slots(decoding)
-            pages = sum(pool.total for pool in s.pools)
-            return Stats(
-                running=len(running), waiting=len(s.waiting) + len(self._new), saved=len(saved),
-                slots=self.config.slots, slots_used=len(s.held), pages=pages,
-                pages_used=pages - sum(pool.free for pool in s.pools), pool_bytes=total, reserved_bytes=reserved,
-                used_bytes=used, saved_bytes=sum(x.state.nbytes for x in saved if isinstance(x.state, Saved)),
-                prefix_bytes=sum(state_bytes(x.state) for x in s.prefixes.kept), open_slots=slots, all_slots=every,
-                generated=self._generated.total, generated_per_s=self._generated.rate(now), read=self._read.total,
-                read_per_s=self._read.rate(now), saves=s.saves, requests=self._numbers,
-                prefix_tokens=self._prefix_tokens, rows_agree=self._rows_agree,
-            )  # fmt: skip
+            waiting, now = len(self._new), self._clock()
+            return take_stats(self._scheduler, self._runner, waiting, self._counts, now)
 
     def sequence_bytes(self) -> dict[int, SequenceBytes]:
         """By request, of those that have a slot."""
@@ -243,9 +178,9 @@ class Engine:
         except Exception as error:
             self._end(self._live[sequence.arrival], "error", f"{type(error).__name__}: {error}")
             return
-        self._read.add(self._clock(), stop - sequence.length)
+        self._counts.read.add(self._clock(), stop - sequence.length)
         if sequence.length == sequence.cached:
-            self._prefix_tokens += sequence.cached
+            self._counts.prefix_tokens += sequence.cached
         self._scheduler.was_read(sequence, stop)
         if logits is not None:
             logits = self._mask(logits[None])
@@ -264,10 +199,10 @@ class Engine:
         except Exception as error:  # of a tokenizer
             self._end(live, "error", f"{type(error).__name__}: {error}")
             return
-        self._generated.add(self._clock(), 1)
+        self._counts.generated.add(self._clock(), 1)
         if event.finish_reason:
             self._forget(live)
-        live.handle.put(event)
+        self._deliver(live, event)
 
     def _forget(self, live: _Live) -> None:
         self._scheduler.end(live.sequence)
@@ -276,4 +211,11 @@ class Engine:
 
     def _end(self, live: _Live, reason: FinishReason, error: str = "") -> None:
         self._forget(live)
-        live.handle.put(live.output.last(live.sequence, reason, error))
+        self._deliver(live, live.output.last(live.sequence, reason, error))
+
+    def _deliver(self, live: _Live, event: Event) -> None:
+        try:
+            live.handle.put(event)
+        except Exception as error:  # of a client's listener, which must not end the others
+            print(f"request {live.handle.id}: its listener failed ({type(error).__name__}: {error})", file=sys.stderr)
+            self.cancel(live.handle.id)

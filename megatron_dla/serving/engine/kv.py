@@ -21,13 +21,14 @@ class View:
     """One sequence in a call, for all layers of one kind.
 
     Attributes:
-        row: in the batch. places: int64 [T], of the new tokens, counted in tokens. pages: int64 [n], all of the table.
+        row: in the batch. places: int64 [T], of the new tokens, counted in tokens. pages: int64 [n], of the table, or a
+            slice where they lie side by side, so that they need not be gathered.
         first, last: of the tokens in these pages, those that some query sees. mask: bool [T, last - first] or None.
     """
 
     row: int
     places: Tensor
-    pages: Tensor
+    pages: Tensor | slice
     first: int
     last: int
     mask: Tensor | None
@@ -37,7 +38,10 @@ def view(row: int, table: PageTable, past: int, tokens: int, device: torch.devic
     """Of `tokens` new tokens after `past`; the table has their pages."""
     places = torch.tensor([table.slot_of(t) for t in range(past, past + tokens)], device=device)
     used = -(-(past + tokens) // PAGE) - table.behind
-    pages = torch.tensor(table.pages[:used], device=device)
+    numbers = table.pages[:used]
+    pages: Tensor | slice = slice(numbers[0], numbers[0] + used)
+    if numbers != list(range(numbers[0], numbers[0] + used)):
+        pages = torch.tensor(numbers, device=device)
     begin, offset = table.seen_from(past), table.behind * PAGE
     mask = None
     if tokens > 1:
@@ -77,7 +81,7 @@ class PagedKeys:
         grouped = k.shape[1] != q.shape[1]
         for one in self.now:
             keys, values = (
-                pool.index_select(0, one.pages).flatten(0, 1)[one.first : one.last].transpose(0, 1)[None]
+                pool[one.pages].flatten(0, 1)[one.first : one.last].transpose(0, 1)[None]
                 for pool in (self.keys, self.values)
             )
             query = q[one.row : one.row + 1].clone()  # at an address of its own: rounding may depend on alignment

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_dla.serving.engine.config import PAGE
+from megatron_dla.serving.engine.scheduler import Phase, Scheduler, Sequence
+from megatron_dla.serving.engine.states import state_bytes
 
 if TYPE_CHECKING:
     from megatron_dla.serving.engine.runner import ModelRunner
-    from megatron_dla.serving.engine.scheduler import Scheduler, Sequence
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Stats:
         slots, slots_used, pages, pages_used: of the pools; pages of all kinds of softmax layers together.
         pool_bytes: allocated at the start. reserved_bytes: of them, held by sequences and prefixes. used_bytes: of
             those, states, and keys and values that a later token can see. saved_bytes: in host memory.
-        prefix_bytes: states of kept prefixes, beside the pool (their pages are in it).
+        prefix_bytes, reading_bytes: beside the pool, states of kept prefixes (their pages are in it) and of prompts
+            that are being read.
         open_slots, all_slots: DLA slots of the running sequences that hold tokens, and all of them: a state has its
             full size from the first token on.
         generated, read: tokens so far, and a second over the last ten. saves, requests: so far.
@@ -51,6 +53,7 @@ class Stats:
     used_bytes: int
     saved_bytes: int
     prefix_bytes: int
+    reading_bytes: int
     open_slots: int
     all_slots: int
     generated: int
@@ -93,6 +96,17 @@ class Meter:
         return sum(count for _, count in self._log) / max(min(self.seconds, now - self._begin), 1e-9)
 
 
+@dataclass
+class Counts:
+    """What an engine counts itself, see `Stats`."""
+
+    rows_agree: bool
+    requests: int = 0
+    prefix_tokens: int = 0
+    generated: Meter = field(default_factory=Meter)
+    read: Meter = field(default_factory=Meter)
+
+
 def sequence_bytes(sequence: Sequence, runner: ModelRunner) -> SequenceBytes:
     reserved = idle = 0
     for table, token in zip(sequence.tables, runner.token_bytes, strict=True):
@@ -101,7 +115,7 @@ def sequence_bytes(sequence: Sequence, runner: ModelRunner) -> SequenceBytes:
     return SequenceBytes(runner.pool.row_bytes if sequence.row >= 0 else 0, reserved, reserved - idle)
 
 
-def memory(scheduler: Scheduler, runner: ModelRunner) -> tuple[int, int, int]:
+def _memory(scheduler: Scheduler, runner: ModelRunner) -> tuple[int, int, int]:
     """Bytes of the pools: allocated, reserved, used. A page that several hold counts once."""
     row = runner.pool.row_bytes
     total, reserved = scheduler.config.slots * row, len(scheduler.held) * row
@@ -112,3 +126,37 @@ def memory(scheduler: Scheduler, runner: ModelRunner) -> tuple[int, int, int]:
         reserved += (pool.total - pool.free) * PAGE * token
         idle += sum(x.tables[kind].idle(x.length) for x in scheduler.held) * token
     return total, reserved, reserved - idle
+
+
+def take_stats(scheduler: Scheduler, runner: ModelRunner, new: int, counts: Counts, now: float) -> Stats:
+    """`new`: requests that the scheduler does not know yet. `now`: on the clock of the meters."""
+    running = [x for x in scheduler.held if x.phase is not Phase.ENDED]
+    saved = [x for x in scheduler.waiting if x.phase is Phase.SAVED]
+    total, reserved, used = _memory(scheduler, runner)
+    slots, every = runner.pool.open_slots([x.row for x in running if x.phase is Phase.DECODING])
+    pages = sum(pool.total for pool in scheduler.pools)
+    return Stats(
+        running=len(running),
+        waiting=len(scheduler.waiting) + new,
+        saved=len(saved),
+        slots=scheduler.config.slots,
+        slots_used=len(scheduler.held),
+        pages=pages,
+        pages_used=pages - sum(pool.free for pool in scheduler.pools),
+        pool_bytes=total,
+        reserved_bytes=reserved,
+        used_bytes=used,
+        saved_bytes=sum(x.state.nbytes for x in saved),
+        prefix_bytes=sum(state_bytes(x.state) for x in scheduler.prefixes.kept),
+        reading_bytes=sum(state_bytes(x.state or []) for x in running if x.phase is Phase.READING),
+        open_slots=slots,
+        all_slots=every,
+        generated=counts.generated.total,
+        generated_per_s=counts.generated.rate(now),
+        read=counts.read.total,
+        read_per_s=counts.read.rate(now),
+        saves=scheduler.saves,
+        requests=counts.requests,
+        prefix_tokens=counts.prefix_tokens,
+        rows_agree=counts.rows_agree,
+    )

@@ -126,6 +126,20 @@ def test_an_error_ends_its_requests_and_no_others(engine, monkeypatch):
     assert engine.stats().slots_used == 0 and not engine.step()
 
 
+def test_a_listener_that_fails_loses_only_its_own(engine, capsys):
+    seen = []
+
+    def fails(event):
+        seen.append(event)
+        raise OSError("gone")
+
+    engine.submit(Request((5,), SamplingParams(max_new_tokens=50)), fails)
+    other = engine.submit(Request((6,), SamplingParams(max_new_tokens=3), ignore_eos=True))
+    engine.drain()
+    assert other.result().finish_reason == "length" == other.result().finish_reason
+    assert [event.finish_reason for event in seen] == [None, "cancelled"] and "gone" in capsys.readouterr().err
+
+
 def test_requests_come_from_threads_while_it_runs(engine):
     stop, done = threading.Event(), []
     runner = threading.Thread(target=engine.run, args=(stop,))
