@@ -67,8 +67,9 @@ lm_eval --model hf --model_args pretrained={name},trust_remote_code=True --tasks
 
 ## Serving
 
-`model.generate` on a left-padded batch; `DLACache.clone()` forks a session. Engines with CUDA kernels of their own
-(vLLM, SGLang) do not know the architecture.
+`model.generate` on a left-padded batch; `DLACache.clone()` forks a session. megatron-dla has an engine that batches
+requests continuously (its docs/serving.md). Engines with CUDA kernels of their own (vLLM, SGLang) do not know the
+architecture.
 """
 
 

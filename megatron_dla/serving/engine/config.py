@@ -17,8 +17,8 @@ class EngineConfig:
     Attributes:
         slots: sequences that are held at once, each with its constant-size state.
         decode_rows: rows of one decode call. Every call has this shape, idle rows included, so that a sequence is
-            computed alike alone and under load; `slots` sequences take `slots / decode_rows` calls a step. 0: 16, or
-            `slots` where that is less.
+            computed alike alone and under load; `slots` sequences, best a multiple, take `slots / decode_rows` calls a
+            step. 0: 16, or `slots` where that is less.
         prefill_chunk: prompts are cut at multiples of so many tokens, a multiple of 16.
         token_budget: tokens of one step, decoded and read together. 0: `slots + prefill_chunk`.
         readers: prompts that are read side by side, a chunk of each in turn: a short prompt does not wait for a long

@@ -50,7 +50,8 @@ class StatePool:
     Decode calls work in place on views of `rows` neighbouring rows, so that no state is gathered or scattered.
 
     Attributes:
-        row_bytes: of one sequence. caches: by decode call, the model's cache on views of its rows.
+        row_bytes: of one sequence. nbytes: of all rows, to a multiple of `rows`.
+        caches: by decode call, the model's cache on views of its rows.
     """
 
     def __init__(self, template: Any, slots: int, rows: int) -> None:
@@ -61,7 +62,8 @@ class StatePool:
             for layer in template.layers
         ]
         slot_cache = next((type(layer.slots) for layer in template.layers if layer.slots is not None), None)
-        self.row_bytes = state_bytes(self._pool) // (calls * rows)
+        self.nbytes = state_bytes(self._pool)
+        self.row_bytes = self.nbytes // (calls * rows)
         self.caches = [type(template)(len(template.layers)) for _ in range(calls)]
         for call, cache in enumerate(self.caches):
             for layer, tensors in zip(cache.layers, self._view(call), strict=True):

@@ -117,8 +117,7 @@ def sequence_bytes(sequence: Sequence, runner: ModelRunner) -> SequenceBytes:
 
 def _memory(scheduler: Scheduler, runner: ModelRunner) -> tuple[int, int, int]:
     """Bytes of the pools: allocated, reserved, used. A page that several hold counts once."""
-    row = runner.pool.row_bytes
-    total, reserved = scheduler.config.slots * row, len(scheduler.held) * row
+    total, reserved = runner.pool.nbytes, len(scheduler.held) * runner.pool.row_bytes
     idle = 0
     for kind, token in enumerate(runner.token_bytes):
         pool = scheduler.pools[kind]

@@ -1,7 +1,10 @@
 """What a client of the engine sees: events, text, limits, errors, and what is held meanwhile."""
 
+import re
+import textwrap
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,3 +232,11 @@ def test_stats_say_what_is_wasted(served):
     assert stats.pages_used == 2 and stats.pages == 80 and stats.pool_bytes == 2 * 40 * 16 * 128
     _, stats = held_after(served, "slots", 300)
     assert 0 < stats.open_slots <= stats.all_slots == 2 * 4 * 4
+
+
+def test_the_example_of_the_docs_runs(exported, capsys):
+    text = (Path(__file__).parents[3] / "docs/serving.md").read_text()
+    code = textwrap.dedent(next(part for part in re.findall(r"(?:^    .*\n|^\n)+", text, re.M) if "Engine(" in part))
+    exec(code.replace('"out/"', repr(str(exported("mamba2").directory))), {})
+    out = capsys.readouterr().out
+    assert "running=0" in out and "requests=2" in out and ("length" in out or "stop" in out)
