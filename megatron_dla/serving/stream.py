@@ -24,24 +24,37 @@ class TextStream:
         self.tokenizer, self.out, self.stop = tokenizer, out, stop
         self.ids: list[int] = []
         self.text, self.stopped = "", False
+        self._settled = ""  # text of ids[:_next]
+        self._first = self._next = 0
 
     def put(self, token: int) -> None:
         self.ids.append(token)
-        self._print(final=False)
+        self._print(self._decode())
 
     def end(self) -> None:
-        self._print(final=True)
+        self._print(self._decode(), final=True)
 
-    def _print(self, final: bool) -> None:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+    def _decode(self) -> str:
+        """The text so far. Only the last tokens are decoded, those before them as the context of their first
+        character: the cost of a token does not grow with the text."""
+        before = self.tokenizer.decode(self.ids[self._first : self._next], skip_special_tokens=True)
+        text = self.tokenizer.decode(self.ids[self._first :], skip_special_tokens=True)
+        # while the last character of a run of byte tokens is incomplete, fast tokenizers decode none of the run, also
+        # not what is settled: then each byte is a character, and the run ends in \ufffd
+        text = text[len(before) :]
+        whole = self._settled + text
+        if text and not text.endswith("\ufffd"):
+            self._settled, self._first, self._next = whole, self._next, len(self.ids)
+        return whole
+
+    def _print(self, text: str, final: bool = False) -> None:
         found = [at for at in (text.find(word) for word in self.stop) if at >= 0]
         if found:
             text, self.stopped = text[: min(found)], True
         elif not final:
             text = text.rstrip("\ufffd")
             text = text[: len(text) - self._held(text)]
-        # while the last character of a run of byte tokens is incomplete, fast tokenizers decode none of the run
-        text = self.text + text[len(self.text) :]
+        text = self.text + text[len(self.text) :]  # what was printed stays
         if self.out is not None:
             self.out.write(text[len(self.text) :])
             self.out.flush()

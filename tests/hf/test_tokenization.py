@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import random
+import re
 
 import pytest
 import torch
@@ -145,3 +147,29 @@ def test_a_stream_prints_each_character_once(exported_tokenizer):
         assert text.startswith(printed[-1]) and printed[-1].startswith(printed[-2])
     stream.end()
     assert out.getvalue() == stream.text == text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stream_decodes_a_few_tokens_at_a_time(exported_tokenizer, seed):
+    class Counting:
+        def decode(self, ids, **options):
+            longest.append(len(ids))
+            return exported_tokenizer.decode(ids, **options)
+
+    def joined(text):  # how many \ufffd a run of bytes gives depends on how much of it is decoded
+        return re.sub("\ufffd+", "\ufffd", text)
+
+    r, longest, want = random.Random(seed), [], ""
+    text = " ".join("".join(r.choice("abchello \xe9\u2581\U0001f680  .") for _ in range(9)) for _ in range(40))
+    ids = exported_tokenizer(text)["input_ids"]
+    # end tokens, which are not shown, and bytes that are no character
+    ids = [x for token in ids for x in ([token, r.choice([2, 2, 135])] if r.random() < 0.05 else [token])]
+    stream = TextStream(Counting(), io.StringIO())
+    for number, token in enumerate(ids, 1):
+        stream.put(token)
+        whole = exported_tokenizer.decode(ids[:number], skip_special_tokens=True).rstrip("\ufffd")
+        want += whole[len(want) :]
+        assert joined(stream.text) == joined(want)
+    assert max(longest) < 40 < len(ids)
+    stream.end()
+    assert joined(stream.text) == joined(want + exported_tokenizer.decode(ids, skip_special_tokens=True)[len(want) :])
