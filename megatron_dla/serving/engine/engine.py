@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dla.errors import UserError
+from megatron_dla.serving.engine.adapted import AdaptedModel
 from megatron_dla.serving.engine.config import EngineConfig
 from megatron_dla.serving.engine.handle import Handle
+from megatron_dla.serving.engine.models import ExportedModel, ServedModel
 from megatron_dla.serving.engine.output import Output, end_tokens
 from megatron_dla.serving.engine.request import EngineFullError, Event, FinishReason, Request
 from megatron_dla.serving.engine.runner import ModelRunner
 from megatron_dla.serving.engine.scheduler import Phase, Scheduler, Sequence
 from megatron_dla.serving.engine.stats import Counts, SequenceBytes, Stats, sequence_bytes, take_stats
+from megatron_dla.serving.hf_model import DeltaMemModel
 
 
 @dataclass
@@ -32,10 +35,11 @@ class _Live:
 
 
 class Engine:
-    """Continuous batching on one exported model.
+    """Continuous batching on one model.
 
     Args:
-        model: of `load_export`, in eval mode. tokenizer: for text and stop strings; None: token ids only.
+        model: of `load_export`, or of `load_adapted` (a plain model of transformers, with a δ-mem or without), in eval
+            mode; no other thread calls it meanwhile. tokenizer: for text and stop strings; None: token ids only.
         clock: seconds, of deadlines and rates.
 
     Raises:
@@ -48,12 +52,12 @@ class Engine:
     ) -> None:  # fmt: skip
         self.config = config or EngineConfig()
         self.tokenizer, self._clock = tokenizer, clock
-        self._runner = ModelRunner(model, self.config)
+        self._model: ServedModel = AdaptedModel(model) if isinstance(model, DeltaMemModel) else ExportedModel(model)
+        self._runner = ModelRunner(self._model, self.config)
         self._counts = Counts(self._runner.rows_agree())
         self._scheduler = Scheduler(self.config, self._runner, self._runner.windows)
-        self._vocabulary = model.get_input_embeddings().weight.shape[0]
-        self._ends = end_tokens(model, tokenizer)
-        self._suppressed = sorted(model.generation_config.suppress_tokens or [])
+        self._ends = end_tokens(self._model.generation_config, tokenizer)
+        self._suppressed = sorted(self._model.generation_config.suppress_tokens or [])
         self._live: dict[int, _Live] = {}  # by number; under the lock
         self._cancelled: set[int] = set()
         self._new: list[_Live] = []
@@ -73,10 +77,11 @@ class Engine:
             UserError: a token that the model does not have, stop strings without a tokenizer, or more tokens than the
                 pages hold. EngineFullError: `max_waiting` requests wait, or `run` has come to its end.
         """
-        if odd := [x for x in request.prompt if type(x) is not int or not 0 <= x < self._vocabulary]:
-            raise UserError(f"prompt has token {odd[0]!r}: the model has tokens 0 to {self._vocabulary - 1}")
+        if odd := [x for x in request.prompt if type(x) is not int or not 0 <= x < self._model.vocabulary]:
+            raise UserError(f"prompt has token {odd[0]!r}: the model has tokens 0 to {self._model.vocabulary - 1}")
         if request.sampling.stop and self.tokenizer is None:
             raise UserError(f"stop = {list(request.sampling.stop)}: the engine has no tokenizer: use stop_ids")
+        self._model.check(request)
         self._scheduler.check(request)
         ends = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self._ends)
         with self._lock:
@@ -205,6 +210,7 @@ class Engine:
         self._deliver(live, event)
 
     def _forget(self, live: _Live) -> None:
+        live.handle.memory = self._runner.memory(live.sequence)
         self._scheduler.end(live.sequence)
         with self._lock:
             del self._live[live.handle.id]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_dla.serving.engine.request import Event, FinishReason, Request, TokenLogprob
 
@@ -34,6 +35,8 @@ class Handle:
     Attributes:
         id: number of the request. listener: takes the events instead, in the thread that steps the engine; one that
             raises has its request cancelled.
+        memory: with a δ-mem, when it has ended: its states after the tokens that were fed, all but the last one. None:
+            it ended before its prompt was read.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Handle:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.put = listener or self._events.put
         self._completion = Completion()
+        self.memory: Any = None
 
     def __iter__(self) -> Iterator[Event]:
         while self._completion.finish_reason is None:

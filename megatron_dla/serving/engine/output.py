@@ -13,10 +13,10 @@ from megatron_dla.serving.engine.scheduler import Sequence
 from megatron_dla.serving.stream import TextStream
 
 
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text, of the model's generation config and of the tokenizer."""
+def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text, of a model's generation config and of its tokenizer."""
     found: list[int | None] = []
-    for source in (model.generation_config, tokenizer):
+    for source in (generation_config, tokenizer):
         value = getattr(source, "eos_token_id", None)
         found += value if isinstance(value, (list, tuple)) else [value]
     return frozenset(x for x in found if x is not None)

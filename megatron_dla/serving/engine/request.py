@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_dla.errors import UserError
 from megatron_dla.serving.sampling import Sampling
@@ -35,6 +35,10 @@ class Request:
         priority: higher goes first, and may put sequences of a lower one aside. deadline: seconds from submission.
         shared_prefix: leading tokens of the prompt that other requests have, too (a system prompt): they are kept at
             once; without it a prefix is kept when it comes a second time.
+        memory: with a δ-mem, its states before the prompt, as `Handle.memory` has them after an earlier request; None:
+            empty.
+        messages: where the adapter writes by message, the number of the message of each token of the prompt, -1: not
+            written; the answer has the next number.
 
     Raises:
         UserError: a value out of range; the message names the field.
@@ -48,6 +52,8 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     shared_prefix: int = 0
+    memory: Any = None
+    messages: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))
@@ -55,6 +61,7 @@ class Request:
             ("prompt", bool(self.prompt), "at least one token"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "0 to 20, or None"),
             ("deadline", self.deadline is None or self.deadline > 0, "more than 0 seconds, or None"),
+            ("messages", self.messages is None or len(self.messages) == len(self.prompt), "one for each token"),
             ("shared_prefix", self.shared_prefix >= 0, "at least 0"),
         )
         for name, good, wanted in checks:

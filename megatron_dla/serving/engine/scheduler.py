@@ -112,7 +112,9 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         sequence.tables = [PageTable(*x) for x in zip(self.pools, self.windows, strict=True)]
-        sequence.digests = self.prefixes.digests(sequence.request.prompt)
+        request = sequence.request
+        if request.memory is None and request.messages is None:
+            sequence.digests = self.prefixes.digests(request.prompt)
         insort(self.waiting, sequence, key=lambda x: x.order)
 
     def end(self, sequence: Sequence) -> None:
