@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes, each of which would compile the sources again
 
 # torch comes first and by exact pin: its CPU wheel from the package index in use or from PyTorch's, its CUDA wheel from
 # PyPI. The other packages would pull any torch, gigabytes of CUDA packages with it.
