@@ -55,7 +55,7 @@ demo-delta-mem: setup
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-## make aot        every kernel compiled for sm_80, sm_90 and sm_100 in every configuration (make test: the shipped ones, sm_90)
+## make aot        every kernel compiled for sm_80, sm_90 and sm_100 in every configuration (make test: one)
 aot: setup
 	env -u TRITON_INTERPRET $(BIN)/python -m megatron_dla.kernels.aot --jobs $(JOBS)
 

@@ -6,17 +6,26 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 from . import delta_mem, dla, fused
 from .compile import ARCHS, compile_all, failures, table
 
+KERNELS = Path(__file__).parents[1]
+
 
 def exercise(name: str) -> None:
     """Every launch of one configuration, of whichever operator has it."""
     operator = next((x for x in (delta_mem, fused) if name.startswith(x.PREFIX)), dla)
     operator.exercise(name)
+
+
+def defined() -> set[str]:
+    """Names of all kernels in the sources of DLA and of its mixer."""
+    paths = (path for operator in ("dla", "fused") for path in (KERNELS / operator).glob("triton_*.py"))
+    return {name for path in paths for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1))
     wrong = failures(reports)
+    if not args.config:
+        wrong += [f"{name}: no configuration launches it" for name in sorted(defined() - {r.name for r in reports})]
     spilling = [r for r in reports if any(r.known)]
     if spilling:
         print(f"\n{len(spilling)} kernels spill as spills.py says")

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_dla.config import LETTERS, AdapterRunConfig, layer_letters, load_config
+from megatron_dla.kernels.aot import cli, spills
 from megatron_dla.kernels.aot import compile as aot
 from megatron_dla.kernels.aot import dla as aot_dla
-from megatron_dla.kernels.aot import spills
+from megatron_dla.kernels.aot.cli import defined
 from megatron_dla.kernels.dla import beyond_kernels
 from megatron_dla.model.counts import recurrent_states
 from tests.support import shipped
@@ -101,18 +102,24 @@ def test_a_process_that_interprets_is_refused() -> None:
 
 
 def test_kernels_fit(pytestconfig: pytest.Config, tmp_path: Path) -> None:
-    """`--quick`, for one architecture; `make aot` compiles all for all."""
-    arch = 90
-    done = run("-m", "megatron_dla.kernels.aot", "--quick", "--arch", str(arch), "--json", str(tmp_path / "reports"))
+    """One configuration for one architecture; `make aot` (.ci/run) compiles all for all."""
+    command = ["--quick", "--arch", "90", "--config", "gdn-fp32-64", "--json", str(tmp_path / "reports")]
+    done = run("-m", "megatron_dla.kernels.aot", *command)
     if cache := getattr(pytestconfig, "cache", None):  # none with -p no:cacheprovider
         table = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("["))
-        cache.mkdir("aot").joinpath(f"sm_{arch}.txt").write_text(table)  # shown at the session's end
+        cache.mkdir("aot").joinpath("sm_90.txt").write_text(table)  # shown at the session's end
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     compiled = {one["name"] for one in json.loads((tmp_path / "reports").read_text())}
-    paths = (path for operator in ("dla", "fused") for path in (ROOT / "kernels" / operator).glob("triton_*.py"))
-    sources = (path.read_text() for path in paths)
-    kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
-    assert len(kernels) > 20 and kernels - compiled == set()
+    assert len(compiled) > 10 and compiled <= defined()
+
+
+def test_a_kernel_that_no_configuration_launches_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    found = sorted(defined())
+    assert len(found) > 20
+    monkeypatch.setattr(cli, "compile_all", lambda *_, **__: [aot.Report(name, 90) for name in found[1:]])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert cli.main(["--arch", "90"]) == 1 and f"{found[0]}: no configuration" in capsys.readouterr().out
+    assert cli.main(["--arch", "90", "--config", "gdn"]) == 0
 
 
 def test_every_shipped_gpu_config_is_compiled_as_its_ranks_run_it() -> None:

@@ -91,8 +91,9 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"), zip(WIDE, (BF16, FP32, FP32, BF16), strict=True), ids=lambda x: getattr(x, "name", str(x))
+)
 def test_head_dims_over_several_tiles(small_tiles: None, case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype)
 
