@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from megatron_dla.checkpoint.weights import parameter_tags
@@ -287,3 +288,29 @@ def test_a_setting_changed_after_loading_counts(model_of, monkeypatch):
         before = model(ids).logits
         monkeypatch.setattr(model.config, "tau", 0.0)
         assert not torch.equal(model(ids).logits, before)
+
+
+def test_an_engine_batches_rows_of_different_lengths(model_of):
+    """`DLACache.lengths`, and keys that are kept elsewhere (`LayerMemory.attend`), without padding."""
+    model, ids, lengths = model_of("mamba2_hybrid"), tokens(2, 40), [25, 9]
+    alone = [model(ids[n : n + 1, :t], use_cache=True).past_key_values for n, t in enumerate(lengths)]
+    rows, cache = [one.layers[0] for one in alone], type(alone[0])(2)
+
+    def attend(q, k, v):
+        outs = []
+        for n, row in enumerate(rows):
+            keys, values = torch.cat([row.keys, k[n : n + 1]], 2), torch.cat([row.values, v[n : n + 1]], 2)
+            outs.append(F.scaled_dot_product_attention(q[n : n + 1], keys, values, enable_gqa=True))
+        return torch.cat(outs)
+
+    cache.layers[0].attend, cache.lengths = attend, torch.tensor(lengths)
+    slots, tails = zip(*((one.layers[1].slots, one.layers[1].tail) for one in alone), strict=True)
+    cache.layers[1].slots, cache.layers[1].tail = type(slots[0]).concatenate(list(slots)), torch.cat(tails)
+    new = torch.tensor([[7], [8]])
+    with torch.no_grad():
+        got = model(new, past_key_values=cache).logits
+        want = [model(new[n : n + 1], past_key_values=one).logits for n, one in enumerate(alone)]
+    torch.testing.assert_close(got, torch.cat(want), rtol=0, atol=1e-5)
+    for copy in (cache.clone, lambda: cache.batch_select_indices(torch.tensor([0]))):
+        with pytest.raises(ValueError, match="kept by an engine"):
+            copy()

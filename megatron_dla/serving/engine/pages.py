@@ -30,6 +30,10 @@ class PagePool:
         assert self._holders[page] > 0, page
         self._holders[page] += 1
 
+    def holders(self, page: int) -> int:
+        """Tables that hold it."""
+        return self._holders[page]
+
     def drop(self, page: int) -> None:
         assert self._holders[page] > 0, page
         self._holders[page] -= 1

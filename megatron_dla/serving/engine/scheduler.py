@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum
@@ -212,8 +213,9 @@ class Scheduler:
     def _ensure(self, sequence: Sequence, tokens: int) -> bool:
         """Room for the first `tokens` tokens, if need be that of kept prefixes and of later sequences; False: it was
         put aside itself."""
-        while any(table.missing(tokens) > table.pool.free for table in sequence.tables):
-            if self.prefixes.evict():
+        while lacking := [n for n, table in enumerate(sequence.tables) if table.missing(tokens) > table.pool.free]:
+            if any(self._reclaimable(kind) for kind in lacking):
+                self.prefixes.evict()
                 continue
             last = max((x for x in self.held if x.phase is not Phase.ENDED), key=lambda x: x.order)
             self.put_aside(last)
@@ -227,13 +229,18 @@ class Scheduler:
         """Whether there are pages for its prompt, or for what it had, and one more for each sequence that decodes."""
         tokens = max(len(sequence.request.prompt) + 1, sequence.length + 1, self.config.reserve_tokens)
         spare = sum(x.phase is Phase.DECODING for x in self.held)
-        while any(
-            min(table.missing(tokens), self._most(tokens, table.window)) + spare > table.pool.free
-            for table in sequence.tables
-        ):
-            if not self.prefixes.evict():
-                return not self.held
+        for kind, table in enumerate(sequence.tables):
+            wanted = min(table.missing(tokens), self._most(tokens, table.window)) + spare
+            if self.held and wanted > table.pool.free + self._reclaimable(kind):
+                return False
+            while wanted > table.pool.free and self.prefixes.evict():
+                pass
         return True
+
+    def _reclaimable(self, kind: int) -> int:
+        """Pages that nobody but kept prefixes holds."""
+        held = Counter(page for prefix in self.prefixes.kept for page in prefix.tables[kind].pages)
+        return sum(self.pools[kind].holders(page) == count for page, count in held.items())
 
     def _admit(self) -> None:
         if self.config.whole_batches and self.held:

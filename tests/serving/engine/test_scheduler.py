@@ -222,6 +222,19 @@ def test_kept_prefixes_are_bounded_and_give_way():
     sim.run()
 
 
+def test_a_kept_prefix_stays_where_dropping_it_would_not_help():
+    sim, system = Simulation(windows=[None], slots=3, kv_pages=8, prefix_states=2), list(range(40))
+    for n in range(2):  # both on the pages of the prefix
+        sim.add(prompt_ids=[*system, 100 + n], shared_prefix=40, tokens=30)
+    while len(sim.scheduler.held) < 2:
+        sim.step()
+    late = sim.add(prompt=110, tokens=2)
+    sim.step()
+    assert late.phase is Phase.WAITING and len(sim.scheduler.prefixes) == 1
+    sim.run()
+    assert len(sim.done) == 3
+
+
 def test_the_longest_prefix_is_found_and_the_oldest_dropped():
     prefixes, pool = Prefixes(2, 16), PagePool(9)
     long = prefixes.digests(range(100))
