@@ -90,10 +90,11 @@ class PagedKeys:
             )[0]  # fmt: skip
         return out
 
-    def copy(self, table: PageTable, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-        """Whole pages of a table, [n, 16, G, D] each, on `device`."""
-        pages = torch.tensor(table.pages, dtype=torch.int64, device=self.keys.device)
-        return self.keys[pages].to(device or self.keys.device), self.values[pages].to(device or self.keys.device)
+    def copy(self, table: PageTable, tokens: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Whole pages of a table that hold some of the first `tokens` tokens, [n, 16, G, D] each, on `device`."""
+        used = -(-tokens // PAGE) - table.behind
+        pages = torch.tensor(table.pages[:used], dtype=torch.int64, device=self.keys.device)
+        return self.keys[pages].to(device), self.values[pages].to(device)
 
     def paste(self, table: PageTable, pair: tuple[Tensor, Tensor]) -> None:
         """Into the first pages of a table that has at least as many."""

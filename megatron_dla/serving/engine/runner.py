@@ -133,7 +133,8 @@ class ModelRunner:
         state = self.pool.read(sequence.row, "cpu") if sequence.is_read else sequence.state
         if not sequence.is_read and state is not None:
             state = copied(state, "cpu")
-        pages = {n: keys.copy(sequence.tables[self._kind[n]], "cpu") for n, keys in self._keys.items()}
+        tables, length = sequence.tables, sequence.length
+        pages = {n: keys.copy(tables[self._kind[n]], length, "cpu") for n, keys in self._keys.items()}
         sequence.state = Saved(state, pages)
 
     def load(self, sequence: Sequence) -> None:

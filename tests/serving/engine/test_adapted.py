@@ -23,8 +23,9 @@ def serve(engine, prompt, tokens=9, **fields):
     return handle
 
 
-@pytest.mark.parametrize("write", CONFIGS)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "mistral"])
+@pytest.mark.parametrize("family, write", [
+    ("llama", "TSW"), ("llama", "MSW"), ("llama", "SSW"), ("qwen3", "TSW"), ("smollm3", "SSW"), ("mistral", "TSW"),
+])  # fmt: skip
 def test_a_request_is_a_session(family, write):
     """In float64, where a call of another shape takes no other decision; the second request goes on with the memory."""
     model = build_adapted(CONFIGS[write], base=build_base(family, dtype=torch.float64))
@@ -56,7 +57,7 @@ def test_sessions_stay_apart_under_load():
             SamplingParams(max_new_tokens=r.randrange(1, 9)), ignore_eos=True, logprobs=0, priority=n % 2,
             memory=memories[n % 4] if n % 3 else None,
         )
-        for n in range(24)
+        for n in range(16)
     ]  # fmt: skip
     engine = Engine(model, None, CONFIG)
     handles = [engine.submit(x) for x in todo[::2]]

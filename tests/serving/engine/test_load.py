@@ -9,7 +9,7 @@ import torch
 from megatron_dla.serving.engine import Engine, EngineConfig, Request, SamplingParams
 from megatron_dla.serving.engine.scheduler import Phase
 
-CONFIG = EngineConfig(slots=8, decode_rows=4, prefill_chunk=16, kv_pages=60, token_budget=120, prefix_states=4)
+CONFIG = EngineConfig(slots=8, decode_rows=4, prefill_chunk=32, kv_pages=60, token_budget=120, prefix_states=4)
 MODELS = ["slots", "softmax", "mamba2_all", "gdn_all"]
 SYSTEM = tuple(range(3, 40))
 
@@ -20,7 +20,7 @@ def requests(count, seed=0):
     made = []
     for n in range(count):
         own = tuple(r.randrange(3, 300) for _ in range(r.choice([1, 2, 15, 16, 17, 33, 60])))
-        sampling = SamplingParams(max_new_tokens=r.randrange(1, 14), temperature=0.9 * (n % 4 == 3), top_p=0.9, seed=n)
+        sampling = SamplingParams(max_new_tokens=r.randrange(1, 11), temperature=0.9 * (n % 4 == 3), top_p=0.9, seed=n)
         made.append(Request(SYSTEM * (n % 3 == 0) + own, sampling, ignore_eos=True, logprobs=0))
     return made
 
@@ -46,20 +46,17 @@ def no_leak(engine):
     assert all(pool.free == pool.total for pool in s.pools) and engine.stats().reserved_bytes == 0
 
 
-@pytest.mark.parametrize("name, count", [("slots", 64), ("softmax", 64), ("mamba2_all", 28), ("gdn_all", 28)])
+@pytest.mark.parametrize("name, count", [("slots", 64), ("softmax", 64), ("mamba2_all", 16), ("gdn_all", 16)])
 def test_requests_at_once_are_each_alone(served, name, count):
-    model, todo, cancelled = served(name), requests(count), (3, 9, 20, count - 5)
+    model, todo, cancelled = served(name), requests(count), (3, 7, count - 3)
     engine = Engine(model, None, CONFIG)
-    handles = [engine.submit(x) for x in todo[:-10]]
-    full = 0
-    for _ in range(6):
+    handles = [engine.submit(x) for x in todo[:-4]]
+    while engine._scheduler.free_rows:
         engine.step()
-        full += not engine._scheduler.free_rows
-    handles += [engine.submit(replace(x, priority=n % 2)) for n, x in enumerate(todo[-10:])]
+    handles += [engine.submit(replace(x, priority=1)) for x in todo[-4:]]
     for number in cancelled:
         handles[number].cancel()
     engine.step()
-    assert full
     held = [x for x in engine._scheduler.held if x.phase is Phase.DECODING]
     engine._scheduler.put_aside(held[-1])
     engine.drain()
@@ -85,7 +82,7 @@ def test_greedy_tokens_are_those_of_transformers(served, name):
     """In float64, where a batch of another shape takes no other decision."""
     model = served(name).double()
     engine = Engine(model, None, CONFIG)
-    todo = [replace(x, sampling=replace(x.sampling, temperature=0.0)) for x in requests(10, seed=1)]
+    todo = [replace(x, sampling=replace(x.sampling, temperature=0.0)) for x in requests(6, seed=1)]
     handles = [engine.submit(x) for x in todo]
     engine.drain()
     for handle, request in zip(handles, todo, strict=True):
@@ -102,8 +99,8 @@ def test_greedy_tokens_are_those_of_transformers(served, name):
 @pytest.mark.parametrize("steps", [2, 6])
 def test_saving_and_restoring_changes_no_bit(served, name, steps):
     """While it is read (2 steps of one chunk) and while it decodes."""
-    model, request = served(name), Request(tuple(range(3, 60)), SamplingParams(max_new_tokens=12), logprobs=0)
-    config = replace(CONFIG, token_budget=24)
+    model, request = served(name), Request(tuple(range(3, 83)), SamplingParams(max_new_tokens=9), logprobs=0)
+    config = replace(CONFIG, token_budget=40)
     engine = Engine(model, None, config)
     handle = engine.submit(request)
     for _ in range(steps):
@@ -138,7 +135,7 @@ def test_a_kept_prefix_is_as_good_as_reading_it(served, name):
 
 def test_other_shapes_of_calls_round_differently(served):
     """The premise of `decode_rows`: what a call of another shape computes is not the same to the last bit."""
-    model, todo = served("slots"), requests(12)
+    model, todo = served("slots"), requests(8)
     found = []
     for rows in (1, 4):
         engine = Engine(model, None, replace(CONFIG, decode_rows=rows))
