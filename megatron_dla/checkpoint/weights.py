@@ -120,7 +120,7 @@ class MergedWeights(Mapping[str, Tensor]):
         verify: hash the files first; False where that is done.
 
     Attributes:
-        layout: of the checkpoint. parameters: how many numbers the whole model holds.
+        layout: of the checkpoint. parameters: how many numbers the whole model holds. where: its directory, quoted.
 
     Raises:
         CheckpointError: incomplete, or a file is missing or damaged.
@@ -128,7 +128,7 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         directory = Path(directory)
-        self._where, self.layout = repr(str(directory)), CheckpointLayout.load(directory)
+        self.where, self.layout = repr(str(directory)), CheckpointLayout.load(directory)
         files = [weight_file(rank) for rank in range(self.layout.tensor_parallel)]
         if verify and (faults := find_faults(directory, files)):
             raise damaged_error(directory, faults, _FIX)
@@ -157,7 +157,7 @@ class MergedWeights(Mapping[str, Tensor]):
                 self._last = (name, tag.split(tag.unshard([file.get_tensor(name) for file in self._files])))
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise CheckpointError(
-                    f"{self._where}: {name} does not fit {LAYOUT} ({str(error)[:200]}): use another checkpoint"
+                    f"{self.where}: {name} does not fit {LAYOUT} ({str(error)[:200]}): use another checkpoint"
                 ) from error
         return self._last[1][section].contiguous()
 

@@ -129,15 +129,14 @@ def write_state(
     """
     state = mapping.to_hf_names(weights, weights.layout.model, dense)
     names = sorted(state, key=lambda name: not _is_fp32(name))
-    where = f"the checkpoint of {title}"
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with progress_bar(weights.parameters, f"writing {title}", unit=" parameters") as bar:
             for name in names:
                 try:
-                    x = check_weight(name, state[name], where, "use an older checkpoint")
+                    x = check_weight(name, state[name], weights.where, "use an older checkpoint")
                 except (RuntimeError, IndexError) as error:
-                    raise CheckpointError(f"{where}: {name} cannot be read ({str(error)[:200]})") from error
+                    raise CheckpointError(f"{weights.where}: {name} cannot be read ({str(error)[:200]})") from error
                 yield name, x if dtype is None else x.to(torch.float32 if _is_fp32(name) else dtype)
                 bar.update(x.numel())
 

@@ -119,18 +119,19 @@ def _weight_files(hf_dir: Path) -> list[Path]:
         raise CheckpointError(f"{str(index)!r} is damaged ({error}): fetch it again") from error
 
 
-def check_stored_dtypes(hf_dir: Path) -> None:
+def check_stored_dtypes(hf_dir: Path, where: str | Path | None = None) -> None:
     """CheckpointError where a safetensors file of the directory holds anything but float weights, which transformers
-    would convert without a word. Reads the headers only."""
+    would convert without a word. Reads the headers only. `where`: the directory that messages name."""
     for path in hf_dir.glob("*.safetensors"):
+        named = repr(str(Path(hf_dir if where is None else where) / path.name))
         try:
             file = open_tensors(path)
             dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except Exception as error:
-            raise CheckpointError(f"{str(path)!r} is damaged ({error}): fetch it again") from error
+            raise CheckpointError(f"{named} is damaged ({error}): fetch it again") from error
         for name, dtype in dtypes.items():
             if dtype not in TensorWriter.FLOATS:
-                raise CheckpointError(f"{str(path)!r}: {name} holds {dtype}, not float weights: fetch it again")
+                raise CheckpointError(f"{named}: {name} holds {dtype}, not float weights: fetch it again")
 
 
 def write_weights(

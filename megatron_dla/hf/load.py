@@ -225,7 +225,7 @@ def _load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    check_stored_dtypes(Path(hf_dir))
+    check_stored_dtypes(Path(hf_dir), where)
     named = repr(str(hf_dir if where is None else where))
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

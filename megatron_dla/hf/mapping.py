@@ -125,6 +125,9 @@ class Renamed(Mapping[str, Tensor]):
     Args:
         source: not read here. table: for each entry, its names in `source`, its new names, and the function from the
             first tensors to the second.
+
+    Raises:
+        RuntimeError: on reading a tensor whose shape is not what the function takes; the message names it.
     """
 
     def __init__(self, source: Mapping[str, Tensor], table: Sequence[Renaming]) -> None:
@@ -137,7 +140,12 @@ class Renamed(Mapping[str, Tensor]):
         if n != self._last[0]:
             self._last = (-1, ())  # before the next one is read
             olds, _, function = self._table[n]
-            self._last = (n, function(*(self._source[old] for old in olds)))
+            tensors = [self._source[old] for old in olds]
+            try:
+                self._last = (n, function(*tensors))
+            except (RuntimeError, IndexError) as error:
+                shapes = ", ".join(f"{old} {list(x.shape)}" for old, x in zip(olds, tensors, strict=True))
+                raise RuntimeError(f"{shapes}: {error}") from error
         return self._last[1][part]
 
     def __iter__(self) -> Iterator[str]:
