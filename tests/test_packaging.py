@@ -142,6 +142,7 @@ def test_git_state_is_of_the_checkout_alone(monkeypatch: pytest.MonkeyPatch, tmp
     assert run.git_state() is None
 
 
+@pytest.mark.long
 def test_transformers_imports_beside_our_kernels_folder() -> None:
     code = "from transformers import AutoModelForCausalLM, PreTrainedModel; import megatron_dla.kernels.dla"
     for directory in (ROOT, ROOT.parent):

@@ -92,6 +92,7 @@ def test_a_name_that_is_not_shipped_gives_the_names_that_are(dla) -> None:
     assert done.returncode == 2 and "'nothing'" in done.stderr and "h100" in done.stderr
 
 
+@pytest.mark.long
 def test_convert(dla, tmp_path: Path) -> None:
     """The exported code files come out of the installed package."""
     step, out = OLD / "trained/gdn/checkpoints/step_3", tmp_path / "hf"
@@ -102,6 +103,7 @@ def test_convert(dla, tmp_path: Path) -> None:
     assert done.returncode == 0 and (tmp_path / "step_0/complete.json").is_file(), done.stderr
 
 
+@pytest.mark.long
 def test_smoke(dla) -> None:
     done = dla("smoke", "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -351,6 +351,7 @@ print(peak() - start)
 """
 
 
+@pytest.mark.long
 def test_conversion_holds_a_few_tensors_in_memory(exported, write_checkpoint, tokenizer, tmp_path):
     """150 MB of weights from two ranks' files into files of 40 MB, and back; the largest tensor has 17 MB."""
     small = exported("mamba2")

@@ -242,6 +242,7 @@ def test_a_dump_without_frames_has_no_place() -> None:
     assert place_of("Thread 0x1 (most recent call first):\n  <no Python frame>\n") == NO_STACKS
 
 
+@pytest.mark.long
 def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
     data = tiny.build_data(tmp_path / "corpus")
     config, run_dir = tmp_path / "tiny.yaml", tmp_path / "tiny"

@@ -10,6 +10,8 @@ import pytest
 from tests.support import engine_workers, mutation_workers
 from tests.support.engine_workers import CHAIN, CP2, GDN, HYBRID, MAMBA, OTHERS, PUBLISHED, SP2, TP2, Case
 
+pytestmark = pytest.mark.long
+
 LIMIT = 1e-4  # the matrix allows 1e-5; what is lost must stand out
 # MAMBA has one q/k group for all heads (replicated weights); norms need their sum only under sequence parallelism
 ONE, ONE_PUBLISHED = (dataclasses.replace(section, num_layers=1) for section in (MAMBA, PUBLISHED))

@@ -51,7 +51,7 @@ def reference(data, tmp_path_factory):
     pool.stop()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n == "CP2")) for n in LAYOUTS])
 def test_losses_gates_and_adapter_are_those_of_one_process(data, reference, ranks, tmp_path, name: str) -> None:
     world, sections = LAYOUTS[name]
     got, *_ = ranks(world).run(adapter_workers.train, config_dict(data, tmp_path, **sections))

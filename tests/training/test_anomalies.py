@@ -144,7 +144,12 @@ REWIND = {"min_losses": 3, "spike": "rewind", "spike_threshold": 5.0}
 
 @pytest.mark.parametrize(
     ("stage", "tensor", "precision"),
-    [(0, 1, "fp32"), (1, 2, "fp32"), (3, 1, "fp32"), (2, 1, "bf16")],
+    [
+        pytest.param(0, 1, "fp32", marks=pytest.mark.long),
+        (1, 2, "fp32"),
+        pytest.param(3, 1, "fp32", marks=pytest.mark.long),
+        (2, 1, "bf16"),
+    ],
 )
 def test_a_rewound_run_equals_one_without_the_batch(ranks, data, tmp_path, stage, tensor, precision) -> None:
     sections = {

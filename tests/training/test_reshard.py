@@ -79,7 +79,10 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+MORE = {"tp1", "tp1 dp2 zero2", "dp2 zero0"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in MORE)) for n in LAYOUTS])
 def test_the_next_losses_are_those_of_the_uninterrupted_run(ranks, data, straight, tmp_path, name: str) -> None:
     model, world, change = LAYOUTS[name]
     got = resumed(ranks, data, straight, tmp_path, model, world, change)
@@ -110,6 +113,7 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks, data, straight, tmp_path) ->
             assert torch.equal(a, b) and a.abs().max() > 0, (name, quantity)
 
 
+@pytest.mark.long
 def test_bf16_goes_on_from_its_fp32_master_weights(ranks, data, tmp_path) -> None:
     def run(name: str, steps: int, stage: int, world: int = 2) -> list[dict]:
         values = config(data, tmp_path, name, "mamba2", 1, stage, precision="bf16", steps=10, save_every=4)

@@ -79,7 +79,7 @@ def test_blocks_of_four_tiles(small_tiles: None, monkeypatch: pytest.MonkeyPatch
 LOW = [*both(replace(BASE, Dk=32, Dv=32)), *both(replace(BASE, name="documents", documents=(20, 37), Dk=32, Dv=24))]
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(FP16, marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("case", LOW, ids=lambda case: case.name)
 def test_all_gradients_16_bit(small_tiles: None, case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype)
@@ -91,6 +91,7 @@ WIDE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "dtype"), zip(WIDE, (BF16, FP32, FP32, BF16), strict=True), ids=lambda x: getattr(x, "name", str(x))
 )
