@@ -96,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     from megatron_dla.launch.preflight import add_preflight_parser
     from megatron_dla.report.cli import add_report_parser
     from megatron_dla.serving.cli import add_chat_parser, add_generate_parser
+    from megatron_dla.serving.http.cli import add_serve_parser
     from megatron_dla.smoke.cli import add_smoke_parser
     from megatron_dla.study.cli import add_study_parser
     from megatron_dla.training.checkpoint_cli import add_checkpoint_parser
@@ -110,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert_parser(subparsers)
     add_generate_parser(subparsers)
     add_chat_parser(subparsers)
+    add_serve_parser(subparsers)
     add_eval_parser(subparsers)
     add_eval_lm_parser(subparsers)
     add_study_parser(subparsers)

@@ -63,7 +63,10 @@ def test_every_shipped_file_is_in_the_wheel(wheel: Path) -> None:
     for folder in FOLDERS:
         top = "" if folder == "megatron_dla" else "megatron_dla/"
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".sbatch", ".json", ".css", ".js") and "__pycache__" not in path.parts:
+            if (
+                path.suffix in (".py", ".yaml", ".sbatch", ".json", ".css", ".js", ".html")
+                and "__pycache__" not in path.parts
+            ):
                 assert top + str(path.relative_to(ROOT)) in packed, path
     assert not [name for name in packed if name.startswith(("tests/", "docs/"))]
 

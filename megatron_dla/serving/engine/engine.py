@@ -51,7 +51,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.config = config or EngineConfig()
-        self.tokenizer, self._clock = tokenizer, clock
+        self.model, self.tokenizer, self._clock = model, tokenizer, clock
         self._model: ServedModel = AdaptedModel(model) if isinstance(model, DeltaMemModel) else ExportedModel(model)
         self._runner = ModelRunner(self._model, self.config)
         self._counts = Counts(self._runner.rows_agree())
@@ -109,6 +109,10 @@ class Engine:
                 self._cancelled.add(number)
         with self._work:
             self._work.notify_all()
+
+    def room(self, prompt: int) -> int | None:
+        """Most tokens that may follow a prompt of so many; None: any number."""
+        return self._scheduler.room(prompt)
 
     def stats(self) -> Stats:
         """Between two steps."""

@@ -111,6 +111,11 @@ class Scheduler:
                     "with more kv_pages"
                 )
 
+    def room(self, prompt: int) -> int | None:
+        """Most tokens that may follow a prompt of so many tokens; None: any number."""
+        full = [pool.total for pool, window in zip(self.pools, self.windows, strict=True) if window is None]
+        return max(0, min(full) * PAGE - prompt) if full else None
+
     def add(self, sequence: Sequence) -> None:
         sequence.tables = [PageTable(*x) for x in zip(self.pools, self.windows, strict=True)]
         request = sequence.request

@@ -1,0 +1,138 @@
+"""`dla serve`: model, engine thread and uvicorn, from start to the drain at SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from megatron_dla.errors import UserError
+from megatron_dla.hf.directory import read_config
+from megatron_dla.hf.load import load_export, load_export_tokenizer, load_tokenizer
+from megatron_dla.serving.engine import Engine, EngineConfig
+from megatron_dla.serving.http.app import create_app
+from megatron_dla.serving.http.service import Limits, Service
+from megatron_dla.serving.load import load_adapted
+from megatron_dla.serving.sampling import cpu_threads
+
+KEY = "DLA_API_KEY"
+"""Environment variable with the API key."""
+
+
+class EngineThread:
+    """Steps an engine until it is stopped; a fault ends the server with exit code 1."""
+
+    def __init__(self, service: Service, threads: int | None = None) -> None:
+        self.service, self.threads = service, threads
+        self.server: uvicorn.Server | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            model = self.service.engine.model
+            with cpu_threads(getattr(model, "base", model), self.threads):  # a setting of each thread
+                self.service.engine.run(self._stop)
+        except Exception as error:
+            traceback.print_exc()
+            self.service.failed = f"the engine ended: {type(error).__name__}: {error}"
+            if self.server is not None:
+                self.server.should_exit = True
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which says at a signal that it takes no more calls."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            at = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            print(f"serving {self.service.name} at {at} (page /, API /v1, metrics /metrics)", flush=True)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.service.draining = True
+        super().handle_exit(sig, frame)
+
+
+def with_engine(app: FastAPI, thread: EngineThread) -> FastAPI:
+    """The app, whose engine runs from its start to its end."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        thread.start()
+        yield
+        thread.stop()
+
+    app.router.lifespan_context = lifespan
+    return app
+
+
+def load(
+    hf_dir: Path, adapter: Path | None, config: EngineConfig, name: str | None, limits: Limits, *, device: str = "cpu",
+    any_base: bool = False, threads: int | None = None,
+) -> Service:  # fmt: skip
+    """Raises CheckpointError, UserError: see `load_export` and `load_adapted`."""
+    label = name or hf_dir.resolve().name
+    exported = read_config(hf_dir).get("model_type") == "dla"
+    if exported and adapter is not None:
+        raise UserError(f"--adapter is for a plain model, {str(hf_dir)!r} is an export with layers of its own")
+    if exported:
+        model, tokenizer = load_export(hf_dir, device=device), load_export_tokenizer(hf_dir)
+        with cpu_threads(model, threads):
+            return Service(Engine(model, tokenizer, config), label, limits)
+    adapted = load_adapted(hf_dir, adapter, any_base=any_base, device=device)
+    memory = bool(adapted.layers)
+    with cpu_threads(adapted.base, threads):
+        engine = Engine(adapted, load_tokenizer(hf_dir), config)
+    by_message = memory and adapted.config.write == "message"
+    return Service(engine, label, limits, has_memory=memory, by_message=by_message)
+
+
+def serve(service: Service, host: str, port: int, *, drain: float = 60.0, threads: int | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; calls that are running have `drain` seconds to end. Returns the exit code."""
+    key = os.environ.get(KEY) or None
+    if key is None and host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"note: anybody who reaches {host}:{port} can use this server: set {KEY}", file=sys.stderr)
+    thread = EngineThread(service, threads)
+    app = with_engine(create_app(service, key), thread)
+    server = Server(
+        uvicorn.Config(
+            app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=max(1, round(drain)),
+            server_header=False,
+        ),
+        service,
+    )  # fmt: skip
+    thread.server = server
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what it caught once more at its end
+        signal.signal(number, lambda *_: None)
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn's, when it cannot listen; it has said why
+        raise UserError(f"--host {host} --port {port}: cannot listen there: choose another port") from error
+    return 1 if service.failed else 0

@@ -1,0 +1,215 @@
+"""Requests of the API on the engine: text to tokens, choices, sessions, and events back in the server's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from megatron_dla.errors import UserError
+from megatron_dla.serving.chat import render_chat
+from megatron_dla.serving.engine import Engine, EngineFullError, Event, Handle, Request, SamplingParams
+from megatron_dla.serving.http.metrics import Metrics
+from megatron_dla.serving.http.schema import ApiError, ChatBody, CompletionBody, ascii_only, refused
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Attributes: body_bytes: of one request. max_tokens: of one answer, and the default of a chat's. sessions: that
+    are kept, the least recently used is dropped."""
+
+    body_bytes: int = 8 * 2**20
+    max_tokens: int = 4096
+    sessions: int = 64
+
+
+@dataclass
+class Call:
+    """One API call: its choices, each a request of the engine.
+
+    Attributes:
+        handles: in the order of the choices: `n` of the first prompt, then of the next. events: (choice, event).
+        complete: every choice came to an end of its own (stop, length).
+    """
+
+    model: str
+    handles: list[Handle] = field(default_factory=list)
+    events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
+    begin: float = field(default_factory=time.perf_counter)
+    complete: bool = True
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        """Until every choice has ended."""
+        left = len(self.handles)
+        while left:
+            index, event = await self.events.get()
+            if event.finish_reason is not None:
+                left -= 1
+                self.complete &= event.finish_reason in ("stop", "length")
+            yield index, event
+
+    def cancel(self) -> None:
+        for handle in self.handles:
+            handle.cancel()
+
+
+class Sessions:
+    """States of δ-mem by name. A call that fails or is cancelled leaves its session as it was."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._states: OrderedDict[str, Any] = OrderedDict()
+        self._busy: dict[str, tuple[asyncio.Lock, int]] = {}
+
+    @asynccontextmanager
+    async def use(self, name: str) -> AsyncIterator[Any]:
+        """The states of a session, None for a new one; others that name it wait."""
+        lock, users = self._busy.get(name, (asyncio.Lock(), 0))
+        self._busy[name] = lock, users + 1
+        try:
+            async with lock:
+                yield self._states.get(name)
+        finally:
+            lock, users = self._busy[name]
+            self._busy[name] = lock, users - 1
+            if users == 1:
+                del self._busy[name]
+
+    def keep(self, name: str, states: Any) -> None:
+        self._states[name] = states
+        self._states.move_to_end(name)
+        while len(self._states) > self.limit:
+            self._states.popitem(last=False)
+
+    def forget(self, name: str) -> bool:
+        return self._states.pop(name, None) is not None
+
+    def names(self) -> list[str]:
+        return list(self._states)
+
+
+class Service:
+    """One engine behind the API.
+
+    Args:
+        engine: another thread steps it. name: of the model. has_memory, by_message: of its δ-mem.
+
+    Attributes:
+        draining: no new calls. failed: why the engine's thread has ended, "" while it runs.
+    """
+
+    def __init__(
+        self, engine: Engine, name: str, limits: Limits | None = None, *, has_memory: bool = False,
+        by_message: bool = False,
+    ) -> None:  # fmt: skip
+        self.engine, self.name, self.limits = engine, name, limits or Limits()
+        self.has_memory, self.by_message = has_memory, by_message
+        self.sessions, self.metrics = Sessions(self.limits.sessions), Metrics(engine, name)
+        self.created, self.draining, self.failed = int(time.time()), False, ""
+        self.tokenizer = copy.deepcopy(engine.tokenizer)  # the engine's thread has its own
+        self._encoding = asyncio.Lock()
+
+    def check_model(self, name: str) -> None:
+        if name != self.name:
+            message = f"model = {ascii_only(name)[:200]!r}: this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    # ---- text to tokens
+
+    async def encode(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        async with self._encoding:
+            return (await run_in_threadpool(self.tokenizer, prompt))["input_ids"]
+
+    async def encode_chat(self, body: ChatBody) -> tuple[list[int], list[int]]:
+        messages = [message.flat() for message in body.messages]
+        async with self._encoding:
+            try:
+                return await run_in_threadpool(render_chat, self.tokenizer, messages, numbered=self.by_message)
+            except UserError as error:
+                raise ApiError(400, ascii_only(f"messages: {error}"), param="messages") from error
+
+    # ---- one call
+
+    @asynccontextmanager
+    async def start(
+        self, body: CompletionBody | ChatBody, prompts: list[list[int]], messages: list[int] | None = None
+    ) -> AsyncIterator[Call]:
+        """Submit a call's choices; they are cancelled if the block ends before they do.
+
+        Raises:
+            ApiError: 400, what the engine refuses; 429, too many wait; 503, the server ends.
+        """
+        if self.draining or self.failed:
+            raise ApiError(503, self.failed or "the server is shutting down", kind="server_error")
+        if body.session is None:
+            async with self._submitted(body, prompts, messages, None) as call:
+                yield call
+            return
+        if not self.has_memory:
+            raise ApiError(400, "session: the model has no delta-mem (dla serve --adapter)", param="session")
+        async with self.sessions.use(body.session) as memory:
+            async with self._submitted(body, prompts, messages, memory) as call:
+                yield call
+            if call.complete and call.handles[0].memory is not None:
+                self.sessions.keep(body.session, call.handles[0].memory)
+
+    @asynccontextmanager
+    async def _submitted(
+        self, body: CompletionBody | ChatBody, prompts: list[list[int]], messages: list[int] | None, memory: Any
+    ) -> AsyncIterator[Call]:
+        call, loop = Call(self.name), asyncio.get_running_loop()
+        try:
+            for number, prompt in enumerate(prompts):
+                for choice in range(body.choices):
+                    index = number * body.choices + choice
+                    request = self._request(body, prompt, choice, messages, memory)
+
+                    def put(event: Event, index: int = index) -> None:  # in the engine's thread
+                        self.metrics.count(call.begin, event)
+                        loop.call_soon_threadsafe(call.events.put_nowait, (index, event))
+
+                    call.handles.append(self.engine.submit(request, put))
+            yield call
+        except EngineFullError as error:
+            raise ApiError(429, str(error), kind="rate_limit_error", headers={"Retry-After": "1"}) from error
+        except UserError as error:
+            raise refused(error) from error
+        finally:
+            call.cancel()
+
+    def _request(
+        self, body: CompletionBody | ChatBody, prompt: list[int], choice: int, messages: list[int] | None, memory: Any
+    ) -> Request:
+        limit, wanted = self.limits.max_tokens, body.max_tokens
+        if isinstance(body, ChatBody):
+            wanted = body.max_completion_tokens if body.max_completion_tokens is not None else wanted
+        if wanted is not None and not 1 <= wanted <= limit:
+            raise UserError(f"max_tokens = {wanted}: this server gives 1 to {limit} tokens an answer")
+        if wanted is None and (room := self.engine.room(len(prompt))) is not None:
+            limit = max(1, min(limit, room))
+        seed = time.time_ns() % 2**62 if body.seed is None else body.seed
+        sampling = SamplingParams(
+            max_new_tokens=limit if wanted is None else wanted,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=body.top_k or 0,
+            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            stop=body.stops,
+            seed=(seed + choice) % 2**63 if seed >= 0 else seed,
+        )
+        if self.by_message and messages is None:
+            messages = [0] * len(prompt)
+        return Request(
+            tuple(prompt), sampling, ignore_eos=body.ignore_eos, logprobs=body.wanted_logprobs,
+            priority=body.priority, deadline=body.timeout, memory=memory,
+            messages=tuple(messages or ()) if self.by_message else None,
+        )  # fmt: skip

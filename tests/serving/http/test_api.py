@@ -1,0 +1,224 @@
+"""The official client against a running server: completions, chat, streams, log-probabilities, and what is refused."""
+
+import concurrent.futures
+import json
+import random
+import time
+
+import httpx
+import openai
+import pytest
+
+from megatron_dla.serving.engine import EngineConfig, Request, SamplingParams
+from megatron_dla.serving.http.service import Limits
+from tests.serving.http.conftest import running
+
+GREEDY = {"model": "tiny", "temperature": 0}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "hello world"}]},
+]
+
+
+def alone(make_service, prompt: str, tokens: int) -> str:
+    """The same from an engine, without a server."""
+    engine = make_service().engine
+    handle = engine.submit(Request(tuple(engine.tokenizer(prompt)["input_ids"]), SamplingParams(tokens)))
+    engine.drain()
+    return handle.result().text
+
+
+def test_a_completion_is_the_engine_s(client, make_service) -> None:
+    done = client.completions.create(prompt="hello world", max_tokens=12, **GREEDY)
+    (choice,) = done.choices
+    assert choice.text == alone(make_service, "hello world", 12) and choice.finish_reason in ("stop", "length")
+    assert done.usage.completion_tokens <= 12 and done.usage.prompt_tokens > 0
+    assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
+    ids = make_service().tokenizer("hello world")["input_ids"]
+    assert client.completions.create(prompt=ids, max_tokens=12, **GREEDY).choices[0].text == choice.text
+
+
+def test_a_stream_is_the_whole(client) -> None:
+    whole = client.completions.create(prompt="the quick", max_tokens=20, **GREEDY)
+    chunks = list(
+        client.completions.create(
+            prompt="the quick", max_tokens=20, stream=True, stream_options={"include_usage": True}, **GREEDY
+        )
+    )
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+    assert len(chunks) > 5 and chunks[-1].usage == whole.usage and chunks[-1].choices == []
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_chat_goes_through_the_template(client, service) -> None:
+    whole = client.chat.completions.create(messages=CHAT, max_completion_tokens=10, **GREEDY)
+    prompt = "system: Be brief.\nuser: hello world\nassistant: "
+    ids = service.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    plain = client.completions.create(prompt=ids, max_tokens=10, **GREEDY)
+    assert whole.choices[0].message.content == plain.choices[0].text and whole.usage == plain.usage
+    chunks = list(client.chat.completions.create(messages=CHAT, max_tokens=10, stream=True, **GREEDY))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+
+
+def test_choices_prompts_and_seeds(client) -> None:
+    options = {"model": "tiny", "prompt": ["hello", "the quick"], "n": 2, "max_tokens": 8, "temperature": 1.5}
+    first, again, other = (client.completions.create(seed=seed, **options) for seed in (1, 1, 2))
+    assert [c.index for c in first.choices] == [0, 1, 2, 3]
+    texts = [[c.text for c in one.choices] for one in (first, again, other)]
+    assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
+    single = client.completions.create(**options | {"n": 1, "prompt": "the quick", "seed": 1})
+    assert single.choices[0].text == texts[0][2] and first.usage.completion_tokens <= 32
+
+
+def test_log_probabilities(client) -> None:
+    done = client.completions.create(prompt="hello", max_tokens=5, logprobs=3, **GREEDY).choices[0]
+    found = done.logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset)
+    assert all(value == max(top.values()) for value, top in zip(found.token_logprobs, found.top_logprobs, strict=True))
+    chat = client.chat.completions.create(messages=CHAT, max_tokens=5, logprobs=True, top_logprobs=2, **GREEDY)
+    for one in chat.choices[0].logprobs.content:
+        assert len(one.top_logprobs) == 2 and one.logprob == one.top_logprobs[0].logprob <= 0
+        assert bytes(one.bytes) == (bytes([int(one.token[3:5], 16)]) if one.token[:3] == "<0x" else one.token.encode())
+    pieces = [x.choices[0] for x in client.chat.completions.create(
+        messages=CHAT, max_tokens=5, logprobs=True, top_logprobs=2, stream=True, **GREEDY)]  # fmt: skip
+    streamed = [entry for x in pieces if x.logprobs for entry in x.logprobs.content]
+    assert streamed == chat.choices[0].logprobs.content
+
+
+def test_stop_strings_end_before_them(client) -> None:
+    text = client.completions.create(prompt="hello", max_tokens=40, **GREEDY).choices[0].text
+    stop = text[len(text) // 2 :][:3]
+    done = client.completions.create(prompt="hello", max_tokens=40, stop=[stop], **GREEDY).choices[0]
+    assert done.text == text[: text.index(stop)] and done.finish_reason == "stop"
+
+
+def test_models_health_and_numbers(client, address) -> None:
+    assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").object == "model"
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    lines = dict(line.rsplit(" ", 1) for line in httpx.get(f"{address}/metrics").text.splitlines() if line[0] != "#")
+    assert float(lines["dla_slots"]) == 8 and float(lines["dla_running"]) == 0
+    assert float(lines["dla_generated_total"]) > 0 and float(lines["dla_first_token_seconds_count"]) > 0
+    assert float(lines['dla_answers_total{status="200"}']) > 0
+    assert httpx.get(f"{address}/stats").json()["slots"] == 8
+    assert "<textarea" in httpx.get(address).text
+
+
+@pytest.mark.parametrize("path, body, status, words", [
+    ("completions", {"prompt": "x", "max_tokens": 0}, 400, ["max_tokens = 0", "1 to 64"]),
+    ("completions", {"prompt": "x", "max_tokens": 65}, 400, ["max_tokens = 65"]),
+    ("completions", {"prompt": "x", "temperature": -1}, 400, ["temperature -1"]),
+    ("completions", {"prompt": "x", "temperature": "1"}, 400, ["temperature = '1'"]),
+    ("completions", {"prompt": "x", "top_p": 2}, 400, ["top_p 2"]),
+    ("completions", {"prompt": "x", "seed": -1}, 400, ["seed -1"]),
+    ("completions", {"prompt": "x", "n": 1000}, 400, ["n = 1000"]),
+    ("completions", {"prompt": "x", "logit_bias": {"1": 2}}, 400, ["logit_bias"]),
+    ("completions", {"prompt": "x", "frequency_penalty": 0.5}, 400, ["frequency_penalty = 0.5"]),
+    ("completions", {"prompt": "x", "nonsense": 1}, 400, ["nonsense"]),
+    ("completions", {"prompt": "x", "session": "s"}, 400, ["session", "--adapter"]),
+    ("completions", {"prompt": "x", "stream_options": {}}, 400, ["stream_options"]),
+    ("completions", {"prompt": "x", "stop": [""]}, 400, ["stop"]),
+    ("completions", {"prompt": "x", "timeout": 0}, 400, ["timeout = 0"]),
+    ("completions", {"prompt": ""}, 400, ["prompt"]),
+    ("completions", {"prompt": []}, 400, ["prompt"]),
+    ("completions", {"prompt": ["x"] * 129}, 400, ["129"]),
+    ("completions", {"prompt": [10**6]}, 400, ["1000000"]),
+    ("completions", {"prompt": [-1]}, 400, ["-1"]),
+    ("completions", {"prompt": {"x": 1}}, 400, ["prompt"]),
+    ("completions", {}, 400, ["prompt"]),
+    ("completions", {"prompt": "x", "model": "other"}, 404, ["'other'", "'tiny'"]),
+    ("chat/completions", {"messages": []}, 400, ["messages"]),
+    ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, ["messages.0.role", "tool"]),
+    ("chat/completions", {"messages": [{"role": "user"}]}, 400, ["messages.0.content"]),
+    ("chat/completions", {"messages": CHAT, "tools": [{}]}, 400, ["tools"]),
+    ("chat/completions", {"messages": CHAT, "top_logprobs": 2}, 400, ["top_logprobs"]),
+    ("chat/completions", {"messages": CHAT, "response_format": {"type": "json_object"}}, 400, ["response_format"]),
+    ("embeddings", {"input": "x"}, 404, ["/v1/embeddings"]),
+])  # fmt: skip
+def test_what_is_refused_is_named(address, path, body, status, words) -> None:
+    answer = httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **body})
+    error = answer.json()["error"]
+    assert answer.status_code == status and all(word in error["message"] for word in words), error
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": "tiny", "prompt": "\\ud800"}', b"[" * 10_000,
+    b'{"model": "tiny", "prompt": "x", "temperature": NaN}', b'{"model": "tiny", "prompt": "x", "temperature": 1e999}',
+])  # fmt: skip
+def test_bodies_that_are_no_request(address, raw) -> None:
+    answer = httpx.post(f"{address}/v1/completions", content=raw)
+    assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
+
+
+def test_a_large_body_is_refused_early(address) -> None:
+    def parts():
+        for _ in range(30):
+            yield b"x" * 10_000
+
+    for content in (b"x" * 100_001, parts()):  # with its length, and without
+        answer = httpx.post(f"{address}/v1/completions", content=content)
+        assert answer.status_code == 413 and "100000 bytes" in answer.json()["error"]["message"]
+
+
+def test_the_key_is_asked_for(make_service) -> None:
+    with running(make_service(), key="secret") as address:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret2"}):
+            answer = httpx.post(f"{address}/v1/completions", headers=headers, json={"model": "tiny", "prompt": "x"})
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{address}/health").status_code == 200
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="secret") as client:
+            assert client.completions.create(prompt="x", max_tokens=1, **GREEDY).choices
+
+
+def test_a_client_that_leaves_frees_its_slot(client, service) -> None:
+    stream = client.completions.create(
+        prompt="x", max_tokens=64, stream=True, extra_body={"ignore_eos": True}, **GREEDY
+    )
+    next(stream)
+    stream.close()
+    deadline = time.monotonic() + 20
+    while service.engine.stats().running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_too_many_and_too_late(make_service) -> None:
+    service = make_service(EngineConfig(slots=1, max_waiting=2), Limits(max_tokens=2000))
+    with running(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client:
+        with pytest.raises(openai.RateLimitError, match="max_waiting = 2"):
+            client.completions.create(prompt="x", n=9, max_tokens=2000, **GREEDY)
+        late = client.completions.create(
+            prompt="x", max_tokens=2000, extra_body={"timeout": 0.3, "ignore_eos": True}, **GREEDY
+        )
+        assert late.choices[0].finish_reason == "deadline"
+        service.draining = True
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            client.completions.create(prompt="x", **GREEDY)
+        assert httpx.get(f"{address}/health").status_code == 503
+
+
+@pytest.mark.long
+def test_a_thousand_requests_of_which_some_are_wrong(address, service) -> None:
+    """Each one is answered, and nothing is left behind."""
+    r = random.Random(3)
+    before = service.engine.stats()
+
+    def ask(number: int) -> tuple[bool, int]:
+        wrong = number % 20 == 7
+        body = {"model": "tiny", "prompt": "hello"[: r.randrange(1, 6)], "max_tokens": r.randrange(1, 4)}
+        body |= {"stream": number % 3 == 0}
+        if wrong:
+            body |= r.choice([{"max_tokens": -1}, {"prompt": None}, {"what": 1}, {"model": "no"}, {"n": "many"}])
+        answer = http.post(f"{address}/v1/completions", content=json.dumps(body))
+        if answer.status_code == 200 and body["stream"]:
+            assert answer.text.endswith("data: [DONE]\n\n")
+        return wrong, answer.status_code
+
+    with httpx.Client(timeout=60) as http, concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, range(1000)))
+    assert len(answers) == 1000 and sum(wrong for wrong, _ in answers) == 50
+    assert all(status in ((400, 404) if wrong else (200,)) for wrong, status in answers)
+    after = service.engine.stats()
+    assert after.requests - before.requests == 950
+    assert after.running == after.waiting == after.slots_used == after.reserved_bytes == 0

@@ -1,0 +1,87 @@
+"""`dla serve` as a process, sessions of a δ-mem, and the page in a browser."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import openai
+import pytest
+
+from megatron_dla.cli import main
+from tests.serving.http.conftest import running
+from tests.support.chromium import needs_chromium, open_tab
+
+
+def test_sigterm_lets_a_request_end(export) -> None:
+    command = [sys.executable, "-m", "megatron_dla.cli", "serve", str(export), "--port", "0", "--slots", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"serving hf_served at (http://127\.0\.0\.1:\d+)", line)
+        assert found, line + process.stderr.read()
+        with openai.OpenAI(base_url=f"{found[1]}/v1", api_key="x") as client:
+            stream = client.completions.create(
+                model="hf_served", prompt="x", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+            )
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            chunks = list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert process.wait(60) == 0 and process.stderr.read() == ""
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nowhere"], "nowhere"),
+    (["{export}", "--port", "70000"], "--port 70000"),
+    (["{export}", "--slots", "0"], "slots = 0"),
+    (["{export}", "--max-tokens", "0"], "--max-tokens 0"),
+    (["{export}", "--adapter", "nowhere"], "--adapter"),
+])  # fmt: skip
+def test_mistakes_are_one_line(export, capsys, arguments, words) -> None:
+    assert main(["serve", *(one.replace("{export}", str(export)) for one in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and words in error
+
+
+@needs_chromium
+def test_the_page_streams_an_answer(make_service, tmp_path) -> None:
+    service = make_service()
+    with running(service) as address, open_tab(address, tmp_path) as tab:
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="x") as client:
+            same = client.completions.create(model="tiny", prompt="Once upon a time", max_tokens=128, temperature=0)
+        tab.wait("document.getElementById('model').textContent === 'tiny'")
+        tab.evaluate("document.getElementById('temperature').value = 0; document.getElementById('go').click()")
+        first = tab.wait("document.getElementById('out').textContent")  # before the last token
+        speed = tab.wait("document.getElementById('speed').textContent")
+        assert speed.startswith(f"{same.usage.completion_tokens} tokens, ") and speed.endswith(" tokens/s")
+        assert tab.evaluate("document.getElementById('out').textContent") == same.choices[0].text
+        assert same.choices[0].text.startswith(first) and len(first) < len(same.choices[0].text)
+        assert tab.evaluate("document.getElementById('error').textContent") == "" and tab.console == []
+
+
+@needs_chromium
+def test_the_page_stops_and_says_what_is_wrong(make_service, tmp_path) -> None:
+    service = make_service()
+    with running(service, key="secret") as address, open_tab(address, tmp_path) as tab:
+        tab.wait("document.getElementById('model').textContent === 'tiny'")
+        tab.evaluate("document.getElementById('go').click()")
+        assert "key" in tab.wait("document.getElementById('error').textContent").lower()
+        tab.evaluate("document.getElementById('key').value = 'secret'")
+        tab.evaluate("document.getElementById('tokens').value = 100000; document.getElementById('go').click()")
+        assert "max_tokens" in tab.wait("document.getElementById('error').textContent.includes('tokens') && "
+                                        "document.getElementById('error').textContent")  # fmt: skip
+        tab.evaluate("document.getElementById('tokens').value = 900; document.getElementById('go').click()")
+        tab.wait("document.getElementById('out').textContent")
+        tab.evaluate("document.getElementById('stop').click()")
+        tab.wait("!document.getElementById('go').disabled")
+        end = time.monotonic() + 20
+        while service.engine.stats().running:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert tab.evaluate("document.getElementById('error').textContent") == ""
