@@ -10,7 +10,7 @@ from typing import Any
 def add_bench_parser(subparsers: Any) -> None:
     """Add `bench` and its actions to an argparse subparsers object; `func(args)` gives the exit code."""
     parser = subparsers.add_parser("bench", help="measure speed and memory on this machine")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{kernels,export,data,ledger,gpu}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{kernels,export,data,ledger,gpu,serve}")
     text = (
         "Time DLA beside PyTorch's attention and fla's linear ones in one run, with memory and the share of the "
         "floating-point and traffic floor. On a CPU: the chunkwise path against the token recurrence; exit code 1 "
@@ -72,6 +72,7 @@ def add_bench_parser(subparsers: Any) -> None:
     gpu.add_argument("--seed", type=int, help="of the random inputs (default: the time; it is printed)")
     gpu.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
     gpu.set_defaults(func=_gpu)
+    _add_serve(actions)
 
 
 def _add_data(actions: Any) -> None:
@@ -104,6 +105,36 @@ def _add_data(actions: Any) -> None:
     data.set_defaults(func=_data)
 
 
+def _add_serve(actions: Any) -> None:
+    text = (
+        "A trace of requests (Poisson arrivals, lengths like ShareGPT's) on a softmax model with static batches, with "
+        "continuous batching and room for the longest, and with pages, and on a DLA model of the same size in the "
+        "same memory; beside `generate` of transformers. Then, for contexts of 512 to 64K, what fits, what is wasted "
+        "and how fast it is decoded. Exit code 1 where a target is missed."
+    )
+    serve = actions.add_parser("serve", help="serving, beside a paged cache of keys and values", description=text)
+    serve.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    serve.add_argument("--requests", type=int, default=64, metavar="N", help="of the trace (default: 64)")
+    serve.add_argument("--rate", type=float, default=8.0, metavar="R", help="requests a second (default: 8)")
+    serve.add_argument("--longest", type=int, default=1024, metavar="T", help="tokens of a request (default: 1024)")
+    serve.add_argument(
+        "--memory-mb", type=float, default=32.0, metavar="MB", help="for states, keys and values (default: 32)"
+    )
+    serve.add_argument(
+        "--contexts", type=int, nargs="*", default=[512 << n for n in range(8)], metavar="T",
+        help="default: 512 to 65536; none: the trace alone",
+    )  # fmt: skip
+    serve.add_argument(
+        "--attention-groups", type=int, default=4, metavar="G",
+        help="heads of keys and values of the softmax model, 1, 2 or 4 (default: 4, as many as of queries)",
+    )  # fmt: skip
+    serve.add_argument("--backbone", choices=("mamba2", "gdn"), default="mamba2", help="of DLA (default: mamba2)")
+    serve.add_argument("--threads", type=int, default=1, help="of a CPU (default: 1)")
+    serve.add_argument("--seed", type=int, default=0)
+    serve.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
+    serve.set_defaults(func=_serve)
+
+
 def _kernels(args: argparse.Namespace) -> int:
     from .run import bench_kernels
 
@@ -133,3 +164,9 @@ def _ledger(args: argparse.Namespace) -> int:
     from .ledger.run import bench_ledger
 
     return bench_ledger(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from .serve import bench_serve
+
+    return bench_serve(args)

@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,13 @@ def demo_model() -> dict[str, Any]:
 
 
 def exported(backbone: str, model: dict[str, Any] | None = None) -> Any:
-    """A model with random weights, run from the files that `dla convert to-hf` writes; `model` as `demo_model`."""
+    """A model with random weights, run from the files that `dla convert to-hf` writes. `model`: as `demo_model`, and
+    perhaps `vocab_size`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from megatron_dla.config import ModelSection, layer_letters
     from megatron_dla.hf.code_files import code_files
+    from megatron_dla.hf.section import RENAMED
 
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place) / f"bench_{backbone}"
@@ -52,10 +56,13 @@ def exported(backbone: str, model: dict[str, Any] | None = None) -> Any:
         for name, path in code_files().items():
             shutil.copyfile(path, directory / name)
         classes = {"AutoConfig": "configuration_dla.DLAConfig", "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM"}
-        fields = {"model_type": "dla", "auto_map": classes, "vocab_size": VOCAB, **(model or demo_model())}
-        fields["backbone"] = backbone
-        if backbone == "mamba2":
-            fields["num_groups"] = 1
+        groups = {"num_groups": 1} if backbone == "mamba2" else {}
+        given = {"vocab_size": VOCAB, **(model or demo_model())}
+        vocabulary = given.pop("vocab_size")
+        section = ModelSection(**given | {"backbone": backbone, **groups})
+        fields = {RENAMED.get(name, name): value for name, value in asdict(section).items() if name != "pattern"}
+        fields |= {"model_type": "dla", "auto_map": classes, "layer_letters": layer_letters(section)}
+        fields["vocab_size"] = vocabulary
         (directory / "config.json").write_text(json.dumps(fields))
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=True)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=True)

@@ -31,7 +31,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("arch", [pytest.param(arch, marks=[pytest.mark.long] * (arch > 80)) for arch in aot.ARCHS])
 def test_planted_faults_are_found(arch: int) -> None:
     done = run("-m", "tests.support.aot_toys", str(arch))
     assert done.returncode == 0

@@ -98,7 +98,7 @@ def test_a_gradient_of_one_rank_that_is_not_a_number_leaves_out_the_update_of_al
     assert (second["step"], second["rows"], second["data"]["steps"]) == (3, [16, 23], 2)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_same_in_bf16(ranks, data, tmp_path, stage) -> None:
     training = {"zero_stage": stage, "steps": 4, "precision": "bf16"}
     ranks(2).run(train_workers.anomalous, config(data, tmp_path, training=training), {2: 1}, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -115,23 +116,31 @@ def sequence_bytes(sequence: Sequence, runner: ModelRunner) -> SequenceBytes:
     return SequenceBytes(runner.pool.row_bytes if sequence.row >= 0 else 0, reserved, reserved - idle)
 
 
-def _memory(scheduler: Scheduler, runner: ModelRunner) -> tuple[int, int, int]:
-    """Bytes of the pools: allocated, reserved, used. A page that several hold counts once."""
-    total, reserved = runner.pool.nbytes, len(scheduler.held) * runner.pool.row_bytes
-    idle = 0
-    for kind, token in enumerate(runner.token_bytes):
-        pool = scheduler.pools[kind]
-        total += pool.total * PAGE * token
+def memory_use(scheduler: Scheduler, row_bytes: int, token_bytes: Items[int]) -> tuple[int, int]:
+    """Bytes of the pools that sequences and prefixes hold, and those of them that hold something: states, and keys and
+    values that a later token can see. A page that several hold counts once; what an ended sequence of a static batch
+    still holds is of no use.
+
+    Args:
+        row_bytes: of one state. token_bytes: by pool, keys and values of one token.
+    """
+    live = [x for x in scheduler.held if x.phase is not Phase.ENDED]
+    ended = [x for x in scheduler.held if x.phase is Phase.ENDED]
+    reserved, idle = len(scheduler.held) * row_bytes, len(ended) * row_bytes
+    for kind, (pool, token) in enumerate(zip(scheduler.pools, token_bytes, strict=True)):
         reserved += (pool.total - pool.free) * PAGE * token
-        idle += sum(x.tables[kind].idle(x.length) for x in scheduler.held) * token
-    return total, reserved, reserved - idle
+        idle += sum(x.tables[kind].idle(x.length) for x in live) * token
+        idle += sum(len(x.tables[kind].pages) for x in ended) * PAGE * token
+    return reserved, reserved - idle
 
 
 def take_stats(scheduler: Scheduler, runner: ModelRunner, new: int, counts: Counts, now: float) -> Stats:
     """`new`: requests that the scheduler does not know yet. `now`: on the clock of the meters."""
     running = [x for x in scheduler.held if x.phase is not Phase.ENDED]
     saved = [x for x in scheduler.waiting if x.phase is Phase.SAVED]
-    total, reserved, used = _memory(scheduler, runner)
+    reserved, used = memory_use(scheduler, runner.pool.row_bytes, runner.token_bytes)
+    every_page = zip(scheduler.pools, runner.token_bytes, strict=True)
+    total = runner.pool.nbytes + sum(pool.total * PAGE * token for pool, token in every_page)
     slots, every = runner.pool.open_slots([x.row for x in running if x.phase is Phase.DECODING])
     pages = sum(pool.total for pool in scheduler.pools)
     return Stats(
