@@ -280,6 +280,7 @@ def _read_parquet(path: Path, compression: str, text_field: str, separator: str)
     import pyarrow.parquet
 
     size, number = path.stat().st_size, 0
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the default one keeps a part of every row group
     # buffered: a column of a row group is read in pieces, not at once
     with pyarrow.parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False) as file:
         column = _column(path, file.schema_arrow, text_field)
