@@ -82,7 +82,7 @@ def test_the_state_decides_as_before() -> None:
 # ---- in a run
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(n, marks=[pytest.mark.long] * (n in (0, 2))) for n in range(4)])
 def test_a_gradient_of_one_rank_that_is_not_a_number_leaves_out_the_update_of_all(ranks, data, tmp_path, stage) -> None:
     """The first step and a later one; without them as one that never saw them, bit for bit."""
     training = {"zero_stage": stage, "steps": 5}
@@ -107,7 +107,7 @@ def test_the_same_in_bf16(ranks, data, tmp_path, stage) -> None:
     assert [r["step"] for r in records(tmp_path / "run")] == [2]
 
 
-@pytest.mark.parametrize(("stage", "tensor"), [(0, 1), (1, 2), (3, 1)])
+@pytest.mark.parametrize(("stage", "tensor"), [pytest.param(0, 1, marks=pytest.mark.long), (1, 2), (3, 1)])
 def test_the_update_of_a_spike_is_left_out(ranks, data, tmp_path, stage, tensor) -> None:
     anomalies, parallel = {"min_losses": 3, "spike": "skip"}, {"tensor_model_parallel_size": tensor}
     values = config(data, tmp_path, training={"zero_stage": stage, "steps": 6}, anomalies=anomalies, parallel=parallel)

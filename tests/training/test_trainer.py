@@ -48,7 +48,7 @@ def run_config(data: Path, runs: Path, backbone: str, **sections) -> dict:
 
 
 @pytest.mark.parametrize("backbone", ["mamba2", "gdn"])
-@pytest.mark.parametrize("sequence", [False, True], ids=["", "sp"])
+@pytest.mark.parametrize("sequence", [pytest.param(False, marks=pytest.mark.long), True], ids=["", "sp"])
 def test_zero1_tp2_dp2_equals_one_process(ranks, data, plain, tmp_path, backbone, sequence) -> None:
     values = run_config(
         data, tmp_path, backbone, parallel={"tensor_model_parallel_size": 2, "sequence_parallel": sequence}

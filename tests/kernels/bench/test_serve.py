@@ -117,7 +117,7 @@ def test_the_command_writes_tables_json_and_picture(tmp_path, capsys) -> None:
     assert len({facts["tokens"] for facts in made["trace"].values()}) == 1
     softmax, dla = made["parameters"]["softmax"], made["parameters"]["dla"]
     assert softmax == pytest.approx(dla, rel=0.01)
-    assert all(name in out for name in made["trace"]) and made["command"].startswith("dla ")
+    assert all(name in out for name in made["trace"]) and made["command"].startswith("dla")
 
 
 @pytest.mark.parametrize("option, value", [
