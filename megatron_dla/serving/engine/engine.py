@@ -156,15 +156,30 @@ class Engine:
             return bool(self._live)
 
     def run(self, stop: threading.Event) -> None:
-        """Step until `stop` is set, waiting where nothing is to do; then cancel what is left, and take no more."""
-        while not stop.is_set():
-            if not self.step():
-                with self._work:
-                    self._work.wait_for(lambda: self._live or stop.is_set(), timeout=0.1)
+        """Step until `stop` is set, waiting where nothing is to do; then cancel what is left, and take no more.
+
+        An exception of the scheduler or of a copy ends all requests with it and is raised.
+        """
+        try:
+            while not stop.is_set():
+                if not self.step():
+                    with self._work:
+                        self._work.wait_for(lambda: self._live or stop.is_set(), timeout=0.1)
+        except Exception as error:
+            self._fail(error)
+            raise
         with self._lock:
             self._closed = True
             self._cancelled |= self._live.keys()
         self.step()
+
+    def _fail(self, error: Exception) -> None:
+        """After a fault between two calls of the model: every request ends as an error, and none is taken."""
+        with self._lock:
+            self._closed = True
+            left, self._live = list(self._live.values()), {}
+        for live in left:
+            self._deliver(live, live.output.last(live.sequence, "error", f"{type(error).__name__}: {error}"))
 
     def drain(self) -> None:
         """Step until every request has ended."""

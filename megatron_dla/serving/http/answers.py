@@ -29,7 +29,9 @@ class Pieces:
 
     def __call__(self, token: int) -> str:
         text = self._tokenizer.decode([*self._anchor, token])[self._length :]
-        return self._tokenizer.convert_ids_to_tokens(token) if not text or "\ufffd" in text else text
+        if text and "\ufffd" not in text:
+            return text
+        return self._tokenizer.convert_ids_to_tokens(token) or f"<{token}>"  # rows of the embedding without a token
 
 
 @dataclass

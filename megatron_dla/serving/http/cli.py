@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def add_serve_parser(subparsers: Any) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     for name in ("max_tokens", "max_body", "sessions", "drain"):
-        if not getattr(args, name) > 0:
+        if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: want more than 0")
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port}: want 0 to 65535")

@@ -6,6 +6,7 @@ The form is that of OpenAI's API (https://platform.openai.com/docs/api-reference
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +15,8 @@ from megatron_dla.errors import UserError
 
 MAX_CHOICES = 128
 Unsupported = Annotated[None, Field(description="not supported")]
+Strings = Annotated[list[str], Field(fail_fast=True)]  # one error, not one for each of a million elements
+Tokens = Annotated[list[int], Field(fail_fast=True)]
 Zero = Annotated[float, Field(ge=0, le=0, description="not supported")]
 
 
@@ -38,7 +41,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    include_usage: bool = False
+    include_usage: bool | None = False
     include_obfuscation: bool = False
 
 
@@ -52,7 +55,7 @@ class _Common(_Body):
     repetition_penalty: float | None = 1.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Strings | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -86,7 +89,7 @@ class _Common(_Body):
 class CompletionBody(_Common):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Strings | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     max_tokens: int | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = False
@@ -124,8 +127,14 @@ class TextPart(_Body):
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
+    # in the answers of this server and of others, which clients send back as they are
+    refusal: Unsupported = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def flat(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -140,7 +149,7 @@ class ResponseFormat(_Body):
 class ChatBody(_Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
@@ -171,11 +180,18 @@ def parse(kind: type[Body], raw: bytes) -> Body:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(x) for x in first["loc"] if not _is_branch(x))
         message = first["msg"].removeprefix("Value error, ")
-        given = ascii(first["input"])[:200] if first["type"] != "json_invalid" else ""
+        given = _shown(first["input"]) if first["type"] != "json_invalid" else ""
         text = f"{place} = {given}: {message}" if place else message
         if first["type"] == "extra_forbidden":
             text = f"{place}: this server does not know it: leave it out"
         raise ApiError(400, ascii_only(text), param=place or None) from error
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, in ASCII, which is not printed whole for it."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 200
+    return short.repr(value).encode("ascii", "backslashreplace").decode()[:200]
 
 
 def _is_branch(part: Any) -> bool:

@@ -86,8 +86,10 @@ def with_engine(app: FastAPI, thread: EngineThread) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         thread.start()
-        yield
-        thread.stop()
+        try:
+            yield
+        finally:
+            thread.stop()
 
     app.router.lifespan_context = lifespan
     return app
@@ -135,4 +137,7 @@ def serve(service: Service, host: str, port: int, *, drain: float = 60.0, thread
         server.run()
     except SystemExit as error:  # uvicorn's, when it cannot listen; it has said why
         raise UserError(f"--host {host} --port {port}: cannot listen there: choose another port") from error
+    finally:
+        if thread.is_alive:  # after a second signal uvicorn leaves at once
+            thread.stop()
     return 1 if service.failed else 0

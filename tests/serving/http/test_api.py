@@ -222,3 +222,51 @@ def test_a_thousand_requests_of_which_some_are_wrong(address, service) -> None:
     after = service.engine.stats()
     assert after.requests - before.requests == 950
     assert after.running == after.waiting == after.slots_used == after.reserved_bytes == 0
+
+
+def test_an_answer_can_be_sent_back_as_it_is(client) -> None:
+    said = [{"role": "user", "content": "hello"}]
+    first = client.chat.completions.create(messages=said, max_tokens=4, **GREEDY).choices[0].message
+    more = {"role": "user", "content": "and then?"}
+    texts = [
+        client.chat.completions.create(messages=[*said, message, more], max_tokens=4, **GREEDY)
+        .choices[0]
+        .message.content
+        for message in (first, first.model_dump(), {"role": "assistant", "content": first.content})
+    ]
+    assert len(set(texts)) == 1
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "x"}]}
+    with pytest.raises(openai.BadRequestError, match="tool_calls"):
+        client.chat.completions.create(messages=[*said, call, more], **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[1.5] * 20_000, [[1.5]] * 10_000, [None] * 15_000], ids=["numbers", "lists", "null"]
+)
+def test_a_long_wrong_list_is_one_error(address, prompt) -> None:
+    begin = time.process_time()
+    answer = httpx.post(f"{address}/v1/completions", json={"model": "tiny", "prompt": prompt})
+    assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("prompt")
+    assert len(answer.json()["error"]["message"]) < 500 and time.process_time() - begin < 0.5
+
+
+def test_a_fault_of_the_engine_ends_every_call(make_service) -> None:
+    service = make_service()
+    with running(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client:
+        stream = client.completions.create(
+            prompt="x", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}, timeout=20, **GREEDY
+        )
+        next(stream)
+
+        def broken() -> list:
+            raise RuntimeError("out of memory")
+
+        service.engine._scheduler.begin_step = broken
+        with pytest.raises(openai.APIError, match="out of memory"):
+            list(stream)
+    assert service.failed
+
+
+def test_stream_options_may_be_empty(client) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": None}}
+    assert list(client.completions.create(prompt="x", max_tokens=2, **options, **GREEDY))

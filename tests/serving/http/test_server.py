@@ -36,11 +36,31 @@ def test_sigterm_lets_a_request_end(export) -> None:
         process.kill()
 
 
+def test_a_second_interrupt_ends_it_at_once(export) -> None:
+    command = [sys.executable, "-m", "megatron_dla.cli", "serve", str(export), "--port", "0", "--slots", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        found = re.search(r"(http://127\.0\.0\.1:\d+)", process.stdout.readline())
+        with openai.OpenAI(base_url=f"{found[1]}/v1", api_key="x", max_retries=0) as client:
+            stream = client.completions.create(
+                model="hf_served", prompt="x", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+            )
+            next(stream)
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.4)
+            assert process.wait(30) >= 0 and "terminate called" not in process.stderr.read()
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["nowhere"], "nowhere"),
     (["{export}", "--port", "70000"], "--port 70000"),
     (["{export}", "--slots", "0"], "slots = 0"),
     (["{export}", "--max-tokens", "0"], "--max-tokens 0"),
+    (["{export}", "--drain", "inf"], "--drain inf"),
     (["{export}", "--adapter", "nowhere"], "--adapter"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(export, capsys, arguments, words) -> None:
