@@ -110,6 +110,13 @@ class Engine:
         with self._work:
             self._work.notify_all()
 
+    def cancel_all(self) -> None:
+        """As `cancel`, of every request so far."""
+        with self._lock:
+            numbers = list(self._live)
+        for number in numbers:
+            self.cancel(number)
+
     def room(self, prompt: int) -> int | None:
         """Most tokens that may follow a prompt of so many; None: any number."""
         return self._scheduler.room(prompt)

@@ -62,11 +62,11 @@ class EngineThread:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which says at a signal that it takes no more calls."""
+    """uvicorn's. After a signal it says that it takes no more calls; those that run end `drain` seconds later."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, drain: float = 60.0) -> None:
         super().__init__(config)
-        self.service = service
+        self.service, self.drain = service, drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -76,6 +76,10 @@ class Server(uvicorn.Server):
             print(f"serving {self.service.name} at {at} (page /, API /v1, metrics /metrics)", flush=True)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        if not self.service.draining:
+            timer = threading.Timer(self.drain, self.service.engine.cancel_all)
+            timer.daemon = True
+            timer.start()
         self.service.draining = True
         super().handle_exit(sig, frame)
 
@@ -125,10 +129,10 @@ def serve(service: Service, host: str, port: int, *, drain: float = 60.0, thread
     app = with_engine(create_app(service, key), thread)
     server = Server(
         uvicorn.Config(
-            app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=max(1, round(drain)),
+            app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=round(drain) + 5,
             server_header=False,
         ),
-        service,
+        service, drain,
     )  # fmt: skip
     thread.server = server
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what it caught once more at its end

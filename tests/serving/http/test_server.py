@@ -55,6 +55,24 @@ def test_a_second_interrupt_ends_it_at_once(export) -> None:
         process.kill()
 
 
+def test_what_runs_when_the_drain_ends_gets_an_end(export) -> None:
+    command = [sys.executable, "-m", "megatron_dla.cli", "serve", str(export), "--port", "0", "--drain", "1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        found = re.search(r"(http://127\.0\.0\.1:\d+)", process.stdout.readline())
+        with openai.OpenAI(base_url=f"{found[1]}/v1", api_key="x", max_retries=0) as client:
+            stream = client.completions.create(
+                model="hf_served", prompt="x", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+            )
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            assert list(stream)[-1].choices[0].finish_reason == "cancelled"
+        assert process.wait(30) == 0 and process.stderr.read() == ""
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["nowhere"], "nowhere"),
     (["{export}", "--port", "70000"], "--port 70000"),
