@@ -4,10 +4,7 @@ import os
 import subprocess
 import sys
 
-import pytest
 
-
-@pytest.mark.long
 def test_a_run_killed_at_any_time_resumes_bit_for_bit() -> None:
     command = [
         sys.executable,
