@@ -13,7 +13,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,9 +45,9 @@ def exported(backbone: str, model: dict[str, Any] | None = None) -> Any:
     perhaps `vocab_size`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megatron_dla.config import ModelSection, layer_letters
+    from megatron_dla.config import ModelSection
     from megatron_dla.hf.code_files import code_files
-    from megatron_dla.hf.section import RENAMED
+    from megatron_dla.hf.section import section_fields
 
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place) / f"bench_{backbone}"
@@ -60,9 +59,7 @@ def exported(backbone: str, model: dict[str, Any] | None = None) -> Any:
         given = {"vocab_size": VOCAB, **(model or demo_model())}
         vocabulary = given.pop("vocab_size")
         section = ModelSection(**given | {"backbone": backbone, **groups})
-        fields = {RENAMED.get(name, name): value for name, value in asdict(section).items() if name != "pattern"}
-        fields |= {"model_type": "dla", "auto_map": classes, "layer_letters": layer_letters(section)}
-        fields["vocab_size"] = vocabulary
+        fields = {"model_type": "dla", "auto_map": classes, "vocab_size": vocabulary, **section_fields(section)}
         (directory / "config.json").write_text(json.dumps(fields))
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=True)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=True)

@@ -56,15 +56,15 @@ class Outcome:
 
     Attributes:
         seconds: from the first arrival to the last token. times: by request. waste: share of the reserved memory that
-            held nothing, and running: sequences in memory, both in the mean over the time. None: not known.
+            held nothing, and running: sequences in memory, both in the mean over the time.
     """
 
     seconds: float
     times: list[Times]
-    waste: float | None = None
-    running: float | None = None
+    waste: float
+    running: float
 
-    def facts(self) -> dict[str, float | None]:
+    def facts(self) -> dict[str, float]:
         """Tokens a second; seconds to the first token, and milliseconds a token after it: median and 99th percentile
         over the requests."""
         first = [x.tokens[0] - x.asked for x in self.times]

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dla.checkpoint.find import COMPLETE, LAYOUT, resolve_checkpoint
 from megatron_dla.checkpoint.integrity import seal
 from megatron_dla.checkpoint.weights import CheckpointLayout, MergedWeights, split_merged, weight_file
-from megatron_dla.config import ModelSection, layer_letters
+from megatron_dla.config import ModelSection
 from megatron_dla.config.checks import check_tensor_parallel
 from megatron_dla.console import progress_bar
 from megatron_dla.errors import CheckpointError, UserError
@@ -39,7 +39,7 @@ from megatron_dla.hf.directory import (
 from megatron_dla.hf.fast_tokenizer import SpecialTokens, write_tokenizer
 from megatron_dla.hf.linear_models import LINEAR_FAMILIES, is_linear, linear_weights, read_linear
 from megatron_dla.hf.load import check_tokenizer
-from megatron_dla.hf.section import RENAMED, read_section
+from megatron_dla.hf.section import read_section, section_fields
 from megatron_dla.mixers.layout import FP32_PARAMETERS
 from megatron_dla.model.counts import count_parameters
 from megatron_dla.model.parameters import model_parameters
@@ -91,16 +91,14 @@ def tokenizer_file(checkpoint: Path, given: str | Path | None, layout: Checkpoin
 
 
 def _config(layout: CheckpointLayout, tokens: SpecialTokens, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json: every field of the model section, so that `from_hf` gets the same section back."""
-    fields = {RENAMED.get(name, name): value for name, value in asdict(layout.model).items() if name != "pattern"}
+    """config.json."""
     return {
         "architectures": ["DLAForCausalLM"],
         "model_type": "dla",
         "auto_map": AUTO_MAP,
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": layout.vocab_size,
-        "layer_letters": layer_letters(layout.model),
-        **fields,
+        **section_fields(layout.model),
         "training_length": layout.seq_len,
         "bos_token_id": None,
         "eos_token_id": tokens.eos,

@@ -6,14 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_dla.config import ModelSection
+from megatron_dla.config import ModelSection, layer_letters
 from megatron_dla.config.checks import check_model
 from megatron_dla.config.load import from_dict
 from megatron_dla.errors import CheckpointError
 from megatron_dla.hf.directory import CONFIG, read_config
 
 _EXPORT_AGAIN = "export the model again"
-RENAMED = {"tie_embeddings": "tie_word_embeddings"}
+_RENAMED = {"tie_embeddings": "tie_word_embeddings"}
 # fields that the first exports did not have; they mean the defaults
 _ADDED = (
     "attention_head_dim",
@@ -35,6 +35,12 @@ _ADDED = (
 )
 
 
+def section_fields(section: ModelSection) -> dict[str, Any]:
+    """Every field of a model section as config.json has it, so that `read_section` gets the same section back."""
+    fields = {_RENAMED.get(name, name): value for name, value in asdict(section).items() if name != "pattern"}
+    return {"layer_letters": layer_letters(section), **fields}
+
+
 def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
     """Model section and raw config.json of an exported directory. Raises CheckpointError where it is not one."""
     config = read_config(hf_dir, _EXPORT_AGAIN)
@@ -43,7 +49,7 @@ def read_section(hf_dir: Path) -> tuple[ModelSection, dict[str, Any]]:
     try:
         defaults = asdict(ModelSection())
         config = {name: defaults[name] for name in _ADDED} | config
-        names = {name: RENAMED.get(name, name) for name in defaults if name != "pattern"}
+        names = {name: _RENAMED.get(name, name) for name in defaults if name != "pattern"}
         fields = {name: config[theirs] for name, theirs in names.items()}
         section = from_dict({"model": {"pattern": config["layer_letters"], **fields}}).model
         check_model(section)

@@ -10,7 +10,6 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dla.config import ModelSection, layer_letters
+from megatron_dla.config import ModelSection
 from megatron_dla.hf.code_files import own_code
-from megatron_dla.hf.section import RENAMED
+from megatron_dla.hf.section import section_fields
 from megatron_dla.study.generators import IGNORED, TaskSection, make_rows, vocabulary
 from megatron_dla.study.synthetic import CellConfig
 
@@ -31,9 +30,8 @@ def build_model(section: ModelSection, vocab_size: int, seed: int) -> Any:
     """A new causal language model of the section, fp32, on this processor."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {RENAMED.get(name, name): value for name, value in asdict(section).items() if name != "pattern"}
     with tempfile.TemporaryDirectory() as place:
-        config = {"model_type": "dla", "vocab_size": vocab_size, "layer_letters": layer_letters(section), **fields}
+        config = {"model_type": "dla", "vocab_size": vocab_size, **section_fields(section)}
         (Path(place) / "config.json").write_text(json.dumps(config | {"initializer_range": section.init_std}))
         with own_code(Path(place)) as directory:
             loaded = AutoConfig.from_pretrained(str(directory), trust_remote_code=True)
