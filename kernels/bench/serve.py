@@ -17,7 +17,7 @@ from megatron_dla.serving.engine import Engine
 from .export import VOCAB
 from .report import environment, write_json
 from .run import resolve_device
-from .serve_contexts import measure_context
+from .serve_contexts import measure_context, state_sizes
 from .serve_plot import draw
 from .serve_systems import GENERATE, SYSTEMS, Memory, engine_config, generate_trace, make_models
 from .serve_trace import Arrival, Outcome, make_trace, replay
@@ -86,14 +86,28 @@ def check_targets(trace: dict[str, dict[str, Any]], contexts: list[dict[str, Any
     waste = max([trace["dla"]["waste"], *(r["waste"] for r in mine)])
     sizes = sorted({r["bytes_each"] for r in mine})
     order = rate["paged"] > rate["reserved"] > rate["static"]
+    name = "paged > reserved > static, tokens/s" + ("" if order else f" ({why_not(trace)})")
     gain = rate["dla"] / rate["static"]
     return [
         {"what": f"dla at least {SPEEDUP:g} times static", "value": gain, "met": gain >= SPEEDUP, "must": True},
         {"what": f"waste of dla below {WASTE:.0%}", "value": waste, "met": waste < WASTE, "must": True},
         {"what": "one size of a sequence of dla", "value": sizes, "met": len(sizes) <= 1, "must": True},
-        {"what": "paged > reserved > static, tokens/s", "value": [round(rate[n]) for n in SYSTEMS][2::-1], "met": order,
-         "must": False},
-    ]  # fmt: skip
+        {"what": name, "value": [round(rate[n]) for n in SYSTEMS][2::-1], "met": order, "must": False},
+    ]
+
+
+def why_not(trace: dict[str, dict[str, Any]]) -> str:
+    """Of a trace in which the order of the published comparison is not found: the first pair out of order."""
+    better, worse = next(
+        pair for pair in (("paged", "reserved"), ("reserved", "static"))
+        if trace[pair[0]]["tokens_per_s"] <= trace[pair[1]]["tokens_per_s"]
+    )  # fmt: skip
+    many, few = trace[better]["running"], trace[worse]["running"]
+    if many < 1.1 * few:
+        return (
+            f"memory does not limit this trace: {better} ran {many:.1f} at once, {worse} {few:.1f}; lower --memory-mb"
+        )
+    return f"{better} ran {many:.1f} at once, {worse} {few:.1f}, but a step of more sequences took as much longer"
 
 
 def bench_serve(args: argparse.Namespace) -> int:
@@ -146,8 +160,9 @@ def _bench(args: argparse.Namespace, device: torch.device) -> int:
         facts["contexts_memory_bytes"] = wide.total
         print(f"{wide.total / 1e6:,.0f} MB, requests of up to so many tokens")
         print(CONTEXT_LINE.format("", "context", "a sequence", "fit", "timed", "ms", "tokens/s", "waste"))
+        sizes = state_sizes(models["dla"], args.contexts, args.seed)
     for context in args.contexts:
-        records = measure_context(models, wide, context, args.seed)
+        records = measure_context(models, wide, context, sizes[context], args.seed)
         facts["contexts"] += records
         print("\n".join(context_line(record) for record in records), flush=True)
         write_json(path, facts)

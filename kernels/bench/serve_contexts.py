@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
+from megatron_dla.console import progress_bar
 from megatron_dla.serving.engine import EngineConfig, Request, SamplingParams
 from megatron_dla.serving.engine.config import PAGE
 from megatron_dla.serving.engine.models import ExportedModel
 from megatron_dla.serving.engine.runner import ModelRunner
 from megatron_dla.serving.engine.scheduler import Phase, Scheduler, Sequence
+from megatron_dla.serving.engine.states import state_bytes
 from megatron_dla.serving.engine.stats import memory_use
 
+from .export import VOCAB
 from .serve_systems import SYSTEMS, Memory, engine_config
 from .serve_trace import ANSWER_MEAN, SIGMA, log_normal
 
-REQUESTS, DECODED, STEPS, PROMPT = 60, 32, 5, 64  # DECODED: sequences that are timed at most
+REQUESTS, DECODED, STEPS, PROMPT, CHUNK = 60, 32, 5, 64, 1024  # DECODED: sequences that are timed at most
 PROMPT_SHARE, PROMPT_SIGMA = 0.5, 0.4  # mean of the prompts over the context
 
 
@@ -48,6 +52,8 @@ class NoStore:
     def move(self, sequence: Sequence, row: int) -> None: ...
 
     def snapshot(self, sequence: Sequence) -> Any: ...
+
+    def begin(self, sequence: Sequence, snapshot: Any) -> None: ...
 
 
 def schedule(name: str, memory: Memory, context: int, seed: int) -> Scheduled:
@@ -85,6 +91,25 @@ def schedule(name: str, memory: Memory, context: int, seed: int) -> Scheduled:
 
 
 @torch.no_grad()
+def state_sizes(model: Any, contexts: Items[int], seed: int) -> dict[int, int]:
+    """Bytes of the state of one sequence of random tokens after so many of them, measured while it is read."""
+    served, generator = ExportedModel(model), torch.Generator().manual_seed(seed)
+    served.template()
+    state, length, sizes = None, 0, {}
+    with progress_bar(max(contexts), "read", unit="token") as bar:
+        for context in sorted(contexts):
+            while length < context:
+                count = min(CHUNK, context - length)
+                ids = torch.randint(3, VOCAB, (1, count), generator=generator).to(served.device)
+                past = torch.tensor([length], device=served.device)
+                state = served.run(ids, past, state, {}, logits=False)[1]
+                length += count
+                bar.update(count)
+            sizes[context] = state_bytes(state or [])
+    return sizes
+
+
+@torch.no_grad()
 def decode_seconds(model: Any, context: int, count: int, rows: int) -> float:
     """Median time of a step that decodes `count` sequences after `context` tokens, in calls of `rows`.
 
@@ -119,9 +144,15 @@ def decode_seconds(model: Any, context: int, count: int, rows: int) -> float:
     return median(seconds[1:])
 
 
-def measure_context(models: dict[str, Any], memory: Memory, context: int, seed: int) -> list[dict[str, Any]]:
+def measure_context(
+    models: dict[str, Any], memory: Memory, context: int, state: int, seed: int
+) -> list[dict[str, Any]]:
     """A record a system. Decoding is timed with as many sequences as fit, at most DECODED; static batches are those of
-    `reserved`, of which only the share counts that has not ended."""
+    `reserved`, of which only the share counts that has not ended.
+
+    Args:
+        state: bytes of a DLA state after `context` tokens; pages are counted.
+    """
     records, timed = [], {}
     for name in SYSTEMS:
         scheduled = schedule(name, memory, context, seed)
@@ -132,7 +163,8 @@ def measure_context(models: dict[str, Any], memory: Memory, context: int, seed: 
             timed[kind, count] = decode_seconds(models[kind], context, count, engine_config(name, memory, context).rows)
         share = scheduled.active / scheduled.held if name == "static" else 1.0
         records.append({
-            "system": name, "context": context, "bytes_each": memory.each(name, context, context), "fit": fit,
+            "system": name, "context": context, "fit": fit,
+            "bytes_each": state if name == "dla" else memory.each(name, context, context),
             "decoded": count, "step_ms": 1e3 * timed[kind, count], "tokens_per_s": share * count / timed[kind, count],
             **asdict(scheduled),
         })  # fmt: skip

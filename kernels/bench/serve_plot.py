@@ -22,6 +22,7 @@ def draw(path: Path, facts: dict[str, Any]) -> Path | None:
     rates = [facts["trace"][name]["tokens_per_s"] for name in names]
     bars = axes[0][0].bar(names, rates, color=[COLORS[name] for name in names])
     axes[0][0].bar_label(bars, [f"{rate:,.0f}" for rate in rates])
+    axes[0][0].margins(y=0.12)  # for the numbers
     axes[0][0].set_title(f"{facts['requests']} requests, {facts['memory_bytes'] / 1e6:,.0f} MB: tokens/s", fontsize=10)
     size = f"{facts.get('contexts_memory_bytes', 0) / 1e6:,.0f} MB"
     panels = (
@@ -32,7 +33,8 @@ def draw(path: Path, facts: dict[str, Any]) -> Path | None:
         for name in COLORS:
             points = [r for r in facts["contexts"] if r["system"] == name]
             if points:
-                style = "--" if name == "static" else "-"  # it may lie on `reserved`
+                style = "--" if name == "static" else "-"  # systems may lie on each other
+                width = 4 if name == "reserved" else 1.5
                 values = [scale * r[key] for r in points]
                 axis.plot(
                     [r["context"] for r in points],
@@ -40,6 +42,8 @@ def draw(path: Path, facts: dict[str, Any]) -> Path | None:
                     style,
                     marker="o",
                     markersize=4,
+                    linewidth=width,
+                    alpha=0.5 if name == "reserved" else 1,
                     color=COLORS[name],
                     label=name,
                 )

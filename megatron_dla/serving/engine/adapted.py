@@ -22,6 +22,8 @@ from megatron_dla.serving.engine.states import State
 from megatron_dla.serving.hf_model import DeltaMemModel, States
 
 _NAME = "megatron_dla_pages"
+_BEFORE = torch.iinfo(torch.int64).max
+"""Number of a message of an earlier request, which no message of this one continues."""
 _call = threading.local()
 
 
@@ -89,7 +91,11 @@ class AdaptedModel:
 
     def start(self, request: Request) -> State | None:
         states = self.model.initial_states(1) if request.memory is None else request.memory
-        return [{name: x.to(self.device) for name, x in layer.items()} for layer in to_state(states)]
+        state = [{name: x.to(self.device) for name, x in layer.items()} for layer in to_state(states)]
+        for layer in state:
+            if "message" in layer:  # open at the end of the request before, whose numbers mean nothing here
+                layer["message"] = torch.where(layer["message"] < 0, layer["message"], _BEFORE)
+        return state
 
     def memory(self, state: State) -> States:
         states = {}

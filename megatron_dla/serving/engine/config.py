@@ -27,7 +27,7 @@ class EngineConfig:
             `kv_tokens`.
         kv_tokens: see there.
         prefix_states: prompt prefixes that are kept, the least recently used is dropped. 0: none.
-        max_waiting: requests that wait for a slot; more are refused.
+        max_waiting: requests that wait although all slots are taken; more are refused.
         max_saved: sequences that were put aside for requests of a higher priority.
         reserve_tokens: room for the keys and values of so many tokens is taken when a sequence is admitted, instead of
             a page when it is needed. For comparisons.

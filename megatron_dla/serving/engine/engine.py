@@ -88,7 +88,7 @@ class Engine:
             if self._closed:
                 raise EngineFullError("the engine is closed: it takes no more requests")
             waiting = len(self._new) + len(self._scheduler.waiting)
-            if waiting >= self.config.max_waiting:
+            if waiting >= self.config.max_waiting + len(self._scheduler.free_rows):
                 raise EngineFullError(
                     f"{waiting} requests wait (max_waiting = {self.config.max_waiting}): try again later"
                 )
@@ -156,8 +156,8 @@ class Engine:
         with self._stepping:
             self._take_changes()
             rows = self._scheduler.begin_step()
-            for first in sorted({x.row // self.config.rows for x in rows}):
-                self._decode([x for x in rows if x.row // self.config.rows == first])
+            for call in sorted({x.row // self.config.rows for x in rows}):
+                self._decode(call, [x for x in rows if x.row // self.config.rows == call])
             while (work := self._scheduler.next_read()) is not None:
                 self._read_chunk(*work)
             return bool(self._live)
@@ -206,9 +206,10 @@ class Engine:
         for sequence in self._scheduler.expired(self._clock()):
             self._end(self._live[sequence.arrival], "deadline")
 
-    def _decode(self, rows: list[Sequence]) -> None:
+    def _decode(self, call: int, rows: list[Sequence]) -> None:
+        reading = [row for row in self._scheduler.half_read if row // self.config.rows == call]
         try:
-            logits = self._runner.decode(rows)
+            logits = self._runner.decode(rows, reading)
         except Exception as error:
             for one in rows:
                 self._end(self._live[one.arrival], "error", f"{type(error).__name__}: {error}")

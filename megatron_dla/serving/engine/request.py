@@ -38,7 +38,7 @@ class Request:
         memory: with a δ-mem, its states before the prompt, as `Handle.memory` has them after an earlier request; None:
             empty.
         messages: where the adapter writes by message, the number of the message of each token of the prompt, -1: not
-            written; the answer has the next number.
+            written; the answer has the next number. What `memory` has not yet written is a message of its own.
 
     Raises:
         UserError: a value out of range; the message names the field.
@@ -66,7 +66,8 @@ class Request:
         )
         for name, good, wanted in checks:
             if not good:
-                raise UserError(f"{name} = {getattr(self, name)}: want {wanted}")
+                given = list(self.prompt) if name == "prompt" else getattr(self, name)
+                raise UserError(f"{name} = {given}: want {wanted}")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron_dla.serving.engine.config import EngineConfig
 from megatron_dla.serving.engine.kv import PagedKeys, view
 from megatron_dla.serving.engine.models import ServedModel, message_ids
 from megatron_dla.serving.engine.scheduler import Sequence
-from megatron_dla.serving.engine.states import State, StatePool, copied, state_bytes
+from megatron_dla.serving.engine.states import State, StatePool, state_bytes
 
 
 @dataclass
@@ -67,31 +67,35 @@ class ModelRunner:
 
     @torch.no_grad()
     def read(self, sequence: Sequence, stop: int) -> Tensor | None:
-        """Tokens `length` to `stop` of its prompt. At the prompt's end its state goes to its row, and the logits [V]
-        after it are returned."""
+        """Tokens `length` to `stop` of its prompt, onto the state in its row. At the prompt's end the logits [V] after
+        it are returned."""
         request, first = sequence.request, sequence.length
-        state = sequence.state
-        if state is None:
-            state = self.model.start(request)
-        elif stop - first == 1:  # the only call that changes the state it gets
-            state = copied(state)
+        # a copy: in the pool the alignment, and with it the rounding, would depend on the row
+        state = self.pool.read(sequence.row) if first else self.model.start(request)
         self._look_at([(0, sequence)], stop - first)
         messages = message_ids(request, first, stop)
         logits, after = self.model.run(
             self._tensor([request.prompt[first:stop]]), self._tensor([first]), state, self._attend,
             messages=None if messages is None else self._tensor([messages]), logits=stop == len(request.prompt),
         )  # fmt: skip
-        if logits is None:
-            sequence.state = after
-            return None
         self.pool.write(sequence.row, after)
-        sequence.state = None
-        return logits[0]
+        return None if logits is None else logits[0]
 
     @torch.no_grad()
-    def decode(self, sequences: Items[Sequence]) -> Tensor:
-        """Feed the last token of each; logits [n, V] of those of one decode call (rows of the same `rows`)."""
+    def decode(self, sequences: Items[Sequence], reading: Items[int] = ()) -> Tensor:
+        """Feed the last token of each; logits [n, V] of those of one decode call (rows of the same `rows`).
+
+        `reading`: rows of that call with states of prompts that are being read, which the call leaves as they are.
+        """
         call, rows = sequences[0].row // self.pool.rows, self.pool.rows
+        aside = [(row, self.pool.read(row)) for row in reading]  # the call works on all its rows
+        try:
+            return self._decode(sequences, call, rows)
+        finally:
+            for row, state in aside:
+                self.pool.write(row, state)
+
+    def _decode(self, sequences: Items[Sequence], call: int, rows: int) -> Tensor:
         places = [one.row - call * rows for one in sequences]
         ids, lengths, messages = ([[0] for _ in range(rows)], [0] * rows, [[-1] for _ in range(rows)])
         for place, one in zip(places, sequences, strict=True):
@@ -127,12 +131,13 @@ class ModelRunner:
     # ---- copies (see `scheduler.Store`)
 
     def snapshot(self, sequence: Sequence) -> State:
-        return sequence.state  # not copied: calls replace it
+        return self.pool.read(sequence.row)
+
+    def begin(self, sequence: Sequence, snapshot: State) -> None:
+        self.pool.write(sequence.row, snapshot)
 
     def save(self, sequence: Sequence) -> None:
-        state = self.pool.read(sequence.row, "cpu") if sequence.is_read else sequence.state
-        if not sequence.is_read and state is not None:
-            state = copied(state, "cpu")
+        state = self.pool.read(sequence.row, "cpu") if sequence.length else None
         tables, length = sequence.tables, sequence.length
         pages = {n: keys.copy(tables[self._kind[n]], length, "cpu") for n, keys in self._keys.items()}
         sequence.state = Saved(state, pages)
@@ -142,13 +147,11 @@ class ModelRunner:
         for n, pair in saved.pages.items():
             self._keys[n].paste(sequence.tables[self._kind[n]], pair)
         sequence.state = None
-        if saved.state is not None and sequence.is_read:
+        if saved.state is not None:
             self.pool.write(sequence.row, saved.state)
-        elif saved.state is not None:
-            sequence.state = copied(saved.state, self.device)
 
     def move(self, sequence: Sequence, row: int) -> None:
-        if sequence.is_read:
+        if sequence.length:
             self.pool.move(sequence.row, row)
 
     def memory(self, sequence: Sequence) -> Any:

@@ -36,8 +36,8 @@ class Sequence:
     Attributes:
         arrival: number of the request. expires: on the engine's clock, or None.
         length: tokens whose effect the state holds. tokens: generated; all but the last have been fed when it decodes.
-        row: its slot. tables: pages of its keys and values, one table a pool.
-        state: the runner's, while it is read (the state so far) or saved; else it lies in the pool.
+        row: its slot, which has its state after `length` tokens; nothing at 0.
+        tables: pages of its keys and values, one table a pool. state: the runner's, while it is put aside.
         keep_at: length at which the state is kept as a prefix, 0 = nowhere. cached: tokens that a prefix saved.
     """
 
@@ -77,7 +77,10 @@ class Store(Protocol):
         """Copy its state from its row to another one."""
 
     def snapshot(self, sequence: Sequence) -> Any:
-        """A copy of the state of a sequence that is read."""
+        """A copy of the state in its row."""
+
+    def begin(self, sequence: Sequence, snapshot: Any) -> None:
+        """Copy a snapshot to its row."""
 
 
 class Scheduler:
@@ -154,6 +157,11 @@ class Scheduler:
         decoding = [x for x in self.held if x.phase is Phase.DECODING]
         self._left = self.config.budget - len(decoding)
         return sorted(decoding, key=lambda x: x.row)
+
+    @property
+    def half_read(self) -> list[int]:
+        """Rows with the states of prompts that are being read."""
+        return [x.row for x in self.held if x.phase is Phase.READING and x.length]
 
     def decoded(self, sequence: Sequence) -> None:
         self._advance(sequence, sequence.length + 1)
@@ -252,8 +260,7 @@ class Scheduler:
             return
         while self.waiting:
             one = self.waiting[0]
-            reading = sum(x.phase is Phase.READING for x in self.held)
-            if not one.is_read and reading >= self.config.readers and not self.config.whole_batches:
+            if not (one.is_read or self._reads_next(one) or self.config.whole_batches):
                 return
             if one.phase is Phase.WAITING and any(self._reads_for(x, one) for x in self.held):
                 return
@@ -269,6 +276,16 @@ class Scheduler:
             one.row = heapq.heappop(self.free_rows)
             self.held.append(one)
             self._start(one)
+
+    def _reads_next(self, sequence: Sequence) -> bool:
+        """Whether a chunk of it would be read at once: a prompt that would only wait gets no row."""
+        readers = [x for x in self.held if x.phase is Phase.READING]
+        chunk = min(len(sequence.request.prompt), self.config.prefill_chunk)
+        return (
+            len(readers) < self.config.readers
+            and chunk <= self._left
+            and all(x.length and x.request.priority <= sequence.request.priority for x in readers)
+        )
 
     def _reads_for(self, reader: Sequence, other: Sequence) -> bool:
         """Whether a prefix of `other` will be kept when `reader` has read it."""
@@ -287,7 +304,7 @@ class Scheduler:
         sequence.keep_at = self.prefixes.keep_at(sequence.digests, sequence.request.shared_prefix)
         if prefix := self.prefixes.find(sequence.digests):
             sequence.length = sequence.cached = prefix.tokens
-            sequence.state = prefix.state
+            self.store.begin(sequence, prefix.state)
             sequence.tables = [table.fork(prefix.tokens) for table in prefix.tables]
         self._take(sequence, sequence.length)
 

@@ -1,4 +1,4 @@
-"""States of constant size: the pool of the sequences that decode, and copies of one sequence's state.
+"""States of constant size: the pool of the sequences that are held, and copies of one sequence's state.
 
 A state is what the model keeps of a sequence between calls beside keys and values: of an exported model the slots of
 its `SlotCache`s and the tails of the convolutions, of a δ-mem its matrices. Shapes are those of a template.

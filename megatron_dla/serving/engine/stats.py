@@ -33,9 +33,9 @@ class Stats:
         running, waiting, saved: sequences with a slot; without one; put aside (among the waiting).
         slots, slots_used, pages, pages_used: of the pools; pages of all kinds of softmax layers together.
         pool_bytes: allocated at the start. reserved_bytes: of them, held by sequences and prefixes. used_bytes: of
-            those, states, and keys and values that a later token can see. saved_bytes: in host memory.
-        prefix_bytes, reading_bytes: beside the pool, states of kept prefixes (their pages are in it) and of prompts
-            that are being read.
+            those, states after the first token, and keys and values that a later token can see. saved_bytes: in host
+            memory.
+        prefix_bytes: beside the pool, states of kept prefixes (their pages are in it).
         open_slots, all_slots: DLA slots of the running sequences that hold tokens, and all of them: a state has its
             full size from the first token on.
         generated, read: tokens so far, and a second over the last ten. saves, requests: so far.
@@ -54,7 +54,6 @@ class Stats:
     used_bytes: int
     saved_bytes: int
     prefix_bytes: int
-    reading_bytes: int
     open_slots: int
     all_slots: int
     generated: int
@@ -117,16 +116,17 @@ def sequence_bytes(sequence: Sequence, runner: ModelRunner) -> SequenceBytes:
 
 
 def memory_use(scheduler: Scheduler, row_bytes: int, token_bytes: Items[int]) -> tuple[int, int]:
-    """Bytes of the pools that sequences and prefixes hold, and those of them that hold something: states, and keys and
-    values that a later token can see. A page that several hold counts once; what an ended sequence of a static batch
-    still holds is of no use.
+    """Bytes of the pools that sequences and prefixes hold, and those of them that hold something: states, once a token
+    has been read, and keys and values that a later token can see. A page that several hold counts once; what an ended
+    sequence of a static batch still holds is of no use.
 
     Args:
         row_bytes: of one state. token_bytes: by pool, keys and values of one token.
     """
     live = [x for x in scheduler.held if x.phase is not Phase.ENDED]
     ended = [x for x in scheduler.held if x.phase is Phase.ENDED]
-    reserved, idle = len(scheduler.held) * row_bytes, len(ended) * row_bytes
+    empty = sum(x.length == 0 for x in live)
+    reserved, idle = len(scheduler.held) * row_bytes, (len(ended) + empty) * row_bytes
     for kind, (pool, token) in enumerate(zip(scheduler.pools, token_bytes, strict=True)):
         reserved += (pool.total - pool.free) * PAGE * token
         idle += sum(x.tables[kind].idle(x.length) for x in live) * token
@@ -156,7 +156,6 @@ def take_stats(scheduler: Scheduler, runner: ModelRunner, new: int, counts: Coun
         used_bytes=used,
         saved_bytes=sum(x.state.nbytes for x in saved),
         prefix_bytes=sum(state_bytes(x.state) for x in scheduler.prefixes.kept),
-        reading_bytes=sum(state_bytes(x.state or []) for x in running if x.phase is Phase.READING),
         open_slots=slots,
         all_slots=every,
         generated=counts.generated.total,

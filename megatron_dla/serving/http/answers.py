@@ -6,7 +6,9 @@ import json
 import re
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megatron_dla.serving.engine import Event, TokenLogprob
 
@@ -19,19 +21,41 @@ def sse(value: dict[str, Any]) -> str:
 DONE = "data: [DONE]\n\n"
 
 
+class Piece(NamedTuple):
+    """A token's text and bytes."""
+
+    text: str
+    raw: bytes
+
+    @classmethod
+    def of(cls, text: str) -> Piece:
+        return cls(text, text.encode())
+
+
 class Pieces:
-    """Tokens as text of their own; one that is no whole character by its name in the vocabulary (<0xE2>)."""
+    """Tokens as text of their own. One that is no whole character is shown as its byte's name in the vocabulary
+    (<0xE2>, sentencepiece) or, of byte-level BPE, as OpenAI does (bytes:\\xe2\\x80)."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        self._byte_level = {}
+        if "ByteLevel" in repr(decoder):
+            self._byte_level = {letter: byte for byte, letter in bytes_to_unicode().items()}
         anchor = tokenizer("x", add_special_tokens=False)["input_ids"]  # a first token may lose its space
         self._anchor, self._length = anchor, len(tokenizer.decode(anchor))
 
-    def __call__(self, token: int) -> str:
+    def __call__(self, token: int) -> Piece:
         text = self._tokenizer.decode([*self._anchor, token])[self._length :]
         if text and "\ufffd" not in text:
-            return text
-        return self._tokenizer.convert_ids_to_tokens(token) or f"<{token}>"  # rows of the embedding without a token
+            return Piece.of(text)
+        name = self._tokenizer.convert_ids_to_tokens(token) or f"<{token}>"  # rows of the embedding without a token
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+            return Piece(name, bytes([int(byte[1], 16)]))
+        if "\ufffd" in text and all(letter in self._byte_level for letter in name):
+            raw = bytes(self._byte_level[letter] for letter in name)
+            return Piece("bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw)
+        return Piece.of(name)
 
 
 @dataclass
@@ -124,15 +148,16 @@ class Form:
         offsets = []
         for piece in tokens:
             offsets.append(start)
-            start += len(piece)
+            start += len(piece.text)
         return {
-            "tokens": tokens,
+            "tokens": [piece.text for piece in tokens],
             "token_logprobs": [one.logprob for one in choice.logprobs],
-            "top_logprobs": [dict(reversed(pairs)) for pairs in top],  # of equal texts the most probable
+            "top_logprobs": [
+                {piece.text: value for piece, value in reversed(pairs)} for pairs in top
+            ],  # of equal texts the most probable
             "text_offset": offsets,
         }
 
 
-def _entry(piece: str, logprob: float) -> dict[str, Any]:
-    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
-    return {"token": piece, "logprob": logprob, "bytes": [int(byte[1], 16)] if byte else list(piece.encode())}
+def _entry(piece: Piece, logprob: float) -> dict[str, Any]:
+    return {"token": piece.text, "logprob": logprob, "bytes": list(piece.raw)}

@@ -14,6 +14,7 @@ import anyio
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_dla.serving.http.answers import DONE, Choice, Form, Pieces, sse
@@ -47,8 +48,8 @@ class _Guard:
     def _refuse(self, scope: Scope) -> ApiError | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if self.key is not None and scope["path"].startswith("/v1"):
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self.key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.key.encode()):
                 return ApiError(
                     401, "the API key is missing or wrong: send the header Authorization: Bearer KEY",
                     code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
@@ -68,13 +69,16 @@ def _answer(error: ApiError) -> JSONResponse:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """Raises ApiError (413) as soon as there is more than `limit`."""
+    """Raises ApiError: 413, as soon as there is more than `limit`; 499, the client left, so that nobody reads it."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise ApiError(499, "the client left while it sent the body") from error
     return b"".join(parts)
 
 
@@ -211,7 +215,7 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
             raise ApiError(404, f"session {ascii_only(name)!r}: there is none", param="session")
         return {"id": name, "object": "session", "deleted": True}
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         state = "failed" if service.failed else "draining" if service.draining else "ok"
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)

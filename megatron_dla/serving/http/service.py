@@ -7,7 +7,7 @@ import copy
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,16 +43,17 @@ class Call:
     handles: list[Handle] = field(default_factory=list)
     events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
     begin: float = field(default_factory=time.perf_counter)
-    complete: bool = True
+    complete: bool = False
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         """Until every choice has ended."""
-        left = len(self.handles)
+        left, complete = len(self.handles), True
         while left:
             index, event = await self.events.get()
             if event.finish_reason is not None:
                 left -= 1
-                self.complete &= event.finish_reason in ("stop", "length")
+                complete &= event.finish_reason in ("stop", "length")
+                self.complete = complete and not left
             yield index, event
 
     def cancel(self) -> None:
@@ -60,36 +61,70 @@ class Call:
             handle.cancel()
 
 
-class Sessions:
-    """States of δ-mem by name. A call that fails or is cancelled leaves its session as it was."""
+@dataclass
+class _Turns:
+    """Calls that name one session: one has the lock, the others wait. Attributes: forgotten: while one ran."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
+    forgotten: bool = False
+
+
+class Sessions:
+    """States of δ-mem by name. A call that fails or is cancelled leaves its session as it was.
+
+    Args:
+        limit: sessions that are kept. max_waiting: calls that wait for others of their session.
+    """
+
+    def __init__(self, limit: int, max_waiting: int) -> None:
+        self.limit, self.max_waiting, self.waiting = limit, max_waiting, 0
         self._states: OrderedDict[str, Any] = OrderedDict()
-        self._busy: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._turns: dict[str, _Turns] = {}
 
     @asynccontextmanager
-    async def use(self, name: str) -> AsyncIterator[Any]:
-        """The states of a session, None for a new one; others that name it wait."""
-        lock, users = self._busy.get(name, (asyncio.Lock(), 0))
-        self._busy[name] = lock, users + 1
+    async def use(self, name: str, timeout: float | None) -> AsyncIterator[Any]:
+        """The states of a session, None for a new one; others that name it wait.
+
+        Raises:
+            EngineFullError: `max_waiting` calls wait. TimeoutError: after `timeout` seconds of waiting.
+        """
+        turns = self._turns.setdefault(name, _Turns())
+        if turns.lock.locked() and self.waiting >= self.max_waiting:
+            raise EngineFullError(f"{self.waiting} calls wait for others of their sessions: try again later")
+        turns.users += 1
         try:
-            async with lock:
+            self.waiting += 1
+            try:
+                async with asyncio.timeout(timeout):
+                    await turns.lock.acquire()
+            finally:
+                self.waiting -= 1
+            try:
+                turns.forgotten = False
                 yield self._states.get(name)
+            finally:
+                turns.lock.release()
         finally:
-            lock, users = self._busy[name]
-            self._busy[name] = lock, users - 1
-            if users == 1:
-                del self._busy[name]
+            turns.users -= 1
+            if not turns.users:
+                del self._turns[name]
 
     def keep(self, name: str, states: Any) -> None:
+        """The states after a call, inside `use`; not of a session that was forgotten meanwhile."""
+        if self._turns[name].forgotten:
+            return
         self._states[name] = states
         self._states.move_to_end(name)
         while len(self._states) > self.limit:
             self._states.popitem(last=False)
 
     def forget(self, name: str) -> bool:
-        return self._states.pop(name, None) is not None
+        """Also what a call that runs would leave; False: there is no such session."""
+        turns = self._turns.get(name)
+        if turns is not None:
+            turns.forgotten = True
+        return self._states.pop(name, None) is not None or turns is not None
 
     def names(self) -> list[str]:
         return list(self._states)
@@ -111,7 +146,7 @@ class Service:
     ) -> None:  # fmt: skip
         self.engine, self.name, self.limits = engine, name, limits or Limits()
         self.has_memory, self.by_message = has_memory, by_message
-        self.sessions, self.metrics = Sessions(self.limits.sessions), Metrics(engine, name)
+        self.sessions, self.metrics = Sessions(self.limits.sessions, engine.config.max_waiting), Metrics(engine, name)
         self.created, self.draining, self.failed = int(time.time()), False, ""
         self.tokenizer = copy.deepcopy(engine.tokenizer)  # the engine's thread has its own
         self._encoding = asyncio.Lock()
@@ -146,32 +181,43 @@ class Service:
         """Submit a call's choices; they are cancelled if the block ends before they do.
 
         Raises:
-            ApiError: 400, what the engine refuses; 429, too many wait; 503, the server ends.
+            ApiError: 400, what the engine refuses; 408, `timeout` is over before its session is free; 429, too many
+                wait; 503, the server ends.
         """
         if self.draining or self.failed:
             raise ApiError(503, self.failed or "the server is shutting down", kind="server_error")
         if body.session is None:
-            async with self._submitted(body, prompts, messages, None) as call:
+            async with self._submitted(body, prompts, messages, None, body.timeout) as call:
                 yield call
             return
         if not self.has_memory:
             raise ApiError(400, "session: the model has no delta-mem (dla serve --adapter)", param="session")
-        async with self.sessions.use(body.session) as memory:
-            async with self._submitted(body, prompts, messages, memory) as call:
+        begin = time.perf_counter()
+        async with AsyncExitStack() as stack:
+            try:
+                memory = await stack.enter_async_context(self.sessions.use(body.session, body.timeout))
+            except EngineFullError as error:
+                raise _full(error) from error
+            except TimeoutError as error:
+                text = f"timeout = {body.timeout:g}: another call of session {ascii_only(body.session)!r} is running"
+                raise ApiError(408, text, param="timeout") from error
+            left = None if body.timeout is None else max(1e-3, body.timeout - (time.perf_counter() - begin))
+            async with self._submitted(body, prompts, messages, memory, left) as call:
                 yield call
             if call.complete and call.handles[0].memory is not None:
                 self.sessions.keep(body.session, call.handles[0].memory)
 
     @asynccontextmanager
     async def _submitted(
-        self, body: CompletionBody | ChatBody, prompts: list[list[int]], messages: list[int] | None, memory: Any
-    ) -> AsyncIterator[Call]:
+        self, body: CompletionBody | ChatBody, prompts: list[list[int]], messages: list[int] | None, memory: Any,
+        deadline: float | None,
+    ) -> AsyncIterator[Call]:  # fmt: skip
         call, loop = Call(self.name), asyncio.get_running_loop()
         try:
             for number, prompt in enumerate(prompts):
                 for choice in range(body.choices):
                     index = number * body.choices + choice
-                    request = self._request(body, prompt, choice, messages, memory)
+                    request = self._request(body, prompt, choice, messages, memory, deadline)
 
                     def put(event: Event, index: int = index) -> None:  # in the engine's thread
                         self.metrics.count(call.begin, event)
@@ -180,15 +226,16 @@ class Service:
                     call.handles.append(self.engine.submit(request, put))
             yield call
         except EngineFullError as error:
-            raise ApiError(429, str(error), kind="rate_limit_error", headers={"Retry-After": "1"}) from error
+            raise _full(error) from error
         except UserError as error:
             raise refused(error) from error
         finally:
             call.cancel()
 
     def _request(
-        self, body: CompletionBody | ChatBody, prompt: list[int], choice: int, messages: list[int] | None, memory: Any
-    ) -> Request:
+        self, body: CompletionBody | ChatBody, prompt: list[int], choice: int, messages: list[int] | None, memory: Any,
+        deadline: float | None,
+    ) -> Request:  # fmt: skip
         limit, wanted = self.limits.max_tokens, body.max_tokens
         if isinstance(body, ChatBody):
             wanted = body.max_completion_tokens if body.max_completion_tokens is not None else wanted
@@ -210,6 +257,10 @@ class Service:
             messages = [0] * len(prompt)
         return Request(
             tuple(prompt), sampling, ignore_eos=body.ignore_eos, logprobs=body.wanted_logprobs,
-            priority=body.priority, deadline=body.timeout, memory=memory,
+            priority=body.priority, deadline=deadline, memory=memory,
             messages=tuple(messages or ()) if self.by_message else None,
         )  # fmt: skip
+
+
+def _full(error: EngineFullError) -> ApiError:
+    return ApiError(429, str(error), kind="rate_limit_error", headers={"Retry-After": "1"})

@@ -7,10 +7,11 @@ import torch
 
 from megatron_dla.cli import main
 from megatron_dla.kernels.bench.serve import check_targets
-from megatron_dla.kernels.bench.serve_contexts import NoStore, schedule
+from megatron_dla.kernels.bench.serve_contexts import NoStore, schedule, state_sizes
 from megatron_dla.kernels.bench.serve_systems import SYSTEMS, Memory, engine_config, generate_trace, make_models
 from megatron_dla.kernels.bench.serve_trace import ANSWER_MEAN, PROMPT_MEAN, Outcome, Times, make_trace, replay
 from megatron_dla.serving.engine import Engine, EngineConfig, Request
+from megatron_dla.serving.engine.models import ExportedModel
 from megatron_dla.serving.engine.scheduler import Scheduler, Sequence
 from megatron_dla.serving.engine.stats import memory_use
 
@@ -76,6 +77,19 @@ def test_what_has_ended_in_a_static_batch_is_waste() -> None:
     assert memory_use(scheduler, 100, [10]) == (0, 0)
 
 
+def test_the_size_of_a_state_is_measured(models, monkeypatch) -> None:
+    state = Memory.of(1_000_000, models).state
+    assert state_sizes(models["dla"], [300, 7, 1500], 0) == {7: state, 300: state, 1500: state}
+    run = ExportedModel.run
+
+    def grows(self, ids, lengths, state, attend, **options):
+        logits, after = run(self, ids, lengths, state, attend, **options)
+        return logits, [*after, {"keys": torch.zeros(int(lengths) + ids.shape[1])}]
+
+    monkeypatch.setattr(ExportedModel, "run", grows)
+    assert state_sizes(models["dla"], [7, 300], 0) == {7: state + 4 * 7, 300: state + 4 * 300}
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_generates_what_was_asked(models, name) -> None:
     memory = Memory.of(1_000_000, models)
@@ -98,9 +112,12 @@ def test_generate_ends_each_row_at_its_own_length(models) -> None:
 
 def test_targets_can_be_missed() -> None:
     rates = {"generate": 9.0, "static": 10.0, "reserved": 12.0, "paged": 11.0, "dla": 19.0}
-    trace = {name: {"tokens_per_s": rate, "waste": 0.02} for name, rate in rates.items()}
+    trace = {name: {"tokens_per_s": rate, "waste": 0.02, "running": 3.0} for name, rate in rates.items()}
     contexts = [{"system": "dla", "waste": 0.0, "bytes_each": n} for n in (5, 6)]
-    assert [x["met"] for x in check_targets(trace, contexts)] == [False] * 4
+    missed = check_targets(trace, contexts)
+    assert [x["met"] for x in missed] == [False] * 4 and "--memory-mb" in missed[-1]["what"]
+    trace["paged"]["running"] = 9.0
+    assert "paged ran 9.0 at once, reserved 3.0" in check_targets(trace, contexts)[-1]["what"]
     trace = {name: x | {"waste": 0.0} for name, x in trace.items()}
     trace["dla"]["tokens_per_s"], trace["paged"]["tokens_per_s"] = 20.0, 13.0
     assert [x["met"] for x in check_targets(trace, contexts[:1])] == [True] * 4

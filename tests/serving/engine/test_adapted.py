@@ -47,6 +47,14 @@ def test_a_request_is_a_session(family, write):
     assert engine.stats().rows_agree and model.base.config._attn_implementation != "megatron_dla_pages"
 
 
+def test_a_message_does_not_go_on_in_the_next_request():
+    """The first message is open when its request ends, and the numbers of the next one begin again at 0."""
+    engine = Engine(build_adapted(CONFIGS["SSW"]), None, CONFIG)
+    memory = serve(engine, ROW[:5], 1, messages=(0,) * 5).memory
+    same, other = (serve(engine, ROW[5:9], 4, messages=(n,) * 4, memory=memory, logprobs=0) for n in (0, 7))
+    assert same.result() == other.result() and same_states(same.memory, other.memory, numbers=False)
+
+
 def test_sessions_stay_apart_under_load():
     model, r = build_adapted(), random.Random(0)
     first = Engine(model, None, CONFIG)

@@ -12,6 +12,7 @@ import torch
 from megatron_dla.errors import UserError
 from megatron_dla.serving.engine import Engine, EngineConfig, EngineFullError, Request, SamplingParams
 from megatron_dla.serving.engine.output import Output
+from megatron_dla.serving.engine.stats import memory_use
 from tests.support.tiny_hf import build_tokenizer
 
 CONFIG = EngineConfig(slots=4, prefill_chunk=16, kv_pages=40)
@@ -121,7 +122,7 @@ def test_an_error_ends_its_requests_and_no_others(engine, monkeypatch):
     bad, good = (engine.submit(Request((n, 5), SamplingParams(max_new_tokens=3))) for n in (9, 8))
     engine.drain()
     assert (bad.result().finish_reason, good.result().finish_reason) == ("error", "length")
-    monkeypatch.setattr(engine._runner, "decode", lambda rows: 1 / 0)
+    monkeypatch.setattr(engine._runner, "decode", lambda rows, reading: 1 / 0)
     bad = engine.submit(Request((8,), SamplingParams(max_new_tokens=3)))
     engine.drain()
     done = bad.result()
@@ -167,11 +168,11 @@ def test_requests_come_from_threads_while_it_runs(engine):
 
 def test_too_many_requests_are_refused(served):
     engine = Engine(served("slots"), None, replace(CONFIG, max_waiting=2))
-    for _ in range(2):
+    for _ in range(CONFIG.slots + 2):  # a free slot is waited for by nobody
         engine.submit(Request((5,)))
     with pytest.raises(EngineFullError, match="max_waiting = 2"):
         engine.submit(Request((5,)))
-    engine.step()
+    engine.drain()
     engine.submit(Request((5,)))
 
 
@@ -232,6 +233,22 @@ def test_stats_say_what_is_wasted(served):
     assert stats.pages_used == 2 and stats.pages == 80 and stats.pool_bytes == 2 * 40 * 16 * 128
     _, stats = held_after(served, "slots", 300)
     assert 0 < stats.open_slots <= stats.all_slots == 2 * 4 * 4
+
+
+def test_a_row_without_a_token_is_waste(served, monkeypatch):
+    engine = Engine(served("slots"), None, CONFIG)
+    engine.submit(Request((5,) * 40, SamplingParams(max_new_tokens=2)))
+    seen = []
+    read = engine._runner.read
+
+    def look(sequence, stop):
+        seen.append(memory_use(engine._scheduler, engine._runner.pool.row_bytes, ()))
+        return read(sequence, stop)
+
+    monkeypatch.setattr(engine._runner, "read", look)
+    engine.drain()
+    row = engine.bytes_each[0]
+    assert seen == [(row, 0), (row, row), (row, row)]
 
 
 def test_the_example_of_the_docs_runs(exported, capsys):

@@ -111,6 +111,7 @@ def test_saving_and_restoring_changes_no_bit(served, name, steps):
     assert engine.stats().saved_bytes > 0 and engine.stats().reserved_bytes == 0
     other = engine.submit(Request((5,) * 40, SamplingParams(max_new_tokens=4), priority=1))  # takes its row and pages
     engine._take_changes()
+    engine._scheduler.begin_step()
     engine._scheduler.next_read()
     engine._scheduler.put_aside(next(x for x in engine._scheduler.held if x.arrival == other.id))
     engine.drain()
@@ -121,7 +122,7 @@ def test_saving_and_restoring_changes_no_bit(served, name, steps):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_kept_prefix_is_as_good_as_reading_it(served, name):
     model = served(name)
-    ends = [(50, 7), (51,), (51,), (52, 8, 9), (53,)]  # one token: the only call that changes the state it is given
+    ends = [(50, 7), (51,), (51,), (52, 8, 9), (53,)]
     sampling = SamplingParams(max_new_tokens=5)
     todo = [Request((*SYSTEM[:32], *end), sampling, logprobs=0, shared_prefix=32) for end in ends]
     engine = Engine(model, None, CONFIG)

@@ -32,7 +32,11 @@ class Store:
         self.log.append(("move", sequence.arrival, row))
 
     def snapshot(self, sequence):
+        assert sequence.row >= 0
         return sequence.length
+
+    def begin(self, sequence, snapshot):
+        assert sequence.row >= 0 and sequence.length == snapshot
 
 
 class Simulation:
@@ -125,6 +129,28 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
     sim.run()
     assert sim.done == [1, 0]
     assert [stop - start for _, start, stop in sim.reads if _ == 0] == [16] * 12 + [8]
+
+
+def test_a_prompt_gets_a_row_when_it_is_read_and_not_before():
+    sim = Simulation(readers=3, token_budget=20, slots=4)  # one chunk a step
+    for _ in range(4):
+        sim.add(prompt=60, tokens=9)
+    held = []
+    while any(not x.is_read for x in sim.scheduler.active):
+        sim.step()
+        assert all(x.length for x in sim.scheduler.held)
+        held.append(len(sim.scheduler.held))
+    assert held[:5] == [1, 2, 3, 3, 3]  # as many as are read side by side
+    sim.run()
+
+
+def test_a_prompt_gets_no_row_while_one_of_a_higher_priority_is_read():
+    sim = Simulation(token_budget=20)
+    high, low = (sim.add(prompt=60, priority=n, tokens=1) for n in (1, 0))
+    sim.step()
+    assert high.phase is Phase.READING and low.phase is Phase.WAITING
+    sim.run()
+    assert sim.done == [0, 1]
 
 
 def test_a_prompt_is_cut_alike_whatever_the_load():

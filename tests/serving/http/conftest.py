@@ -1,5 +1,9 @@
 """A real server in this process: uvicorn in a thread, on a free port."""
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -42,6 +46,22 @@ def running(service: Service, key: str | None = None):
         server.should_exit = True
         loop.join(30)
         assert not loop.is_alive() and not thread.is_alive
+
+
+@contextmanager
+def served(directory, *options: str):
+    """`dla serve` as a process of its own, and its base address."""
+    command = [sys.executable, "-m", "megatron_dla.cli", "serve", str(directory), "--port", "0", *options]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"serving \S+ at (http://127\.0\.0\.1:\d+)", line)
+        assert found, line + process.stderr.read()
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

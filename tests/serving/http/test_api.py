@@ -1,17 +1,20 @@
 """The official client against a running server: completions, chat, streams, log-probabilities, and what is refused."""
 
 import concurrent.futures
-import json
 import random
+import socket
 import time
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from megatron_dla.serving.engine import EngineConfig, Request, SamplingParams
+from megatron_dla.serving.http.answers import Pieces
 from megatron_dla.serving.http.service import Limits
-from tests.serving.http.conftest import running
+from tests.serving.http.conftest import running, served
+from tests.support.tiny_hf import build_tokenizer
 
 GREEDY = {"model": "tiny", "temperature": 0}
 CHAT = [
@@ -104,6 +107,18 @@ def test_models_health_and_numbers(client, address) -> None:
     assert "<textarea" in httpx.get(address).text
 
 
+def test_parts_of_a_character_have_their_bytes(service) -> None:
+    """Of byte-level BPE, and of sentencepiece with bytes."""
+    pieces, text = Pieces(tokenizer := build_tokenizer()), "é "
+    made = [pieces(token) for token in tokenizer(text)["input_ids"]]
+    assert made == [("bytes:\\xc3", b"\xc3"), ("bytes:\\xa9", b"\xa9"), (" ", b" ")]
+    assert pieces(256) == ("<|im_end|>", b"<|im_end|>")
+    pieces = Pieces(service.tokenizer)
+    made = [pieces(token) for token in service.tokenizer("x\u2603", add_special_tokens=False)["input_ids"]]
+    assert b"".join(piece.raw for piece in made).endswith("\u2603".encode())
+    assert made[-1] == ("<0x83>", b"\x83")
+
+
 @pytest.mark.parametrize("path, body, status, words", [
     ("completions", {"prompt": "x", "max_tokens": 0}, 400, ["max_tokens = 0", "1 to 64"]),
     ("completions", {"prompt": "x", "max_tokens": 65}, 400, ["max_tokens = 65"]),
@@ -161,12 +176,25 @@ def test_a_large_body_is_refused_early(address) -> None:
         assert answer.status_code == 413 and "100000 bytes" in answer.json()["error"]["message"]
 
 
+def test_a_client_that_leaves_while_it_sends_is_no_fault(service, address, capfd) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+        time.sleep(0.2)
+    deadline = time.monotonic() + 20
+    while b'dla_answers_total{status="499"}' not in (seen := service.metrics.page()):
+        assert time.monotonic() < deadline, seen.decode()
+        time.sleep(0.01)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_the_key_is_asked_for(make_service) -> None:
     with running(make_service(), key="secret") as address:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret2"}):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             answer = httpx.post(f"{address}/v1/completions", headers=headers, json={"model": "tiny", "prompt": "x"})
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-        assert httpx.get(f"{address}/health").status_code == 200
+        assert httpx.get(f"{address}/health").status_code == httpx.head(f"{address}/health").status_code == 200
+        assert httpx.get(f"{address}/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200
         with openai.OpenAI(base_url=f"{address}/v1", api_key="secret") as client:
             assert client.completions.create(prompt="x", max_tokens=1, **GREEDY).choices
 
@@ -199,29 +227,41 @@ def test_too_many_and_too_late(make_service) -> None:
 
 
 @pytest.mark.long
-def test_a_thousand_requests_of_which_some_are_wrong(address, service) -> None:
-    """Each one is answered, and nothing is left behind."""
+def test_a_thousand_requests_of_which_some_are_wrong(export) -> None:
+    """Each one is answered, nothing is left behind, and the server's memory does not grow."""
     r = random.Random(3)
-    before = service.engine.stats()
 
-    def ask(number: int) -> tuple[bool, int]:
+    def make(number: int) -> tuple[bool, dict]:
         wrong = number % 20 == 7
         body = {"model": "tiny", "prompt": "hello"[: r.randrange(1, 6)], "max_tokens": r.randrange(1, 4)}
         body |= {"stream": number % 3 == 0}
         if wrong:
             body |= r.choice([{"max_tokens": -1}, {"prompt": None}, {"what": 1}, {"model": "no"}, {"n": "many"}])
-        answer = http.post(f"{address}/v1/completions", content=json.dumps(body))
-        if answer.status_code == 200 and body["stream"]:
-            assert answer.text.endswith("data: [DONE]\n\n")
-        return wrong, answer.status_code
+        return wrong, body
 
-    with httpx.Client(timeout=60) as http, concurrent.futures.ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(ask, range(1000)))
+    with (
+        served(export, "--name", "tiny", "--slots", "8") as (process, address),
+        httpx.Client(timeout=60) as http,
+        concurrent.futures.ThreadPoolExecutor(16) as pool,
+    ):
+
+        def ask(one: tuple[bool, dict]) -> tuple[bool, int]:
+            wrong, body = one
+            answer = http.post(f"{address}/v1/completions", json=body)
+            if answer.status_code == 200 and body["stream"]:
+                assert answer.text.endswith("data: [DONE]\n\n")
+            return wrong, answer.status_code
+
+        answers, resident = [], []
+        for first in (0, 500):
+            answers += pool.map(ask, [make(n) for n in range(first, first + 500)])
+            resident.append(psutil.Process(process.pid).memory_info().rss)
+        after = httpx.get(f"{address}/stats").json()
     assert len(answers) == 1000 and sum(wrong for wrong, _ in answers) == 50
     assert all(status in ((400, 404) if wrong else (200,)) for wrong, status in answers)
-    after = service.engine.stats()
-    assert after.requests - before.requests == 950
-    assert after.running == after.waiting == after.slots_used == after.reserved_bytes == 0
+    assert after["requests"] == 950
+    assert after["running"] == after["waiting"] == after["slots_used"] == after["reserved_bytes"] == 0
+    assert resident[1] < 1.02 * resident[0], resident
 
 
 def test_an_answer_can_be_sent_back_as_it_is(client) -> None:

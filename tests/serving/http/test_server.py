@@ -1,76 +1,48 @@
 """`dla serve` as a process, sessions of a δ-mem, and the page in a browser."""
 
-import os
-import re
 import signal
-import subprocess
-import sys
 import time
 
 import openai
 import pytest
 
 from megatron_dla.cli import main
-from tests.serving.http.conftest import running
+from tests.serving.http.conftest import running, served
 from tests.support.chromium import needs_chromium, open_tab
+
+LONG = {"model": "hf_served", "prompt": "x", "stream": True, "extra_body": {"ignore_eos": True}}
+
+
+def client_of(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0)
 
 
 def test_sigterm_lets_a_request_end(export) -> None:
-    command = [sys.executable, "-m", "megatron_dla.cli", "serve", str(export), "--port", "0", "--slots", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    try:
-        line = process.stdout.readline()
-        found = re.search(r"serving hf_served at (http://127\.0\.0\.1:\d+)", line)
-        assert found, line + process.stderr.read()
-        with openai.OpenAI(base_url=f"{found[1]}/v1", api_key="x") as client:
-            stream = client.completions.create(
-                model="hf_served", prompt="x", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
-            )
-            next(stream)
-            process.send_signal(signal.SIGTERM)
-            chunks = list(stream)
-        assert chunks[-1].choices[0].finish_reason == "length"
+    with served(export, "--slots", "2") as (process, address), client_of(address) as client:
+        stream = client.completions.create(max_tokens=200, **LONG)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        assert list(stream)[-1].choices[0].finish_reason == "length"
         assert process.wait(60) == 0 and process.stderr.read() == ""
-    finally:
-        process.kill()
 
 
 def test_a_second_interrupt_ends_it_at_once(export) -> None:
-    command = [sys.executable, "-m", "megatron_dla.cli", "serve", str(export), "--port", "0", "--slots", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    try:
-        found = re.search(r"(http://127\.0\.0\.1:\d+)", process.stdout.readline())
-        with openai.OpenAI(base_url=f"{found[1]}/v1", api_key="x", max_retries=0) as client:
-            stream = client.completions.create(
-                model="hf_served", prompt="x", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
-            )
-            next(stream)
-            for _ in range(2):
-                process.send_signal(signal.SIGINT)
-                time.sleep(0.4)
-            assert process.wait(30) >= 0 and "terminate called" not in process.stderr.read()
-    finally:
-        process.kill()
+    with served(export, "--slots", "2") as (process, address), client_of(address) as client:
+        stream = client.completions.create(max_tokens=4000, **LONG)
+        next(stream)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.4)
+        assert process.wait(30) >= 0 and "terminate called" not in process.stderr.read()
 
 
 def test_what_runs_when_the_drain_ends_gets_an_end(export) -> None:
-    command = [sys.executable, "-m", "megatron_dla.cli", "serve", str(export), "--port", "0", "--drain", "1"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    try:
-        found = re.search(r"(http://127\.0\.0\.1:\d+)", process.stdout.readline())
-        with openai.OpenAI(base_url=f"{found[1]}/v1", api_key="x", max_retries=0) as client:
-            stream = client.completions.create(
-                model="hf_served", prompt="x", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
-            )
-            next(stream)
-            process.send_signal(signal.SIGTERM)
-            assert list(stream)[-1].choices[0].finish_reason == "cancelled"
+    with served(export, "--drain", "1") as (process, address), client_of(address) as client:
+        stream = client.completions.create(max_tokens=4000, **LONG)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        assert list(stream)[-1].choices[0].finish_reason == "cancelled"
         assert process.wait(30) == 0 and process.stderr.read() == ""
-    finally:
-        process.kill()
 
 
 @pytest.mark.parametrize("arguments, words", [

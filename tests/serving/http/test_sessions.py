@@ -1,5 +1,9 @@
 """Sessions of a δ-mem: each with its own states, kept between calls."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import httpx
 import pytest
 
@@ -79,6 +83,49 @@ def test_one_answer_a_session(address) -> None:
         body = {"model": "tiny", "prompt": [1], "session": "x"} | more
         assert httpx.post(f"{address}/v1/completions", json=body).status_code == 400
     assert "x" not in names(address)
+
+
+def call(session: str, **more) -> dict:
+    return {"model": "tiny", "prompt": ROW, "max_tokens": 300, "ignore_eos": True, "session": session} | more
+
+
+def test_a_session_that_is_deleted_stays_so(address) -> None:
+    """Also where a call of it is running."""
+    url = f"{address}/v1/completions"
+    with httpx.stream("POST", url, json=call("gone", stream=True), timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert httpx.delete(f"{address}/v1/sessions/gone").status_code == 200
+        assert "data: [DONE]" in list(lines)
+    assert "gone" not in names(address)
+    assert ask(address, "gone", ROW[20:24]) == expected(ROW[20:24]) and "gone" in names(address)
+
+
+def test_who_waits_for_a_session_waits_no_longer_than_asked(engine) -> None:
+    small = replace(CONFIG, max_waiting=1)
+    service, deadlines = Service(Engine(engine.model, engine.tokenizer, small), "tiny", has_memory=True), []
+    submit = service.engine.submit
+    service.engine.submit = lambda request, put: deadlines.append(request.deadline) or submit(request, put)
+    with running(service) as address, ThreadPoolExecutor() as pool:
+        url = f"{address}/v1/completions"
+        with httpx.stream("POST", url, json=call("one", stream=True, max_tokens=380), timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            begin = time.monotonic()
+            late = httpx.post(url, json=call("one", timeout=0.05), timeout=60)
+            assert late.status_code == 408 and late.json()["error"]["param"] == "timeout"
+            assert time.monotonic() - begin >= 0.05
+            other = pool.submit(httpx.post, url, json=call("one", max_tokens=2, timeout=50), timeout=60)
+            while not service.sessions.waiting:
+                time.sleep(0.001)
+            assert httpx.post(url, json=call("one"), timeout=60).status_code == 429
+            assert httpx.post(url, json=call("two", max_tokens=2), timeout=60).status_code == 200
+            assert not other.done()
+            answer.close()
+            assert other.result().status_code == 200
+        first, second, waited = deadlines
+        assert (first, second) == (None, None) and 0 < waited < 50 - 0.05
+        assert service.sessions.waiting == 0 and not service.sessions._turns
 
 
 def test_writes_by_message() -> None:
