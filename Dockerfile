@@ -23,6 +23,6 @@ COPY launch launch
 COPY data_prep data_prep
 COPY configs configs
 COPY slurm slurm
-RUN pip install -c constraints-cuda.txt --no-build-isolation '.[gpu]' && pip check && dla --help >/dev/null
+RUN pip install -c constraints-cuda.txt --no-build-isolation '.[gpu,serve]' && pip check && dla --help >/dev/null
 
 WORKDIR /workspace

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,33 +32,17 @@ LENGTHS, RECURRENT = (4096, 8192, 16384), 256
 
 
 def demo_model() -> dict[str, Any]:
-    """The model section of `make demo`; its keys are fields of an export's config.json, too."""
+    """The model section of `make demo`."""
     return yaml.safe_load((resource("configs") / "demo_cpu.yaml").read_text())["model"]
 
 
-def exported(backbone: str, model: dict[str, Any] | None = None) -> Any:
-    """A model with random weights, run from the files that `dla convert to-hf` writes. `model`: as `demo_model`, and
-    perhaps `vocab_size`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def demo_like(backbone: str) -> Any:
+    """A model of `make demo`'s size with random weights."""
     from megatron_dla.config import ModelSection
-    from megatron_dla.hf.code_files import code_files
-    from megatron_dla.hf.section import section_fields
+    from megatron_dla.hf.random_model import random_model
 
-    with tempfile.TemporaryDirectory() as place:
-        directory = Path(place) / f"bench_{backbone}"
-        directory.mkdir()
-        for name, path in code_files().items():
-            shutil.copyfile(path, directory / name)
-        classes = {"AutoConfig": "configuration_dla.DLAConfig", "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM"}
-        groups = {"num_groups": 1} if backbone == "mamba2" else {}
-        given = {"vocab_size": VOCAB, **(model or demo_model())}
-        vocabulary = given.pop("vocab_size")
-        section = ModelSection(**given | {"backbone": backbone, **groups})
-        fields = {"model_type": "dla", "auto_map": classes, "vocab_size": vocabulary, **section_fields(section)}
-        (directory / "config.json").write_text(json.dumps(fields))
-        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=True)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    groups = {"num_groups": 1} if backbone == "mamba2" else {}
+    return random_model(ModelSection(**demo_model() | {"backbone": backbone, **groups}), VOCAB)
 
 
 def models() -> dict[str, Callable[[], Any]]:
@@ -77,7 +57,7 @@ def models() -> dict[str, Callable[[], Any]]:
     )
     mamba2 = Mamba2Config(**shared | {"num_hidden_layers": 6}, num_heads=8, head_dim=64, state_size=64, n_groups=1)
     return {
-        "dla mamba2": lambda: exported("mamba2"), "dla gdn": lambda: exported("gdn"),
+        "dla mamba2": lambda: demo_like("mamba2"), "dla gdn": lambda: demo_like("gdn"),
         "llama": lambda: LlamaForCausalLM(llama), "mamba2": lambda: Mamba2ForCausalLM(mamba2),
     }  # fmt: skip
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from megatron_dla.config import load_config, to_dict
+from megatron_dla.config import ModelSection, load_config, to_dict
+from megatron_dla.hf.random_model import random_model
 from megatron_dla.tasks.pretrain import ASSUMED_VOCABULARY
 
-from .export import exported
 from .report import environment, write_json
 from .run import resolve_device
 from .timing import Stopwatch
@@ -46,8 +46,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default: runs/bench")
     args = parser.parse_args()
     device = resolve_device(args.device)
-    section = to_dict(load_config(args.config))["model"] | {"vocab_size": ASSUMED_VOCABULARY}
-    model = exported(section["backbone"], section).to(torch.bfloat16).to(device).eval()
+    section = ModelSection(**to_dict(load_config(args.config))["model"])
+    model = random_model(section, ASSUMED_VOCABULARY).to(torch.bfloat16).to(device).eval()
     found = rates(model, PROMPT, TOKENS, BATCHES, Stopwatch(device, budget_s=args.budget, least=2))
     for name, rate in found.items():
         print(f"{args.config} in bf16, prompt {PROMPT}, {name}: {rate:,.0f} tokens/s")

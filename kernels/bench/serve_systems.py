@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from megatron_dla.config import ModelSection
 from megatron_dla.errors import UserError
+from megatron_dla.hf.random_model import random_model
 from megatron_dla.serving.engine import Engine, EngineConfig
 from megatron_dla.serving.engine.config import PAGE
 from megatron_dla.study.parameters import equal_width
 
-from .export import VOCAB, demo_model, exported
+from .export import VOCAB, demo_model
 from .serve_trace import Arrival, Outcome, Times
 
 ROWS = 32  # of a decode call, where there are as many slots
@@ -41,7 +42,7 @@ def make_models(backbone: str, changes: dict[str, Any], seed: int) -> dict[str, 
     made = {}
     for name, one in (("softmax", softmax), ("dla", reference)):
         torch.manual_seed(seed)
-        made[name] = exported(one.backbone, asdict(one)).eval()
+        made[name] = random_model(one, VOCAB).eval()
         made[name].generation_config.eos_token_id = None  # answers have the lengths of the trace
     return made
 

@@ -6,43 +6,26 @@ of `hf` compare it with Megatron's.
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dla.config import ModelSection
-from megatron_dla.hf.code_files import own_code
-from megatron_dla.hf.section import section_fields
+from megatron_dla.hf.random_model import random_model
 from megatron_dla.study.generators import IGNORED, TaskSection, make_rows, vocabulary
 from megatron_dla.study.synthetic import CellConfig
 
 TRAIN, CHECK, TEST = range(3)  # last part of the seed of rows
 
 
-def build_model(section: ModelSection, vocab_size: int, seed: int) -> Any:
-    """A new causal language model of the section, fp32, on this processor."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as place:
-        config = {"model_type": "dla", "vocab_size": vocab_size, **section_fields(section)}
-        (Path(place) / "config.json").write_text(json.dumps(config | {"initializer_range": section.init_std}))
-        with own_code(Path(place)) as directory:
-            loaded = AutoConfig.from_pretrained(str(directory), trust_remote_code=True)
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(loaded, trust_remote_code=True, dtype=torch.float32)
-
-
 def learn(config: CellConfig) -> dict[str, Any]:
     """Train and test: accuracy by length, and the curve [step, loss, accuracy at the training length]."""
     begin, task, training = time.monotonic(), config.task, config.training
-    model = build_model(config.model, vocabulary(task).size, config.seed)
+    torch.manual_seed(config.seed)
+    model = random_model(config.model, vocabulary(task).size)
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -16,9 +16,10 @@ import yaml
 from megatron_dla.cli import main
 from megatron_dla.config.load import fill
 from megatron_dla.errors import STOPPED, ConfigError, UserError
+from megatron_dla.hf.random_model import random_model
 from megatron_dla.model.counts import count_parameters
 from megatron_dla.study.generators import KINDS, vocabulary
-from megatron_dla.study.learner import build_model, learn
+from megatron_dla.study.learner import learn
 from megatron_dla.study.plan import StudyConfig, load_study
 from megatron_dla.study.report import write_report
 from megatron_dla.study.report_synthetic import synthetic_table
@@ -188,7 +189,7 @@ def test_memory_of_an_arm(tmp_path) -> None:
     assert memory_size(model, 16) == 8 * 8 and memory_size(replace(model, pattern="D"), 16) == 8 * 8 * 8
     assert memory_size(replace(model, pattern="A"), 16) == 2 * 16 * 16
     assert memory_size(replace(model, pattern="W", sliding_window=5), 16) == 2 * 16 * 5
-    assert build_model(model, 20, 1).num_parameters() == count_parameters(model, 20)
+    assert random_model(model, 20).num_parameters() == count_parameters(model, 20)
 
 
 @pytest.mark.parametrize(

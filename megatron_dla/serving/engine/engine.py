@@ -59,7 +59,7 @@ class Engine:
         self._ends = end_tokens(self._model.generation_config, tokenizer)
         self._suppressed = sorted(self._model.generation_config.suppress_tokens or [])
         self._live: dict[int, _Live] = {}  # by number; under the lock
-        self._cancelled: set[int] = set()
+        self._cancelled: set[int] = set()  # of `_live`, likewise
         self._new: list[_Live] = []
         self._lock, self._work = threading.Lock(), threading.Condition()
         self._stepping = threading.Lock()
@@ -87,7 +87,8 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise EngineFullError("the engine is closed: it takes no more requests")
-            waiting = len(self._new) + len(self._scheduler.waiting)
+            queue = [*(x.sequence for x in self._new), *self._scheduler.waiting]
+            waiting = sum(x.arrival not in self._cancelled for x in queue)
             if waiting >= self.config.max_waiting + len(self._scheduler.free_rows):
                 raise EngineFullError(
                     f"{waiting} requests wait (max_waiting = {self.config.max_waiting}): try again later"
@@ -198,7 +199,7 @@ class Engine:
     def _take_changes(self) -> None:
         with self._lock:
             new, self._new = self._new, []
-            cancelled, self._cancelled = self._cancelled, set()
+            cancelled = set(self._cancelled)
             for live in new:
                 self._scheduler.add(live.sequence)
         for number in sorted(cancelled & self._live.keys()):
@@ -256,6 +257,7 @@ class Engine:
         self._scheduler.end(live.sequence)
         with self._lock:
             del self._live[live.handle.id]
+            self._cancelled.discard(live.handle.id)
 
     def _end(self, live: _Live, reason: FinishReason, error: str = "") -> None:
         self._forget(live)

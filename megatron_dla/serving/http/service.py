@@ -213,8 +213,9 @@ class Service:
         deadline: float | None,
     ) -> AsyncIterator[Call]:  # fmt: skip
         call, loop = Call(self.name), asyncio.get_running_loop()
-        try:
-            for number, prompt in enumerate(prompts):
+
+        def submit() -> None:
+            for number, prompt in enumerate(map(tuple, prompts)):
                 for choice in range(body.choices):
                     index = number * body.choices + choice
                     request = self._request(body, prompt, choice, messages, memory, deadline)
@@ -224,6 +225,9 @@ class Service:
                         loop.call_soon_threadsafe(call.events.put_nowait, (index, event))
 
                     call.handles.append(self.engine.submit(request, put))
+
+        try:
+            await run_in_threadpool(submit)  # which looks at every token of every choice
             yield call
         except EngineFullError as error:
             raise _full(error) from error
@@ -233,8 +237,8 @@ class Service:
             call.cancel()
 
     def _request(
-        self, body: CompletionBody | ChatBody, prompt: list[int], choice: int, messages: list[int] | None, memory: Any,
-        deadline: float | None,
+        self, body: CompletionBody | ChatBody, prompt: tuple[int, ...], choice: int, messages: list[int] | None,
+        memory: Any, deadline: float | None,
     ) -> Request:  # fmt: skip
         limit, wanted = self.limits.max_tokens, body.max_tokens
         if isinstance(body, ChatBody):
@@ -256,7 +260,7 @@ class Service:
         if self.by_message and messages is None:
             messages = [0] * len(prompt)
         return Request(
-            tuple(prompt), sampling, ignore_eos=body.ignore_eos, logprobs=body.wanted_logprobs,
+            prompt, sampling, ignore_eos=body.ignore_eos, logprobs=body.wanted_logprobs,
             priority=body.priority, deadline=deadline, memory=memory,
             messages=tuple(messages or ()) if self.by_message else None,
         )  # fmt: skip

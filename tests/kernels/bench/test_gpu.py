@@ -13,7 +13,7 @@ import torch
 from megatron_dla.cli import build_parser
 from megatron_dla.errors import UserError
 from megatron_dla.kernels.bench import race
-from megatron_dla.kernels.bench.export import exported
+from megatron_dla.kernels.bench.export import demo_like
 from megatron_dla.kernels.bench.generation import rates
 from megatron_dla.kernels.bench.gpu import STAGES, Stage, bench_gpu, run_stages
 from megatron_dla.kernels.bench.timing import Stopwatch
@@ -124,6 +124,6 @@ def test_the_program_for_the_sanitizer_runs(capsys) -> None:
 
 
 def test_generation_is_timed(tmp_path: Path) -> None:
-    found = rates(exported("gdn").eval(), 16, 4, (1, 2), Stopwatch(torch.device("cpu"), budget_s=0.05, least=1))
+    found = rates(demo_like("gdn").eval(), 16, 4, (1, 2), Stopwatch(torch.device("cpu"), budget_s=0.05, least=1))
     assert list(found) == ["prefill batch 1", "decode batch 1", "prefill batch 2", "decode batch 2"]
     assert all(rate > 0 for rate in found.values())

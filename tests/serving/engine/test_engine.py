@@ -172,6 +172,8 @@ def test_too_many_requests_are_refused(served):
         engine.submit(Request((5,)))
     with pytest.raises(EngineFullError, match="max_waiting = 2"):
         engine.submit(Request((5,)))
+    engine.cancel(0)  # it frees its place at once
+    engine.submit(Request((5,)))
     engine.drain()
     engine.submit(Request((5,)))
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import random
 import socket
+import threading
 import time
 
 import httpx
@@ -209,6 +210,25 @@ def test_a_client_that_leaves_frees_its_slot(client, service) -> None:
     while service.engine.stats().running:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_long_submission_holds_up_nobody(make_service) -> None:
+    service, begun = make_service(), threading.Event()
+    submit = service.engine.submit
+
+    def slow(*arguments):
+        begun.set()
+        time.sleep(1.0)
+        return submit(*arguments)
+
+    service.engine.submit = slow
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    with running(service) as address, concurrent.futures.ThreadPoolExecutor() as pool:
+        call = pool.submit(httpx.post, f"{address}/v1/completions", json=body)
+        assert begun.wait(20)
+        begin = time.monotonic()
+        assert httpx.get(f"{address}/health").status_code == 200 and time.monotonic() - begin < 0.8
+        assert not call.done() and call.result().status_code == 200
 
 
 def test_too_many_and_too_late(make_service) -> None:
