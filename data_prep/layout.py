@@ -85,14 +85,14 @@ class Threshold:
 
 
 def choose_validation(
-    records: np.ndarray, left_out: np.ndarray | None, val_fraction: float, val_docs: int | None
+    records: np.ndarray, left_out: np.ndarray | None, val_fraction: float, val_docs: int | None, least: int = 1
 ) -> Threshold:
-    """The documents with the smallest hashes: `val_docs` of them, or a share, at least one if the share is above 0.
+    """The documents with the smallest hashes: `val_docs` of them, or a share, at least `least` if it is above 0.
 
     Raises DataError if no document would be left for training. `left_out`: bool [documents].
     """
     limit = Threshold(int(val_fraction * 2.0**64), 0)
-    wanted = (1 if val_fraction > 0 else 0) if val_docs is None else val_docs
+    wanted = (least if val_fraction > 0 else 0) if val_docs is None else val_docs
     below = total = 0
     hashes, numbers = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)  # the `wanted` smallest
     for start, block in _blocks(records):

@@ -32,7 +32,8 @@ class SourceFile:
 class Listing:
     """The files of all inputs in reading order, and what was left out of directories.
 
-    `ignored`: files that no reader takes. `repeated`: files and directories that a link names a second time.
+    `ignored`: files that no reader takes. `hidden`: files and directories in directories whose names begin with a dot
+    (.ipynb_checkpoints, ._a.jsonl). `repeated`: files and directories that a link names a second time.
 
     Raises DataError for a missing or unreadable input, an input given twice, an unknown format, a link to nothing, a
     damaged dataset, or a directory or pattern without documents.
@@ -41,6 +42,7 @@ class Listing:
     inputs: Sequence[str | os.PathLike[str]]
     files: list[SourceFile] = field(default_factory=list)
     ignored: list[Path] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)
     repeated: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class Listing:
         fixed = list(pattern.parts)
         fixed = fixed[: next(i for i, part in enumerate(fixed) if glob.has_magic(part))]
         base = Path(*fixed)
-        found = sorted(_below(base, pattern) if "**" in pattern.parts else map(Path, glob.glob(str(pattern))))
+        found = sorted(_below(base, pattern) if "**" in pattern.parts else _matches(base, pattern.parts[len(fixed) :]))
         if not found:
             raise DataError(f"{shown(pattern)}: no file or directory matches this pattern; check --input")
         name = shown(base.resolve().name or "root")
@@ -102,6 +104,8 @@ class Listing:
         if kind is None:
             raise DataError(f"{shown(path)}: unknown format; must be {known_formats()}")
         if kind.format == ".json" and not _is_jsonl(path, kind):
+            if ".json" not in path.name.lower():  # a compressed file whose name says no more
+                raise DataError(f"{shown(path)}: unknown format, no JSONL in it; must be {known_formats()}")
             raise DataError(
                 f"{shown(path)}: not JSONL, an object on each line; convert it (`jq -c .` for objects, "
                 "`jq -c '.[]'` for an array)"
@@ -149,6 +153,8 @@ class Listing:
             entries = [_one_split(folder)]
         elif _STATE in entries and _INFO in entries:
             entries = _dataset_files(folder)
+        self.hidden += [folder / entry for entry in entries if entry.startswith(".")]
+        entries = [entry for entry in entries if not entry.startswith(".")]
         for path in (folder / entry for entry in entries):
             if not path.is_dir():
                 self._add_once(path, base, names, seen)
@@ -159,11 +165,35 @@ class Listing:
     def notes(self) -> list[str]:
         """What was left out, one line each."""
         notes = []
-        for paths, why in ((self.ignored, "of other formats"), (self.repeated, "that links name a second time")):
+        for paths, why in (
+            (self.ignored, "of other formats"), (self.hidden, "and directories whose names begin with a dot"),
+            (self.repeated, "that links name a second time"),
+        ):  # fmt: skip
             if paths:
                 first = ", ".join(map(shown, paths[:3])) + ("..." if len(paths) > 3 else "")
                 notes.append(f"note: ignored {len(paths)} files {why}: {first}")
         return notes
+
+
+def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """What matches a pattern below `folder`, as `glob.glob` finds it, which hides directories that cannot be read."""
+    if not parts:
+        yield folder
+    elif folder.is_dir():
+        first, rest = parts[0], parts[1:]
+        if not glob.has_magic(first):
+            names = [first] if os.path.lexists(folder / first) else []
+        else:
+            names = [
+                name for name in sorted(os.listdir(folder))
+                if fnmatch.fnmatchcase(name, first) and (first.startswith(".") or not name.startswith("."))
+            ]  # fmt: skip
+        for name in names:
+            yield from _matches(folder / name, rest)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _below(base: Path, pattern: Path) -> Iterator[Path]:
@@ -173,7 +203,7 @@ def _below(base: Path, pattern: Path) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
     if _fits((), parts):
         yield base
-    for folder, folders, files in os.walk(base, followlinks=True):
+    for folder, folders, files in os.walk(base, followlinks=True, onerror=_raise):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()

@@ -98,6 +98,9 @@ def merge_shards(
         if dedup:
             report |= {"duplicates_removed": True, "duplicates_between_parts": removed}
         write_json(root / REPORT_NAME, report, indent=1)
+        if not any(shard.split == "val" for shard in merged.shards):
+            fix = "build with a larger --val-fraction, or train with training.eval_every=0"
+            print(f"note: no document of these parts is for validation: {fix}", file=sys.stderr)
         merged.shards.sort(key=lambda shard: (shard.split, shard.name))
         write_bytes(done, key.encode())
         merged.save(root / INDEX_NAME)

@@ -137,10 +137,15 @@ class Kind(NamedTuple):
 
 
 def kind_of(path: Path) -> Kind | None:
-    """The kind of a file by its name, or None if no reader takes it."""
+    """The kind of a file by its name, or None if no reader takes it.
+
+    A compressed file whose name says no more (Pushshift's RC_2019-04.zst) is one of `.json`: JSONL, if it holds that.
+    """
     suffix = path.suffix.lower()
     compression = suffix if suffix in COMPRESSIONS else ""
     form = (Path(path.stem) if compression else path).suffix.lower()
+    if compression and not form:
+        form = ".json"
     if form not in READERS or (compression and form in TABLES):
         return None
     return Kind(form, compression)
@@ -413,7 +418,11 @@ READERS: dict[str, Reader] = {
 def holds_lines(path: Path, kind: Kind) -> bool:
     """Whether a `.json` file begins as JSONL does: an object that ends on its line. Raises what reading raises."""
     with open(path, "rb") as raw, COMPRESSIONS[kind.compression](raw) as stream:
-        for line in stream:
-            if line := line.removeprefix(_BOM).strip():
-                return line.startswith(b"{") and line.endswith(b"}")
+        while part := stream.readline(_BLOCK):  # of a binary file a line may be all of it
+            if line := part.removeprefix(_BOM).strip():
+                if not line.startswith(b"{"):
+                    return False
+                while not part.endswith(b"\n") and (more := stream.readline(_BLOCK)):
+                    part = more
+                return part.rstrip().endswith(b"}")
     return True

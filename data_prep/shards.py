@@ -137,8 +137,8 @@ def build_shards(
 
     Args:
         tokenizer_path: `tokenizer.model` or `tokenizer.json`, or a directory with one, see `Tokenizer`.
-        val_fraction: share of the documents for validation, at least one document if above 0; chosen by a hash of
-            (seed, content), so exact copies of a document are in the same split.
+        val_fraction: share of the documents for validation, at least one document if above 0 (not in a part); chosen
+            by a hash of (seed, content), so exact copies of a document are in the same split.
         val_docs: number of validation documents, instead of val_fraction.
         shard_tokens: target size of a shard; documents are never cut, so a long one makes a larger shard.
         min_train_shards: shards are made smaller to reach this number (the loader needs one shard per stream);
@@ -176,6 +176,8 @@ def build_shards(
         check_exists(root, overwrite)
     if note := export_note(tokenizer):
         print(note, file=sys.stderr)  # before hours of work
+    for note in source.listing.notes():
+        print(note, file=sys.stderr)
     spool = Spool(root / _BUILDING, token_dtype(tokenizer), plan, files)
     try:
         _tokenise(source, tokenizer, spool, workers, seed)
@@ -202,7 +204,8 @@ def _write_shards(
     records = spool.records()
     copies, count = mark_copies(records, spool.folder)
     left_out = copies if wanted.dedup else None
-    validation = choose_validation(records, left_out, wanted.val_fraction, wanted.val_docs)
+    least = int(source.part[1] == 1)  # a part takes the documents that a build of all files would take
+    validation = choose_validation(records, left_out, wanted.val_fraction, wanted.val_docs, least)
     layout = assign(records, left_out, validation, spool.folder, wanted.shard_tokens, wanted.min_train_shards)
     writer = _Writer(spool, source, wanted)
     index = ShardIndex(

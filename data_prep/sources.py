@@ -15,7 +15,7 @@ from megatron_dla.data_prep.readers import Problem, UnreadableError, read_record
 from megatron_dla.errors import DataError
 
 _LISTED = 100  # bad records that an error or a report names; the others are counted
-_HOPELESS = 100  # reading stops where so many records come first and all of them are bad
+_HOPELESS = 100, 10_000  # reading stops where so many records come first and all are bad; the second: with skip_bad
 _STORY_END = "<|endoftext|>"
 
 
@@ -170,7 +170,8 @@ class DocumentSource:
 
     @property
     def _hopeless(self) -> bool:
-        return self.counts.bad == self.counts.records >= _HOPELESS
+        limit = self.options.skip_bad
+        return limit != 1 and self.counts.bad == self.counts.records >= _HOPELESS[limit is not None]
 
     def _read(self, file: SourceFile, done: int) -> Iterator[Document]:
         at, counts, text_file = self.progress, self.counts, file.kind.format == ".txt"
@@ -225,7 +226,7 @@ class DocumentSource:
                 self._headline(share)
                 + "".join(f"\n  {line}" for line in (*self.progress.damaged, *_in_runs(self.progress.bad)))
                 + (f"\n  and {rest} more" if rest else "")
-                if len(self.progress.damaged) + counts.bad > 1
+                if len(self.progress.damaged) + counts.bad > 1 or limit is not None
                 else f"{self.progress.bad[0]}; {self.progress.fix}, or leave it out with --skip-bad"
             )
 
@@ -241,7 +242,8 @@ class DocumentSource:
             return f"{text}; repair them:"
         if limit is None:
             return f"{text}; fix them, or leave them out with --skip-bad:"
-        return f"{text}, a share of {share:.2%}, above --skip-bad {limit:g}; fix them, or raise it:"
+        fix = self.progress.fix if counts.bad == counts.records else "fix them, or raise it"
+        return f"{text}, a share of {share:.2%}, above --skip-bad {limit:g}; {fix}:"
 
     def _skipped(self) -> list[str]:
         counts = self.counts
@@ -260,8 +262,8 @@ class DocumentSource:
         return DataError(f"{', '.join(map(shown, self.listing.inputs))}: no text in these inputs{why}")
 
     def notes(self) -> list[str]:
-        """What was left out so far, one line each."""
-        notes = self.listing.notes() + [f"note: skipped {what}" for what in self._skipped()]
+        """What was left out of what was read, one line each; `listing.notes()` are the files that are not read."""
+        notes = [f"note: skipped {what}" for what in self._skipped()]
         if stories := self.progress.stories:
             notes.append(
                 f"note: {stories} .txt documents contain {_STORY_END!r}; if it stands between documents, build again "
@@ -274,8 +276,9 @@ class DocumentSource:
         return notes
 
     def report(self) -> dict[str, Any]:
-        """Counts and the first bad records, for `report.json`."""
-        return {**asdict(self.counts), "bad_records": self.progress.bad, "ignored_files": len(self.listing.ignored)}
+        """Counts and the first bad records, for `report.json`. Files that are not read are counted in one part."""
+        ignored = 0 if self.part[0] else len(self.listing.ignored) + len(self.listing.hidden)
+        return {**asdict(self.counts), "bad_records": self.progress.bad, "ignored_files": ignored}
 
 
 def _in_runs(bad: Sequence[str]) -> Iterator[str]:

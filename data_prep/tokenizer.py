@@ -218,6 +218,8 @@ def train_tokenizer(
         raise DataError(f"{target}: exists, and shards may depend on it; pass --overwrite or another --output")
     check_creatable(target.parent)  # before hours of training
     source = DocumentSource(inputs, options)
+    for note in source.listing.notes():
+        print(note, file=sys.stderr)
     checked: list[str] = []
     reserved = 0
 

@@ -71,6 +71,25 @@ def test_parts_hold_each_document_of_the_whole_in_its_split(corpus, tmp_path, ca
     assert verify_shards(out).documents == 68
 
 
+def test_a_part_takes_the_validation_documents_of_the_whole_and_no_other(tmp_path, capsys):
+    """Where one build takes 2 of 100 documents, most of 10 parts have none."""
+    (tmp_path / "text").mkdir()
+    for i in range(10):
+        text = "".join(json.dumps({"text": f"document {i} {j}"}) + "\n" for j in range(10))
+        (tmp_path / "text" / f"{i}.jsonl").write_text(text)
+    assert dla("tokenizer", "--input", tmp_path / "text", "--output", tmp_path / "tok", "--vocab-size", 280) == 0
+    base = ("--input", tmp_path / "text", "--tokenizer", tmp_path / "tok", "--workers", 1, "--val-fraction", 0.02)
+    assert dla("shards", *base, "--output", tmp_path / "whole") == 0
+    parts = [tmp_path / f"part{i}" for i in range(10)]
+    for i, part in enumerate(parts):
+        assert dla("shards", *base, "--output", part, "--part", f"{i}/10") == 0
+    assert dla("merge", *parts, "--output", tmp_path / "out") == 0
+    assert documents(tmp_path / "out") == documents(tmp_path / "whole") and documents(tmp_path / "whole")["val"]
+    capsys.readouterr()
+    none = [part for part in parts if "val" not in documents(part)]
+    assert dla("merge", *none, "--output", tmp_path / "none") == 0 and "eval_every" in capsys.readouterr().err
+
+
 def test_that_copies_in_other_parts_stay_is_said(corpus, tmp_path, capsys):
     for i in range(2):
         build = ("--output", tmp_path / f"{i}", "--part", f"{i}/2", "--dedup")

@@ -1,6 +1,7 @@
 """Documents from files: formats, order, what is found through links, and errors that name the file and line."""
 
 import bz2
+import errno
 import glob
 import gzip
 import json
@@ -80,7 +81,8 @@ def test_sources_read_every_format_in_sorted_order(tmp_path):
     assert documents[2][0] == "plain\r\n" and next(iter(source)) == ("h\xe9\r\n", 5, 0, 1)
     assert len(list(source)) == 6
     assert source.bytes_read == source.total_bytes and source.counts.blank_lines == 1
-    assert [path.name for path in source.listing.ignored] == ["readme.md"] and len(source.notes()) == 2
+    assert [path.name for path in source.listing.ignored] == ["readme.md"] and len(source.listing.notes()) == 1
+    assert len(source.notes()) == 1
 
 
 @pytest.mark.parametrize("packed", PACKED)
@@ -105,8 +107,52 @@ def test_files_of_several_streams(tmp_path, packed):
 def test_zstd_with_a_long_window(tmp_path, window_log):
     data = zstd(lines("one", "two"), window_log)
     assert zstandard.get_frame_parameters(data).window_size == 1 << window_log
-    (tmp_path / "RC_2019-04.zst.jsonl.zst").write_bytes(data)
-    assert texts(tmp_path) == ["one", "two"]
+    (tmp_path / "RC_2019-04.zst").write_bytes(data)
+    assert texts(tmp_path) == texts(tmp_path / "RC_2019-04.zst") == ["one", "two"]
+
+
+@pytest.mark.parametrize("packed", [end for end in PACKED if end])
+def test_a_name_that_says_only_how_it_is_compressed(tmp_path, packed):
+    """As Pushshift names its files: JSONL, if it holds that."""
+    long = "x" * (3 << 20)  # more than is read at once
+    (tmp_path / f"RS_2020-01{packed}").write_bytes(PACKED[packed](b"\n" + lines(long, "two")))
+    (tmp_path / f"weights{packed}").write_bytes(PACKED[packed](b"\0\1{" * 1000))
+    (tmp_path / f"object{packed}").write_bytes(PACKED[packed](b'{\n"text": "no"}'))
+    (tmp_path / f"x.tar{packed}").write_bytes(PACKED[packed](lines("no")))
+    source = DocumentSource([tmp_path])
+    assert [d.text for d in source] == [long, "two"]
+    assert sorted(p.name for p in source.listing.ignored) == [f"{n}{packed}" for n in ("object", "weights", "x.tar")]
+
+
+def test_hidden_files_are_left_out_and_noted(tmp_path):
+    for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(lines(name))
+    source = DocumentSource([tmp_path])
+    assert [d.text for d in source] == ["a.jsonl"] and source.report()["ignored_files"] == 2
+    assert "ignored 2 files and directories whose names begin with a dot" in " ".join(source.listing.notes())
+    assert texts(tmp_path / ".ipynb_checkpoints") == [".ipynb_checkpoints/a.jsonl"]  # named
+    assert DocumentSource([tmp_path, tmp_path / "._a.jsonl"], part=(1, 2)).report()["ignored_files"] == 0
+
+
+@pytest.mark.parametrize("pattern", ["*/*.jsonl", "**/*.jsonl", "b/*.jsonl", "*"])
+def test_directories_that_cannot_be_read_are_named_in_patterns_too(tmp_path, monkeypatch, pattern):
+    for name in ("a/1.jsonl", "b/2.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(lines(name))
+
+    def refusing(real):
+        def call(path):
+            if Path(path) == tmp_path / "b":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path)
+
+        return call
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    with pytest.raises(DataError, match=r"/b: cannot be read \(Permission denied\)"):
+        DocumentSource([tmp_path / pattern])
 
 
 def test_json_files_that_are_not_lines_are_left_out_of_directories_and_named(tmp_path):
@@ -212,7 +258,7 @@ def test_links_are_followed_once(tmp_path):
     found = named(source)
     assert sorted(text for text, _ in found) == ["corpus/a", "elsewhere/wiki", "from a cache"]
     assert ("elsewhere/wiki", "corpus/wiki/x.txt") in found and ("from a cache", "corpus/hub.txt") in found
-    assert len(source.listing.repeated) == 2 and "a second time" in " ".join(source.notes())
+    assert len(source.listing.repeated) == 2 and "a second time" in " ".join(source.listing.notes())
     (corpus / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"gone.jsonl: a link to .*nowhere"):
         DocumentSource([corpus])
@@ -335,12 +381,20 @@ def test_the_list_of_bad_records_is_bounded_and_a_wrong_field_stops_early(tmp_pa
     with pytest.raises(DataError, match="500 of 501") as caught:
         texts(tmp_path)
     assert "a.jsonl:2 to 101: " in str(caught.value) and "and 400 more" in str(caught.value)
-    (tmp_path / "a.jsonl").write_bytes(lines(*["x"] * 5000, key="content"))
-    for skip_bad in (None, 0.5):
+    (tmp_path / "a.jsonl").write_bytes(lines(*["x"] * 11_000, key="content"))
+    for skip_bad, read in ((None, 100), (0.5, 10_000)):
         source = DocumentSource([tmp_path], ReadOptions(skip_bad=skip_bad))
         with pytest.raises(DataError, match="--text-field"):
             list(source)
-        assert source.counts.records == 100
+        assert source.counts.records == read
+    (tmp_path / "b.jsonl").write_bytes(lines("good"))
+    assert texts(tmp_path, skip_bad=1) == ["good"]
+
+
+def test_one_bad_record_above_the_limit_has_its_share(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines("x", 5))
+    with pytest.raises(DataError, match=r"1 of 2 records .* 50.00%, above --skip-bad 0.1.*\n.*a.jsonl:2: "):
+        texts(tmp_path, skip_bad=0.1)
 
 
 def test_length_limits_are_counted(tmp_path):
