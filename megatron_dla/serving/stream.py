@@ -62,7 +62,10 @@ class TextStream:
 
     def _held(self, text: str) -> int:
         """Characters at the end of `text` that begin a stop string."""
-        return max((n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
+        return max(
+            (n for word in self.stop for n in range(1, min(len(word), len(text) + 1)) if text.endswith(word[:n])),
+            default=0,
+        )
 
 
 class Rows:

@@ -3,10 +3,17 @@
 from megatron_dla.serving.engine.config import EngineConfig
 from megatron_dla.serving.engine.engine import Engine
 from megatron_dla.serving.engine.handle import Completion, Handle
-from megatron_dla.serving.engine.request import EngineFullError, Event, Request, SamplingParams, TokenLogprob
+from megatron_dla.serving.engine.request import (
+    EngineClosedError,
+    EngineFullError,
+    Event,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)  # fmt: skip
 from megatron_dla.serving.engine.stats import SequenceBytes, Stats
 
 __all__ = [
-    "Completion", "Engine", "EngineConfig", "EngineFullError", "Event", "Handle", "Request", "SamplingParams",
-    "SequenceBytes", "Stats", "TokenLogprob",
+    "Completion", "Engine", "EngineClosedError", "EngineConfig", "EngineFullError", "Event", "Handle", "Request",
+    "SamplingParams", "SequenceBytes", "Stats", "TokenLogprob",
 ]  # fmt: skip

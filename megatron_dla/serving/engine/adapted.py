@@ -63,6 +63,8 @@ class AdaptedModel:
         self._names = sorted(model.layers)
         self.has_memory = bool(self._names)
         self.by_message = self.has_memory and model.config.write == "message"
+        one_call = model.config.message_read == "pre_call" or model.config.message_fallback == "token"
+        self.whole_prompts = self.by_message and one_call
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_dla.serving.engine.config import EngineConfig
 from megatron_dla.serving.engine.handle import Handle
 from megatron_dla.serving.engine.models import ExportedModel, ServedModel
 from megatron_dla.serving.engine.output import Output, end_tokens
-from megatron_dla.serving.engine.request import EngineFullError, Event, FinishReason, Request
+from megatron_dla.serving.engine.request import EngineClosedError, EngineFullError, Event, FinishReason, Request
 from megatron_dla.serving.engine.runner import ModelRunner
 from megatron_dla.serving.engine.scheduler import Phase, Scheduler, Sequence
 from megatron_dla.serving.engine.stats import Counts, SequenceBytes, Stats, memory_use, sequence_bytes, take_stats
@@ -55,14 +56,16 @@ class Engine:
         self._model: ServedModel = AdaptedModel(model) if isinstance(model, DeltaMemModel) else ExportedModel(model)
         self._runner = ModelRunner(self._model, self.config)
         self._counts = Counts(self._runner.rows_agree())
-        self._scheduler = Scheduler(self.config, self._runner, self._runner.windows)
+        self._scheduler = Scheduler(
+            self.config, self._runner, self._runner.windows, whole_prompts=self._model.whole_prompts
+        )
         self._ends = end_tokens(self._model.generation_config, tokenizer)
         self._suppressed = sorted(self._model.generation_config.suppress_tokens or [])
         self._live: dict[int, _Live] = {}  # by number; under the lock
         self._cancelled: set[int] = set()  # of `_live`, likewise
         self._new: list[_Live] = []
         self._lock, self._work = threading.Lock(), threading.Condition()
-        self._stepping = threading.Lock()
+        self._stepping, self._asking = threading.Lock(), 0
         self._closed = False
 
     # ---- from any thread
@@ -75,7 +78,7 @@ class Engine:
 
         Raises:
             UserError: a token that the model does not have, stop strings without a tokenizer, or more tokens than the
-                pages hold. EngineFullError: `max_waiting` requests wait, or `run` has come to its end.
+                pages hold. EngineFullError: `max_waiting` requests wait. EngineClosedError: `run` has come to its end.
         """
         if odd := [x for x in request.prompt if type(x) is not int or not 0 <= x < self._model.vocabulary]:
             raise UserError(f"prompt has token {odd[0]!r}: the model has tokens 0 to {self._model.vocabulary - 1}")
@@ -83,10 +86,11 @@ class Engine:
             raise UserError(f"stop = {list(request.sampling.stop)}: the engine has no tokenizer: use stop_ids")
         self._model.check(request)
         self._scheduler.check(request)
+        digests = self._scheduler.digests(request)
         ends = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else self._ends)
         with self._lock:
             if self._closed:
-                raise EngineFullError("the engine is closed: it takes no more requests")
+                raise EngineClosedError("the engine is closed: it takes no more requests")
             queue = [*(x.sequence for x in self._new), *self._scheduler.waiting]
             waiting = sum(x.arrival not in self._cancelled for x in queue)
             if waiting >= self.config.max_waiting + len(self._scheduler.free_rows):
@@ -96,7 +100,8 @@ class Engine:
             handle = Handle(self._counts.requests, request, self.cancel, listener)
             self._counts.requests += 1
             expires = None if request.deadline is None else self._clock() + request.deadline
-            live = _Live(handle, Sequence(request, handle.id, expires), Output(request, self.tokenizer, ends))
+            sequence = Sequence(request, handle.id, expires, digests=digests)
+            live = _Live(handle, sequence, Output(request, self.tokenizer, ends))
             self._live[handle.id] = live
             self._new.append(live)
         with self._work:
@@ -124,14 +129,31 @@ class Engine:
 
     def stats(self) -> Stats:
         """Between two steps."""
-        with self._stepping, self._lock:
+        with self._between_steps(), self._lock:
             waiting, now = len(self._new), self._clock()
             return take_stats(self._scheduler, self._runner, waiting, self._counts, now)
 
     def memory_use(self) -> tuple[int, int]:
         """`memory_use` of stats.py, which is cheaper than `stats`."""
-        with self._stepping:
+        with self._between_steps():
             return memory_use(self._scheduler, self._runner.pool.row_bytes, self._runner.token_bytes)
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        with self._lock:
+            self._asking += 1
+        try:
+            with self._stepping:
+                yield
+        finally:
+            with self._lock:
+                self._asking -= 1
+
+    def _let_in(self) -> None:
+        """Wait for those who look between two steps: a thread that takes a lock again at once always gets it."""
+        end = time.monotonic() + 0.01
+        while self._asking and time.monotonic() < end:
+            time.sleep(1e-4)
 
     @property
     def running(self) -> int:
@@ -145,7 +167,7 @@ class Engine:
 
     def sequence_bytes(self) -> dict[int, SequenceBytes]:
         """By request, of those that have a slot."""
-        with self._stepping:
+        with self._between_steps():
             held = [x for x in self._scheduler.held if x.phase is not Phase.ENDED]
             return {x.arrival: sequence_bytes(x, self._runner) for x in held}
 
@@ -170,7 +192,9 @@ class Engine:
         """
         try:
             while not stop.is_set():
-                if not self.step():
+                more = self.step()
+                self._let_in()
+                if not more:
                     with self._work:
                         self._work.wait_for(lambda: self._live or stop.is_set(), timeout=0.1)
         except Exception as error:

@@ -23,13 +23,14 @@ Attend = Mapping[int, Callable[[Tensor, Tensor, Tensor], Tensor]]
 class ServedModel(Protocol):
     """Attributes: windows: by softmax layer, the tokens that a query sees, None = all. layers: of all kinds.
     vocabulary: rows of the embedding. generation_config: transformers'. has_memory: a δ-mem. by_message: it needs
-    `Request.messages`."""
+    `Request.messages`. whole_prompts: what it computes depends on where calls are cut, so a prompt is one call."""
 
     windows: dict[int, int | None]
     layers: int
     vocabulary: int
     has_memory: bool
     by_message: bool
+    whole_prompts: bool
     generation_config: Any
 
     @property
@@ -69,7 +70,7 @@ class ExportedModel:
     def __init__(self, model: Any) -> None:
         self.model, self.layers = model, model.config.num_layers
         self.generation_config = model.generation_config
-        self.has_memory = self.by_message = False
+        self.has_memory = self.by_message = self.whole_prompts = False
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self._cache: Any = getattr(sys.modules[type(model).__module__], "DLACache", None)
         if self._cache is None or not hasattr(self._cache(1), "lengths"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,10 +24,16 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def log_probabilities(logits: Tensor, token: int, top: int) -> TokenLogprob:
-    """Of `token` and of the `top` most probable ones, from logits [V]."""
+    """Of `token` and of the `top` most probable ones that the model may generate, from logits [V].
+
+    Raises ValueError where the logits are not finite.
+    """
     values = logits.float().log_softmax(-1)
+    if not math.isfinite(own := float(values[token])):
+        raise ValueError("the logits are not finite")
     best, which = values.topk(top)
-    return TokenLogprob(float(values[token]), tuple(zip(which.tolist(), best.tolist(), strict=True)))
+    pairs = zip(which.tolist(), best.tolist(), strict=True)
+    return TokenLogprob(own, tuple(pair for pair in pairs if math.isfinite(pair[1])))
 
 
 class Output:
@@ -69,7 +76,7 @@ class Output:
     ) -> Event:  # fmt: skip
         text = ""
         if self._text is not None:
-            if reason:
+            if reason and reason != "error":  # of which the tokenizer may be the cause
                 self._text.end()
             text, self._shown = self._text.text[self._shown :], len(self._text.text)
         return Event(

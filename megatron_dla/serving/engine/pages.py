@@ -52,7 +52,7 @@ class PageTable:
     def __init__(self, pool: PagePool, window: int | None = None) -> None:
         self.pool, self.window = pool, window
         self.pages: list[int] = []
-        self.behind = 0
+        self.behind = self._forked = 0
 
     def missing(self, tokens: int) -> int:
         """Pages that the first `tokens` tokens still need."""
@@ -85,6 +85,7 @@ class PageTable:
         assert tokens % PAGE == 0, tokens
         other = PageTable(self.pool, self.window)
         other.pages, other.behind = self.pages[: tokens // PAGE - self.behind], self.behind
+        other._forked = tokens // PAGE
         for page in other.pages:
             self.pool.share(page)
         return other
@@ -93,8 +94,23 @@ class PageTable:
         """Give all pages back; it can `grow` again to the tokens that it had."""
         for page in self.pages:
             self.pool.drop(page)
-        self.pages = []
+        self.pages, self._forked = [], 0
+
+    def _shared(self) -> list[int]:
+        """Indices of the pages that others hold, too; they are among those of the fork."""
+        first = self.pages[: max(0, self._forked - self.behind)]
+        return [i for i, page in enumerate(first) if self.pool.holders(page) > 1]
+
+    @property
+    def own(self) -> int:
+        """Pages that nobody else holds."""
+        return len(self.pages) - len(self._shared())
 
     def idle(self, tokens: int) -> int:
-        """Places of its pages that hold nothing a later query sees, after `tokens` tokens."""
-        return len(self.pages) * PAGE - (tokens - self.seen_from(tokens)) if self.pages else 0
+        """Places of its own pages that hold nothing a later query sees, after `tokens` tokens."""
+        begin = self.seen_from(tokens)
+        places = len(self.pages) * PAGE - (tokens - begin) if self.pages else 0
+        for i in self._shared():
+            page = (self.behind + i) * PAGE
+            places -= min(max(begin - page, 0), PAGE)
+        return places

@@ -15,6 +15,10 @@ class EngineFullError(UserError):
     """Too many requests wait already; a later one may be taken."""
 
 
+class EngineClosedError(EngineFullError):
+    """The engine has ended, or is about to."""
+
+
 @dataclass(frozen=True)
 class SamplingParams(Sampling):
     """`Sampling` whose messages name the field as a request does."""

@@ -7,6 +7,7 @@ be held alone is refused when it comes, so there is always progress.
 from __future__ import annotations
 
 import heapq
+import sys
 from bisect import insort
 from collections import Counter
 from collections.abc import Sequence as Items
@@ -91,15 +92,18 @@ class Scheduler:
         waiting: in order, those that were put aside among them. held: the sequences that have a row.
     """
 
-    def __init__(self, config: EngineConfig, store: Store, windows: Items[int | None] = ()) -> None:
+    def __init__(
+        self, config: EngineConfig, store: Store, windows: Items[int | None] = (), *, whole_prompts: bool = False
+    ) -> None:
         self.config, self.store, self.windows = config, store, tuple(windows)
+        self.chunk = sys.maxsize if whole_prompts else config.prefill_chunk
         self.pools = [PagePool(config.pages) for _ in windows]
         self.prefixes = Prefixes(config.prefix_states, config.prefill_chunk)
         self.waiting: list[Sequence] = []
         self.held: list[Sequence] = []
         self.free_rows = list(range(config.slots))
         self.saves = 0
-        self._left = self._turn = 0
+        self._budget = self._left = self._turn = 0
 
     # ---- in and out
 
@@ -119,11 +123,15 @@ class Scheduler:
         full = [pool.total for pool, window in zip(self.pools, self.windows, strict=True) if window is None]
         return max(0, min(full) * PAGE - prompt) if full else None
 
+    def digests(self, request: Request) -> list[bytes]:
+        """Of the beginnings of a prompt, by which kept prefixes are found. Any thread may call it."""
+        if request.memory is not None or request.messages is not None:
+            return []
+        return self.prefixes.digests(request.prompt)
+
     def add(self, sequence: Sequence) -> None:
         sequence.tables = [PageTable(*x) for x in zip(self.pools, self.windows, strict=True)]
-        request = sequence.request
-        if request.memory is None and request.messages is None:
-            sequence.digests = self.prefixes.digests(request.prompt)
+        sequence.digests = sequence.digests or self.digests(sequence.request)
         insort(self.waiting, sequence, key=lambda x: x.order)
 
     def end(self, sequence: Sequence) -> None:
@@ -155,7 +163,7 @@ class Scheduler:
                 self._ensure(sequence, sequence.length + 1)
         self._compact()
         decoding = [x for x in self.held if x.phase is Phase.DECODING]
-        self._left = self.config.budget - len(decoding)
+        self._budget = self._left = self.config.budget - len(decoding)
         return sorted(decoding, key=lambda x: x.row)
 
     @property
@@ -176,9 +184,8 @@ class Scheduler:
         if not readers:
             return None
         one = min(readers, key=lambda x: (-x.request.priority, x.turn, x.arrival))
-        chunk = self.config.prefill_chunk
-        stop = min(len(one.request.prompt), (one.length // chunk + 1) * chunk)
-        if stop - one.length > self._left or not self._ensure(one, stop):
+        stop = min(len(one.request.prompt), (one.length // self.chunk + 1) * self.chunk)
+        if not self._affords(stop - one.length) or not self._ensure(one, stop):
             return None
         self._left -= stop - one.length
         self._turn += 1
@@ -208,7 +215,7 @@ class Scheduler:
         whole = -(-max(tokens, self.config.reserve_tokens) // PAGE)
         if window is None:
             return whole
-        return min(whole, -(-(window - 1 + self.config.prefill_chunk) // PAGE) + 1)
+        return min(whole, -(-(window - 1 + self.chunk) // PAGE) + 1)
 
     def _advance(self, sequence: Sequence, length: int) -> None:
         sequence.length = length
@@ -280,12 +287,16 @@ class Scheduler:
     def _reads_next(self, sequence: Sequence) -> bool:
         """Whether a chunk of it would be read at once: a prompt that would only wait gets no row."""
         readers = [x for x in self.held if x.phase is Phase.READING]
-        chunk = min(len(sequence.request.prompt), self.config.prefill_chunk)
+        chunk = min(len(sequence.request.prompt), self.chunk)
         return (
             len(readers) < self.config.readers
-            and chunk <= self._left
+            and self._affords(chunk)
             and all(x.length and x.request.priority <= sequence.request.priority for x in readers)
         )
+
+    def _affords(self, tokens: int) -> bool:
+        """Whether the step has room for a chunk; a whole prompt that is longer than any step is read alone."""
+        return tokens <= self._left or self._left == self._budget
 
     def _reads_for(self, reader: Sequence, other: Sequence) -> bool:
         """Whether a prefix of `other` will be kept when `reader` has read it."""

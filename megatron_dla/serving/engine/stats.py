@@ -130,7 +130,7 @@ def memory_use(scheduler: Scheduler, row_bytes: int, token_bytes: Items[int]) ->
     for kind, (pool, token) in enumerate(zip(scheduler.pools, token_bytes, strict=True)):
         reserved += (pool.total - pool.free) * PAGE * token
         idle += sum(x.tables[kind].idle(x.length) for x in live) * token
-        idle += sum(len(x.tables[kind].pages) for x in ended) * PAGE * token
+        idle += sum(x.tables[kind].own for x in ended) * PAGE * token
     return reserved, reserved - idle
 
 

@@ -39,13 +39,19 @@ class Pieces:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-        self._byte_level = {}
+        self._byte_level: dict[str, int] = {}
+        self._known: dict[int, Piece] = {}
         if "ByteLevel" in repr(decoder):
             self._byte_level = {letter: byte for byte, letter in bytes_to_unicode().items()}
         anchor = tokenizer("x", add_special_tokens=False)["input_ids"]  # a first token may lose its space
         self._anchor, self._length = anchor, len(tokenizer.decode(anchor))
 
     def __call__(self, token: int) -> Piece:
+        if (known := self._known.get(token)) is None:
+            known = self._known[token] = self._make(token)
+        return known
+
+    def _make(self, token: int) -> Piece:
         text = self._tokenizer.decode([*self._anchor, token])[self._length :]
         if text and "\ufffd" not in text:
             return Piece.of(text)

@@ -150,18 +150,20 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> JSONResponse:
+        service.metrics.answered(500)  # it goes past _Guard
         return _answer(_failed(f"{type(error).__name__}: {error}"))
 
     async def answer(
         request: Request, kind: type[CompletionBody] | type[ChatBody],
         encode: Callable[[Any], Awaitable[tuple[list[list[int]], list[int] | None]]],
     ) -> Response:  # fmt: skip
-        body: Any = parse(kind, await _body(request, service.limits.body_bytes))
+        begin, raw = time.perf_counter(), await _body(request, service.limits.body_bytes)
+        body: Any = await service.in_thread(lambda: parse(kind, raw))
         service.check_model(body.model)
         prompts, numbers = await encode(body)
         form = Form(kind is ChatBody, service.name, int(time.time()), body.choices, pieces)
         async with AsyncExitStack() as stack:
-            call = await stack.enter_async_context(service.start(body, prompts, numbers))
+            call = await stack.enter_async_context(service.start(body, prompts, numbers, begin, lambda: _gone(request)))
             if body.stream:
                 usage = body.stream_options is not None and body.stream_options.include_usage
                 held = stack.pop_all()
@@ -179,7 +181,7 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
             return Response(status_code=499)  # nobody reads it
         if errors := [choice.error for choice in choices if choice.finish_reason == "error"]:
             raise _failed(errors[0])
-        return JSONResponse(form.whole(choices))
+        return await service.in_thread(lambda: JSONResponse(form.whole(choices)))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

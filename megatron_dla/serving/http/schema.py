@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatron_dla.errors import UserError
 
 MAX_CHOICES = 128
+MAX_STOPS, MAX_STOP = 16, 256  # strings, and characters of one: each is looked for after every token
 Unsupported = Annotated[None, Field(description="not supported")]
 Strings = Annotated[list[str], Field(fail_fast=True)]  # one error, not one for each of a million elements
 Tokens = Annotated[list[int], Field(fail_fast=True)]
@@ -42,7 +43,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool | None = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class _Common(_Body):
@@ -73,6 +74,8 @@ class _Common(_Body):
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for stream = true")
+        if len(self.stops) > MAX_STOPS or any(len(word) > MAX_STOP for word in self.stops):
+            raise ValueError(f"stop: want at most {MAX_STOPS} strings of at most {MAX_STOP} characters")
         if self.session is not None and (self.n or 1) != 1:
             raise ValueError("session: a memory follows one answer: use n = 1")
         return self
@@ -128,7 +131,7 @@ class TextPart(_Body):
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-    name: str | None = None
+    name: Unsupported = None
     # in the answers of this server and of others, which clients send back as they are
     refusal: Unsupported = None
     audio: Unsupported = None

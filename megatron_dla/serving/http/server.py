@@ -75,9 +75,14 @@ class Server(uvicorn.Server):
             at = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             print(f"serving {self.service.name} at {at} (page /, API /v1, metrics /metrics)", flush=True)
 
+    def _end(self) -> None:
+        """Of the drain."""
+        self.service.ended = True
+        self.service.engine.cancel_all()
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         if not self.service.draining:
-            timer = threading.Timer(self.drain, self.service.engine.cancel_all)
+            timer = threading.Timer(self.drain, self._end)
             timer.daemon = True
             timer.start()
         self.service.draining = True

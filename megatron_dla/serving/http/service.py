@@ -6,18 +6,28 @@ import asyncio
 import copy
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from starlette.concurrency import run_in_threadpool
+import anyio
 
 from megatron_dla.errors import UserError
 from megatron_dla.serving.chat import render_chat
-from megatron_dla.serving.engine import Engine, EngineFullError, Event, Handle, Request, SamplingParams
+from megatron_dla.serving.engine import (
+    Engine,
+    EngineClosedError,
+    EngineFullError,
+    Event,
+    Handle,
+    Request,
+    SamplingParams,
+)  # fmt: skip
 from megatron_dla.serving.http.metrics import Metrics
 from megatron_dla.serving.http.schema import ApiError, ChatBody, CompletionBody, ascii_only, refused
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,14 +45,15 @@ class Call:
     """One API call: its choices, each a request of the engine.
 
     Attributes:
+        begin: of the call, on `time.perf_counter()`.
         handles: in the order of the choices: `n` of the first prompt, then of the next. events: (choice, event).
         complete: every choice came to an end of its own (stop, length).
     """
 
     model: str
+    begin: float
     handles: list[Handle] = field(default_factory=list)
     events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
-    begin: float = field(default_factory=time.perf_counter)
     complete: bool = False
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
@@ -70,6 +81,28 @@ class _Turns:
     forgotten: bool = False
 
 
+class ClientLeftError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def _acquire(lock: asyncio.Lock, timeout: float | None, gone: Callable[[], Awaitable[None]]) -> None:
+    """Take the lock. Raises TimeoutError; ClientLeftError: `gone` returned before."""
+    if not lock.locked():
+        await lock.acquire()
+        return
+    mine, left = asyncio.ensure_future(lock.acquire()), asyncio.ensure_future(gone())
+    taken = False
+    try:
+        await asyncio.wait((mine, left), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        taken = mine.done()
+        if not taken:
+            raise ClientLeftError if left.done() else TimeoutError
+    finally:
+        left.cancel()
+        if not taken and not mine.cancel():  # this task was cancelled, and has the lock
+            lock.release()
+
+
 class Sessions:
     """States of δ-mem by name. A call that fails or is cancelled leaves its session as it was.
 
@@ -83,11 +116,12 @@ class Sessions:
         self._turns: dict[str, _Turns] = {}
 
     @asynccontextmanager
-    async def use(self, name: str, timeout: float | None) -> AsyncIterator[Any]:
+    async def use(self, name: str, timeout: float | None, gone: Callable[[], Awaitable[None]]) -> AsyncIterator[Any]:
         """The states of a session, None for a new one; others that name it wait.
 
         Raises:
             EngineFullError: `max_waiting` calls wait. TimeoutError: after `timeout` seconds of waiting.
+            ClientLeftError: `gone` returned before.
         """
         turns = self._turns.setdefault(name, _Turns())
         if turns.lock.locked() and self.waiting >= self.max_waiting:
@@ -96,8 +130,7 @@ class Sessions:
         try:
             self.waiting += 1
             try:
-                async with asyncio.timeout(timeout):
-                    await turns.lock.acquire()
+                await _acquire(turns.lock, timeout, gone)
             finally:
                 self.waiting -= 1
             try:
@@ -137,7 +170,8 @@ class Service:
         engine: another thread steps it. name: of the model. has_memory, by_message: of its δ-mem.
 
     Attributes:
-        draining: no new calls. failed: why the engine's thread has ended, "" while it runs.
+        draining: no new calls. ended: nor those that have not begun yet. failed: why the engine's thread has ended, ""
+            while it runs.
     """
 
     def __init__(
@@ -147,7 +181,8 @@ class Service:
         self.engine, self.name, self.limits = engine, name, limits or Limits()
         self.has_memory, self.by_message = has_memory, by_message
         self.sessions, self.metrics = Sessions(self.limits.sessions, engine.config.max_waiting), Metrics(engine, name)
-        self.created, self.draining, self.failed = int(time.time()), False, ""
+        self.created, self.draining, self.ended, self.failed = int(time.time()), False, False, ""
+        self._threads = anyio.CapacityLimiter(8)  # other routes wait in starlette's
         self.tokenizer = copy.deepcopy(engine.tokenizer)  # the engine's thread has its own
         self._encoding = asyncio.Lock()
 
@@ -156,19 +191,23 @@ class Service:
             message = f"model = {ascii_only(name)[:200]!r}: this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
+    async def in_thread(self, call: Callable[[], T]) -> T:
+        """What may take long, so that other calls go on."""
+        return await anyio.to_thread.run_sync(call, limiter=self._threads)
+
     # ---- text to tokens
 
     async def encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):
             return prompt
         async with self._encoding:
-            return (await run_in_threadpool(self.tokenizer, prompt))["input_ids"]
+            return (await self.in_thread(lambda: self.tokenizer(prompt)))["input_ids"]
 
     async def encode_chat(self, body: ChatBody) -> tuple[list[int], list[int]]:
         messages = [message.flat() for message in body.messages]
         async with self._encoding:
             try:
-                return await run_in_threadpool(render_chat, self.tokenizer, messages, numbered=self.by_message)
+                return await self.in_thread(lambda: render_chat(self.tokenizer, messages, numbered=self.by_message))
             except UserError as error:
                 raise ApiError(400, ascii_only(f"messages: {error}"), param="messages") from error
 
@@ -176,43 +215,49 @@ class Service:
 
     @asynccontextmanager
     async def start(
-        self, body: CompletionBody | ChatBody, prompts: list[list[int]], messages: list[int] | None = None
-    ) -> AsyncIterator[Call]:
+        self, body: CompletionBody | ChatBody, prompts: list[list[int]], messages: list[int] | None, begin: float,
+        gone: Callable[[], Awaitable[None]],
+    ) -> AsyncIterator[Call]:  # fmt: skip
         """Submit a call's choices; they are cancelled if the block ends before they do.
+
+        Args:
+            begin: of the call, on `time.perf_counter()`. gone: returns when its client has left.
 
         Raises:
             ApiError: 400, what the engine refuses; 408, `timeout` is over before its session is free; 429, too many
-                wait; 503, the server ends.
+                wait; 499, the client left before; 503, the server ends.
         """
         if self.draining or self.failed:
-            raise ApiError(503, self.failed or "the server is shutting down", kind="server_error")
+            raise self._ending()
         if body.session is None:
-            async with self._submitted(body, prompts, messages, None, body.timeout) as call:
+            async with self._submitted(Call(self.name, begin), body, prompts, messages, None, body.timeout) as call:
                 yield call
             return
         if not self.has_memory:
             raise ApiError(400, "session: the model has no delta-mem (dla serve --adapter)", param="session")
-        begin = time.perf_counter()
+        asked = time.perf_counter()
         async with AsyncExitStack() as stack:
             try:
-                memory = await stack.enter_async_context(self.sessions.use(body.session, body.timeout))
+                memory = await stack.enter_async_context(self.sessions.use(body.session, body.timeout, gone))
+            except ClientLeftError as error:
+                raise ApiError(499, "the client left while it waited for its session") from error
             except EngineFullError as error:
                 raise _full(error) from error
             except TimeoutError as error:
                 text = f"timeout = {body.timeout:g}: another call of session {ascii_only(body.session)!r} is running"
                 raise ApiError(408, text, param="timeout") from error
-            left = None if body.timeout is None else max(1e-3, body.timeout - (time.perf_counter() - begin))
-            async with self._submitted(body, prompts, messages, memory, left) as call:
+            left = None if body.timeout is None else max(1e-3, body.timeout - (time.perf_counter() - asked))
+            async with self._submitted(Call(self.name, begin), body, prompts, messages, memory, left) as call:
                 yield call
             if call.complete and call.handles[0].memory is not None:
                 self.sessions.keep(body.session, call.handles[0].memory)
 
     @asynccontextmanager
     async def _submitted(
-        self, body: CompletionBody | ChatBody, prompts: list[list[int]], messages: list[int] | None, memory: Any,
-        deadline: float | None,
+        self, call: Call, body: CompletionBody | ChatBody, prompts: list[list[int]], messages: list[int] | None,
+        memory: Any, deadline: float | None,
     ) -> AsyncIterator[Call]:  # fmt: skip
-        call, loop = Call(self.name), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
 
         def submit() -> None:
             for number, prompt in enumerate(map(tuple, prompts)):
@@ -227,14 +272,21 @@ class Service:
                     call.handles.append(self.engine.submit(request, put))
 
         try:
-            await run_in_threadpool(submit)  # which looks at every token of every choice
+            await self.in_thread(submit)  # which looks at every token of every choice
+            if self.ended or self.failed:
+                raise self._ending()
             yield call
+        except EngineClosedError as error:
+            raise self._ending() from error
         except EngineFullError as error:
             raise _full(error) from error
         except UserError as error:
             raise refused(error) from error
         finally:
             call.cancel()
+
+    def _ending(self) -> ApiError:
+        return ApiError(503, self.failed or "the server is shutting down", kind="server_error")
 
     def _request(
         self, body: CompletionBody | ChatBody, prompt: tuple[int, ...], choice: int, messages: list[int] | None,

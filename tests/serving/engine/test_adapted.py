@@ -14,6 +14,10 @@ from megatron_dla.serving.session import Session
 from tests.support.sessions import NUMBERS, ROW, same_states
 from tests.support.tiny_hf import CONFIGS, build_adapted, build_base
 
+MORE = CONFIGS | {  # what they compute depends on where calls are cut
+    "pre_call": replace(CONFIGS["SSW"], message_read="pre_call"),
+    "fallback": replace(CONFIGS["SSW"], message_fallback="token"),
+}
 CONFIG = EngineConfig(slots=6, decode_rows=2, prefill_chunk=16, kv_pages=30, token_budget=60)
 
 
@@ -24,22 +28,25 @@ def serve(engine, prompt, tokens=9, **fields):
 
 
 @pytest.mark.parametrize("family, write", [
-    ("llama", "TSW"), ("llama", "MSW"), ("llama", "SSW"), ("qwen3", "TSW"), ("smollm3", "SSW"), ("mistral", "TSW"),
+    ("llama", "TSW"), ("llama", "MSW"), ("llama", "SSW"), ("llama", "pre_call"), ("llama", "fallback"),
+    ("qwen3", "TSW"), ("smollm3", "SSW"), ("mistral", "TSW"),
 ])  # fmt: skip
 def test_a_request_is_a_session(family, write):
     """In float64, where a call of another shape takes no other decision; the second request goes on with the memory."""
-    model = build_adapted(CONFIGS[write], base=build_base(family, dtype=torch.float64))
+    model = build_adapted(MORE[write], base=build_base(family, dtype=torch.float64))
     engine, session, memory = Engine(model, None, CONFIG), Session(model), None
     for prompt, numbers in ((ROW, NUMBERS), (ROW[3:20], NUMBERS[3:20])):
         session.append(prompt, numbers)
         want = list(session.generate(9, stop=[]))
-        fields = {"messages": tuple(numbers)} if write == "SSW" else {}
+        fields = {"messages": tuple(numbers)} if model.config.write == "message" else {}
         handle = serve(engine, prompt, memory=memory, **fields)
         assert handle.result().tokens == want
         again = Session(model)  # all tokens but the last have been fed
         if memory is not None:
             again.states = memory
-        again.append([*prompt, *want[:-1]], [*numbers, *[max(numbers) + 1] * 8])
+        again.append(prompt, numbers)
+        for token in want[:-1]:
+            again.append([token], max(numbers) + 1)
         assert same_states(handle.memory, again.states, exact=False)
         memory = handle.memory
         session = Session(model)

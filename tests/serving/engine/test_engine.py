@@ -3,6 +3,7 @@
 import re
 import textwrap
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 
 from megatron_dla.errors import UserError
 from megatron_dla.serving.engine import Engine, EngineConfig, EngineFullError, Request, SamplingParams
-from megatron_dla.serving.engine.output import Output
+from megatron_dla.serving.engine.output import Output, log_probabilities
 from megatron_dla.serving.engine.stats import memory_use
+from megatron_dla.serving.stream import TextStream
 from tests.support.tiny_hf import build_tokenizer
 
 CONFIG = EngineConfig(slots=4, prefill_chunk=16, kv_pages=40)
@@ -128,6 +130,37 @@ def test_an_error_ends_its_requests_and_no_others(engine, monkeypatch):
     done = bad.result()
     assert done.finish_reason == "error" and "ZeroDivisionError" in done.error
     assert engine.stats().slots_used == 0 and not engine.step()
+
+
+def test_a_tokenizer_that_fails_loses_only_its_request(engine, monkeypatch):
+    decode = engine.tokenizer.decode
+
+    def fails(ids, **options):
+        if 200 in ids:
+            raise TypeError("no such token")
+        return decode(ids, **options)
+
+    monkeypatch.setattr(engine.tokenizer, "decode", fails)
+    monkeypatch.setattr(Output, "_choose", lambda self, logits, best, one: 200 if one.arrival == 0 else 70)
+    bad, good = (engine.submit(Request((5,), SamplingParams(max_new_tokens=3))) for _ in range(2))
+    engine.drain()
+    assert "no such token" in bad.result().error and good.result().finish_reason == "length"
+
+
+def test_logits_that_are_no_numbers_end_the_request():
+    logits = torch.tensor([0.0, 1.0, -torch.inf])
+    assert [token for token, _ in log_probabilities(logits, 0, 3).top] == [1, 0]
+    for row, token in ((logits, 2), (torch.full((3,), torch.nan), 0)):
+        with pytest.raises(ValueError, match="finite"):
+            log_probabilities(row, token, 1)
+
+
+def test_stop_strings_cost_no_more_than_the_text():
+    begin, stream = time.monotonic(), TextStream(build_tokenizer(), stop=["x" * 1_000_000])
+    for token in ids("some words"):
+        stream.put(token)
+    stream.end()
+    assert stream.text == "some words" and time.monotonic() - begin < 5
 
 
 def test_a_listener_that_fails_loses_only_its_own(engine, capsys):

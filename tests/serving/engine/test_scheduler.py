@@ -276,6 +276,39 @@ def test_the_longest_prefix_is_found_and_the_oldest_dropped():
     assert prefixes.find(long).tokens == 16 and prefixes.find(other) and pool.free == 8
 
 
+def test_a_whole_prompt_is_read_alone_and_what_is_decoded_waits():
+    sim = Simulation(slots=3)
+    sim.scheduler.chunk = 10**9
+    first = sim.add(prompt=5, tokens=20)
+    sim.step()
+    long, short = sim.add(prompt=500, tokens=2), sim.add(prompt=5, tokens=2)
+    with pytest.raises(AssertionError):  # over the budget of a step
+        sim.step()
+    assert long.is_read and not short.is_read and len(first.tokens) == 2
+    sim.run()
+    assert len(sim.done) == 3
+
+
+def test_idle_places_of_shared_pages_are_not_counted_by_each():
+    pool = PagePool(40)
+    for window in (None, 20):
+        prefix = PageTable(pool, window)
+        prefix.grow(64)
+        tables = [prefix.fork(64) for _ in range(3)]
+        for table in tables:
+            table.grow(75)
+            table.slide(75)
+        assert [table.idle(75) for table in tables] == [5] * 3  # of the last page alone
+        assert [table.own for table in tables] == [1] * 3
+        prefix.clear()
+        for table in tables[1:]:
+            table.clear()
+        held = 75 if window is None else 19
+        assert tables[0].idle(75) == len(tables[0].pages) * 16 - held and tables[0].own == len(tables[0].pages)
+        tables[0].clear()
+    assert pool.free == 40
+
+
 def test_pages_behind_a_window_are_given_back():
     pool = PagePool(10)
     table = PageTable(pool, window=20)

@@ -114,6 +114,8 @@ def test_parts_of_a_character_have_their_bytes(service) -> None:
     made = [pieces(token) for token in tokenizer(text)["input_ids"]]
     assert made == [("bytes:\\xc3", b"\xc3"), ("bytes:\\xa9", b"\xa9"), (" ", b" ")]
     assert pieces(256) == ("<|im_end|>", b"<|im_end|>")
+    tokenizer.decode = None  # not asked again
+    assert pieces(256) == ("<|im_end|>", b"<|im_end|>")
     pieces = Pieces(service.tokenizer)
     made = [pieces(token) for token in service.tokenizer("x\u2603", add_special_tokens=False)["input_ids"]]
     assert b"".join(piece.raw for piece in made).endswith("\u2603".encode())
@@ -134,6 +136,10 @@ def test_parts_of_a_character_have_their_bytes(service) -> None:
     ("completions", {"prompt": "x", "session": "s"}, 400, ["session", "--adapter"]),
     ("completions", {"prompt": "x", "stream_options": {}}, 400, ["stream_options"]),
     ("completions", {"prompt": "x", "stop": [""]}, 400, ["stop"]),
+    ("completions", {"prompt": "x", "stop": ["a"] * 17}, 400, ["stop", "16"]),
+    ("completions", {"prompt": "x", "stop": "a" * 257}, 400, ["stop", "256"]),
+    ("completions", {"prompt": "x", "stream": True, "stream_options": {"include_obfuscation": True}}, 400,
+     ["include_obfuscation"]),
     ("completions", {"prompt": "x", "timeout": 0}, 400, ["timeout = 0"]),
     ("completions", {"prompt": ""}, 400, ["prompt"]),
     ("completions", {"prompt": []}, 400, ["prompt"]),
@@ -146,6 +152,7 @@ def test_parts_of_a_character_have_their_bytes(service) -> None:
     ("chat/completions", {"messages": []}, 400, ["messages"]),
     ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, ["messages.0.role", "tool"]),
     ("chat/completions", {"messages": [{"role": "user"}]}, 400, ["messages.0.content"]),
+    ("chat/completions", {"messages": [{"role": "user", "content": "x", "name": "n"}]}, 400, ["messages.0.name"]),
     ("chat/completions", {"messages": CHAT, "tools": [{}]}, 400, ["tools"]),
     ("chat/completions", {"messages": CHAT, "top_logprobs": 2}, 400, ["top_logprobs"]),
     ("chat/completions", {"messages": CHAT, "response_format": {"type": "json_object"}}, 400, ["response_format"]),
@@ -229,6 +236,32 @@ def test_a_long_submission_holds_up_nobody(make_service) -> None:
         begin = time.monotonic()
         assert httpx.get(f"{address}/health").status_code == 200 and time.monotonic() - begin < 0.8
         assert not call.done() and call.result().status_code == 200
+
+
+def test_a_fault_is_counted_and_an_engine_that_has_ended_is_no_limit_of_rate(make_service, monkeypatch) -> None:
+    service = make_service()
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    with running(service) as address:
+        monkeypatch.setattr(service, "check_model", lambda name: 1 / 0)
+        assert httpx.post(f"{address}/v1/completions", json=body).status_code == 500
+        assert b'dla_answers_total{status="500"} 1.0' in service.metrics.page()
+        monkeypatch.undo()
+        service.engine._closed = True
+        assert httpx.post(f"{address}/v1/completions", json=body).status_code == 503
+        service.engine._closed = False
+
+
+def test_numbers_are_there_while_the_engine_works(make_service) -> None:
+    service = make_service(limits=Limits(max_tokens=4000))
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with running(service) as address, httpx.stream("POST", f"{address}/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        for _ in range(20):
+            begin = time.monotonic()
+            assert httpx.get(f"{address}/stats").json()["running"] == 1
+            assert time.monotonic() - begin < 1.0
+        answer.close()
 
 
 def test_too_many_and_too_late(make_service) -> None:

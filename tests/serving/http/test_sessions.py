@@ -128,6 +128,45 @@ def test_who_waits_for_a_session_waits_no_longer_than_asked(engine) -> None:
         assert service.sessions.waiting == 0 and not service.sessions._turns
 
 
+def until(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_client_that_leaves_waits_no_longer_for_its_session(engine) -> None:
+    service = Service(Engine(engine.model, engine.tokenizer, CONFIG), "tiny", has_memory=True)
+    with running(service) as address:
+        url = f"{address}/v1/completions"
+        with httpx.stream("POST", url, json=call("one", stream=True, max_tokens=380), timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json=call("one"), timeout=0.2)
+            until(lambda: not service.sessions.waiting)
+            assert service.engine.stats().running == 1  # of the first call
+            answer.close()
+        until(lambda: not service.sessions._turns)
+        assert service.engine.stats().requests == 1
+        assert ask(address, "one", ROW[20:24]) == expected(ROW[20:24])
+
+
+def test_who_waits_when_the_drain_ends_is_not_begun(engine) -> None:
+    service = Service(Engine(engine.model, engine.tokenizer, CONFIG), "tiny", has_memory=True)
+    with running(service) as address, ThreadPoolExecutor() as pool:
+        url = f"{address}/v1/completions"
+        with httpx.stream("POST", url, json=call("one", stream=True, max_tokens=380), timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            late = pool.submit(httpx.post, url, json=call("one"), timeout=60)
+            until(lambda: service.sessions.waiting)
+            service.ended = True
+            service.engine.cancel_all()
+            assert any("cancelled" in line for line in lines)
+        assert late.result().status_code == 503
+
+
 def test_writes_by_message() -> None:
     engine = Engine(build_adapted(CONFIGS["SSW"]), build_tokenizer(), CONFIG)
     with running(Service(engine, "tiny", has_memory=True, by_message=True)) as address:
