@@ -51,6 +51,9 @@ class EpisodeSection:
     """Tokens of the read segment: question and answer."""
     recent_messages: Number = 1
     """Messages before the answer that belong to the read segment."""
+    in_prompt: Share = 0.0
+    """Share of the training episodes whose text stays in the prompt, as where a chat is served: with a part of them the
+    adapter learns not to harm answers that the model can read."""
     row_length: Annotated[int, Field(ge=0, le=2**25)] = 0
     """Tokens a row: several episodes may share one; 0 = write_length + read_length."""
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import DataError, UserError
-from megatron_dla.tasks.adapter.episodes import Episode, chat_episode, collate, read_episodes
+from megatron_dla.tasks.adapter.episodes import Episode, chat_episode, collate, question_episode, read_episodes
+from megatron_dla.tasks.adapter.loader import EpisodeLoader
 from tests.support.tiny_hf import CONFIGS, build_adapted, build_base, build_tokenizer
 
 S = {"role": "system", "content": "s"}
@@ -59,6 +60,54 @@ def test_last_tokens_are_kept(tokenizer):
     assert (cut.read_ids == whole.read_ids[-9:]).all() and (cut.answer == whole.answer[-9:]).all()
     with pytest.raises(UserError, match="answers of 5 tokens do not fit read_length = 5"):
         chat_episode(tokenizer, CHAT, write_length=10, read_length=5)
+
+
+def test_text_that_stays_in_the_prompt(tokenizer):
+    episode = chat_episode(tokenizer, CHAT, numbered=True, in_prompt=True, recent_messages=2, **LENGTHS)
+    assert tokenizer.decode(episode.write_ids) == template(tokenizer, CHAT[:-1], prompt=True)
+    assert answers(tokenizer, episode) == ["Yes.<|im_end|>"] == [tokenizer.decode(episode.read_ids)]
+    runs = [tokenizer.decode(episode.write_ids[episode.write_messages == number]) for number in (-1, 0, 1, 2)]
+    assert runs[0] == template(tokenizer, [S]) and runs[3] == "<|im_start|>user\nMore?<|im_end|>\n"
+    cut = chat_episode(tokenizer, CHAT, in_prompt=True, write_length=10, read_length=9)
+    assert len(cut) == 19 and (cut.write_ids == episode.write_ids[-14:]).all() and cut.answer.all()
+    with pytest.raises(UserError, match="answers of 5 tokens do not fit write_length \\+ read_length = 5"):
+        chat_episode(tokenizer, CHAT, in_prompt=True, write_length=3, read_length=2)
+    pairs = [{"question": "1?", "answer": "R"}, {"question": "2?", "answer": "B"}]
+    two = question_episode(tokenizer, ["Red.", "Blue."], pairs, "s", in_prompt=True, **LENGTHS)
+    users = [{"role": "user", "content": text} for text in ("Red.", "Blue.", "1?")]
+    assert tokenizer.decode(two.write_ids) == template(tokenizer, [S, *users], prompt=True)
+    assert answers(tokenizer, two) == ["R<|im_end|>", "B<|im_end|>"] and not two.answer.all()
+
+
+def test_a_share_of_the_episodes_stays_in_the_prompt(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", *[PAIR] * 10)
+    for share, count in ((0.0, 0), (0.25, 2), (0.5, 5), (1.0, 10)):
+        found = [e.in_prompt for e in read_episodes(path, tokenizer, in_prompt=share, **LENGTHS)]
+        assert sum(found) == count and (share != 0.5 or found == [False, True] * 5)
+    digests = {EpisodeLoader(
+        read_episodes(path, tokenizer, in_prompt=share, **LENGTHS), row_length=200, global_batch_size=1,
+        micro_batch_size=1, seed=0,
+    ).digest for share in (0.0, 0.5)}  # fmt: skip
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_in_a_packed_row_is_one_call_that_writes(tokenizer, name):
+    """Beside an episode without its text; all of a prompt writes by token, and all but its answer by message."""
+    model = build_adapted(CONFIGS[name], base=build_base(dtype=torch.float64))
+    prompt, other = (
+        chat_episode(tokenizer, CHAT, numbered=True, in_prompt=x, write_length=200, read_length=200)
+        for x in (True, False)
+    )
+    ids = torch.from_numpy(np.concatenate([prompt.write_ids, prompt.read_ids]))[None]
+    numbers = torch.full_like(ids, -1)
+    numbers[0, : len(prompt.write_ids)] = torch.from_numpy(prompt.write_messages)
+    out = model(ids, inputs=MemoryInputs(message=numbers)).logits[0]
+    batch = collate([[other, prompt]], 400)
+    logits = packed_logits(model, batch)[0, len(other) : len(other) + len(prompt)]
+    torch.testing.assert_close(logits, out, rtol=1e-8, atol=1e-10)
+    labels = batch.labels[0][batch.loss_mask[0] > 0]
+    assert tokenizer.decode(labels) == "Yes.<|im_end|>" * 2
 
 
 def write(path, *records):
@@ -176,6 +225,16 @@ def test_rows():
         collate(rows, 7)
 
 
+def packed_logits(model, batch):
+    """Of one row, with attention inside its segments."""
+    T = batch.tokens.shape[1]
+    segment = torch.bucketize(torch.arange(T), batch.cu_seqlens[1:].long(), right=True)
+    at = torch.arange(T) - batch.cu_seqlens.long()[segment]
+    allowed = (segment[:, None] == segment) & (torch.arange(T)[:, None] >= torch.arange(T))
+    mask = torch.where(allowed, 0.0, -torch.inf).double()[None, None]
+    return model(batch.tokens, inputs=batch.inputs, attention_mask=mask, position_ids=at[None]).logits
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_pass_is_two_passes(tokenizer, name):
     model = build_adapted(CONFIGS[name], base=build_base(dtype=torch.float64))
@@ -194,12 +253,7 @@ def test_packed_pass_is_two_passes(tokenizer, name):
     wanted = torch.autograd.grad(loss, list(model.parameters()))
 
     batch = collate([episodes], 150)
-    T = batch.tokens.shape[1]
-    segment = torch.bucketize(torch.arange(T), batch.cu_seqlens[1:].long(), right=True)
-    at = torch.arange(T) - batch.cu_seqlens.long()[segment]
-    allowed = (segment[:, None] == segment) & (torch.arange(T)[:, None] >= torch.arange(T))
-    mask = torch.where(allowed, 0.0, -torch.inf).double()[None, None]
-    logits = model(batch.tokens, inputs=batch.inputs, attention_mask=mask, position_ids=at[None]).logits
+    logits = packed_logits(model, batch)
     losses = F.cross_entropy(logits[0], batch.labels[0], reduction="none")
     packed = (losses * batch.loss_mask[0]).sum() / batch.loss_mask.sum()
     torch.testing.assert_close(packed, loss, rtol=1e-10, atol=0)

@@ -20,7 +20,7 @@ import torch
 
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import DataError, UserError
-from megatron_dla.serving.chat import Message, PlainText, render, render_context, render_prompt, system_message
+from megatron_dla.serving.chat import Message, PlainText, render, render_context, system_message
 
 OPENERS: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 ROLES = ("system", "user", "assistant")
@@ -31,25 +31,32 @@ Pair = dict[str, str]
 @dataclass(frozen=True)
 class Episode:
     """int64 rows: `write_ids` [W], `write_messages` [W] (number of the chat message, -1: never written), `read_ids`
-    [R]; `answer` bool [R], the tokens to predict, never the first one."""
+    [R]; `answer` bool [R], the tokens to predict, never the first one of the episode's prompt.
+
+    `in_prompt`: the text is not removed, as a chat is served. Both segments are one prompt, all of which writes; the
+    second one begins with the first answer.
+    """
 
     write_ids: np.ndarray
     write_messages: np.ndarray
     read_ids: np.ndarray
     answer: np.ndarray
+    in_prompt: bool = False
 
     def __post_init__(self) -> None:
         if len(self.write_ids) != len(self.write_messages) or len(self.read_ids) != len(self.answer):
             raise ValueError("an episode has one message number a write token and one answer flag a read token")
-        if not self.answer.any() or self.answer[0]:
+        if not self.answer.any() or (self.answer[0] and not (self.in_prompt and len(self.write_ids))):
             raise ValueError("an episode needs an answer, with a token before it")
 
     def __len__(self) -> int:
         return len(self.write_ids) + len(self.read_ids)
 
 
-def _render_answers(tokenizer: Any, asked: Sequence[Message], pairs: int) -> tuple[list[int], np.ndarray]:
-    """Read segment with its last `pairs` answers, and where they are.
+def _render_answers(
+    tokenizer: Any, asked: Sequence[Message], pairs: int, *, follows: bool = True
+) -> tuple[list[int], np.ndarray]:
+    """Read segment with its last `pairs` answers, and where they are. `follows`: see `render`.
 
     An answer is its content and the token that ends it; its header belongs to the question, as when the model is
     asked.
@@ -57,8 +64,11 @@ def _render_answers(tokenizer: Any, asked: Sequence[Message], pairs: int) -> tup
     spans: list[tuple[int, int]] = []
     whole: list[int] = []
     for end in range(len(asked) - 2 * (pairs - 1), len(asked) + 1, 2):
-        prompt, before = render_prompt(tokenizer, asked[: end - 1]), whole
-        whole = render(tokenizer, asked[:end], generation_prompt=False, numbered=False, follows=True)[0]
+        before = whole
+        prompt, whole = (
+            render(tokenizer, asked[: end - opened], generation_prompt=bool(opened), numbered=False, follows=follows)[0]
+            for opened in (1, 0)
+        )
         if whole[: len(prompt)] != prompt or prompt[: len(before)] != before:
             raise UserError(
                 "an answer does not begin where the chat template opens it (does it start with white space, or does "
@@ -82,6 +92,7 @@ def build_episode(
     write_length: int,
     read_length: int,
     numbered: bool = False,
+    in_prompt: bool = False,
 ) -> Episode:
     """An episode from messages.
 
@@ -90,10 +101,15 @@ def build_episode(
         asked: what the read segment says, ending with `pairs` of a question and its answer; its last `read_length`
             tokens are kept.
         numbered: number the messages of the write segment, for adapters that write by message.
+        in_prompt: what is told stays in the prompt (see `Episode`), of which the last `write_length + read_length`
+            tokens are kept; messages of `asked` that are the end of `told`, or its system message, are not repeated.
 
     Raises:
         UserError: answers that do not fit `read_length`, or a chat template that does not go with this.
     """
+    if in_prompt:
+        new = [message for message in asked if all(message is not one for one in told)]
+        return _in_prompt(tokenizer, [*told, *new], pairs, write_length + read_length, numbered)
     write, numbers = render_context(tokenizer, told, numbered=numbered)
     read, flags = _render_answers(tokenizer, asked, pairs)
     if not flags.any():
@@ -109,6 +125,21 @@ def build_episode(
         np.asarray(read[-read_length:], np.int64),
         flags[-read_length:],
     )
+
+
+def _in_prompt(tokenizer: Any, messages: Sequence[Message], pairs: int, length: int, numbered: bool) -> Episode:
+    ids, flags = _render_answers(tokenizer, messages, pairs, follows=False)
+    if not flags.any():
+        raise UserError("the answer has no tokens")
+    first, start = int(flags.argmax()), max(0, len(ids) - length)
+    if first <= start:
+        raise UserError(
+            f"answers of {len(ids) - first} tokens do not fit write_length + read_length = {length}: raise one or ask "
+            "less"
+        )
+    numbers = render(tokenizer, messages, generation_prompt=False, numbered=numbered)[1][start:first]
+    tokens = np.asarray(ids, np.int64)
+    return Episode(tokens[start:first], np.asarray(numbers, np.int64), tokens[first:], flags[first:], in_prompt=True)
 
 
 def chat_episode(tokenizer: Any, messages: Sequence[Message], *, recent_messages: int = 1, **lengths: Any) -> Episode:
@@ -130,10 +161,11 @@ def question_episode(
 ) -> Episode:
     """Texts, each told as one user message, then questions with their answers, both after the system message (if
     any); see `build_episode`."""
-    asked = system_message(system)
+    first = system_message(system)
+    asked = list(first)
     for pair in questions:
         asked += [{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": pair["answer"]}]
-    told = [*system_message(system), *({"role": "user", "content": text} for text in context)]
+    told = [*first, *({"role": "user", "content": text} for text in context)]
     return build_episode(tokenizer, told, asked, pairs=len(questions), **lengths)
 
 
@@ -148,6 +180,7 @@ def read_episodes(
     read_length: int,
     recent_messages: int = 1,
     numbered: bool = False,
+    in_prompt: float = 0.0,
 ) -> list[Episode]:
     """Episodes of a .jsonl file (also .gz, .xz), one object a line: {"messages": [{"role", "content"}, ...]} that ends
     with user and assistant (`chat_episode`), or {"context": text or [text, ...], "question", "answer"}, with
@@ -156,6 +189,7 @@ def read_episodes(
 
     Args:
         tokenizer: of transformers (its chat template is used if it has one) or of data_prep.
+        in_prompt: share of the episodes, evenly through the file, whose text stays in the prompt (see `Episode`).
 
     Raises:
         DataError: naming file, line and key. UserError: a length that makes no sense.
@@ -166,8 +200,9 @@ def read_episodes(
     if recent_messages < 1:
         raise UserError(f"recent_messages = {recent_messages}: want at least 1, the question itself")
     lengths: dict[str, Any] = {"write_length": write_length, "read_length": read_length, "numbered": numbered}
-    episodes = []
+    episodes: list[Episode] = []
     for where, record in _records(Path(path)):
+        lengths["in_prompt"] = int((len(episodes) + 1) * in_prompt) > int(len(episodes) * in_prompt)
         try:
             if "messages" in record:
                 messages = _check_chat(where, record["messages"])
@@ -262,7 +297,8 @@ class EpisodeBatch(NamedTuple):
     As data.packing.Batch: `tokens`, `labels` int64 [b, T] (label = next token); `loss_mask` float32 [b, T], 1 where
     the label is of an answer; `cu_seqlens` int32, borders of all segments (write, read, padding) in the b*T flattened
     tokens; `rows` int64 [b], each row's number in the global batch. `inputs`, for the memory: valid, reset (first
-    token of an episode), write (write segments) and message numbers, each [b, T].
+    token of an episode), write (write segments, and all of what is `in_prompt`) and
+    message numbers, each [b, T].
     """
 
     tokens: torch.Tensor
@@ -302,10 +338,10 @@ def collate(
         for episode in row:
             reset[i, at] = True
             middle, end = at + len(episode.write_ids), at + len(episode)
-            borders += [i * T + at, i * T + middle]
+            borders += [i * T + at] if episode.in_prompt else [i * T + at, i * T + middle]
             tokens[i, at:end] = np.concatenate([episode.write_ids, episode.read_ids])
             valid[i, at:end] = True
-            write[i, at:middle] = True
+            write[i, at : end if episode.in_prompt else middle] = True
             message[i, at:middle] = episode.write_messages
             answer[i, middle:end] = episode.answer
             at = end

@@ -16,7 +16,8 @@ from megatron_dla.tasks.adapter.episodes import Episode, EpisodeBatch, collate
 
 # the keys behind what must not change when a run resumes
 CHANGED = {
-    "episodes": "the digest of the episodes (episodes.train, write_length, read_length, recent_messages, tokenizer)",
+    "episodes": "the digest of the episodes (episodes.train, write_length, read_length, recent_messages, in_prompt, "
+    "tokenizer)",
     "row_length": "episodes.row_length",
     "global_batch_size": "training.global_batch_size",
     "seed": "run.seed",
@@ -129,8 +130,10 @@ def _digest(episodes: Sequence[Episode]) -> str:
     """Of all tokens, message numbers and answers, in order."""
     found = hashlib.sha256()
     for episode in episodes:
-        for part in vars(episode).values():
+        for part in (episode.write_ids, episode.write_messages, episode.read_ids, episode.answer):
             found.update(len(part).to_bytes(8, "little") + part.tobytes())
+        if episode.in_prompt:
+            found.update(b"in prompt")
     return found.hexdigest()[:16]
 
 

@@ -65,13 +65,13 @@ class AdapterTask(Task):
 
     @cached_property
     def episodes(self) -> list[Episode]:
-        return self._read("train")
+        return self._read("train", self.config.episodes.in_prompt)
 
     @cached_property
     def held_out(self) -> list[Episode]:
         return self._read("valid")
 
-    def _read(self, key: str) -> list[Episode]:
+    def _read(self, key: str, in_prompt: float = 0.0) -> list[Episode]:
         """The episodes of one file. Raises DataError naming file and line."""
         e = self.config.episodes
         path = getattr(e, key)
@@ -80,6 +80,7 @@ class AdapterTask(Task):
         return read_episodes(
             path, load_tokenizer(self.config.backbone.dir), write_length=e.write_length, read_length=e.read_length,
             recent_messages=e.recent_messages, numbered=self.config.delta_mem.write == "message",
+            in_prompt=in_prompt,
         )  # fmt: skip
 
     # ---- before the start

@@ -18,6 +18,7 @@ def answer_loss(model: DeltaMemModel, episodes: Sequence[Episode]) -> float:
     segment, which does not write and does not attend to the write segment."""
     nats, count = 0.0, 0
     for episode in episodes:
+        assert not episode.in_prompt, "one pass"
         write, message, read, answer = (
             torch.from_numpy(x)[None].to(model.device)
             for x in (episode.write_ids, episode.write_messages, episode.read_ids, episode.answer)
