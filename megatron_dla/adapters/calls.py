@@ -47,6 +47,8 @@ class MemoryCall:
     measure: bool = False
     """Fill `LayerResult.steering` (costs a small all-reduce per layer where the sequence is split)."""
     results: dict[int, LayerResult] = field(default_factory=dict)
+    divergence: Tensor | None = None
+    """From the frozen model, summed over the tokens of this rank that shall stay as they are."""
 
     def __post_init__(self) -> None:
         self._cotangent: Tensor | None = None

@@ -68,6 +68,15 @@ class GateLossSection:
     target: Share = 0.05
 
 
+@dataclass
+class DistillationSection:
+    """A loss that keeps the predictions those of the frozen model, on prompts with their text (`episodes.in_prompt`)
+    and on ordinary text ({"text": ...} lines of `episodes.train`)."""
+
+    weight: Weight = 0.0
+    """Of the mean KL divergence from the frozen model, in nats a token, beside the loss on the answers; 0 = off."""
+
+
 def _optimizer() -> OptimizerSection:
     return OptimizerSection(lr=2e-4, min_lr_ratio=0.0, warmup_steps=7, weight_decay=0.0)
 
@@ -90,5 +99,6 @@ class AdapterRunConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     anomalies: AnomalySection = field(default_factory=AnomalySection)
     gate_loss: GateLossSection = field(default_factory=GateLossSection)
+    distillation: DistillationSection = field(default_factory=DistillationSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
     debug: DebugSection = field(default_factory=DebugSection)

@@ -79,3 +79,8 @@ def check_adapter_config(config: AdapterRunConfig, backbone: ModelSection, world
         )
     check_optimizer(config.optimizer, config.training.steps)
     check_episodes(config.episodes, config.training)
+    if config.distillation.weight and config.episodes.documents:
+        raise ConfigError(
+            f"distillation.weight = {config.distillation.weight}: is for episodes.train, which may hold ordinary text; "
+            "leave it out with episodes.documents"
+        )

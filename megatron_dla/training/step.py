@@ -68,6 +68,7 @@ def train_step(
     device: torch.device,
     pack: Pack,
     *,
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = token_losses,
     objective: Callable[[Any, Tensor], Tensor] | None = None,
     before_update: Callable[[], None] | None = None,
     judge: Judge | None = None,
@@ -77,6 +78,7 @@ def train_step(
     Args:
         engine: a DeepSpeed engine. batches: whole rows; context-parallel ranks get the same rows and take their part.
         groups: Megatron's ProcessGroupCollection.
+        forward: see `token_losses`.
         objective: (packed, loss) -> what is differentiated: `loss` with a penalty, which is averaged over
             micro batches and data-parallel ranks. `packed` is what `pack` returned for the micro batch.
         before_update: called when every gradient is reduced and not yet applied.
@@ -87,11 +89,11 @@ def train_step(
     dist.all_reduce(counted, group=groups.dp)
     # DeepSpeed averages over micro-batches and over data x context ranks; dividing by the batch's own count of tokens
     # makes the gradient that of the mean over all its tokens, whatever the layout
-    scale = len(batches) * groups.dp_cp.size() / counted.item()
+    scale = len(batches) * groups.dp_cp.size() / max(counted.item(), 1.0)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for number, batch in enumerate(batches):
         packed = pack(batch)
-        losses, _, mask = token_losses(engine, batch, packed, groups, device)
+        losses, _, mask = forward(engine, batch, packed, groups, device)
         loss = (losses.float() * mask).sum()
         engine.backward(loss * scale if objective is None else objective(packed, loss * scale))
         total += loss.detach()
@@ -100,7 +102,7 @@ def train_step(
     if before_update is not None:
         before_update()
     dist.all_reduce(total, group=groups.dp_cp)
-    mean = total / counted
+    mean = total / counted.clamp_min(1.0)
     if judge is None:
         engine.step()
         return StepResult(mean.item(), math.nan, False)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -63,6 +64,60 @@ def test_losses_gates_and_adapter_are_those_of_one_process(data, reference, rank
             assert mine["steering_by_layer"] == pytest.approx(theirs["steering_by_layer"], rel=1e-3)
     for key, value in reference["adapter"].items():
         torch.testing.assert_close(got["adapter"][key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def mixed(data, tmp_path_factory) -> dict:
+    """Sections of a run on episodes with and without their text and on ordinary text, held near the frozen model."""
+    path = tmp_path_factory.mktemp("mixed") / "train.jsonl"
+    lines = (data / "train.jsonl").read_text().splitlines()
+    path.write_text("\n".join([*lines[:20], json.dumps({"text": " ".join(tiny.WORDS * 3)}), *lines[20:]]))
+    return {"episodes": {"train": str(path), "in_prompt": 0.5}, "distillation": {"weight": 0.7}}
+
+
+@pytest.fixture(scope="module")
+def kept(data, mixed, tmp_path_factory):
+    """Their run by one process."""
+    pool = Ranks(1)
+    (result,) = pool.run(adapter_workers.train, config_dict(data, tmp_path_factory.mktemp("kept"), **mixed))
+    yield result
+    pool.stop()
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n == "TP2")) for n in LAYOUTS])
+def test_distillation_is_that_of_one_process(data, mixed, kept, ranks, tmp_path, name: str) -> None:
+    world, sections = LAYOUTS[name]
+    got, *_ = ranks(world).run(adapter_workers.train, config_dict(data, tmp_path, **mixed, **sections))
+    for mine, theirs in zip(got["metrics"], kept["metrics"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in {"loss", "grad_norm", "val_loss", "divergence"} & mine.keys():
+            rel = 1e-3 if key == "divergence" else 5e-5  # of fp32 logits that are nearly equal
+            assert mine[key] == pytest.approx(theirs[key], rel=rel), key
+    for key, value in kept["adapter"].items():
+        torch.testing.assert_close(got["adapter"][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_divergence_is_from_the_frozen_model(data, mixed, kept) -> None:
+    """Of step 1, against the Hugging Face model, episode by episode; training lowers what it costs."""
+    from megatron_dla.adapters.config import DeltaMemConfig
+    from megatron_dla.adapters.memory import MemoryControl
+
+    values, tokenizer = config_dict(data, data), load_tokenizer(data / "llama")
+    episodes = read_episodes(
+        mixed["episodes"]["train"], tokenizer, write_length=16, read_length=16, in_prompt=0.5
+    )  # fmt: skip
+    model = attach(load_backbone(data / "llama"), DeltaMemConfig(**values["delta_mem"]), seed=5)
+    total, count = 0.0, 0
+    for episode in [episodes[i] for i in kept["first_rows"]]:
+        if episode.in_prompt:
+            ids = torch.from_numpy(numpy.concatenate([episode.write_ids, episode.read_ids]))[None]
+            with torch.no_grad():
+                new, old = (
+                    model(ids, control=MemoryControl(scale=x)).logits[0, :-1].double().log_softmax(-1) for x in (1, 0)
+                )
+            total += float((old.exp() * (old - new)).sum())
+            count += len(old)
+    assert count and kept["metrics"][1]["divergence"] == pytest.approx(total / count, rel=1e-3)
 
 
 def test_the_loss_is_the_mean_over_the_answers_and_training_lowers_it(data, reference) -> None:
@@ -238,6 +293,8 @@ def run_cli(tmp_path: Path, values: dict, *more: str) -> int:
         ({"episodes": {"row_length": 20}}, "does not fit a row of 20"),
         ({"episodes": {"write_length": 0}}, "episodes.write_length = 0"),
         ({"delta_mem": {"layers_to_transform": []}}, "delta_mem.layers_to_transform = []"),
+        ({"distillation": {"weight": 0.5}}, "distillation.weight = 0.5"),
+        ({"episodes": {"train": "", "documents": "d"}, "distillation": {"weight": 0.5}}, "distillation.weight = 0.5"),
         ({"optimizer": {"warmup_steps": 4}}, "optimizer.warmup_steps = 4"),
         ({"training": {"log_every": 0}}, "training.log_every = 0"),
     ],

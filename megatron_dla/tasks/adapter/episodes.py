@@ -20,7 +20,7 @@ import torch
 
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import DataError, UserError
-from megatron_dla.serving.chat import Message, PlainText, render, render_context, system_message
+from megatron_dla.serving.chat import Message, PlainText, encode, render, render_context, system_message
 
 OPENERS: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 ROLES = ("system", "user", "assistant")
@@ -34,7 +34,7 @@ class Episode:
     [R]; `answer` bool [R], the tokens to predict, never the first one of the episode's prompt.
 
     `in_prompt`: the text is not removed, as a chat is served. Both segments are one prompt, all of which writes; the
-    second one begins with the first answer.
+    second one begins with the first answer. Without an answer it is ordinary text.
     """
 
     write_ids: np.ndarray
@@ -46,7 +46,9 @@ class Episode:
     def __post_init__(self) -> None:
         if len(self.write_ids) != len(self.write_messages) or len(self.read_ids) != len(self.answer):
             raise ValueError("an episode has one message number a write token and one answer flag a read token")
-        if not self.answer.any() or (self.answer[0] and not (self.in_prompt and len(self.write_ids))):
+        if (self.in_prompt and not len(self.write_ids)) or not (self.in_prompt or self.answer.any()):
+            raise ValueError("an episode needs a prompt and an answer")
+        if self.answer[0] and not self.in_prompt:
             raise ValueError("an episode needs an answer, with a token before it")
 
     def __len__(self) -> int:
@@ -156,6 +158,18 @@ def chat_episode(tokenizer: Any, messages: Sequence[Message], *, recent_messages
     return build_episode(tokenizer, [*system, *turns[:-1]], [*system, *turns[-recent_messages:], answer], **lengths)
 
 
+def text_episodes(tokenizer: Any, text: str, length: int) -> list[Episode]:
+    """Ordinary text in pieces of at most `length` tokens, without an answer; a last token alone is left out."""
+    ids = np.asarray(encode(tokenizer, text), np.int64)
+    pieces = [ids[at : at + length] for at in range(0, len(ids) - 1, length)]
+    unnumbered = np.full(1, -1, np.int64)
+    return [
+        Episode(piece[:1], unnumbered, piece[1:], np.zeros(len(piece) - 1, bool), in_prompt=True)
+        for piece in pieces
+        if len(piece) > 1
+    ]
+
+
 def question_episode(
     tokenizer: Any, context: Sequence[str], questions: Sequence[Pair], system: str = "", **lengths: Any
 ) -> Episode:
@@ -185,7 +199,8 @@ def read_episodes(
     """Episodes of a .jsonl file (also .gz, .xz), one object a line: {"messages": [{"role", "content"}, ...]} that ends
     with user and assistant (`chat_episode`), or {"context": text or [text, ...], "question", "answer"}, with
     "questions": [{"question", "answer"}, ...] for several, "system" for a system message, and "plain": true where the
-    texts are to be joined as they stand, without the chat template (`question_episode`).
+    texts are to be joined as they stand, without the chat template (`question_episode`); or {"text": ordinary text}
+    (`text_episodes`).
 
     Args:
         tokenizer: of transformers (its chat template is used if it has one) or of data_prep.
@@ -201,8 +216,14 @@ def read_episodes(
         raise UserError(f"recent_messages = {recent_messages}: want at least 1, the question itself")
     lengths: dict[str, Any] = {"write_length": write_length, "read_length": read_length, "numbered": numbered}
     episodes: list[Episode] = []
+    asked = 0
     for where, record in _records(Path(path)):
-        lengths["in_prompt"] = int((len(episodes) + 1) * in_prompt) > int(len(episodes) * in_prompt)
+        if "text" in record:
+            text = _check_text(where, '"text"', record["text"])
+            episodes += text_episodes(tokenizer, text, write_length + read_length)
+            continue
+        asked += 1
+        lengths["in_prompt"] = int(asked * in_prompt) > int((asked - 1) * in_prompt)
         try:
             if "messages" in record:
                 messages = _check_chat(where, record["messages"])
@@ -297,8 +318,8 @@ class EpisodeBatch(NamedTuple):
     As data.packing.Batch: `tokens`, `labels` int64 [b, T] (label = next token); `loss_mask` float32 [b, T], 1 where
     the label is of an answer; `cu_seqlens` int32, borders of all segments (write, read, padding) in the b*T flattened
     tokens; `rows` int64 [b], each row's number in the global batch. `inputs`, for the memory: valid, reset (first
-    token of an episode), write (write segments, and all of what is `in_prompt`) and
-    message numbers, each [b, T].
+    token of an episode), write (write segments, and all of what is `in_prompt`) and message numbers, each [b, T].
+    `keep`, float32 [b, T]: 1 where the prediction of the next token shall stay that of the frozen model.
     """
 
     tokens: torch.Tensor
@@ -307,6 +328,7 @@ class EpisodeBatch(NamedTuple):
     cu_seqlens: torch.Tensor
     rows: torch.Tensor
     inputs: MemoryInputs
+    keep: torch.Tensor
 
 
 def collate(
@@ -331,7 +353,7 @@ def collate(
         raise ValueError(f"a row of {longest} tokens does not fit row_length = {T}")
     shape = (len(rows), T)
     tokens, message = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
-    valid, reset, write, answer = (np.zeros(shape, bool) for _ in range(4))
+    valid, reset, write, answer, keep = (np.zeros(shape, bool) for _ in range(5))
     borders = [0]
     for i, row in enumerate(rows):
         at = 0
@@ -344,6 +366,7 @@ def collate(
             write[i, at : end if episode.in_prompt else middle] = True
             message[i, at:middle] = episode.write_messages
             answer[i, middle:end] = episode.answer
+            keep[i, at : end - 1] = episode.in_prompt
             at = end
         borders += [i * T + at, (i + 1) * T]
     following = np.roll(answer, -1, 1)
@@ -355,4 +378,5 @@ def collate(
         torch.from_numpy(np.unique(np.asarray(borders, np.int32))),
         torch.tensor(list(range(len(rows)) if numbers is None else numbers), dtype=torch.int64),
         MemoryInputs(*(torch.from_numpy(x) for x in (valid, reset, write, message))),
+        torch.from_numpy(keep.astype(np.float32)),
     )

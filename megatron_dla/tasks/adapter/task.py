@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dla.adapters.calls import MemoryCall
+from megatron_dla.adapters.divergence import divergence
 from megatron_dla.adapters.fingerprint import Fingerprint
-from megatron_dla.adapters.memory import MemoryInputs, half_life
+from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, half_life
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import (
     AdapterRunConfig,
@@ -32,11 +34,12 @@ from megatron_dla.hf.backbones import BackboneInfo, build_backbone, read_backbon
 from megatron_dla.hf.directory import fingerprint
 from megatron_dla.hf.load import load_tokenizer
 from megatron_dla.kernels.dla.documents import document_starts
+from megatron_dla.parallel.context import context_slice
 from megatron_dla.shard_index import TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex
 from megatron_dla.tasks.adapter.episodes import Episode, EpisodeBatch, read_episodes
 from megatron_dla.tasks.adapter.loader import EpisodeLoader, check_lengths, held_out_batches
 from megatron_dla.training.device import Device
-from megatron_dla.training.step import Judge, StepResult, train_step
+from megatron_dla.training.step import Judge, StepResult, token_losses, train_step
 from megatron_dla.training.task import Runtime, Task
 from megatron_dla.training.validation import validate
 
@@ -106,7 +109,21 @@ class AdapterTask(Task):
             self._check_documents()
         else:
             check_lengths(self.episodes, "train", self.seq_len)
+            self._check_distillation()
         self._make_loader(0, world_size // self.config.parallel.model_parallel_size)
+
+    def _check_distillation(self) -> None:
+        weight = self.config.distillation.weight
+        if not weight and any(not episode.answer.any() for episode in self.episodes):
+            raise ConfigError(
+                f"distillation.weight = {weight}: episodes.train holds ordinary text, which has no other loss: set it "
+                "above 0, or leave the text out"
+            )
+        if weight and not any(episode.in_prompt for episode in self.episodes):
+            raise ConfigError(
+                f"distillation.weight = {weight}: no episode keeps its text: set episodes.in_prompt above 0, or add "
+                '{"text": ...} lines to episodes.train'
+            )
 
     def _check_documents(self) -> None:
         """The shards must hold this backbone's tokens."""
@@ -149,6 +166,7 @@ class AdapterTask(Task):
 
         config = self.config
         self.runtime, self.gates = runtime, GateMeter()
+        self.kept = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # divergence, tokens
         self.loader = self._make_loader(runtime.groups.dp.rank(), runtime.groups.dp.size())
         model, _ = build_backbone(
             config.backbone.dir, config.parallel, seq_len=self.seq_len, device=runtime.device.type,
@@ -187,6 +205,8 @@ class AdapterTask(Task):
 
     def train_step(self, engine: Any, step: int, judge: Judge | None) -> StepResult:
         gate_loss, calls = self.config.gate_loss, []
+        batches, runtime = self.next_batches(), self.runtime
+        weight = self.config.distillation.weight * self._kept_scale(batches)
 
         def pack(batch: Batch | EpisodeBatch) -> Any:
             packed = self._pack(batch)
@@ -196,16 +216,55 @@ class AdapterTask(Task):
             return packed
 
         def objective(packed: Any, loss: Tensor) -> Tensor:
-            return packed.memory.penalise(loss)
+            call = packed.memory
+            return call.penalise(loss if call.divergence is None else loss + weight * call.divergence)
 
-        batches, runtime = self.next_batches(), self.runtime
-        result = train_step(engine, batches, runtime.groups, runtime.device, pack, objective=objective, judge=judge)
+        result = train_step(
+            engine, batches, runtime.groups, runtime.device, pack, forward=self._forward, objective=objective,
+            judge=judge,
+        )  # fmt: skip
         for call in calls:
             self.gates.add(call)
+            if call.divergence is not None:
+                self.kept[0] += call.divergence.detach()
         return result
 
+    def _kept_scale(self, batches: Sequence[Any]) -> float:
+        """What makes the sum over this rank's tokens that shall stay as they are a mean over the global batch."""
+        if not self.config.distillation.weight:
+            return 0.0
+        groups = self.runtime.groups
+        count = torch.stack([batch.keep.sum() for batch in batches]).sum().double().to(self.runtime.device)
+        dist.all_reduce(count, group=groups.dp)
+        self.kept[1] += count / groups.dp_cp.size()  # `metrics` adds it up over these ranks
+        return len(batches) * groups.dp_cp.size() / max(count.item(), 1.0)
+
+    def _forward(
+        self, engine: Any, batch: EpisodeBatch, packed: Any, groups: Any, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`token_losses`; where some tokens shall stay as they are, their divergence goes into the call."""
+        if not self.config.distillation.weight or not bool(batch.keep.any()):
+            return token_losses(engine, batch, packed, groups, device)
+        rows = (batch.tokens, batch.labels, batch.loss_mask, batch.keep)
+        tokens, labels, mask, keep = (context_slice(x, groups.cp).to(device) for x in rows)
+        with torch.no_grad():
+            plain = self._pack(batch)
+            plain.memory.control = MemoryControl(scale=0.0, freeze=True)
+            base = engine(tokens, None, None, packed_seq_params=plain)
+        logits = engine(tokens, None, None, packed_seq_params=packed)  # [b, T, V / TP]
+        packed.memory.divergence = (divergence(logits, base, groups.tp) * keep).sum()
+        losses = engine.module.compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
+        return losses, labels, mask
+
     def metrics(self) -> dict[str, Any]:
-        return self.gates.take(self.runtime.groups.dp)
+        """Of the steps since the last call; `divergence`: from the frozen model, nats a token."""
+        found = self.gates.take(self.runtime.groups.dp)
+        if self.config.distillation.weight:
+            dist.all_reduce(self.kept, group=self.runtime.groups.dp_cp)
+            total, count = self.kept.tolist()
+            self.kept.zero_()
+            found["divergence"] = total / max(count, 1.0)
+        return found
 
     def validate(self, engine: Any) -> dict[str, Any]:
         """Mean loss over the held-out answers."""
