@@ -120,6 +120,15 @@ def test_the_divergence_is_from_the_frozen_model(data, mixed, kept) -> None:
     assert count and kept["metrics"][1]["divergence"] == pytest.approx(total / count, rel=1e-3)
 
 
+def test_the_weight_holds_the_adapter_back(data, mixed, ranks, tmp_path) -> None:
+    ends = []
+    for weight in (1e-6, 1e3):
+        sections = mixed | {"distillation": {"weight": weight}, "training": {"steps": 8, "eval_every": 0}}
+        (got,) = ranks(1).run(adapter_workers.train, config_dict(data, tmp_path / str(weight), **sections))
+        ends.append(got["metrics"][-1]["divergence"])
+    assert ends[1] < 0.3 * ends[0]
+
+
 def test_the_loss_is_the_mean_over_the_answers_and_training_lowers_it(data, reference) -> None:
     """Step 1 against the two-pass form on the Hugging Face model, episode by episode."""
     model, tokenizer = load_backbone(data / "llama"), load_tokenizer(data / "llama")
