@@ -14,6 +14,7 @@ import random
 import shutil
 import threading
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,11 @@ def _whole(parameter: Tensor, *, write: bool = False) -> contextlib.AbstractCont
     return GatheredParameters([parameter], modifier_rank=0 if write else None)
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Of whole tensors, also where ZeRO-3 has divided them."""
+    return {name: (getattr(x, "ds_shape", x.shape), x.dtype) for name, x in tensors.items()}
+
+
 def _is_finite(x: Tensor) -> bool:
     """The sum, which is quick, decides unless finite values overflow in it."""
     return bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all())
@@ -143,6 +149,7 @@ class Checkpointer:
         self._buffers = {WEIGHTS: HostBuffer(), OPTIMIZER: HostBuffer()}
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
+        self._preparing: threading.Thread | None = None
         self._pace = Pace(1.0)  # of the save in progress
         self._outcome: Exception | None = None  # of the last save, on rank 0
         self._step = 0  # of the last save
@@ -155,8 +162,32 @@ class Checkpointer:
         """Let a save in progress finish; no collective: other ranks may have failed."""
         self._ending.set()
         self._pace.hurry()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in (self._thread, self._preparing):
+            if thread is not None:
+                thread.join()
+
+    def prepare(self) -> None:
+        """After a step: make the host memory of the first save, beside training, which would stand still for it.
+
+        Not beside a GPU, where locking pages holds up the device.
+        """
+        if not self.background or torch.cuda.is_available():
+            return
+        sizes = {OPTIMIZER: sum(HostBuffer.sizes(_shapes(self._pieces())).values())}
+        if self.groups.dp_cp.rank() == 0:
+            sizes[WEIGHTS] = sum(HostBuffer.sizes(_shapes(self._parameters())).values())
+
+        def work() -> None:
+            for name, size in sizes.items():
+                self._buffers[name].reserve(size, touch=True)
+
+        self._preparing = start_thread(work)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {n: p for n, p in self.engine.module.named_parameters() if is_stored(p)}
+
+    def _pieces(self) -> dict[str, Tensor]:
+        return optimizer_pieces(self.engine, self.groups.dp_cp.rank())
 
     def save(
         self, layout: CheckpointLayout, data_state: dict[str, Any], config: str, *, wait: bool, **values: Any
@@ -175,6 +206,9 @@ class Checkpointer:
             OSError: this save with `wait`, or too many, could not be written.
         """
         self.finish()
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
         on_main(self.control.check)  # before the work; again before the result is published
         self._step = step = layout.step
         weights = self._weights(step)
@@ -182,7 +216,7 @@ class Checkpointer:
         report = Report(on_main(lambda: self._begin(directory)))
         tensor_rank, data_rank = self.groups.tp.rank(), self.groups.dp_cp.rank()
         files = Files({weight_file(tensor_rank): weights} if data_rank == 0 else {})
-        if pieces := optimizer_pieces(self.engine, data_rank):
+        if pieces := self._pieces():
             files.tensors[optimizer_file(tensor_rank, data_rank)] = self._buffers[OPTIMIZER].copy(pieces)
         files.bytes[f"random_{self.rank:05d}.pt"] = _random_bytes()
         if self.rank == 0:
@@ -302,12 +336,11 @@ class Checkpointer:
         Raises:
             FloatingPointError: on every rank, where a parameter is not finite.
         """
-        parameters = {n: p for n, p in self.engine.module.named_parameters() if is_stored(p)}
+        parameters = self._parameters()
         bad = ""
         copies: dict[str, Tensor] = {}
         if self.groups.dp_cp.rank() == 0:
-            like = {name: (getattr(p, "ds_shape", p.shape), p.dtype) for name, p in parameters.items()}
-            copies = self._buffers[WEIGHTS].room(like)
+            copies = self._buffers[WEIGHTS].room(_shapes(parameters))
         for name, parameter in parameters.items():
             with _whole(parameter):
                 if name in copies:

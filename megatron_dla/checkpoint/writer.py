@@ -36,12 +36,23 @@ class HostBuffer:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
+    @staticmethod
+    def sizes(like: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, int]:
+        """Bytes of each of these tensors, to the next multiple of 64."""
+        return {name: -(-math.prod(shape) * dtype.itemsize // 64) * 64 for name, (shape, dtype) in like.items()}
+
+    def reserve(self, size: int, *, touch: bool = False) -> None:
+        """Make it hold `size` bytes, its content lost where it did not. `touch`: have the system map them now."""
+        if size > len(self._memory):
+            self._memory = torch.empty(0, dtype=torch.uint8)  # before the new one is made
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            if touch:
+                self._memory.zero_()
+
     def room(self, like: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
         """Uninitialised tensors of these shapes and dtypes, valid until the next call."""
-        sizes = {name: -(-math.prod(shape) * dtype.itemsize // 64) * 64 for name, (shape, dtype) in like.items()}
-        if sum(sizes.values()) > len(self._memory):
-            self._memory = torch.empty(0, dtype=torch.uint8)  # before the new one is made
-            self._memory = torch.empty(sum(sizes.values()), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        sizes = self.sizes(like)
+        self.reserve(sum(sizes.values()))
         views, start = {}, 0
         for name, (shape, dtype) in like.items():
             end = start + math.prod(shape) * dtype.itemsize

@@ -135,6 +135,7 @@ class Trainer:
         meter, loader = self._meter(), self.task.loader
         self.memory = MemoryMeter(self.runtime.device)
         request = StopRequest(self.runtime.device, self.control.asked_to_stop)
+        first = self.step + 1
         with self.control, self.sinks, self.checkpoints, request as stop:
             if self.step == 0 and training.eval_every:
                 self._log({"step": 0, "tokens": 0, **self._validate()})
@@ -147,6 +148,8 @@ class Trainer:
                 self.control.beat(self.step)
                 if check_every and self.step % check_every == 0:
                     check_replicas(self.engine.module, self.groups, f"by step {self.step}")
+                if self.step == first and training.save_every:
+                    self.checkpoints.prepare()
                 meter.add(tokens_per_step, time.monotonic() - started, loader.total_wait_s - waited)
                 last = self.step == training.steps
                 validating = training.eval_every and (last or self.step % training.eval_every == 0)

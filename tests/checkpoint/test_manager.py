@@ -55,6 +55,14 @@ def test_a_checkpoint_written_beside_training_is_that_of_its_step(ranks, data, s
         assert ("val_loss" in read_marker(path)) == (step % 2 == 0)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_memory_of_the_first_save_is_made_beside_training(ranks, data, tmp_path, stage) -> None:
+    values = tiny.config_dict(data, tmp_path, training={"steps": 4, "save_every": 2, "zero_stage": stage})
+    for rank, (made, asked) in enumerate(ranks(2).run(train_workers.made_buffers, values)):
+        wanted = [size for size in made if size]
+        assert asked == wanted * 2 and len(wanted) == (2 if rank == 0 else min(stage, 1))
+
+
 @pytest.mark.parametrize("policy", ["fallback", "refuse"])
 def test_a_damaged_checkpoint_is_passed_over_or_refused(ranks, data, straight, tmp_path, policy) -> None:
     shutil.copytree(straight, tmp_path / "tiny")

@@ -326,3 +326,26 @@ def disturbed(
         return trainer.run(), trainer.step, ""
     except FenceError as error:
         return None, trainer.step, str(error)
+
+
+def made_buffers(values: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Bytes of the host memory that was made after the first step, and what the saves asked for."""
+    trainer = make_trainer(values)
+    prepare, made, asked = trainer.checkpoints.prepare, [], []
+
+    def prepared() -> None:
+        prepare()
+        assert trainer.checkpoints._preparing is not None
+        trainer.checkpoints._preparing.join()
+        made.extend(len(buffer._memory) for buffer in trainer.checkpoints._buffers.values())
+
+    trainer.checkpoints.prepare = prepared
+    for buffer in trainer.checkpoints._buffers.values():
+
+        def room(like: Any, real: Any = buffer.room, sizes: Any = buffer.sizes) -> Any:
+            asked.append(sum(sizes(like).values()))
+            return real(like)
+
+        buffer.room = room
+    assert trainer.run() == 0
+    return made, asked
