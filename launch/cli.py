@@ -48,7 +48,7 @@ def _submit(args: argparse.Namespace) -> int:
     from megatron_dla.errors import ConfigError
     from megatron_dla.launch import submit
     from megatron_dla.launch.slurm import known_bad_nodes
-    from megatron_dla.masking import mask_environment
+    from megatron_dla.masking import mask_command, mask_environment
     from megatron_dla.resources import find_yaml
     from megatron_dla.tasks.run import git_state, train, versions
 
@@ -66,7 +66,7 @@ def _submit(args: argparse.Namespace) -> int:
         print(f"ignored      {name!r} in {request.run_dir / 'bad_nodes'} is not a node of this cluster")
     if args.dry_run:
         print("environment  " + " ".join(f"{k}={shlex.quote(v)}" for k, v in mask_environment(env).items()))
-        print(f"command      {shlex.join(argv)}")
+        print(f"command      {shlex.join(map(mask_command, argv))}")
         if shutil.which("sbatch") is None:
             print("slurm        not installed on this machine, so sbatch --test-only was skipped")
             return 0

@@ -89,10 +89,14 @@ def submissions(run_dir: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     try:
-        return [json.loads(line) | {} for line in lines if line.strip()]
-    except (ValueError, TypeError) as error:
+        found = [json.loads(line) | {} for line in lines if line.strip()]
+        for submission in found:
+            if not isinstance(jobs := submission.get("jobs"), list) or not all(isinstance(job, str) for job in jobs):
+                raise ValueError(f"jobs = {jobs!r}")
+        return found
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{str(run_dir / SUBMISSIONS)!r} is damaged ({error}): remove the line that is not JSON"
+            f"{str(run_dir / SUBMISSIONS)!r} is damaged ({error}): remove the line that no `dla submit` wrote"
         ) from error
 
 

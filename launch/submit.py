@@ -24,7 +24,7 @@ from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_c
 from megatron_dla.errors import ConfigError
 from megatron_dla.launch.profile import Profile, check_time, load_profile
 from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, call, clean_environment, known_bad_nodes
-from megatron_dla.masking import mask_environment
+from megatron_dla.masking import mask_command, mask_environment
 from megatron_dla.resources import resource
 
 SCRIPT = resource("slurm/pretrain.sbatch")
@@ -168,7 +168,7 @@ def submit(request: Request, about: dict[str, Any]) -> list[str]:
     run_dir = request.run_dir
     argv, env = sbatch_argv(request), job_environment(request)
     record: dict[str, Any] = {
-        "time": time.time(), "jobs": [], "argv": argv, "directory": os.getcwd(),
+        "time": time.time(), "jobs": [], "argv": list(map(mask_command, argv)), "directory": os.getcwd(),
         "nodes": request.nodes, "world_size": request.world_size,
         "environment": {k: os.environ[k] for k in RECORDED if k in os.environ} | mask_environment(env), **about,
     }  # fmt: skip

@@ -157,15 +157,17 @@ class Watchdog:
         """Returns 0 once `ended()` is true; on a hang, reports it, ends the ranks and returns 4."""
         pause = min(1.0, (self.timeout or FLOOR_S) / 10)
         seen, silent, last = None, 0.0, time.monotonic()
+        first: int | None = None  # step that was seen first
         while True:
             now = time.monotonic()
             # where this process was stopped for a while, the ranks may have been as well
             silent, last = silent + min(now - last, 3 * pause), now
             if (beat := self._beat()) != seen:
-                if seen is not None:
+                if seen is not None and (self.doing, self.step) != ("step", first):  # the first step compiles
                     self.times[self.doing].append(silent)
                 seen, silent = beat, 0.0
                 self.step, self.doing = (None, "step") if seen is None else (int(seen["step"]), str(seen.get("doing")))
+                first = self.step if first is None else first
             if ended():
                 return 0
             if silent > (self.startup if seen is None else self._limit()):
@@ -179,11 +181,14 @@ class Watchdog:
         if self.timeout is not None:
             return self.timeout
         times = self.times[self.doing]
+        if self.doing == "waiting_save":  # for as long as the files take, of which the times of other saves say nothing
+            return max(self.startup, *(10 * x for x in times), 0.0)
         return max(FLOOR_S, 10 * max(times)) if times else self.startup
 
     def _beat(self) -> dict | None:
+        path = self.run_dir / HEARTBEAT
         try:
-            beat = json.loads((self.run_dir / HEARTBEAT).read_text())
+            beat = json.loads(path.read_text()) | {"changed": path.stat().st_mtime_ns}  # on a full disk only that moves
         except (OSError, ValueError):
             return None
         return beat if beat.get("attempt") == self.attempt else None

@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(?<![A-Z])KEY|KEY(?![A-Z])", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL|AUTH|(?<![A-Z])KEY|KEY(?![A-Z])|(?<![A-Z])(PASS|PAT|PWD)(?![A-Z])",
+    re.IGNORECASE,
+)
+_NAME = re.compile(r"(?<![\w./])([A-Za-z_]\w*)=")  # of --env NAME=value
+_END = re.compile(r"[\s,;\"']|$")
 _USER = re.compile(r"(://[^/\s:@]*):[^@/\s]+@")
 _LOGIN = re.compile(r"(https?://)[^/\s:@]+@", re.IGNORECASE)  # a token; other protocols name a bucket so
 _QUERY = re.compile(
@@ -33,9 +38,20 @@ def check_url(text: str) -> str:
     return text
 
 
+def mask_command(text: str) -> str:
+    """`mask_text`, and *** for the values of words such as HF_TOKEN=value."""
+    text, shown, at = mask_text(text), "", 0
+    for found in _NAME.finditer(text):
+        if found.start() >= at and SECRET_NAME.search(found[1]):
+            end = _END.search(text, found.end())
+            assert end is not None
+            shown, at = f"{shown}{text[at : found.end()]}***", end.start()
+    return shown + text[at:]
+
+
 def mask_environment(env: dict[str, str]) -> dict[str, str]:
-    """*** for the values of variables such as HF_TOKEN; the other values by `mask_text`."""
-    return {name: "***" if SECRET_NAME.search(name) else mask_text(value) for name, value in env.items()}
+    """*** for the values of variables such as HF_TOKEN; the other values by `mask_command`."""
+    return {name: "***" if SECRET_NAME.search(name) else mask_command(value) for name, value in env.items()}
 
 
 def mask_values(value: Any) -> Any:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from megatron_dla.files import FULL
+
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SAME_REQUEST_S = 0.5
 
@@ -71,12 +73,15 @@ def end_by(number: int) -> None:
 def print_or_drop(text: str) -> None:
     """Print a line, in one piece where several threads do.
 
-    Where standard output has gone (a closed terminal, `| tee` after Ctrl-C), /dev/null replaces it.
+    Where standard output has gone (a closed terminal, `| tee` after Ctrl-C), /dev/null replaces it; on a full disk the
+    line is lost.
     """
     try:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
     except OSError as error:
+        if error.errno in FULL:
+            return
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
         null = os.open(os.devnull, os.O_WRONLY)

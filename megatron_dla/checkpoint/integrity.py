@@ -123,13 +123,13 @@ def find_faults(
     except CheckpointError as error:
         return [str(error.__cause__ and f"{COMPLETE} is damaged: {error.__cause__}")]
     files: FilesRecord | None = marker.get("files")
+    match = re.fullmatch(r"step_(\d+)", directory.name)
+    other = [f"{COMPLETE} is of step {marker['step']}"] if match and int(match[1]) != marker["step"] else []
     if files is None:
-        return [f"{COMPLETE} has no checksums"] if _has_checksums(directory) else []
+        return [f"{COMPLETE} has no checksums"] if _has_checksums(directory) else other
     faults = []
     if names is None:
-        match = re.fullmatch(r"step_(\d+)", directory.name)
-        if match and int(match[1]) != marker["step"]:
-            faults.append(f"{COMPLETE} is of step {marker['step']}")
+        faults += other
         faults += [f"{name} is not part of it" for name in _names(directory) if name not in files]
     wanted = {name: record for name, record in files.items() if names is None or name in names}
     mine = _share(wanted, rank, size)

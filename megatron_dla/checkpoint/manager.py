@@ -189,6 +189,14 @@ class Checkpointer:
     def _pieces(self) -> dict[str, Tensor]:
         return optimizer_pieces(self.engine, self.groups.dp_cp.rank())
 
+    def waits(self, wait: bool) -> bool:
+        """Whether the next save returns when files are written, its own or those of the one before."""
+        busy = self._thread is not None and self._thread.is_alive()
+        return busy or self._writes_now(wait)
+
+    def _writes_now(self, wait: bool) -> bool:
+        return wait or not self.background or self._failures + 1 >= self.max_failures
+
     def save(
         self, layout: CheckpointLayout, data_state: dict[str, Any], config: str, *, wait: bool, **values: Any
     ) -> None:
@@ -235,7 +243,7 @@ class Checkpointer:
         }
         work = partial(self._work, directory, files, report, marker)
         self._pending = True
-        if wait or not self.background or self._failures + 1 >= self.max_failures:
+        if self._writes_now(wait):
             work()
             self.finish(must=wait)
         else:
@@ -324,7 +332,8 @@ class Checkpointer:
             if final.exists() or final.is_symlink():
                 remove(final)
             os.rename(directory, final)
-            fsync_directory(final.parent)
+            for folder in (final.parent, self.run_dir):  # which may be new, too
+                fsync_directory(folder)
             problems = prune(self.run_dir, self.keep)
         self.control.event("save", marker["step"])
         for line in (f"saved {final}", *(f"warning: {problem}" for problem in problems)):

@@ -146,6 +146,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig | 
     return fill(AdapterRunConfig, values) if "delta_mem" in values else from_dict(values)
 
 
+def _nested_sections() -> frozenset[str]:
+    """Names of sections inside of sections."""
+    found = set()
+    for kind in (RunConfig, AdapterRunConfig):
+        for name, section in typing.get_type_hints(kind).items():
+            inner = typing.get_type_hints(section)
+            found |= {f"{name}.{key}" for key, value in inner.items() if dataclasses.is_dataclass(value)}
+    return frozenset(found)
+
+
+_NESTED = _nested_sections()
+
+
 def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     """The mapping of sections in a YAML file, with overrides."""
     values = _read_file(find_yaml(path, "configs", "config"), ())
@@ -159,6 +172,9 @@ def _read(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
             node = node[key]
             if not isinstance(node, dict):
                 raise ConfigError(f"override {'.'.join(keys)}={_shown.repr(value)}: {key!r} is a value, not a section")
+        if ".".join(keys) in _NESTED or (value is None and isinstance(node.get(keys[-1]), dict)):  # likewise
+            name = ".".join(keys)
+            raise ConfigError(f"override {name}={_shown.repr(value)}: give one key of it, {name}.key=value")
         node[keys[-1]] = value
     return values
 

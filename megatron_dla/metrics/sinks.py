@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megatron_dla.errors import UserError
 from megatron_dla.files import write_text
 from megatron_dla.metrics.meters import clock
 
@@ -90,8 +91,20 @@ def _step(line: str) -> int | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All objects of a metrics.jsonl; a truncated last line is skipped."""
-    lines = [line for line in path.read_text().splitlines() if line]
-    if lines and not lines[-1].endswith("}"):
+    """All objects of a metrics.jsonl; a truncated last line is skipped.
+
+    Raises:
+        UserError: another line is none.
+    """
+    lines = [(number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line]
+    if lines and not lines[-1][1].endswith("}"):
         lines.pop()
-    return [json.loads(line) for line in lines]
+    found = []
+    for number, line in lines:
+        try:
+            found.append(json.loads(line) | {})
+            if type(found[-1].get("step")) is not int:
+                raise ValueError("no step")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{str(path)!r}: line {number} is damaged ({error}): remove it") from error
+    return found

@@ -17,7 +17,8 @@ from typing import Any
 
 from megatron_dla.config import AnomalySection
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import write_text
+from megatron_dla.files import FULL, write_text
+from megatron_dla.processes import print_or_drop
 
 RECORDS = "anomalies.jsonl"
 COUNTS = ("skipped", "in_a_row", "spikes_in_a_row", "records", "rewinds")
@@ -169,5 +170,10 @@ class Records:
 
     def write(self, step: int, anomaly: Anomaly, batch: dict[str, Any]) -> None:
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(anomaly).items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values, **batch}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values, **batch}) + "\n")
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            print_or_drop(f"warning: {str(self.path)!r}: {error.strerror}: step {step} is not in it")

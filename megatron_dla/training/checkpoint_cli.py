@@ -16,7 +16,7 @@ from megatron_dla.checkpoint.find import (
     remove_leftovers,
     step_directories,
 )
-from megatron_dla.checkpoint.integrity import find_faults
+from megatron_dla.checkpoint.integrity import damaged_error, find_faults
 from megatron_dla.checkpoint.retention import Retention, apply_retention, prune
 from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.training.fence import Fence, attempt_id
@@ -97,7 +97,12 @@ def _prune(args: argparse.Namespace) -> int:
         if args.keep < 1:
             raise UserError(f"--keep {args.keep}: must be at least 1")
         rule = replace(rule, newest=args.keep)
-    gone = [entry.path for entry in apply_retention(run, rule) if not entry.reasons]
+    entries = apply_retention(run, rule)
+    gone, kept = ([x.path for x in entries if bool(x.reasons) == stays] for stays in (False, True))
+    faults = {path: find_faults(path) for path in kept} if gone else {}
+    if faults and all(faults.values()):  # then one of the others may be the only whole one
+        path, found = list(faults.items())[-1]
+        raise damaged_error(path, found, "restore it, or delete it, before others are deleted")
     damaged = sorted(checkpoint_dir(run).glob(f"step_*{DAMAGED}"))
     left = [*half_deleted(run), *checkpoint_dir(run).glob("step_*.partial")]
     for path in (*gone, *damaged, *left):

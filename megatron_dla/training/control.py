@@ -28,13 +28,13 @@ from traceback import format_exception_only
 
 from megatron_dla.checkpoint.find import remove_leftovers
 from megatron_dla.errors import BAD_INPUT, FenceError, UserError, is_wrong_path
-from megatron_dla.files import write_json
+from megatron_dla.files import FULL, write_json
 from megatron_dla.training.fence import Fence, attempt_id, node_name
 
 STOP, HALT, DONE, HEARTBEAT, EVENTS = "stop", "halt", "done", "heartbeat.json", "events.jsonl"
 RANKS, EXITS, STACKS, LAUNCH = "ranks", "exits", "stacks", ".launch"
 DOING = {"step": "after step", "save": "in the save of step", "validate": "in the validation of step",
-         "rewind": "in the rewind after step"}  # fmt: skip
+         "rewind": "in the rewind after step", "waiting_save": "in the save of step"}  # fmt: skip
 REASONS = {1: "the file `stop`", 2: "the file `halt`", 3: "a newer attempt"}  # larger: the number of a signal
 
 
@@ -164,7 +164,14 @@ class RunControl:
             return
         self._beaten, self._doing = now, doing
         values = {"step": step, "doing": doing, "attempt": self.attempt} | self._here()
-        write_json(self.run_dir / HEARTBEAT, values, fsync=False)
+        path = self.run_dir / HEARTBEAT
+        try:
+            write_json(path, values, fsync=False)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            with contextlib.suppress(OSError):
+                os.utime(path)  # its time is a beat, too
 
     def asked_to_stop(self) -> int:
         """A key of `REASONS`, or 0."""

@@ -162,8 +162,9 @@ class Trainer:
                 stopping = reason and not last
                 due = training.save_every and self.step % training.save_every == 0
                 if last or stopping or due or self.step in self.config.checkpoint.permanent:
-                    with self.control.doing("save", self.step):
-                        self._save(validated.get("val_loss"), wait=bool(last or stopping))
+                    wait = bool(last or stopping)
+                    with self.control.doing("waiting_save" if self.checkpoints.waits(wait) else "save", self.step):
+                        self._save(validated.get("val_loss"), wait=wait)
                 if stopping:
                     by = REASONS.get(reason, "a signal")
                     self.control.event("stop", self.step, reason=by)

@@ -238,7 +238,9 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{options.done} kills, {options.cut} of which cut a save short: all resumed bit for bit (seed {options.seed})"
     )
-    return 0
+    if options.done < options.kills:
+        print(f"only {options.done} of {options.kills} kills in {options.minutes:g} minutes: give more --minutes")
+    return int(options.done < options.kills)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 from megatron_dla.checkpoint.find import checkpoint_dir
 from megatron_dla.checkpoint.integrity import find_faults, read_marker
 from megatron_dla.metrics.sinks import read_metrics
+from tests.checkpoint.test_integrity import check_damages
 from tests.support import tiny, train_workers
 
 TRAINING = {"steps": 4, "save_every": 1, "keep_checkpoints": 0, "eval_every": 2, "eval_rows": 4}
@@ -63,6 +64,18 @@ def test_the_memory_of_the_first_save_is_made_beside_training(ranks, data, tmp_p
         assert asked == wanted * 2 and len(wanted) == (2 if rank == 0 else min(stage, 1))
 
 
+def test_a_hundred_damages_of_a_real_checkpoint(straight, tmp_path) -> None:
+    check_damages(Path(shutil.copytree(straight, tmp_path / "run")), 100)
+
+
+def test_a_save_that_waits_is_known_to_the_watchdog(ranks, data, tmp_path) -> None:
+    training = {"steps": 4, "save_every": 2}
+    for background, first in ((True, "save"), (False, "waiting_save")):
+        values = tiny.config_dict(data, tmp_path / first, training=training, checkpoint={"background": background})
+        doings, *_ = ranks(2).run(train_workers.doings, values)
+        assert doings == [(first, 2), ("waiting_save", 4)]
+
+
 @pytest.mark.parametrize("policy", ["fallback", "refuse"])
 def test_a_damaged_checkpoint_is_passed_over_or_refused(ranks, data, straight, tmp_path, policy) -> None:
     shutil.copytree(straight, tmp_path / "tiny")
@@ -100,6 +113,7 @@ def test_a_full_disk_costs_one_checkpoint(ranks, data, straight, tmp_path, backg
 def test_twenty_saves_on_disks_that_are_really_full(ranks, data, disk) -> None:
     rng = random.Random(7)
     shares = {step: rng.uniform(0, 0.95) for step in range(2, 26) if step % 5 != 1}
+    shares |= {2: 0.0, 13: 0.0}  # not a byte: neither the heartbeat nor the log can be written
     training = TRAINING | {"steps": 26, "keep_checkpoints": 1, "eval_every": 0}
     values = tiny.config_dict(data, disk, training=training, checkpoint={"max_failures": 5}, model={"num_layers": 1})
     printed, found = ranks(2).run(train_workers.on_small_disks, values, shares)[0]

@@ -90,7 +90,9 @@ def test_null_is_the_default_of_keys_without_one(tmp_path: Path) -> None:
             load_config(tmp_path / "c.yaml", [override])
 
 
-@pytest.mark.parametrize("override", ["training=", "training={steps: 3}", "model=null"])
+@pytest.mark.parametrize(
+    "override", ["training=", "training={steps: 3}", "model=null", "logging.wandb=", "logging.wandb={mode: offline}"]
+)
 def test_an_override_of_a_whole_section_is_refused(tmp_path: Path, override: str) -> None:
     (tmp_path / "c.yaml").write_text("training: {steps: 7}")
     with pytest.raises(ConfigError, match=f"{override.split('=')[0]}.key"):

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import re
 import resource
 import stat
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 import yaml
 
 from megatron_dla.cli import main
-from megatron_dla.errors import ConfigError
+from megatron_dla.errors import ConfigError, UserError
 from megatron_dla.launch import submit
 from megatron_dla.launch.profile import Profile, check_time, load_profile
-from megatron_dla.launch.slurm import SlurmError, bad_nodes, clean_environment, known_bad_nodes, submissions
+from megatron_dla.launch.slurm import SlurmError, bad_nodes, clean_environment, known_bad_nodes, run_jobs, submissions
 from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +195,24 @@ def test_a_full_disk_leaves_no_job_and_everything_as_it_was(
     assert {p.name: p.read_text() for p in run.iterdir() if p.is_file()} == before
     calls = (slurm / "calls").read_text().splitlines() if (slurm / "calls").exists() else []
     assert calls == [] if full == "config.yaml" else calls[-1] == "scancel 101 102"
+
+
+@pytest.mark.parametrize("line", ["{}", '{"jobs": 7}', '{"jobs": [7]}', "[]", "7", '{"jobs": ["7"]'])
+def test_a_damaged_record_of_submissions_is_named(tmp_path: Path, line: str) -> None:
+    record = write(tmp_path / "run" / "submissions.jsonl", '{"jobs": ["6"]}\n' + line + "\n")
+    with pytest.raises(UserError, match=re.escape(str(record))):
+        run_jobs(tmp_path / "run")
+
+
+def test_secrets_in_commands_are_not_recorded(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    profile = yaml.safe_load(paths[1].read_text()) | {
+        "exec_prefix": ["apptainer", "exec", "--env", "HF_TOKEN=hf_hidden", "image.sif"],
+        "sbatch_args": ["--comment=DB_PASS=hf_hidden"],
+    }
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(profile))
+    submit.submit(submit.make_request(str(paths[0]), [], str(tmp_path / "site.yaml"), 2), {})
+    text = (tmp_path / "runs" / "tiny" / "submissions.jsonl").read_text()
+    assert "hf_hidden" not in text and "HF_TOKEN=***" in text
 
 
 def test_a_record_that_fits_in_part_is_taken_back(

@@ -197,6 +197,26 @@ def test_without_a_timeout_it_is_ten_times_the_longest_of_a_kind(tmp_path: Path,
     assert silent >= (0.5 if kind == "step" else 3) and (dog.step, dog.doing) == (9, kind)
 
 
+def test_a_save_that_waits_for_its_files_has_the_time_of_a_start(tmp_path: Path, monkeypatch) -> None:
+    """However short the saves before it were; and the time of a file that a full disk holds back is a beat, too."""
+    monkeypatch.setattr(watchdog, "FLOOR_S", 0.3)
+    dog = watchdog.Watchdog(tmp_path, "6.1", None, 4, 0, watchdog.Processes())
+    beats = [("step", 0.1), ("waiting_save", 0.1), ("step", 0.1), ("waiting_save", 0)]
+    until, started, path = 0.0, time.monotonic(), tmp_path / "heartbeat.json"
+
+    def ended() -> bool:
+        nonlocal until
+        if beats and time.monotonic() >= until:
+            doing, pause = beats.pop(0)
+            until = time.monotonic() + pause
+            write_json(path, {"step": 9, "doing": doing, "attempt": "6.1"})
+        elif not beats and time.monotonic() - started < 2:
+            os.utime(path)
+        return time.monotonic() - started > 40
+
+    assert dog.watch(ended) == 4 and time.monotonic() - started >= 6
+
+
 PAUSED = """
 import sys, threading, time
 from pathlib import Path

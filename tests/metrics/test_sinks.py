@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dla.errors import UserError
 from megatron_dla.gpus import GPUS, find_gpu
-from megatron_dla.masking import mask_environment, mask_text, mask_values
+from megatron_dla.masking import mask_command, mask_environment, mask_text, mask_values
 from megatron_dla.metrics.meters import MemoryMeter, StepMeter
 from megatron_dla.metrics.names import shown
 from megatron_dla.metrics.sinks import JsonlSink, console_line, read_metrics
@@ -97,9 +98,24 @@ def test_log_line_has_mfu_on_known_gpus_and_the_wait_for_data() -> None:
     assert "MFU" not in console_line({key: x for key, x in LOGGED.items() if key != "mfu"}, 100)
 
 
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": "3"}'])
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path, line) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_metrics(path)
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
+
+
 def test_secrets_are_masked_wherever_texts_go() -> None:
     url = "https://me:pw@host/a?X-Amz-Signature=ab12&part=3"
     assert mask_text(url) == "https://me:***@host/a?X-Amz-Signature=***&part=3"
     assert mask_environment({"HF_TOKEN": "x", "A": "9"}) == {"HF_TOKEN": "***", "A": "9"}
+    words = "apptainer exec --env HF_TOKEN=hf_x,A=1,GITHUB_PAT=p data.tokenizer=/t tokenizer=/t KEY_DIM=8 image.sif"
+    masked = words.replace("hf_x", "***").replace("PAT=p", "PAT=***").replace("DIM=8", "DIM=***")
+    assert mask_command(words) == masked == mask_environment({"DLA_EXEC_PREFIX": words})["DLA_EXEC_PREFIX"]
+    kept = {"PATH": "/bin", "COMPASS": "n", "TOKENIZERS_PARALLELISM": "false"}
+    assert mask_environment(kept | {"DB_PASS": "x", "MY_PAT": "y"}) == kept | {"DB_PASS": "***", "MY_PAT": "***"}
     nested = {"model": {"key_dim": 8}, "data": {"sources": ("s3://u:pw@h/x", 1)}}
     assert mask_values(nested) == {"model": {"key_dim": 8}, "data": {"sources": ["s3://u:***@h/x", 1]}}

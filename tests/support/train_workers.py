@@ -349,3 +349,17 @@ def made_buffers(values: dict[str, Any]) -> tuple[list[int], list[int]]:
         buffer.room = room
     assert trainer.run() == 0
     return made, asked
+
+
+def doings(values: dict[str, Any]) -> list[tuple[str, int]]:
+    """What the run says that it does beside its steps."""
+    trainer, found = make_trainer(values), []
+    doing = trainer.control.doing
+
+    def noted(what: str, step: int) -> Any:
+        found.append((what, step))
+        return doing(what, step)
+
+    trainer.control.doing = noted
+    assert trainer.run() == 0
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,16 @@ def test_prune_keeps_what_the_config_keeps(run: Path, capsys) -> None:
     assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
     assert names(run) == ["step_10", "step_20", "step_40", "step_50"]  # the others are kept for other reasons
     assert main(["checkpoint", "prune", str(run), "--keep", "0"]) == 2
+
+
+def test_prune_does_not_delete_the_only_whole_one(run: Path, capsys) -> None:
+    for step in (10, 20, 40, 50):  # all that the config keeps
+        (checkpoint_dir(run) / f"step_{step}" / DATA_STATE).write_text("{}")
+    before = names(run)
+    assert main(["checkpoint", "prune", str(run)]) == 2 and names(run) == before
+    assert "step_50" in capsys.readouterr().err
+    shutil.rmtree(checkpoint_dir(run) / "step_50")
+    assert main(["checkpoint", "prune", str(run), "--keep", "2"]) == 0 and "step_30" in names(run)
 
 
 def test_prune_is_refused_while_the_run_is_alive(run: Path) -> None:

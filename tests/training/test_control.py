@@ -1,5 +1,6 @@
 """Control files: stop, halt and done; one writer a run directory; records of where ranks are and why they ended."""
 
+import contextlib
 import errno
 import json
 import os
@@ -205,6 +206,22 @@ def test_a_set_clock_does_not_keep_the_heartbeat_back(tmp_path: Path, monkeypatc
     control.beat(4)
     beat = json.loads((tmp_path / "heartbeat.json").read_text())
     assert (beat["step"], beat["doing"]) == (4, "step") and abs(beat["time"] - now() - step_s) < 10
+
+
+def test_a_full_disk_keeps_no_heartbeat_back(tmp_path: Path, monkeypatch) -> None:
+    control, path = RunControl(tmp_path, 0), tmp_path / "heartbeat.json"
+    control.beat(1)
+    os.utime(path, (0, 0))
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+
+        def fails(*_: object, number: int = number, **__: object) -> None:
+            raise OSError(number, "no room")
+
+        monkeypatch.setattr("megatron_dla.training.control.write_json", fails)
+        control._beaten = 0.0
+        with contextlib.nullcontext() if number != errno.EIO else pytest.raises(OSError):
+            control.beat(2)
+    assert time.time() - path.stat().st_mtime < 60 and json.loads(path.read_text())["step"] == 1
 
 
 @pytest.mark.parametrize(
