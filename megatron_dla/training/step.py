@@ -89,7 +89,8 @@ def train_step(
     dist.all_reduce(counted, group=groups.dp)
     # DeepSpeed averages over micro-batches and over data x context ranks; dividing by the batch's own count of tokens
     # makes the gradient that of the mean over all its tokens, whatever the layout
-    scale = len(batches) * groups.dp_cp.size() / max(counted.item(), 1.0)
+    count = max(counted.item(), 1.0)  # a batch of an adapter may hold no answer
+    scale = len(batches) * groups.dp_cp.size() / count
     total = torch.zeros((), dtype=torch.float64, device=device)
     for number, batch in enumerate(batches):
         packed = pack(batch)
@@ -102,7 +103,7 @@ def train_step(
     if before_update is not None:
         before_update()
     dist.all_reduce(total, group=groups.dp_cp)
-    mean = total / counted.clamp_min(1.0)
+    mean = total / count
     if judge is None:
         engine.step()
         return StepResult(mean.item(), math.nan, False)
