@@ -53,7 +53,7 @@ class CheckpointLayout:
     adapter: dict[str, Any] = field(default_factory=dict)
 
     def check_types(self) -> None:
-        """Raises TypeError where a file gave a field another type."""
+        """Raises TypeError where a file gave a field another type, ValueError for a size that is none."""
         kinds = {"vocab_size": int, "seq_len": int, "step": int, "tensor_parallel": int, "tokenizer_sha256": str,
                  "shapes": dict, "adapter": dict}  # fmt: skip
         parts = self.adapter if isinstance(self.adapter, dict) else {}
@@ -62,6 +62,9 @@ class CheckpointLayout:
             wrong += [f"adapter.{key}" for key in ("base", "delta_mem") if not isinstance(parts.get(key), dict)]
         if wrong:
             raise TypeError(f"{wrong[0]} has a wrong type")
+        for name, least in {"vocab_size": 1, "seq_len": 1, "step": 0, "tensor_parallel": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}")
 
     def to_json(self) -> str:
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)

@@ -66,6 +66,9 @@ def test_round_trip_is_exact(exported, merged_of, tmp_path, name, size):
     assert replace(layout.model, pattern=want.model.pattern) == want.model
     assert (layout.vocab_size, layout.seq_len, layout.tokenizer_sha256) == (384, 128, want.tokenizer_sha256)
     assert layout.tensor_parallel == size
+    for field in ("tensor_parallel", "vocab_size", "seq_len"):
+        with pytest.raises(ValueError, match=f"{field} is 0"):
+            replace(layout, **{field: 0}).check_types()
 
 
 @pytest.mark.parametrize(
