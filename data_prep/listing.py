@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from megatron_dla.data_prep.readers import Kind, holds_lines, kind_of, known_formats, refuse_url, shown
 from megatron_dla.errors import DataError
+from megatron_dla.files import parse_json
 
 _Seen = tuple[set[tuple[int, int]], set[Path]]  # directories (device, inode) and files of one input, without links
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -260,7 +260,7 @@ def _dataset_files(folder: Path) -> list[str]:
 def _json_names(path: Path, key: str, may_be_empty: bool = False) -> list[str]:
     """Names of files or directories beside a file of `save_to_disk`, which lists them under `key`."""
     try:
-        values = json.loads(path.read_bytes()).get(key) or []
+        values = parse_json(path.read_bytes()).get(key) or []
         names = [value["filename"] if isinstance(value, dict) else value for value in values]
         if not isinstance(values, list) or any(Path(name).name != name for name in names):
             raise ValueError(f"{names} are not names of files here")

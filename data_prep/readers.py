@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gzip
 import io
-import json
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from megatron_dla.errors import DataError
+from megatron_dla.files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -246,7 +246,7 @@ def _read_lines(path: Path, compression: str, text_field: str, separator: str) -
 
 def _json_text(line: bytes, text_field: str) -> str | Problem:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Problem(f"not valid UTF-8 at byte {error.start} of the line", "convert it to UTF-8")
     except (ValueError, RecursionError) as error:

@@ -33,7 +33,7 @@ from megatron_dla.data_prep.spool import Spool, lock
 from megatron_dla.data_prep.tokenise import token_dtype, tokenise
 from megatron_dla.data_prep.tokenizer import Tokenizer
 from megatron_dla.errors import DataError
-from megatron_dla.files import write_bytes, write_json
+from megatron_dla.files import parse_json, write_bytes, write_json
 from megatron_dla.shard_index import (
     INDEX_NAME,
     MIN_TRAIN_SHARDS,
@@ -72,7 +72,7 @@ class _Writer:
         self.done: dict[str, ShardInfo] = {}
         for line in lines[1:]:
             try:
-                shard = ShardInfo(**json.loads(line))
+                shard = ShardInfo(**parse_json(line))
             except ValueError:  # the process was killed while it wrote the line
                 break
             self.done[shard.path] = shard

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_dla.data_prep.sources import Progress
 from megatron_dla.errors import DataError
-from megatron_dla.files import naming_full_disk, write_json, write_text
+from megatron_dla.files import naming_full_disk, parse_json, write_json, write_text
 
 COMMIT_S = 5.0
 DOCUMENT = np.dtype(
@@ -89,7 +89,7 @@ class Spool:
             changed = sorted(key for key in plan if old["plan"].get(key) != plan[key])
             print(f"note: starting over, with another {', '.join(changed)} than the unfinished build", file=sys.stderr)
         if lines:
-            last = json.loads(lines[-1])
+            last = parse_json(lines[-1])
             self.documents, self.tokens, self.changed = last["documents"], last["tokens"], last["changed"]
             self.progress = Progress.from_dict(last["progress"])
             print(f"note: going on after {self.documents:,} documents of the unfinished build", file=sys.stderr)
@@ -103,7 +103,7 @@ class Spool:
         log = self.folder / _LOG
         for line in log.read_text().splitlines(keepends=True) if log.exists() else []:
             try:
-                commit = json.loads(line)
+                commit = parse_json(line)
             except ValueError:  # the process was killed while it wrote the line
                 break
             at = commit["progress"]
@@ -191,7 +191,7 @@ def lock(folder: Path) -> BinaryIO:
 
 def _read_plan(path: Path) -> dict[str, Any] | None:
     try:
-        plan = json.loads(path.read_text())
+        plan = parse_json(path.read_bytes())
         return plan if isinstance(plan, dict) and {"plan", "inputs"} <= plan.keys() else None
     except (OSError, ValueError):
         return None

@@ -6,6 +6,7 @@ import argparse
 import copy
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _submit(args: argparse.Namespace) -> int:
     from megatron_dla.launch.slurm import known_bad_nodes
     from megatron_dla.masking import mask_command, mask_environment
     from megatron_dla.resources import find_yaml
-    from megatron_dla.tasks.run import git_state, train, versions
+    from megatron_dla.tasks.run import checkpoint_gb, git_state, train, versions
 
     request = submit.make_request(args.config, args.overrides, args.profile, args.nodes, args.time, args.chain)
     planned, gpus = copy.deepcopy(request.config), request.profile.gpus_per_node
@@ -61,6 +62,7 @@ def _submit(args: argparse.Namespace) -> int:
     if not args.dry_run:
         submit.check_free(request)  # first: a running job writes and deletes the checkpoints that the plan reads
     train(planned, dry_run=True, world_size=request.world_size)
+    request = replace(request, checkpoint_gb=checkpoint_gb(planned))
     argv, env = submit.sbatch_argv(request), submit.job_environment(request)
     for name in known_bad_nodes(request.run_dir)[1]:
         print(f"ignored      {name!r} in {request.run_dir / 'bad_nodes'} is not a node of this cluster")

@@ -7,7 +7,6 @@ its node names it. Standard library only: this runs on the host, beside the batc
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dla.errors import BAD_INPUT, STOPPED
+from megatron_dla.files import parse_json
 
 LAST_LINES = 15  # of the log, printed below the failure
 SUMMARY = re.compile(
@@ -60,14 +60,14 @@ def find_exits(run_dir: Path, attempt: str) -> list[Exit]:
     found = []
     for path in (run_dir / "exits" / attempt).glob("rank*.json"):
         try:
-            record = json.loads(path.read_text())
+            record = parse_json(path.read_bytes())
             found.append(
                 Exit(
                     int(record["rank"]), str(record["host"]), int(record["exitcode"]), str(record.get("message", "")),
                     f"{float(record.get('time', 0)):018.6f}",
                 )
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue  # incomplete: its node died while writing
     known = {exit.rank for exit in found}
     for path in log_dir(run_dir, attempt).glob("*.log"):

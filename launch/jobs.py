@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_dla.errors import UserError
+from megatron_dla.files import parse_json
 from megatron_dla.launch.failure import log_dir
 from megatron_dla.launch.slurm import JobState, SlurmError, active_jobs, call, job_state, run_jobs, submissions
 
@@ -29,11 +29,11 @@ def find_run(name: str, runs: Path) -> Path:
 def _progress(run_dir: Path) -> str:
     for name in ("done", "heartbeat.json"):
         try:
-            beat = json.loads((run_dir / name).read_text())
+            beat = parse_json((run_dir / name).read_bytes())
             if name == "done":
                 return f"done at step {int(beat['step'])}"
             return f"step {int(beat['step'])}, {max(0, time.time() - float(beat['time'])):.0f} s ago"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue
     return "-"
 

@@ -13,7 +13,6 @@ needs the standard library only; torch is imported in the ranks of step 2.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -26,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_dla.errors import BAD_INPUT, UserError
-from megatron_dla.files import create_json, write_json
+from megatron_dla.files import create_json, parse_json, write_json
 from megatron_dla.launch.health import NodeReport, check_node
 from megatron_dla.launch.verdict import STAGES, Limits, RankReport, Verdict, judge, own_problems
 from megatron_dla.training.fence import attempt_id, node_name
@@ -68,7 +67,7 @@ class Preflight:
         if args.nodes > 1 and "DLA_ATTEMPT" not in os.environ:
             raise UserError(f"--nodes {args.nodes} outside Slurm: set DLA_ATTEMPT to the same name on all nodes")
         self.args, self.run_dir = args, args.run_dir
-        self.limits = Limits(args.slow, args.clock_skew, args.min_disk_gb)
+        self.limits = Limits(args.slow, args.clock_skew, args.min_disk_gb, args.checkpoint_gb)
         self.folder = self.run_dir / "preflight" / attempt_id()
         self.hosts = [host for host in args.hosts.split(",") if host] if args.hosts else _job_hosts()
         self.host = node_name()
@@ -97,7 +96,7 @@ class Preflight:
         return 0 if verdict.good else FOUND_BAD
 
     def _reports(self) -> list[NodeReport]:
-        reports = [NodeReport.from_json(json.loads(path.read_text())) for path in self.folder.glob("[!.]*.json")]
+        reports = [NodeReport.from_json(parse_json(path.read_bytes())) for path in self.folder.glob("[!.]*.json")]
         return sorted(reports, key=lambda r: (r.order, r.host))
 
     def _agree_on_members(self) -> list[NodeReport]:
@@ -107,7 +106,7 @@ class Preflight:
         healthy = [r for r in self._reports() if not own_problems(r, self.args.gpus, self.limits)]
         path = self.folder / "group" / "members.json"
         create_json(path, {"members": [asdict(report) for report in healthy]})
-        return [NodeReport.from_json(values) for values in json.loads(path.read_text())["members"]]
+        return [NodeReport.from_json(values) for values in parse_json(path.read_bytes())["members"]]
 
     def _check_together(self, members: list[NodeReport]) -> list[RankReport]:
         """Run this node's ranks of the group check, if it is a member, and wait for the ranks of the other nodes."""
@@ -121,7 +120,7 @@ class Preflight:
         paths = [folder / f"rank{rank}.json" for rank in range(world)]
 
         def read() -> dict[int, RankReport]:
-            return {n: RankReport(**json.loads(path.read_text())) for n, path in enumerate(paths) if path.exists()}
+            return {n: RankReport(**parse_json(path.read_bytes())) for n, path in enumerate(paths) if path.exists()}
 
         def all_ended() -> bool:
             found = read().values()
@@ -151,7 +150,7 @@ class Preflight:
             except subprocess.TimeoutExpired:
                 child.kill()
             if path.exists():
-                values = json.loads(path.read_text())
+                values = parse_json(path.read_bytes())
                 values["error"] = values["error"] or f"not finished within {self.args.timeout:g} s"
                 write_json(path, values, fsync=False)
 
@@ -187,6 +186,7 @@ def add_preflight_arguments(parser: argparse.ArgumentParser) -> None:
         ("--timeout", float, 60, "s to wait for all reports, and again for the group check"),
         ("--port", int, 0, "port of the group check; 0: MASTER_PORT"),
         ("--min-disk-gb", float, defaults.free_gb, "required free space on each disk, in GB"),
+        ("--checkpoint-gb", float, 0.0, "size of a checkpoint, for which the run directory needs room, in GB"),
         ("--slow", float, defaults.slow, "a GPU is bad if its matmul takes more than this times the median"),
         ("--clock-skew", float, defaults.skew_s, "largest difference of a node's clock from the median, in s"),
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import UserError
+from megatron_dla.files import parse_json
 
 SUBMISSIONS = "submissions.jsonl"  # one object per `dla submit`: jobs, argv, environment, git state, versions
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED"}
@@ -85,16 +85,16 @@ def submissions(run_dir: Path) -> list[dict[str, Any]]:
         UserError: the file is damaged.
     """
     try:
-        lines = (run_dir / SUBMISSIONS).read_text().splitlines()
+        lines = (run_dir / SUBMISSIONS).read_bytes().splitlines()
     except FileNotFoundError:
         return []
     try:
-        found = [json.loads(line) | {} for line in lines if line.strip()]
+        found = [parse_json(line) | {} for line in lines if line.strip()]
         for submission in found:
             if not isinstance(jobs := submission.get("jobs"), list) or not all(isinstance(job, str) for job in jobs):
                 raise ValueError(f"jobs = {jobs!r}")
         return found
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(
             f"{str(run_dir / SUBMISSIONS)!r} is damaged ({error}): remove the line that no `dla submit` wrote"
         ) from error

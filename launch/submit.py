@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_config
 from megatron_dla.errors import ConfigError
+from megatron_dla.files import parse_json
 from megatron_dla.launch.profile import Profile, check_time, load_profile
 from megatron_dla.launch.slurm import SUBMISSIONS, SlurmError, active_jobs, call, clean_environment, known_bad_nodes
 from megatron_dla.masking import mask_command, mask_environment
@@ -33,7 +34,9 @@ RECORDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFI
 
 @dataclass(frozen=True)
 class Request:
-    """One `dla submit`. run_dir: absolute. time: "" for the profile's. chain: number of jobs, each after the last."""
+    """One `dla submit`. run_dir: absolute. time: "" for the profile's. chain: number of jobs, each after the last.
+    checkpoint_gb: planned size of a checkpoint; 0: not known.
+    """
 
     config: RunConfig | AdapterRunConfig
     profile: Profile
@@ -41,6 +44,7 @@ class Request:
     nodes: int
     time: str = ""
     chain: int = 1
+    checkpoint_gb: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -92,6 +96,7 @@ def job_environment(request: Request) -> dict[str, str]:
         "DLA_HANG_TIMEOUT": profile.hang_timeout,
         "DLA_PREFLIGHT": int(profile.preflight),
         "DLA_PREFLIGHT_TIMEOUT": profile.preflight_timeout,
+        "DLA_CHECKPOINT_GB": f"{request.checkpoint_gb:.3f}" if request.checkpoint_gb else "",
         "DLA_CACHE_DIR": profile.cache_dir,
         "DLA_SITE_ENV": profile.site_env,
         "DLA_SRUN_ARGS": " ".join(profile.srun_args),
@@ -147,8 +152,8 @@ def check_free(request: Request) -> None:
         name = request.config.run.name
         raise SlurmError(f"run {name!r} has jobs in the queue: {listed}; end them with dla cancel {request.run_dir}")
     try:
-        step = json.loads((request.run_dir / "done").read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        step = int(parse_json((request.run_dir / "done").read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return
     if step >= request.config.training.steps:
         raise ConfigError(

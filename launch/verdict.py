@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 
-from megatron_dla.launch.health import NodeReport
+from megatron_dla.launch.health import Disk, NodeReport
 
 IDLE_MB = 1024  # the driver of an idle GPU uses up to some hundred MB
 STAGES = ("waiting for its start", "started", "matmul", "rendezvous", "all-reduce", "finished")
@@ -36,11 +36,13 @@ class RankReport:
 
 @dataclass(frozen=True)
 class Limits:
-    """slow: multiple of the median. skew_s: s from the median clock. free_gb: GB on each disk."""
+    """slow: multiple of the median. skew_s: s from the median clock. free_gb: GB on each disk. checkpoint_gb: of one
+    checkpoint, for which the run directory needs room."""
 
     slow: float = 1.5
     skew_s: float = 2.0
     free_gb: float = 5.0
+    checkpoint_gb: float = 0.0
 
 
 @dataclass
@@ -58,14 +60,33 @@ class Verdict:
         self.bad.setdefault(host, []).append(reason)
 
 
+def _run_directory_problem(report: NodeReport, limits: Limits) -> str:
+    disk = report.disks[0]
+    if not disk.error and disk.free_gb < limits.checkpoint_gb:
+        return f"{disk.path} has {disk.free_gb} GB free, a checkpoint needs {limits.checkpoint_gb:.1f}"
+    return _disk_problem(disk, limits)
+
+
+def _disk_problem(disk: Disk, limits: Limits) -> str:
+    if disk.error:
+        return f"{disk.path}: {disk.error}"
+    return (
+        "" if disk.free_gb >= limits.free_gb else f"{disk.path} has {disk.free_gb} GB free, {limits.free_gb:g} required"
+    )
+
+
+def _shared_problem(reports: list[NodeReport], limits: Limits) -> str:
+    """What is wrong with the run directory on every node, which is the fault of none; "": nothing."""
+    problems = [_run_directory_problem(report, limits) for report in reports]
+    if not problems or not all(problems) or (len(reports) == 1 and reports[0].disks[0].error):
+        return ""
+    return problems[0]
+
+
 def own_problems(report: NodeReport, gpus: int, limits: Limits) -> list[str]:
     """Problems of a node that do not depend on the other nodes."""
-    problems = []
-    for disk in report.disks:
-        if disk.error:
-            problems.append(f"{disk.path}: {disk.error}")
-        elif disk.free_gb < limits.free_gb:
-            problems.append(f"{disk.path} has {disk.free_gb} GB free, {limits.free_gb:g} required")
+    disks = (_run_directory_problem(report, limits), *(_disk_problem(disk, limits) for disk in report.disks[1:]))
+    problems = list(filter(None, disks))
     if gpus:
         if report.gpu_error:
             problems.append(report.gpu_error)
@@ -95,9 +116,12 @@ def judge(
         verdict.blame(host, "no report: it did not start, hangs, or does not share the run directory")
     if not hosts and len(reports) < nodes:
         verdict.unnamed.append(f"{nodes - len(reports)} of {nodes} nodes wrote no report")
+    if shared := _shared_problem(reports, limits):
+        verdict.unnamed.append(shared)
     for report in reports:
         for problem in own_problems(report, gpus, limits):
-            verdict.blame(report.host, problem)
+            if not (shared and problem == _run_directory_problem(report, limits)):
+                verdict.blame(report.host, problem)
     _compare_versions([(r.host, r.versions) for r in sorted(reports, key=lambda r: r.order)], verdict)
     ranks = sorted(ranks, key=lambda r: r.rank)
     if ranks:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import signal
@@ -25,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dla.errors import BAD_INPUT
-from megatron_dla.files import write_json
+from megatron_dla.files import parse_json, write_json
 from megatron_dla.training.control import DOING, EXITS, HEARTBEAT, RANKS, STACKS
 from megatron_dla.training.fence import attempt_id, node_name, process_start
 
@@ -188,7 +187,8 @@ class Watchdog:
     def _beat(self) -> dict | None:
         path = self.run_dir / HEARTBEAT
         try:
-            beat = json.loads(path.read_text()) | {"changed": path.stat().st_mtime_ns}  # on a full disk only that moves
+            beat = parse_json(path.read_bytes())
+            beat |= {"changed": path.stat().st_mtime_ns}  # on a full disk only that moves
         except (OSError, ValueError):
             return None
         return beat if beat.get("attempt") == self.attempt else None
@@ -197,7 +197,7 @@ class Watchdog:
         found = []
         for path in (self.run_dir / RANKS / self.attempt).glob("rank*.json"):
             with contextlib.suppress(OSError, ValueError, KeyError):
-                record = json.loads(path.read_text())
+                record = parse_json(path.read_bytes())
                 found.append(RankPlace(record["rank"], record["host"], record["pid"]))
         return sorted(found, key=lambda rank: rank.rank)
 

@@ -11,7 +11,6 @@ runs/demo_delta_mem/.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from megatron_dla.demo import dla
 from megatron_dla.evaluation.recall import FactsTask, ProfileTask, write_documents, write_stories
+from megatron_dla.files import parse_json
 from megatron_dla.metrics.meters import clock
 from megatron_dla.metrics.sinks import read_metrics
 
@@ -73,7 +73,7 @@ def mechanism() -> bool:
     static = adapter("configs/delta_mem_recall.yaml", "recall_static", base, "delta_mem.memory=static")
     out = RUN / "recall_eval"
     dla("eval", str(base), "--adapter", *map(str, adapters), "--static", str(static), "--controls", "--out", str(out))
-    (table,) = json.loads((out / "eval.json").read_text())["tasks"]
+    (table,) = parse_json((out / "eval.json").read_bytes())["tasks"]
     lows = {
         row["second"]: row["low"]
         for row in table["differences"]

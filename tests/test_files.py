@@ -234,3 +234,18 @@ def test_a_file_whose_writer_failed_is_not_readable(tmp_path: Path) -> None:
         raise RuntimeError
     with pytest.raises(SafetensorError):
         load_file(tmp_path / "x.safetensors")
+
+
+IN_MEMORY = {"config/load.py", "checkpoint/writer.py", "study/run.py", "data_prep/encoders.py", "files.py"}
+
+
+def test_files_are_parsed_by_what_names_deep_nesting_a_value_error() -> None:
+    """json.loads raises RecursionError for it, which callers that name a damaged file do not expect."""
+    package = Path(files.__file__).parent
+    places = (package, package / "data_prep", package / "launch")  # the last two are links in a checkout
+    paths = {path for place in places for path in place.rglob("*.py")}
+    found = {str(path.relative_to(package)) for path in paths if "json.loads(" in path.read_text()}
+    assert {name for name in found if not name.startswith("kernels/")} == IN_MEMORY
+    for text in ("[" * 100_000, b'{"a":' * 50_000, b"\xff", "9" * 5000):
+        with pytest.raises(ValueError):
+            files.parse_json(text)

@@ -105,7 +105,7 @@ def load_entries(path: Path) -> tuple[dict[str, Any], ...]:
                     raise TypeError(f"{key} = {entry[key]!r}")
             if not all(type(x) is int for x in entry["config"].values()):
                 raise TypeError(f"config = {entry['config']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged ({error!r}): remove it, or write it again with `dla bench kernels --tune`"
         ) from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_dla.checkpoint.find import COMPLETE, LAYOUT
 from megatron_dla.errors import CheckpointError, UserError
-from megatron_dla.files import file_sha256, fsync_directory, fsync_file, write_text
+from megatron_dla.files import file_sha256, fsync_directory, fsync_file, parse_json, write_text
 
 FORMAT_VERSION = 2  # of layout.json; checkpoints of version 1 have no checksums
 DATA_STATE = "data_state.json"
@@ -75,7 +75,7 @@ def read_marker(directory: Path) -> dict[str, Any]:
     """
     path = directory / COMPLETE
     try:
-        marker = json.loads(path.read_text())
+        marker = parse_json(path.read_bytes())
         step = marker["step"]
         if type(step) is not int or not 0 <= step < 2**31:
             raise ValueError(f"step is {step!r}")
@@ -89,7 +89,7 @@ def read_marker(directory: Path) -> dict[str, Any]:
 def _has_checksums(directory: Path) -> bool:
     """By layout.json, so that a marker which lost them does not pass for an older one."""
     try:
-        return json.loads((directory / LAYOUT).read_text())["format_version"] >= FORMAT_VERSION
+        return parse_json((directory / LAYOUT).read_bytes())["format_version"] >= FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False  # damaged: its own record in the marker says so
 

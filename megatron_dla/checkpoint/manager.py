@@ -40,7 +40,7 @@ from megatron_dla.checkpoint.weights import (
 from megatron_dla.checkpoint.writer import Files, HostBuffer, Pace, Report, background_share, start_thread
 from megatron_dla.config import layer_letters
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import FULL, free_bytes, fsync_directory, naming_full_disk
+from megatron_dla.files import FULL, free_bytes, fsync_directory, naming_full_disk, parse_json
 from megatron_dla.parallel.groups import on_main
 from megatron_dla.parallel.tags import is_stored
 from megatron_dla.processes import print_or_drop
@@ -380,7 +380,7 @@ class Checkpointer:
         step, random_file = marker["step"], path / f"random_{self.rank:05d}.pt"
         try:
             load_optimizer(self.engine, path, marker["optimizer_updates"], self.groups.tp.rank(), self.groups.tp.size())
-            data_state = json.loads((path / DATA_STATE).read_text())
+            data_state = parse_json((path / DATA_STATE).read_bytes())
             same_ranks = all(
                 marker.get(f"{kind}_parallel") == group.size()
                 for kind, group in (("tensor", self.groups.tp), ("context", self.groups.cp), ("data", self.groups.dp))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.errors import CheckpointError
+from megatron_dla.files import check_weight
 from megatron_dla.parallel.tags import Tag, get_tag
 
 OPTIMIZER = "optimizer"
@@ -178,7 +179,7 @@ class SavedState:
         flat = torch.empty(shape.numel())
         end = 0
         for start, key, file in sorted(self._pieces.get((tensor_rank, name, quantity), []), key=lambda x: x[0]):
-            piece = file.get_tensor(key)
+            piece = self._checked(key, quantity, file.get_tensor(key))
             if start != end:
                 break
             flat[start : start + len(piece)] = piece
@@ -189,6 +190,14 @@ class SavedState:
                 f"{tensor_rank} ends at element {end} of {len(flat)}): restore its files or use another step"
             )
         return flat.view(shape)
+
+    def _checked(self, key: str, quantity: str, piece: Tensor) -> Tensor:
+        """Values that no optimizer has would be trained on until the weights are lost."""
+        where, fix = f"{str(self.directory / OPTIMIZER)!r}", "restore its files or use another step"
+        check_weight(key, piece, where, fix)
+        if quantity == MOMENTS[1] and bool((piece < 0).any()):
+            raise CheckpointError(f"{where}: {key} has negative values, which squares do not have: {fix}")
+        return piece
 
 
 def local_shapes(model: nn.Module) -> dict[str, list[int]]:

@@ -21,7 +21,7 @@ from megatron_dla.checkpoint.find import COMPLETE, LAYOUT
 from megatron_dla.checkpoint.integrity import FORMAT_VERSION, damaged_error, find_faults
 from megatron_dla.config import ModelSection, check_model, from_dict
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import compact, open_tensors
+from megatron_dla.files import compact, open_tensors, parse_json
 from megatron_dla.parallel.tags import Tag, get_tag, is_stored
 
 WEIGHTS = "weights"
@@ -80,7 +80,7 @@ class CheckpointLayout:
                 f"{str(directory)!r} is not a complete checkpoint ({COMPLETE} is missing): give a step_N directory"
             )
         try:
-            values: dict[str, Any] = json.loads((directory / LAYOUT).read_text())
+            values: dict[str, Any] = parse_json((directory / LAYOUT).read_bytes())
             version = values.pop("format_version", None)
             if version not in range(1, FORMAT_VERSION + 1):
                 raise CheckpointError(f"{str(directory)!r} has format {version}, this reads up to {FORMAT_VERSION}")

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import hashlib
 import importlib
-import json
 import netrc
 import os
 import random
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_dla.errors import DataError, UserError
-from megatron_dla.files import atomic_path, write_bytes
+from megatron_dla.files import atomic_path, parse_json, write_bytes
 from megatron_dla.masking import check_url, mask_text
 from megatron_dla.shard_index import (
     INDEX_NAME,
@@ -116,7 +115,7 @@ class RemoteDirectory(os.PathLike[str]):
     def _fetch_files(self) -> None:
         """The tokenizer, then the index, which says that the rest is there."""
         content = self.fetch(INDEX_NAME, _json_problem)
-        tokenizer = str(json.loads(content).get("tokenizer_sha256"))
+        tokenizer = str(parse_json(content).get("tokenizer_sha256"))
         files = {}
         for name in (TOKENIZER_NAME, TOKENIZER_JSON):
             try:
@@ -376,7 +375,7 @@ def _login(url: str) -> str:
 
 def _json_problem(content: bytes) -> str:
     try:
-        return "" if isinstance(json.loads(content), dict) else "not a JSON object"
+        return "" if isinstance(parse_json(content), dict) else "not a JSON object"
     except ValueError as error:
         return f"not JSON ({error})"
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 import os
 import tarfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import numpy as np
 
 from megatron_dla.data.remote import RemoteDirectory, open_directory
 from megatron_dla.errors import DataError
+from megatron_dla.files import parse_json
 from megatron_dla.shard_index import ENDS, REBUILD, RECORDS, TOKENS, ShardIndex, ShardInfo, difference
 
 Verify = Literal["sha256", "size", "none"]
@@ -222,7 +222,7 @@ def read_layout(file: BinaryIO) -> tuple[np.ndarray, list[dict[str, Any]]]:
 
 
 def _records(parts: list[bytes]) -> list[dict[str, Any]]:
-    records = [json.loads(part) for part in parts]
+    records = [parse_json(part) for part in parts]
     if len(records) == 1 and "sources" in records[0]:
         columns = records[0]
         return [{"source": s, "n_bytes": n} for s, n in zip(columns["sources"], columns["n_bytes"], strict=True)]

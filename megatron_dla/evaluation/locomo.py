@@ -8,7 +8,6 @@ The fraction of questions whose evidence is in the window is reported.
 
 from __future__ import annotations
 
-import json
 import lzma
 import re
 import string
@@ -25,6 +24,7 @@ from megatron_dla.adapters.memory import MemoryControl
 from megatron_dla.errors import DataError, UserError
 from megatron_dla.evaluation.scoring import PLAIN, READ_ONLY, LayerMeans, TokenRow, derangement, write_contexts
 from megatron_dla.evaluation.table import Table
+from megatron_dla.files import parse_json
 from megatron_dla.serving.chat import encode, render, render_context, render_prompt
 from megatron_dla.serving.decode import generate_batch, stop_tokens
 from megatron_dla.serving.hf_model import DeltaMemModel, States, select_states
@@ -62,7 +62,7 @@ def read_locomo(path: Path, tokenizer: Any, *, tokens: int, window: str, questio
     try:
         raw = path.read_bytes()
         raw = lzma.decompress(raw) if path.suffix == ".xz" else raw
-        samples = json.loads(raw)
+        samples = parse_json(raw)
         items = [(sample, qa) for sample in samples for qa in sample["qa"] if qa["category"] in CATEGORIES]
         turns = {sample["sample_id"]: _turns(sample["conversation"], tokenizer) for sample in samples}
     except (ValueError, KeyError, TypeError, EOFError, lzma.LZMAError) as error:

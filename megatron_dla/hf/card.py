@@ -11,6 +11,7 @@ import yaml
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import LETTERS, ModelSection, attention_head_dim, layer_letters
 from megatron_dla.data.remote import local_directory
+from megatron_dla.files import parse_json
 from megatron_dla.hf.releases import tested_range
 from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.model.counts import recurrent_states
@@ -158,7 +159,7 @@ def _data(run: Path) -> str | None:
         mixed = [source["dir"] for source in (data.get("sources") or {}).values()]
         texts = []
         for directory in mixed or [data["dir"]]:
-            index = json.loads((local_directory(directory, data.get("cache_dir", "")) / "index.json").read_text())
+            index = parse_json((local_directory(directory, data.get("cache_dir", "")) / "index.json").read_text())
             tokens = sum(shard["tokens"] for shard in index["shards"] if shard["split"] == "train")
             texts.append(f"{tokens:,} tokens of {', '.join(source['input'] for source in index['sources'])}")
         return "; ".join(texts) + (" (a mixture, see config.yaml)" if mixed else "")

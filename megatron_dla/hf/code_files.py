@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_dla.files import parse_json
+
 AUTO_MAP = {
     "AutoConfig": "configuration_dla.DLAConfig",
     "AutoModel": "modeling_dla.DLAModel",
@@ -63,7 +65,7 @@ def own_code(hf_dir: Path) -> Iterator[Path]:
         for path in hf_dir.resolve().iterdir():
             if path.suffix in _DATA and path.is_file() and path.name != "config.json":
                 (new / path.name).symlink_to(path)
-        config = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((hf_dir / "config.json").read_bytes())
         (new / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
         for name, path in code_files().items():
             shutil.copyfile(path, new / name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import UserError
-from megatron_dla.files import write_text
+from megatron_dla.files import parse_json, write_text
 from megatron_dla.metrics.meters import clock
 
 
@@ -51,7 +51,7 @@ class JsonlSink:
 
     def _keep(self, last: int) -> None:
         path = self.path
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         steps = [_step(line) for line in lines]
         self.last_step = max((step for step in steps if step is not None), default=-1)
         kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last]
@@ -84,7 +84,7 @@ def _finite(value: Any) -> Any:
 def _step(line: str) -> int | None:
     """None for a line that was cut short, whose step will be repeated."""
     try:
-        step = json.loads(line)["step"]
+        step = parse_json(line)["step"]
     except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None
@@ -96,15 +96,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: another line is none.
     """
-    lines = [(number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line]
-    if lines and not lines[-1][1].endswith("}"):
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line]
+    if lines and not lines[-1][1].endswith(b"}"):
         lines.pop()
     found = []
     for number, line in lines:
         try:
-            found.append(json.loads(line) | {})
+            found.append(parse_json(line) | {})
             if type(found[-1].get("step")) is not int:
                 raise ValueError("no step")
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{str(path)!r}: line {number} is damaged ({error}): remove it") from error
     return found

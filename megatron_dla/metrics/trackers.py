@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 
 from megatron_dla.config import LoggingSection
 from megatron_dla.errors import ConfigError
-from megatron_dla.files import write_json
+from megatron_dla.files import parse_json, write_json
 from megatron_dla.masking import mask_text, mask_values
 from megatron_dla.metrics.names import shown
 from megatron_dla.metrics.sinks import JsonlSink
@@ -170,7 +169,7 @@ def _masked_arguments() -> Iterator[None]:
 def _read_run(path: Path) -> dict[str, Any] | None:
     """What an earlier start wrote; None where there is none, or it is damaged."""
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_bytes())
         return {"id": str(found["id"]), "last_step": int(found["last_step"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from megatron_dla.files import parse_json
 
 
 def number(value: Any) -> float | None:
@@ -25,7 +26,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     found, unreadable = [], 0
     for line in filter(str.strip, text.splitlines()):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):
@@ -37,7 +38,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(errors="replace"))
+        value = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

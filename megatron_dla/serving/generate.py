@@ -13,6 +13,7 @@ from typing import Any, Literal, TextIO
 import torch
 
 from megatron_dla.errors import UserError
+from megatron_dla.files import parse_json
 from megatron_dla.hf.load import check_tokenizer, load_export, load_export_tokenizer
 from megatron_dla.serving.decode import pad_left
 from megatron_dla.serving.sampling import Sampling, check_prompt, cpu_threads
@@ -73,7 +74,7 @@ def read_prompts(path: str) -> list[str]:
             continue
         if path.endswith(".jsonl"):
             try:
-                line = json.loads(line)["prompt"]
+                line = parse_json(line)["prompt"]
             except (ValueError, KeyError, TypeError):
                 line = ""
             if not isinstance(line, str) or not line:

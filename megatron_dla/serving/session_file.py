@@ -19,7 +19,7 @@ from megatron_dla.adapters.fingerprint import Fingerprint
 from megatron_dla.adapters.memory import MemoryInputs, MemoryState
 from megatron_dla.adapters.messages import Pending
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import load_tensors, save_tensors
+from megatron_dla.files import load_tensors, parse_json, save_tensors
 from megatron_dla.hf.directory import fingerprint
 from megatron_dla.serving.hf_model import DeltaMemModel, States
 from megatron_dla.serving.session import Session, cache_tensors, make_cache
@@ -84,7 +84,7 @@ def load_session(path: str | Path, model: DeltaMemModel, tokenizer: Any = None) 
         session.origin = _unpack(tensors, "origin", model)
         session.ids, session.message_ids = tensors["ids"].tolist(), tensors["message_ids"].tolist()
         session.forgotten = int(metadata["tokens_seen"]) - len(session.ids)
-        session.history = json.loads(metadata["history"])
+        session.history = parse_json(metadata["history"])
         session.cache = _cache(tensors, session)
     except CheckpointError:
         raise

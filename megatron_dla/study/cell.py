@@ -5,7 +5,6 @@ PARENT is the id of the process that started it, with which it ends.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,12 +17,12 @@ def main(arguments: list[str]) -> int:
     end_with_parent(int(parent))  # before the imports, which take seconds
     import torch
 
-    from megatron_dla.files import write_json
+    from megatron_dla.files import parse_json, write_json
     from megatron_dla.study.learner import learn
     from megatron_dla.study.synthetic import CellConfig
 
     torch.set_num_threads(1)
-    write_json(Path(result), learn(CellConfig.from_plain(json.loads(Path(given).read_text()))))
+    write_json(Path(result), learn(CellConfig.from_plain(parse_json(Path(given).read_bytes()))))
     return 0
 
 

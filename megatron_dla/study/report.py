@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_dla.files import write_json, write_text
+from megatron_dla.files import parse_json, write_json, write_text
 from megatron_dla.study.figures import draw_figures
 from megatron_dla.study.findings import findings
 from megatron_dla.study.html import html_table, number, show_difference
@@ -28,7 +28,7 @@ def write_report(results: dict[str, Any], out: Path, command: str) -> list[Path]
     out.mkdir(parents=True, exist_ok=True)
     results = {"synthetic": {}, **results, "command": command}
     write_json(out / JSON_NAME, results, indent=1)
-    again = json.loads((out / JSON_NAME).read_text())  # as somebody who has only this file
+    again = parse_json((out / JSON_NAME).read_bytes())  # as somebody who has only this file
     pictures = draw_figures(again, out) if again["arms"] else []
     pictures += [draw_recall(again["synthetic"], out / RECALL)] if again["synthetic"] else []
     write_text(out / PAGE_NAME, page(again, pictures))

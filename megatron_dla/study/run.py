@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_dla.config import RunConfig, dump_config, to_dict
 from megatron_dla.errors import BAD_INPUT, STOPPED, ConfigError, UserError
-from megatron_dla.files import write_json
+from megatron_dla.files import parse_json, write_json
 from megatron_dla.metrics.meters import clock
 from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.model.counts import count_parameters
@@ -172,14 +172,14 @@ def different_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def exit_messages(place: Path) -> list[str]:
     """Why ranks of a run ended with an error, the last one last."""
-    records = [json.loads(path.read_text()) for path in place.glob(f"{EXITS}/*/*.json")]
+    records = [parse_json(path.read_bytes()) for path in place.glob(f"{EXITS}/*/*.json")]
     return [record["message"] for record in sorted(records, key=lambda record: record["time"])]
 
 
 def read_cell(place: Path) -> dict[str, Any] | None:
     """The result of a cell that has ended. Raises ConfigError where it is damaged."""
     try:
-        return dict(json.loads((place / CELL).read_text()))
+        return dict(parse_json((place / CELL).read_bytes()))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

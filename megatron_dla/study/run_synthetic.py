@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import STOPPED, UserError
-from megatron_dla.files import write_json
+from megatron_dla.files import parse_json, write_json
 from megatron_dla.study.plan import of_part
 from megatron_dla.study.run import CELL, Progress, log_path, read_cell, result_of, run_process
 from megatron_dla.study.synthetic import CellConfig, SyntheticCell, SyntheticStudy
@@ -93,4 +92,4 @@ def launch_cell(config: CellConfig, place: Path) -> dict[str, Any] | None:
             return None
         if code:
             raise UserError(f"{str(place)!r}: the cell failed (exit code {code}); see {str(log_path(place))!r}")
-        return dict(json.loads(result.read_text()))
+        return dict(parse_json(result.read_bytes()))

@@ -27,7 +27,7 @@ from megatron_dla.model.counts import count_parameters, flops_per_token, recurre
 from megatron_dla.model.gpt import build_model, packed_sequence, padded_vocab, slot_mixers
 from megatron_dla.shard_index import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_NAME, ShardIndex
 from megatron_dla.training.device import Device
-from megatron_dla.training.plan import checkpoint_bytes, make_plan, render, render_disk
+from megatron_dla.training.plan import make_plan, render
 from megatron_dla.training.schedule import gate_temperature
 from megatron_dla.training.step import Judge, StepResult, train_step
 from megatron_dla.training.task import Runtime, Task
@@ -147,9 +147,8 @@ class PretrainTask(Task):
 
     def describe(self, device: Device) -> dict[str, str]:
         """Without data on this machine, for a vocabulary that is assumed."""
-        model, vocab = self.config.model, self._planned_vocab()
         lines = {
-            "model": f"{count_parameters(model, vocab):,} parameters, "
+            "model": f"{self.trained_parameters:,} parameters, "
             f"{self.flops_per_token:.3g} FLOP a token (forward and backward)"
         }
         try:
@@ -159,15 +158,17 @@ class PretrainTask(Task):
                 f"{self.dirs[name]}: {n:,} tokens, {planned.get(name, 0) / n:.2f} epochs" for name, n in held.items()
             )
         except UserError:
-            lines["data"] = f"none here, {vocab:,} vocabulary rows assumed"
+            lines["data"] = f"none here, {self._planned_vocab():,} vocabulary rows assumed"
         if reason := self._kernels_not_used(device):
             lines["warning"] = f"recurrent layers will run on the slower torch path, not the Triton kernels: {reason}"
         return lines
 
+    @property
+    def trained_parameters(self) -> int:
+        return count_parameters(self.config.model, self._planned_vocab())
+
     def plan(self, world_size: int, device: Device) -> str:
-        config, vocab_size = self.config, self._planned_vocab()
-        disk = render_disk(*checkpoint_bytes(config, vocab_size, device.bf16), Path(config.run.dir) / config.run.name)
-        return f"{render(make_plan(config, world_size, vocab_size, device.bf16))}\n{disk}"
+        return render(make_plan(self.config, world_size, self._planned_vocab(), device.bf16))
 
     def _planned_vocab(self) -> int:
         try:

@@ -24,6 +24,7 @@ from megatron_dla.processes import end_with_parent, usable_cpus
 from megatron_dla.tasks import make_task
 from megatron_dla.training.control import RunControl
 from megatron_dla.training.device import Device, resolve_device
+from megatron_dla.training.plan import checkpoint_bytes, checkpoints_kept, render_disk
 from megatron_dla.training.task import Task
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "triton", "sentencepiece", "transformers", "numpy")
@@ -84,7 +85,15 @@ def describe(task: Task, world_size: int, device: Device) -> str:
         lines["note"] = (
             f"optimizer.warmup_steps = {warmup}: training.steps = {training.steps} end before the full learning rate"
         )
-    return "\n".join(f"{title:<12} {text}" for title, text in lines.items())
+    one = checkpoint_bytes(config, task.trained_parameters, device.bf16)
+    disk = render_disk(one, checkpoints_kept(config), run_directory(config))
+    return "\n".join((*(f"{title:<12} {text}" for title, text in lines.items()), disk))
+
+
+def checkpoint_gb(config: Config) -> float:
+    """Planned size of a checkpoint, on the devices that the config names."""
+    task, device = make_task(config), resolve_device(config.training, planned=True)
+    return checkpoint_bytes(config, task.trained_parameters, device.bf16) / 1e9
 
 
 def _crowding() -> str:

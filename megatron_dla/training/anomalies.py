@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_dla.config import AnomalySection
 from megatron_dla.errors import CheckpointError
-from megatron_dla.files import FULL, write_text
+from megatron_dla.files import FULL, write_bytes
 from megatron_dla.processes import print_or_drop
 
 RECORDS = "anomalies.jsonl"
@@ -165,8 +165,8 @@ class Records:
     def __init__(self, run_dir: Path, kept: int) -> None:
         self.path = run_dir / RECORDS
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)[:kept]
-            write_text(self.path, "".join(lines))
+            lines = self.path.read_bytes().splitlines(keepends=True)[:kept]
+            write_bytes(self.path, b"".join(lines))
 
     def write(self, step: int, anomaly: Anomaly, batch: dict[str, Any]) -> None:
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(anomaly).items()}

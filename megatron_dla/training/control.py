@@ -28,7 +28,7 @@ from traceback import format_exception_only
 
 from megatron_dla.checkpoint.find import remove_leftovers
 from megatron_dla.errors import BAD_INPUT, FenceError, UserError, is_wrong_path
-from megatron_dla.files import FULL, write_json
+from megatron_dla.files import FULL, parse_json, write_json
 from megatron_dla.training.fence import Fence, attempt_id, node_name
 
 STOP, HALT, DONE, HEARTBEAT, EVENTS = "stop", "halt", "done", "heartbeat.json", "events.jsonl"
@@ -78,7 +78,7 @@ class RunControl:
             UserError: there is a `halt` file.
         """
         try:
-            if json.loads((self.run_dir / DONE).read_text())["step"] >= steps:
+            if parse_json((self.run_dir / DONE).read_bytes())["step"] >= steps:
                 return True
         except (OSError, ValueError, KeyError, TypeError):
             pass  # missing or damaged: the checkpoints tell the last saved step

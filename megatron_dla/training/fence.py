@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import re
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_dla.errors import ConfigError, FenceError
-from megatron_dla.files import write_json
+from megatron_dla.files import parse_json, write_json
 
 ATTEMPT = "attempt"
 BEAT_S = 5.0  # how often the holder touches its claim
@@ -82,13 +81,17 @@ class Claim:
 def read_claim(run_dir: Path) -> Claim | None:
     """The claim in a run directory, if any."""
     try:
-        text = (run_dir / ATTEMPT).read_text().strip()
+        text = (run_dir / ATTEMPT).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
     try:
-        return Claim(**json.loads(text))
+        claim = Claim(**parse_json(text))
+        types = {"attempt": str, "host": str, "pid": int, "started": int | None, "released": bool}
+        if wrong := [name for name, kind in types.items() if not isinstance(getattr(claim, name), kind)]:
+            raise TypeError(wrong)
+        return claim
     except (ValueError, TypeError):
-        return Claim(text) if text else None  # written by hand or by a script: the id alone
+        return Claim(text[:100]) if text else None  # written by hand or by a script: the id alone; or damaged
 
 
 class Fence:

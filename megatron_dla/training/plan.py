@@ -10,8 +10,16 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dla.config import LETTERS, ModelSection, RunConfig, attention_head_dim, layer_letters
-from megatron_dla.model.counts import count_parameters, parameters_per_rank, recurrent_states
+from megatron_dla.checkpoint.find import step_directories
+from megatron_dla.config import (
+    LETTERS,
+    AdapterRunConfig,
+    ModelSection,
+    RunConfig,
+    attention_head_dim,
+    layer_letters,
+)
+from megatron_dla.model.counts import parameters_per_rank, recurrent_states
 from megatron_dla.model.parameters import MIXER_PARAMETERS
 
 CHUNK = 64  # tokens between two kept slot states in the backward pass of one layer
@@ -50,16 +58,20 @@ def make_plan(config: RunConfig, world_size: int, vocab_size: int, bf16: bool) -
     return ResourcePlan(tensor, context, data, parameters, memory, host, traffic)
 
 
-def checkpoint_bytes(config: RunConfig, vocab_size: int, bf16: bool) -> tuple[int, int]:
-    """Bytes of one checkpoint, and how many lie on the disk at most: those that are kept and the one being written."""
+def checkpoint_bytes(config: RunConfig | AdapterRunConfig, parameters: int, bf16: bool) -> int:
+    """Of one checkpoint with so many trained parameters."""
+    optimizer = 12 if bf16 or config.training.zero_stage else 8  # as in `_states`
+    return parameters * (optimizer + (2 if bf16 else 4))
+
+
+def checkpoints_kept(config: RunConfig | AdapterRunConfig) -> int:
+    """How many lie on the disk at most: those that are kept and the one being written."""
     training, kept = config.training, config.checkpoint
-    optimizer = 12 if bf16 or training.zero_stage else 8  # as in `_states`
-    one = count_parameters(config.model, vocab_size) * (optimizer + (2 if bf16 else 4))
     last, every = training.steps, training.save_every
     saves = -(-last // every) if every else 1
     newest = training.keep_checkpoints or saves
     others = len(kept.permanent) + kept.keep_best + (last // kept.keep_every if kept.keep_every else 0)
-    return one, min(newest + others, saves + len(kept.permanent)) + 1
+    return min(newest + others, saves + len(kept.permanent)) + 1
 
 
 def _states(config: RunConfig, parameters: int, replicas: int, bf16: bool) -> tuple[dict[str, float], float]:
@@ -170,11 +182,12 @@ def _size(n: float) -> str:
 
 
 def render_disk(one: int, number: int, run_dir: Path) -> str:
-    """The line of `--dry-run` about the disk of the run directory; free is what its nearest existing parent has."""
+    """A line about the disk of the run directory, and another one where so many checkpoints do not fit beside those
+    that are there; free is what its nearest existing parent has."""
     there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free, more = shutil.disk_usage(there).free, max(1, number - len(step_directories(run_dir)))
     line = f"disk         about {_size(one)} a checkpoint, {_size(one * number)} for {number}; {_size(free)} free"
-    return line if one * number <= free else f"{line}\nnote         the checkpoints do not fit on the disk of {there}"
+    return line if one * more <= free else f"{line}\nnote         the checkpoints do not fit on the disk of {there}"
 
 
 def render(plan: ResourcePlan) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from megatron_dla.checkpoint.find import step_directories
 from megatron_dla.checkpoint.integrity import newest_whole, read_marker
 from megatron_dla.checkpoint.manager import agreed_faults, check_same_model, load_weights
-from megatron_dla.errors import DataError
+from megatron_dla.errors import DataError, UserError
+from megatron_dla.files import parse_json
 from megatron_dla.parallel.groups import initialize_model_parallel, process_groups
 from megatron_dla.parallel.tags import get_tag
 from megatron_dla.training.anomalies import RECORDS
@@ -75,23 +76,41 @@ class PlainEngine:
         pass
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """DataError where a record is not what `Records` writes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise DataError(f"{str(path)!r} is damaged ({error!r}): remove the line that is") from error
+
+
 def find_record(run_dir: Path, step: int | None) -> dict[str, Any]:
     """The record of `step`, or the last one. Raises DataError where there is none."""
     path = run_dir / RECORDS
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+    with _naming(path):
+        records = [_checked(parse_json(line)) for line in (path.read_bytes() if path.exists() else b"").splitlines()]
         found = [record for record in records if step is None or record["step"] == step]
         steps = ", ".join(str(record["step"]) for record in records[-8:])
-    except FileNotFoundError:
-        found, steps = [], ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{str(path)!r} is damaged ({error}): remove the line that is") from error
     if not found:
         what = f"step {step}" if step is not None else "any step"
         raise DataError(
             f"{str(path)!r} has no record of {what} to replay: {f'use one of {steps}' if steps else 'none'}"
         )
     return found[-1]
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """Raises TypeError, KeyError or ValueError where `Records.write` did not write it."""
+    types = {"step": int, "kind": str, "batch": int, "data": dict, "loss": float | None, "grad_norm": float | None}
+    for name, kind in types.items():
+        if not isinstance(record[name], kind):
+            raise TypeError(f"{name} = {record[name]!r}")
+    if record["step"] < 1:
+        raise ValueError(f"step = {record['step']}")
+    return record
 
 
 def replay(task: Task, run_dir: Path, device: Device, step: int | None) -> int:
@@ -107,7 +126,8 @@ def replay(task: Task, run_dir: Path, device: Device, step: int | None) -> int:
     if newest is not None:
         check_same_model(newest, task.layout())
         load_weights(newest, model, groups.tp)
-    task.load_state_dict(dict(record["data"]))
+    with _naming(run_dir / RECORDS):
+        task.load_state_dict(dict(record["data"]))
     training = config.training
     engine = PlainEngine(model, training.global_batch_size // (training.micro_batch_size * groups.dp.size()))
     trace = Trace()

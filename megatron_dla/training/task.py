@@ -98,6 +98,11 @@ class Task(ABC):
     def describe(self, device: Device) -> dict[str, str]:
         """Lines about model and data, {title: text}, that a run prints when it starts. `check_config` has passed."""
 
+    @property
+    @abstractmethod
+    def trained_parameters(self) -> int:
+        """Of the whole model, before any partition: those that a checkpoint holds."""
+
     def plan(self, world_size: int, device: Device) -> str:
         """Estimates that `--dry-run` adds."""
         return ""

@@ -199,6 +199,110 @@ def checkpoint(rng: random.Random, tmp: Path) -> Case:
     return Case(["convert", "to-hf", str(rng.choice((run, step))), str(tmp / "hf")])
 
 
+def _mutate_lines(rng: random.Random, data: bytes) -> bytes:
+    """A JSON-lines file with one of its objects changed, or its bytes."""
+    if rng.random() < 0.3:
+        return mutate_bytes(rng, data)
+    lines = data.splitlines()
+    at = rng.randrange(len(lines))
+    lines[at] = mutate_json(rng, lines[at])
+    return b"\n".join(lines) + b"\n"
+
+
+RECORDS = {
+    "attempt": {"attempt": "7.0", "host": "n1", "pid": 1, "started": 5, "released": True},
+    "heartbeat.json": {"step": 3, "doing": "step", "time": 1e9, "attempt": "7.0", "host": "n1", "pid": 1},
+    "done": {"step": 3, "time": 1e9, "attempt": "7.0"},
+    "ranks/7.0/rank0.json": {"rank": 0, "host": "n1", "pid": 1, "time": 1e9},
+    "exits/7.0/rank0.json": {"rank": 0, "exitcode": 1, "message": "it failed", "host": "n1", "pid": 1, "time": 1e9},
+    "exits/7.0/hang.json": {"step": 2, "time": 1e9, "silent_s": 130.0, "ranks": [{"rank": 0, "host": "n1", "pid": 1,
+                                                                                 "at": "train (a.py:1)"}]},
+    "command.json": {"argv": ["dla"], "world_size": 1, "host": "n1", "devices": [], "versions": {"torch": "2.13.0"}},
+    "anomalies.jsonl": {"step": 3, "kind": "loss", "loss": None, "grad_norm": 0.5, "limit": None, "action": "skip",
+                        "batch": 2, "rows": [[0, 1], [2, 3]], "data": {}},
+    "events.jsonl": {"event": "start", "step": 0, "attempt": "7.0", "time": 1e9, "host": "n1", "processes": 1,
+                     "last_logged": -1},
+    "submissions.jsonl": {"jobs": ["7"], "argv": ["sbatch"], "environment": {"A": "1"}, "git": None, "versions": {}},
+}  # fmt: skip
+
+
+def _run_directory(tmp: Path) -> Path:
+    """A finished run with everything that its attempts write."""
+    run = Path(shutil.copytree(TRAINED, tmp / "run"))  # no links: a run writes there
+    data = json.loads((run / "checkpoints/step_3/data_state.json").read_text()) | {"steps": 2}
+    for name, values in RECORDS.items():
+        values = values | {"data": data} if "data" in values else values
+        path = run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text((json.dumps(values) + "\n") * (2 if name.endswith("l") else 1))
+    return run
+
+
+def records(rng: random.Random, tmp: Path) -> Case:
+    """What a run writes about itself."""
+    run = _run_directory(tmp)
+    name = rng.choice((*RECORDS, "metrics.jsonl", "metrics.jsonl", "config.yaml"))
+    change = _mutate_lines if name.endswith("l") else mutate_json
+    if name == "config.yaml":
+        _replace(run / name, _config_text(rng, yaml.safe_load((run / name).read_text())))
+    else:
+        _replace(run / name, change(rng, (run / name).read_bytes()))
+    config = [str(OLD / "gdn.yaml"), f"data.dir={OLD / 'data'}", f"run.dir={tmp}", "run.name=run"]
+    return Case(rng.choice((
+        ["plot", str(run)],
+        ["report", str(run)],
+        ["logs", str(run)],
+        ["jobs", "--runs", str(tmp)],
+        ["cancel", str(run)],
+        ["checkpoint", "list", str(run)],
+        ["checkpoint", "prune", str(run), "--dry-run"],
+        ["convert", "to-hf", str(run), str(tmp / "hf")],
+        ["train", *config, "--dry-run"],
+        ["submit", *config, "--profile", "cpu", "--nodes", "1", "--dry-run"],
+    )), about=[name])  # fmt: skip
+
+
+def episodes(rng: random.Random, tmp: Path) -> Case:
+    """Training and held-out episodes of a δ-mem, which a plan reads."""
+    lines = (OLD / "train.jsonl").read_text().splitlines()[:3]
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "it is red"},
+            {"role": "user", "content": "which colour?"}, {"role": "assistant", "content": "red"}]  # fmt: skip
+    lines += [json.dumps({"messages": chat}), json.dumps({"text": "a text of some words " * 4})]
+    rng.shuffle(lines)
+    name, other = rng.sample(("train", "valid"), 2)
+    path = tmp / "e.jsonl"
+    path.write_bytes(_mutate_lines(rng, "\n".join(lines).encode()))
+    good = tmp / "good.jsonl"
+    good.write_text((OLD / "train.jsonl").read_text())
+    sections = [f"backbone.dir={OLD / 'backbone'}", f"run.dir={tmp}", f"episodes.{name}={path}",
+                f"episodes.{other}={good}", "distillation.weight=1", "episodes.in_prompt=0.5"]  # fmt: skip
+    return Case(["train", str(OLD / "adapter.yaml"), *sections, "--dry-run"])
+
+
+def resume(rng: random.Random, tmp: Path) -> Case:
+    """A checkpoint's state of data, optimizer and random numbers, in the form without checksums; in a rank, since the
+    run goes on from it for a step."""
+    run = _run_directory(tmp)
+    step = run / "checkpoints/step_3"
+    optimizer = next((step / "optimizer").iterdir())
+    path = rng.choice((
+        *[step / "data_state.json"] * 3, *[optimizer] * 2, step / "random_00000.pt", run / "attempt", run / "done",
+        run / "anomalies.jsonl", run / "metrics.jsonl",
+    ))  # fmt: skip
+    content, refused = path.read_bytes(), False
+    if path == optimizer:
+        content, refused = mutate_tensors(rng, content, tmp / "scratch")
+    elif path.suffix == ".pt":
+        content = mutate_bytes(rng, content)
+    else:
+        content = (_mutate_lines if path.suffix == ".jsonl" else mutate_json)(rng, content)
+    _replace(path, content)
+    config = [str(OLD / "gdn.yaml"), f"data.dir={OLD / 'data'}", f"run.dir={tmp}", "run.name=run"]
+    if path.name == "anomalies.jsonl":
+        return Case(["train", *config, "--replay"], about=[path.name])
+    return Case(["train", *config, "training.steps=4", "training.save_every=0"], refused, [path.name])
+
+
 def numbers(rng: random.Random, tmp: Path) -> Case:
     number = rng.choice(
         ("0", "-1", "1", "1e-300", "1e300", "nan", "inf", "-inf", "0.5", str(2**31), str(2**70), "x", "")
@@ -247,6 +351,10 @@ FORMATS: dict[str, Callable[[random.Random, Path], Case]] = {
         hf_dir,
         session,
         checkpoint,
+        records,
+        episodes,
         numbers,
     )
 }
+# their commands train: on a rank of its own
+TRAINING = {"resume": resume}

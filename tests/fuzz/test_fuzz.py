@@ -4,6 +4,8 @@ A cut of it runs in `make test`, all of it by `make fuzz SEED=n`. A case is made
 number alone, so the name of a failure repeats it: FUZZ_SEED=n FUZZ_CASE=format/number pytest tests/fuzz.
 """
 
+import contextlib
+import io
 import os
 import random
 import signal
@@ -16,7 +18,8 @@ import pytest
 
 from megatron_dla import compat
 from megatron_dla.cli import main
-from tests.fuzz.formats import FORMATS, Case
+from megatron_dla.training import fence
+from tests.fuzz.formats import FORMATS, TRAINING, Case
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FUZZ_CASES", "12"))  # of each format
@@ -34,14 +37,15 @@ def _hang(number: int, frame: FrameType | None) -> None:
     raise Hang("".join(traceback.format_stack(frame)[-3:]))
 
 
-def outcome(case: Case, capsys: pytest.CaptureFixture) -> str:
+def outcome(case: Case) -> str:
     """What is wrong with how a command ended; empty if nothing is."""
-    capsys.readouterr()
+    errors_to = io.StringIO()
     before = [signal.signal(number, _hang) for number in (signal.SIGPROF, signal.SIGALRM)]
     signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
     signal.alarm(10 * LIMIT_S)  # for one that waits
     try:
-        code = main(case.argv)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors_to):
+            code = main(case.argv)
     except SystemExit as error:  # argparse
         code = 2 if error.code == 2 else -1
         if code == 2:
@@ -53,7 +57,7 @@ def outcome(case: Case, capsys: pytest.CaptureFixture) -> str:
         signal.alarm(0)
         for number, handler in zip((signal.SIGPROF, signal.SIGALRM), before, strict=True):
             signal.signal(number, handler)
-    errors = capsys.readouterr().err.splitlines()
+    errors = errors_to.getvalue().splitlines()
     if code not in (0, 2):
         return f"exit code {code}: {errors}"
     if code == 2 and sum(line.startswith("dla ") for line in errors) != 1:
@@ -63,20 +67,37 @@ def outcome(case: Case, capsys: pytest.CaptureFixture) -> str:
     return "accepted" if case.refused and code == 0 else ""
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_damaged_input_is_read_or_refused(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def run_cases(name: str, place: Path, cases: int = CASES) -> list[str]:
+    """Cases of one format in `place`, or the one that is asked for; returns what is wrong, one text a case."""
     wrong, slowest = [], (0.0, "")
-    numbers = [int(ONE.split("/")[1])] if ONE.startswith(f"{name}/") else range(0 if ONE else CASES)
+    numbers = [int(ONE.split("/")[1])] if ONE.startswith(f"{name}/") else range(0 if ONE else cases)
     for number in numbers:
-        place = tmp_path / str(number)
-        place.mkdir()
-        case = FORMATS[name](random.Random(f"{SEED}/{name}/{number}"), place)
+        folder = place / str(number)
+        folder.mkdir()
+        case = (FORMATS | TRAINING)[name](random.Random(f"{SEED}/{name}/{number}"), folder)
         begin = time.monotonic()
-        if problem := outcome(case, capsys):
-            wrong.append(f"FUZZ_SEED={SEED} FUZZ_CASE={name}/{number}: {case.argv}\n{problem}")
+        if problem := outcome(case):
+            wrong.append(f"FUZZ_SEED={SEED} FUZZ_CASE={name}/{number}: {case.about} {case.argv}\n{problem}")
         slowest = max(slowest, (time.monotonic() - begin, str(number)))
     print(f"seed {SEED}, {len(numbers)} cases of {name}, {len(wrong)} wrong, slowest {slowest}")
-    assert not wrong, f"{len(wrong)} of {len(numbers)}:\n" + "\n\n".join(wrong)
+    return wrong
+
+
+def run_cases_in(name: str, place: Path, cases: int) -> list[str]:
+    """The same on a rank of a pool, from `place`."""
+    fence.LEASE_S = 1  # of a run of which nothing but its file is left
+    with contextlib.chdir(place):
+        return run_cases(name, place, cases)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_input_is_read_or_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = run_cases(name, tmp_path)
+    assert not wrong, f"{len(wrong)}:\n" + "\n\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_run_goes_on_from_damaged_files_or_refuses_them(name: str, tmp_path: Path, ranks) -> None:
+    (wrong,) = ranks(1).run(run_cases_in, name, tmp_path, -(-CASES // 4), timeout=40 * CASES)  # a second or two each
+    assert not wrong, f"{len(wrong)}:\n" + "\n\n".join(wrong)

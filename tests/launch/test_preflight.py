@@ -106,6 +106,29 @@ def test_failures_that_blame_no_node_are_not_good_either() -> None:
     assert not missing.good and not missing.bad and len(missing.unnamed) == 1 and "1 of 4 nodes" in missing.unnamed[0]
 
 
+FULL = {"disks": [Disk("/runs", 9.0), Disk("/tmp", 50.0)]}
+BROKEN = {"disks": [Disk("/runs", 0.0, "Permission denied"), Disk("/tmp", 50.0)]}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("checkpoint_gb, full", [(8.9, False), (9.1, True)])
+def test_a_shared_disk_without_room_for_a_checkpoint_blames_no_node(count, checkpoint_gb, full) -> None:
+    limits = Limits(checkpoint_gb=checkpoint_gb)
+    found = verdict(dict.fromkeys(range(count), FULL), count=count, limits=limits)
+    assert not found.bad and found.good != full
+    if full:
+        (problem,) = found.unnamed
+        assert all(word in problem for word in ("/runs", "9.0 GB", "9.1")), problem
+        alone = verdict({2: FULL}, limits=limits)  # it does not see the disk that the others see
+        assert list(alone.bad) == ["n3"] and not alone.unnamed
+
+
+def test_a_run_directory_that_no_node_can_write_blames_none() -> None:
+    found = verdict(dict.fromkeys(range(4), BROKEN))
+    assert not found.bad and found.unnamed == ["/runs: Permission denied"]
+    assert list(verdict({0: BROKEN}, count=1).bad) == ["n1"]  # it cannot be told whose fault it is
+
+
 def test_of_two_nodes_the_slower_and_the_one_unlike_the_first_are_named() -> None:
     found = verdict({1: {"versions": {"torch": "2.11.0", "driver": "580.1"}}}, {3: {"matmul_ms": 2.0}}, count=2)
     assert list(found.bad) == ["n2"] and len(found.bad["n2"]) == 2

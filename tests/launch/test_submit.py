@@ -154,6 +154,17 @@ def test_a_submission_is_recorded_and_clears_the_control_files(
     assert {p.name for p in run.iterdir()} == {"config.yaml", "logs", "submissions.jsonl"}
 
 
+def test_a_job_knows_the_planned_size_of_a_checkpoint(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture, paths: tuple[Path, Path]
+) -> None:
+    sizes = [f"data.dir={tiny.build_data(tmp_path / 'corpus')}", "training.global_batch_size=16", "data.num_streams=8"]
+    assert main(["submit", str(paths[0]), *sizes, "--profile", str(paths[1]), "--nodes", "1"]) == 0
+    (record,) = submissions(tmp_path / "runs" / "tiny")
+    size = float(record["environment"]["DLA_CHECKPOINT_GB"])
+    printed = re.search(r"^disk +about ([\d.]+) MB a checkpoint", capsys.readouterr().out, re.MULTILINE)
+    assert size > 0 and printed and abs(size - float(printed[1]) / 1000) < 0.001
+
+
 def test_a_refusal_leaves_everything_as_it_was(slurm: Path, tmp_path: Path, paths: tuple[Path, Path]) -> None:
     request = submit.make_request(str(paths[0]), [], str(paths[1]), 2, chain=3)
     write(slurm / "fail1", "")

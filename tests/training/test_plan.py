@@ -157,14 +157,18 @@ def test_the_plan_says_what_the_checkpoints_take_and_what_is_free(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(CONFIGS / "demo_cpu.yaml", ["training.steps=100", "training.save_every=10"])
-    one, number = plan.checkpoint_bytes(config, 1024, bf16=False)
-    assert one == count_parameters(config.model, 1024) * 16 and number == config.training.keep_checkpoints + 1
+    parameters = count_parameters(config.model, 1024)
+    one, number = plan.checkpoint_bytes(config, parameters, bf16=False), plan.checkpoints_kept(config)
+    assert one == parameters * 16 and number == config.training.keep_checkpoints + 1
     kept = load_config(
         CONFIGS / "demo_cpu.yaml", ["training.steps=100", "training.save_every=10", "checkpoint.keep_every=50"]
     )
-    assert plan.checkpoint_bytes(kept, 1024, bf16=True) == (one // 16 * 14, number + 2)
+    assert plan.checkpoint_bytes(kept, parameters, bf16=True) == parameters * 14
+    assert plan.checkpoints_kept(kept) == number + 2
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": one * number})())
     assert "do not fit" not in plan.render_disk(one, number, tmp_path / "runs/new")
     assert str(tmp_path) in plan.render_disk(one, number + 1, tmp_path / "runs/new").splitlines()[1]
+    (tmp_path / "runs/old/checkpoints/step_10").mkdir(parents=True)
+    assert "do not fit" not in plan.render_disk(one, number + 1, tmp_path / "runs/old")
     main(["train", str(CONFIGS / "demo_cpu.yaml"), "--dry-run", "--world-size", "2", f"run.dir={tmp_path}"])
     assert "a checkpoint" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """A checkpoint means the same at every layout: saved at TP2 x DP2 ZeRO-1, it resumes at any other with equal losses."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from megatron_dla.checkpoint.optimizer import SavedState
+from megatron_dla.errors import CheckpointError
+from megatron_dla.files import load_tensors, save_tensors
 from tests.support import tiny, train_workers
 
 MODELS = {
@@ -111,6 +114,19 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks, data, straight, tmp_path) ->
         for quantity in ("master", "exp_avg", "exp_avg_sq"):
             a, b = (end.parameter(name, tag, quantity) for end in ends)
             assert torch.equal(a, b) and a.abs().max() > 0, (name, quantity)
+
+
+@pytest.mark.parametrize("quantity, value", [("master", float("nan")), ("exp_avg", float("inf")), ("exp_avg_sq", -1.0)])
+def test_optimizer_state_that_no_optimizer_has_is_refused(straight, tmp_path, quantity: str, value: float) -> None:
+    step = Path(shutil.copytree(straight["hybrid"][0] / "checkpoints/step_10", tmp_path / "step_10"))
+    path = next((step / "optimizer").glob("*.safetensors"))
+    tensors, metadata = load_tensors(path)
+    key = next(key for key in tensors if f"|{quantity}|" in key)
+    tensors[key].view(-1)[-1] = value
+    save_tensors(tensors, path, metadata)
+    saved, name = SavedState(step), key.split("|")[0]
+    with pytest.raises(CheckpointError, match=rf"optimizer.*{re.escape(name)}\|{quantity}"):
+        saved.parameter(name, saved.layout.tags[name], quantity)
 
 
 @pytest.mark.long

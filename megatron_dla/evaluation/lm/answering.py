@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from megatron_dla.data_prep.readers import COMPRESSIONS, kind_of
 from megatron_dla.errors import DataError, UserError
 from megatron_dla.evaluation.lm.generated import Place, Sample
+from megatron_dla.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def _parse(file: str) -> Any:
         except Exception as error:  # the packages' errors share no base class
             raise UserError(f"{file}: cannot be read ({error}); copy or compress it again") from error
     if kind is not None and kind.format == ".jsonl":
-        return [json.loads(line) for line in data.splitlines() if line.strip()]
-    return json.loads(data)
+        return [parse_json(line) for line in data.splitlines() if line.strip()]
+    return parse_json(data)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.lm.items import Values
+from megatron_dla.files import parse_json
 
 JOURNAL = "items.jsonl"
 
@@ -44,7 +45,7 @@ class Journal:
         self._file.truncate(whole)
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 self._found[entry["run"], entry["item"]] = entry["values"]
             except (ValueError, KeyError, TypeError) as error:
                 self._file.close()

@@ -10,7 +10,6 @@ The form of a row says what it is:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from megatron_dla.errors import UserError
 from megatron_dla.evaluation.lm.items import Item, Task, Values, digest
 from megatron_dla.evaluation.lm.models import Subject
 from megatron_dla.evaluation.lm.scoring import Row, score_rows
+from megatron_dla.files import parse_json
 
 PLAIN_QUESTIONS = ("openbookqa",)
 """Sets whose question is the beginning of a sentence, without `Question:` before it."""
@@ -160,7 +160,7 @@ def _read_rows(file: str) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(_lines(file, kind.compression), 1):
         try:
-            row = json.loads(line) if line.strip() else {}
+            row = parse_json(line) if line.strip() else {}
             if not isinstance(row, dict):
                 raise ValueError("not an object")
         except ValueError as error:

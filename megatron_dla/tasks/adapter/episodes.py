@@ -8,7 +8,6 @@ forward passes, and works under recomputation and every parallel layout.
 from __future__ import annotations
 
 import gzip
-import json
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 
 from megatron_dla.adapters.memory import MemoryInputs
 from megatron_dla.errors import DataError, UserError
+from megatron_dla.files import parse_json
 from megatron_dla.serving.chat import Message, PlainText, encode, render, render_context, system_message
 
 OPENERS: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
@@ -253,7 +253,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     continue
                 where = f"{path}:{number}"
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                 except ValueError as error:
                     raise DataError(f"{where}: not JSON ({error})") from error
                 if not isinstance(record, dict):

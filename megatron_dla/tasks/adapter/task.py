@@ -138,9 +138,7 @@ class AdapterTask(Task):
     def describe(self, device: Device) -> dict[str, str]:
         memory, episodes = self.config.delta_mem, self.config.episodes
         section, info = self.backbone
-        layers = memory_layers(self.config.delta_mem, section)
-        heads = section.attention_heads * attention_head_dim(section)
-        trained = len(layers) * memory.count_parameters(section.hidden_size, heads)
+        layers, trained = memory_layers(self.config.delta_mem, section), self.trained_parameters
         state = len(layers) * memory.num_states * memory.rank**2 * 4
         return {
             "backbone": f"{self.config.backbone.dir}: {info.architecture}, frozen",
@@ -149,6 +147,12 @@ class AdapterTask(Task):
             "data": episodes.documents
             or f"{episodes.train}: write {episodes.write_length}, read {episodes.read_length} tokens an episode",
         }
+
+    @property
+    def trained_parameters(self) -> int:
+        memory, (section, _) = self.config.delta_mem, self.backbone
+        heads = section.attention_heads * attention_head_dim(section)
+        return len(memory_layers(memory, section)) * memory.count_parameters(section.hidden_size, heads)
 
     def layout(self) -> CheckpointLayout:
         section, _ = self.backbone
