@@ -24,7 +24,7 @@ else
   $(error DEVICE = $(DEVICE): use cpu, cuda or auto)
 endif
 
-.PHONY: help setup demo demo-delta-mem test test-long aot test-triton test-hf test-clients test-slurm chaos fuzz study-cut lint clean
+.PHONY: help setup demo demo-delta-mem test test-long aot test-triton test-hf test-clients test-slurm chaos save-delay fuzz study-cut lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -67,6 +67,10 @@ aot: setup
 CHAOS ?=
 chaos: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.kills $(CHAOS)
+
+## make save-delay how much a save slows the steps beside it, and the memory it takes (CPU, under 10 minutes, idle machine)
+save-delay: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.checkpoint.save_delay
 
 ## make test-triton  the kernels in the interpreter and compiled ahead of time on another triton (3.7.1, torch 2.13's own)
 TRITON ?= 3.7.1
