@@ -131,12 +131,54 @@ def _failed(error: str) -> ApiError:
     return ApiError(500, ascii_only(error), kind="server_error")
 
 
+Encode = Callable[[Any], Awaitable[tuple[list[list[int]], list[int] | None]]]
+
+
+async def _complete(
+    service: Service, pieces: Pieces, request: Request, kind: type[CompletionBody] | type[ChatBody], encode: Encode
+) -> Response:
+    """The answer to a request for text, whole or as a stream. Raises ApiError."""
+    begin, raw = time.perf_counter(), await _body(request, service.limits.body_bytes)
+    body: Any = await service.in_thread(lambda: parse(kind, raw))
+    service.check_model(body.model)
+    prompts, numbers = await encode(body)
+    form = Form(kind is ChatBody, service.name, int(time.time()), body.choices, pieces)
+    async with AsyncExitStack() as stack:
+        call = await stack.enter_async_context(service.start(body, prompts, numbers, begin, lambda: _gone(request)))
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            held = stack.pop_all()
+
+            async def stream() -> AsyncIterator[str]:
+                async with held:
+                    async for chunk in _chunks(call, form, usage):
+                        yield chunk
+
+            return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        choices = await _collect(call, request)
+    if choices is None:
+        return Response(status_code=499)  # nobody reads it
+    if errors := [choice.error for choice in choices if choice.finish_reason == "error"]:
+        raise _failed(errors[0])
+    return await service.in_thread(lambda: JSONResponse(form.whole(choices)))
+
+
 def create_app(service: Service, key: str | None = None) -> FastAPI:
     """Args: key: clients of /v1 must send it; None: nobody is asked for one."""
     app = FastAPI(title="megatron-dla", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Guard, service=service, key=key)
-    pieces = Pieces(service.tokenizer)
+    _add_errors(app, service)
+    _add_completions(app, service)
+    _add_state(app, service)
 
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text())
+
+    return app
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> JSONResponse:
         return _answer(error)
@@ -153,42 +195,16 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
         service.metrics.answered(500)  # it goes past _Guard
         return _answer(_failed(f"{type(error).__name__}: {error}"))
 
-    async def answer(
-        request: Request, kind: type[CompletionBody] | type[ChatBody],
-        encode: Callable[[Any], Awaitable[tuple[list[list[int]], list[int] | None]]],
-    ) -> Response:  # fmt: skip
-        begin, raw = time.perf_counter(), await _body(request, service.limits.body_bytes)
-        body: Any = await service.in_thread(lambda: parse(kind, raw))
-        service.check_model(body.model)
-        prompts, numbers = await encode(body)
-        form = Form(kind is ChatBody, service.name, int(time.time()), body.choices, pieces)
-        async with AsyncExitStack() as stack:
-            call = await stack.enter_async_context(service.start(body, prompts, numbers, begin, lambda: _gone(request)))
-            if body.stream:
-                usage = body.stream_options is not None and body.stream_options.include_usage
-                held = stack.pop_all()
 
-                async def stream() -> AsyncIterator[str]:
-                    async with held:
-                        async for chunk in _chunks(call, form, usage):
-                            yield chunk
-
-                return StreamingResponse(
-                    stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-                )
-            choices = await _collect(call, request)
-        if choices is None:
-            return Response(status_code=499)  # nobody reads it
-        if errors := [choice.error for choice in choices if choice.finish_reason == "error"]:
-            raise _failed(errors[0])
-        return await service.in_thread(lambda: JSONResponse(form.whole(choices)))
+def _add_completions(app: FastAPI, service: Service) -> None:
+    pieces = Pieces(service.tokenizer)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         async def encode(body: CompletionBody) -> tuple[list[list[int]], list[int] | None]:
             return [await service.encode(prompt) for prompt in body.prompts], None
 
-        return await answer(request, CompletionBody, encode)
+        return await _complete(service, pieces, request, CompletionBody, encode)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -196,7 +212,11 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
             ids, numbers = await service.encode_chat(body)
             return [ids], numbers
 
-        return await answer(request, ChatBody, encode)
+        return await _complete(service, pieces, request, ChatBody, encode)
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    """Models, sessions, health and numbers."""
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -230,12 +250,6 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
     def stats() -> dict[str, Any]:
         found = service.metrics.stats()
         return asdict(found) | {"waste": found.waste, "model": service.name}
-
-    @app.get("/")
-    async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text())
-
-    return app
 
 
 def _model(service: Service) -> dict[str, Any]:
