@@ -131,8 +131,8 @@ class Watchdog:
 
     Args:
         run_dir: runs/NAME. attempt: as from `attempt_id`. timeout: s between two heartbeats; None: ten times the
-            longest of the last 20, at least `FLOOR_S`, for steps, saves and validations each; `startup` before one has
-            ended.
+            longest of the last 20, at least `FLOOR_S`, for steps, saves and validations each. Before one has ended:
+            `startup`, but for the second step the time of the first one with the start, at least `FLOOR_S`.
         startup: s to the first step. grace: s for the ranks to write their stacks. target: the ranks.
     """
 
@@ -150,6 +150,7 @@ class Watchdog:
         self.times: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
         self.step: int | None = None
         self.doing = "step"
+        self.first_s = 0.0  # of the first step, with the start
         self.hung = False
 
     def watch(self, ended: Callable[[], bool]) -> int:
@@ -162,7 +163,9 @@ class Watchdog:
             # where this process was stopped for a while, the ranks may have been as well
             silent, last = silent + min(now - last, 3 * pause), now
             if (beat := self._beat()) != seen:
-                if seen is not None and (self.doing, self.step) != ("step", first):  # the first step compiles
+                if seen is None or (self.doing, self.step) == ("step", first):  # the first step compiles
+                    self.first_s = max(self.first_s, silent)
+                else:
                     self.times[self.doing].append(silent)
                 seen, silent = beat, 0.0
                 self.step, self.doing = (None, "step") if seen is None else (int(seen["step"]), str(seen.get("doing")))
@@ -182,7 +185,9 @@ class Watchdog:
         times = self.times[self.doing]
         if self.doing == "waiting_save":  # for as long as the files take, of which the times of other saves say nothing
             return max(self.startup, *(10 * x for x in times), 0.0)
-        return max(FLOOR_S, 10 * max(times)) if times else self.startup
+        if not times:
+            return max(FLOOR_S, self.first_s) if self.doing == "step" and self.step else self.startup
+        return max(FLOOR_S, 10 * max(times))
 
     def _beat(self) -> dict | None:
         path = self.run_dir / HEARTBEAT

@@ -197,6 +197,34 @@ def test_without_a_timeout_it_is_ten_times_the_longest_of_a_kind(tmp_path: Path,
     assert silent >= (0.5 if kind == "step" else 3) and (dog.step, dog.doing) == (9, kind)
 
 
+@pytest.mark.parametrize(
+    "beats, least, most",
+    [
+        ([("step", 1, 0)], 0.3, 5),  # a resumed run after its first step
+        ([("validate", 0, 0.1), ("step", 0, 0.1), ("step", 1, 0)], 0.3, 5),
+        ([("validate", 0, 0.1), ("step", 0, 0)], 6, 20),  # the first step compiles
+    ],
+    ids=["resumed", "validated", "first"],
+)
+def test_a_hang_in_the_second_step_does_not_wait_for_the_limit_of_the_first(
+    tmp_path: Path, monkeypatch, beats, least, most
+) -> None:
+    monkeypatch.setattr(watchdog, "FLOOR_S", 0.3)
+    dog = watchdog.Watchdog(tmp_path, "6.1", None, 6, 0, watchdog.Processes())
+    beats, until, started = list(beats), 0.0, time.monotonic()
+
+    def ended() -> bool:
+        nonlocal until
+        if beats and time.monotonic() >= until:
+            doing, step, pause = beats.pop(0)
+            until = time.monotonic() + pause
+            write_json(tmp_path / "heartbeat.json", {"step": step, "doing": doing, "attempt": "6.1"})
+        return time.monotonic() - started > 40
+
+    assert dog.watch(ended) == 4
+    assert least <= json.loads((tmp_path / "exits" / "6.1" / "hang.json").read_text())["silent_s"] < most
+
+
 def test_a_save_that_waits_for_its_files_has_the_time_of_a_start(tmp_path: Path, monkeypatch) -> None:
     """However short the saves before it were; and the time of a file that a full disk holds back is a beat, too."""
     monkeypatch.setattr(watchdog, "FLOOR_S", 0.3)
