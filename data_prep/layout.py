@@ -106,10 +106,11 @@ def choose_validation(
         hashes, numbers = hashes[order], numbers[order]
     chosen = max(below, wanted) if val_docs is None else wanted
     if chosen >= total:
+        given = f"val_fraction = {val_fraction}" if val_docs is None else f"val_docs = {val_docs}"
+        fix = "lower it, pass --val-fraction 0," if val_docs is None else "lower --val-docs,"
         raise DataError(
-            f"val_fraction = {val_fraction}, val_docs = {val_docs}: {chosen} of {total} documents would be for "
-            "validation, leaving none to train on; lower it, pass --val-fraction 0, or split the input into more "
-            "documents"
+            f"{given}: {chosen} of {total} documents would be for validation, leaving none to train on; {fix} or split "
+            "the input into more documents"
         )
     if val_docs is None and below >= wanted:
         return limit

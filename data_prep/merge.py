@@ -71,6 +71,7 @@ def merge_shards(
         check_exists(root, overwrite)
     for part, index in zip(roots, indexes, strict=True):
         _check_part(part, index, indexes[0], roots[0])
+    _note_seeds(roots, indexes)
     if not dedup:
         _note_copies(roots, indexes)
     files = tokenizer_of(roots[0], indexes[0]).files()
@@ -165,6 +166,19 @@ def _check_part(part: Path, index: ShardIndex, first: ShardIndex, first_root: Pa
     for shard in index.shards:
         if problem := shard.size_problem(part):
             raise DataError(f"{part / shard.path}: {problem}; copy it again, or build this part again")
+
+
+def _note_seeds(roots: list[Path], indexes: list[ShardIndex]) -> None:
+    """Say which part chose its validation documents with another seed: a document may be in both splits of a merge."""
+    others = [
+        f"{root} ({index.seed})" for root, index in zip(roots, indexes, strict=True) if index.seed != indexes[0].seed
+    ]
+    if others:
+        print(
+            f"note: the seed of {roots[0]} is {indexes[0].seed}, not that of {', '.join(others[:5])}: copies of a "
+            "document may be in train of one part and in val of another; build with one --seed, or use --dedup",
+            file=sys.stderr,
+        )
 
 
 def _note_copies(roots: list[Path], indexes: list[ShardIndex]) -> None:

@@ -335,6 +335,7 @@ def _read_arrow(path: Path, compression: str, text_field: str, separator: str) -
             reader: Any = pyarrow.ipc.open_file(file)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
+            _check_end(file)
             reader = batches = pyarrow.ipc.open_stream(file)
         column = _column(path, reader.schema, text_field)
         for batch in batches:
@@ -344,6 +345,20 @@ def _read_arrow(path: Path, compression: str, text_field: str, separator: str) -
                 for text in _cells(batch.slice(start, rows), column):
                     number += 1
                     yield Record(number, text, file.tell())
+
+
+_CONTINUES = b"\xff" * 4  # before the length of each message of an Arrow stream since 2019; a length of 0 is its end
+
+
+def _check_end(file: Any) -> None:
+    """EOFError for an Arrow stream without its end mark: cut between two batches, it reads as a whole one."""
+    size = file.size()
+    continues = file.read(4) == _CONTINUES
+    file.seek(max(0, size - 8))
+    end = file.read(8)
+    file.seek(0)
+    if not (end == _CONTINUES + bytes(4) if continues else end.endswith(bytes(4))):
+        raise EOFError("the mark at the end of an Arrow stream is missing: it was cut")
 
 
 def _rows_at_once(n_bytes: int, rows: int) -> int:

@@ -59,21 +59,24 @@ class _Wanted(NamedTuple):
 
 
 class _Writer:
-    """Writes shards from a spool; those that an interrupted build of the same layout has written are kept."""
+    """Writes shards from a spool; those that an interrupted build of the same `key` has written are kept.
 
-    def __init__(self, spool: Spool, source: DocumentSource, wanted: _Wanted) -> None:
+    Args:
+        key: of everything that the shards depend on: inputs, tokenizer, options and layout.
+    """
+
+    def __init__(self, spool: Spool, source: DocumentSource, key: str) -> None:
         self.spool, self.source = spool, source
         self.records = spool.records()
         self.log = spool.path(_WRITTEN)
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        key = json.dumps(wanted)
         if not lines or lines[0] != key:
             lines = [key]
         self.done: dict[str, ShardInfo] = {}
         for line in lines[1:]:
             try:
                 shard = ShardInfo(**parse_json(line))
-            except ValueError:  # the process was killed while it wrote the line
+            except (ValueError, TypeError):  # the process was killed while it wrote the line
                 break
             self.done[shard.path] = shard
         lines = [key, *(json.dumps(asdict(shard)) for shard in self.done.values())]
@@ -167,7 +170,8 @@ def build_shards(
     source = DocumentSource(inputs, options, part)
     plan, files = _plan(source, tokenizer, seed)
     wanted = _Wanted(val_fraction, val_docs, dedup, shard_tokens, min_train_shards)
-    own = root / f"{_BUILT}{_digest([plan, files, wanted])}"
+    key = _digest([plan, files, wanted])
+    own = root / f"{_BUILT}{key}"
     if built is not None:
         shutil.rmtree(built, ignore_errors=True)  # another process may be at it
         if built == own:
@@ -181,7 +185,7 @@ def build_shards(
     spool = Spool(root / _BUILDING, token_dtype(tokenizer), plan, files)
     try:
         _tokenise(source, tokenizer, spool, workers, seed)
-        index, report = _write_shards(spool, source, tokenizer, seed, wanted)
+        index, report = _write_shards(spool, source, tokenizer, seed, wanted, key)
         _publish(root, spool.folder, index, tokenizer, report)
         os.replace(spool.folder, own)
         index.save(root / INDEX_NAME)
@@ -198,7 +202,7 @@ def build_shards(
 
 
 def _write_shards(
-    spool: Spool, source: DocumentSource, tokenizer: Tokenizer, seed: int, wanted: _Wanted
+    spool: Spool, source: DocumentSource, tokenizer: Tokenizer, seed: int, wanted: _Wanted, key: str
 ) -> tuple[ShardIndex, dict[str, Any]]:
     """Write the shards into the spool's folder; their index and the report."""
     records = spool.records()
@@ -207,7 +211,7 @@ def _write_shards(
     least = int(source.part[1] == 1)  # a part takes the documents that a build of all files would take
     validation = choose_validation(records, left_out, wanted.val_fraction, wanted.val_docs, least)
     layout = assign(records, left_out, validation, spool.folder, wanted.shard_tokens, wanted.min_train_shards)
-    writer = _Writer(spool, source, wanted)
+    writer = _Writer(spool, source, key)
     index = ShardIndex(
         tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id,
         dtype=spool.dtype.name, shards=[], seed=seed, created_by=_created_by(), sources=_sources(source),

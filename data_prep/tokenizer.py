@@ -294,5 +294,7 @@ def _train(sentences: list[str], vocab_size: int, character_coverage: float) -> 
             raise DataError(
                 f"vocab_size = {vocab_size}: the characters of this text need at least {match[1]}; raise --vocab-size"
             ) from error
+        if "all_chars_count" in str(error):
+            raise DataError("no text in these inputs: sentencepiece ignores the characters that they have") from error
         raise DataError(f"vocab_size = {vocab_size}: sentencepiece could not train on this text: {error}") from error
     return model.getvalue()

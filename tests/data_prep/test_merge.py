@@ -107,6 +107,15 @@ def test_that_copies_in_other_parts_stay_is_said(corpus, tmp_path, capsys):
     ) and "another part" not in capsys.readouterr().err
 
 
+def test_that_parts_have_other_seeds_is_said(corpus, tmp_path, capsys):
+    for seed in (0, 3):
+        assert dla("shards", *arguments(corpus), "--output", tmp_path / f"{seed}", "--seed", seed) == 0
+    capsys.readouterr()
+    assert dla("merge", tmp_path / "0", tmp_path / "3", "--output", tmp_path / "both") == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "seed" in line]
+    assert note.startswith("note:") and f"{tmp_path / '3'} (3)" in note and "--dedup" in note
+
+
 def texts(data):
     """{split: [tokens of each document]}, of a data directory."""
     from megatron_dla.data import ShardReader

@@ -366,6 +366,55 @@ def test_other_settings_start_over_and_other_sizes_do_not(corpus, undisturbed, t
     assert {name: content for name, content in tree(tmp_path).items() if not name.startswith("fresh")} == undisturbed
 
 
+CHANGES = {
+    "content": {},
+    "name": {"inputs": ["b.jsonl", "renamed.jsonl"]},
+    "another file": {"inputs": ["b.jsonl", "c.jsonl"]},
+    "order": {"inputs": ["a.jsonl", "b.jsonl"]},
+    "tokenizer": {"tokenizer": "tok2"},
+    "seed": {"seed": 3},
+    "min_chars": {"options": ReadOptions(min_chars=60)},
+    "max_chars": {"options": ReadOptions(max_chars=200)},
+    "text_field": {"options": ReadOptions(text_field="other")},
+    "part": {"part": (1, 2)},
+    "val_docs": {"val_docs": 7},
+    "dedup": {"dedup": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_shards_of_another_build_are_not_kept(corpus, tmp_path, change):
+    """Killed while it wrote shards, with sizes that the other build may well write too."""
+    place = tmp_path / "in"
+    place.mkdir()
+    texts = [json.loads(line)["text"] for line in (corpus / "a.jsonl").open()]
+    rows = [json.dumps({"text": text, "other": text[::-1]}) + "\n" for text in texts]
+    for name in ("a", "b", "c"):
+        (place / f"{name}.jsonl").write_text("".join(rows[: {"a": 100, "b": 120, "c": 140}[name]]))
+    (place / "renamed.jsonl").write_text((place / "a.jsonl").read_text())
+    for name in ("tok", "tok2"):
+        train_tokenizer([str(place / "c.jsonl")], str(place / name), vocab_size=300 if name == "tok" else 310)
+
+    def run(out, inputs=("b.jsonl", "a.jsonl"), tokenizer="tok", **options):
+        sizes = {"workers": 1, "shard_tokens": 500, "min_train_shards": 20, "val_fraction": 0.1}
+        build_shards([place / name for name in inputs], place / tokenizer, out, **sizes | options)
+
+    def first():
+        real, left = shards.write_shard, iter(range(12))
+        shards.write_shard = lambda *values: real(*values) if next(left) < 9 else os.kill(os.getpid(), signal.SIGKILL)
+        run(tmp_path / "out")
+
+    process = FORK.Process(target=first)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(list((tmp_path / "out/.building").rglob("*.tar"))) == 9
+    if change == "content":
+        (place / "a.jsonl").write_text("".join(reversed(rows[:100])))
+    run(tmp_path / "out", **CHANGES[change])
+    run(tmp_path / "fresh", **CHANGES[change])
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
 def test_damaged_remains_are_not_trusted(corpus, undisturbed, tmp_path):
     assert killed(corpus, tmp_path, spool.Spool, "add", 9)
     building = tmp_path / ".building"

@@ -485,6 +485,7 @@ MALFORMED = [
     ("x.arrow", b"", ": .*compress it again"),
     ("x.arrow", ARROW[: len(ARROW) // 2], ": .*compress it again"),
     ("x.arrow", lines("a"), ": .*compress it again"),
+    ("x.arrow", ARROW[:-8], ": .*mark at the end.*compress it again"),
     ("x.csv", b"", ": .*format"),
     ("x.gz", gzip.compress(b"a"), ": .*format"),
     ("x", b"a", ": .*format"),
@@ -509,6 +510,23 @@ def test_malformed_files(tmp_path, name, content, where):
     with pytest.raises(DataError, match=f"{re.escape(name)}{where}") as caught:
         texts(tmp_path / name)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_arrow_stream_that_was_cut_between_two_batches(tmp_path):
+    table = pa.table({"text": [f"{i}" for i in range(60)]})
+    sink, ends = pa.BufferOutputStream(), []
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=10):
+            writer.write_batch(batch)
+            ends.append(sink.tell())
+    content = sink.getvalue().to_pybytes()
+    for end in (*ends, len(content)):
+        (tmp_path / "x.arrow").write_bytes(content[:end])
+        if end == len(content):
+            assert len(texts(tmp_path / "x.arrow")) == 60
+        else:
+            with pytest.raises(DataError, match=r"x.arrow: .*mark at the end"):
+                texts(tmp_path / "x.arrow")
 
 
 def test_large_pages_of_a_parquet_file_are_noted(tmp_path, monkeypatch, capsys):

@@ -115,6 +115,14 @@ def test_other_training_errors(corpus, tmp_path):
         train_tokenizer([corpus], tmp_path, 300)
 
 
+@pytest.mark.parametrize("text", ["\0" * 9, "\u2581" * 9])
+def test_text_of_characters_that_sentencepiece_ignores(tmp_path, text):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": text}))
+    with pytest.raises(DataError, match="no text in these inputs"):
+        train_tokenizer([str(tmp_path / "x.jsonl")], str(tmp_path / "out"), vocab_size=400)
+    assert not (tmp_path / "out").exists()
+
+
 def test_loading_errors(tmp_path, corpus):
     import sentencepiece
 
