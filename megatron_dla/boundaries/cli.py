@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import UserError
+from megatron_dla.files import atomic_path
 
 
 def add_boundaries_parser(subparsers: Any) -> None:
@@ -22,9 +23,9 @@ def add_boundaries_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("boundaries.html"), metavar="FILE",
-        help="the page; the picture goes beside it (default: boundaries.html)",
+        help="the page, .html; the picture goes beside it (default: boundaries.html)",
     )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.set_defaults(func=_boundaries)
 
 
@@ -35,6 +36,19 @@ def _head(text: str) -> tuple[int, int]:
     return int(layer), int(head)
 
 
+def _picture_of(out: Path) -> Path:
+    """Where the picture of a page goes. Raises UserError where one of the two could not be written."""
+    if out.suffix.lower() != ".html":
+        raise UserError(f"--out {str(out)!r}: the page needs a name that ends in .html (the picture has it with .png)")
+    picture = out.with_suffix(".png")
+    for path in (out, picture):
+        if path.exists() and not path.is_file():
+            raise UserError(f"--out {str(out)!r}: {str(path)!r} is not a file: remove it, or give another name")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {str(out)!r}: there is no directory {str(out.parent)!r}: make it first")
+    return picture
+
+
 def _boundaries(args: argparse.Namespace) -> int:
     from megatron_dla.boundaries.collect import collect, tokenise
     from megatron_dla.boundaries.page import choose, write_page
@@ -43,6 +57,7 @@ def _boundaries(args: argparse.Namespace) -> int:
 
     if not 2 <= args.tokens <= 4096:
         raise UserError(f"--tokens {args.tokens}: use 2 to 4096")
+    picture = _picture_of(args.out)
     try:
         text = args.text.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -50,7 +65,8 @@ def _boundaries(args: argparse.Namespace) -> int:
     ids, pieces = tokenise(load_export_tokenizer(args.hf_dir), text, args.tokens)
     record = collect(load_export(args.hf_dir, device=args.device), ids, pieces)
     shown = choose(record, args.head)
-    picture = args.out.with_suffix(".png")
-    for path in (write_page(record, shown, args.out, args.hf_dir.name, args.text.name), draw(record, shown, picture)):
-        print(path)
+    with atomic_path(picture, fsync=False) as part:  # none of the two stays where the other fails
+        draw(record, shown, part)
+        write_page(record, shown, args.out, args.hf_dir.name, args.text.name)
+    print(args.out, picture, sep="\n")
     return 0

@@ -58,6 +58,6 @@ def draw(record: Record, shown: Head, path: Path) -> Path:
     ):
         axes[key].bar(range(len(values)), values, color="tab:gray")
         axes[key].set(xlabel=f"slot of {name}, newest first", ylabel=label)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")  # whatever the name of the path
     plt.close(figure)
     return path

@@ -111,12 +111,18 @@ def _check(args: argparse.Namespace) -> list[str]:
         if name in tasks and not given:
             raise UserError(f"--tasks {name} needs {option}")
     least = {"episodes": 2, "window": 2, "windows": 1, "context": 1, "questions": 0, "batch": 1, "seed": 0}
-    for name, low in least.items():
-        if getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {low}")
+    check_counts(args, least)
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file; give a directory")
     return tasks
+
+
+def check_counts(args: argparse.Namespace, least: dict[str, int]) -> None:
+    """Raises UserError where a count is below the least one, or not below 2^31 (of seeds 2^63)."""
+    for name, low in least.items():
+        bits = 63 if name == "seed" else 31
+        if not low <= getattr(args, name) < 2**bits:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use {low} to 2^{bits} - 1")
 
 
 def _put(base: Any, adapter: Any, any_base: bool) -> Any:

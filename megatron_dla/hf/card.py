@@ -11,6 +11,7 @@ import yaml
 from megatron_dla.checkpoint.weights import CheckpointLayout
 from megatron_dla.config import LETTERS, ModelSection, attention_head_dim, layer_letters
 from megatron_dla.data.remote import local_directory
+from megatron_dla.errors import UserError
 from megatron_dla.files import parse_json
 from megatron_dla.hf.releases import tested_range
 from megatron_dla.metrics.sinks import read_metrics
@@ -82,17 +83,32 @@ def model_card(
     Args:
         name: the directory's. tokens: the tokenizer's vocabulary. license: an identifier of the Hugging Face hub.
         run: the run directory, whose metrics and config are read where they are there.
+
+    Raises:
+        UserError: see `check_license`.
     """
+    check_license(license)
     m = layout.model
     letters = layer_letters(m)
     return CARD.format(
         name=name, step=layout.step, seq_len=layout.seq_len, layers=m.num_layers, letters=letters,
         hidden=m.hidden_size, mixers="\n".join(f"- {x}: {_mixer(m, x)}" for x in dict.fromkeys(letters)),
         parameters=parameters, vocab=layout.vocab_size, tokens=tokens, releases=tested_range(),
-        license=f"license: {license}\n" if license else "", cache=_cache(m, letters),
+        license=_front_matter({"license": license}) if license else "", cache=_cache(m, letters),
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(run, layout.step, license).items()),
         lora=json.dumps([x for x in LORA_MODULES if _has(x, m)]),
     )  # fmt: skip
+
+
+def check_license(license: str | None) -> None:
+    """Raises UserError where it is not one printable line."""
+    if license is not None and not (license.strip() and license.isprintable()):
+        raise UserError(f"--license {license[:80]!r}: give one printable line, such as apache-2.0")
+
+
+def _front_matter(values: dict[str, str]) -> str:
+    """Lines of the card's front matter, quoted where YAML needs it."""
+    return yaml.safe_dump(values, allow_unicode=True, width=float("inf"))
 
 
 def _mixer(m: ModelSection, letter: str) -> str:
@@ -139,7 +155,7 @@ def _cache(m: ModelSection, letters: str) -> str:
 def _facts(run: Path, step: int, license: str | None) -> dict[str, str]:
     """Rows of the table from the run's files; what they do not say is left for the publisher to write."""
     unknown = "not recorded: write it here before you publish"
-    facts = {"licence": license or unknown, "data": unknown, "tokens": unknown, "losses": unknown}
+    facts = {"licence": (license or unknown).replace("|", "\\|"), "data": unknown, "tokens": unknown, "losses": unknown}
     path = run / "metrics.jsonl"
     lines = [x for x in read_metrics(path) if x["step"] <= step] if path.is_file() else []
     if lines:

@@ -24,7 +24,7 @@ from megatron_dla.errors import CheckpointError, UserError
 from megatron_dla.files import TensorWriter, check_weight, file_sha256, naming_full_disk
 from megatron_dla.hf import mapping
 from megatron_dla.hf.backbones import read_backbone, read_weights
-from megatron_dla.hf.card import model_card
+from megatron_dla.hf.card import check_license, model_card
 from megatron_dla.hf.code_files import AUTO_MAP, code_files
 from megatron_dla.hf.directory import (
     CONFIG,
@@ -167,10 +167,11 @@ def to_hf(
 
     Raises:
         CheckpointError: an incomplete checkpoint, missing or left-over weights, another tokenizer.
-        UserError: `out_dir` exists, or an unknown dtype.
+        UserError: `out_dir` exists, an unknown dtype, or a license that is not one line.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
+    check_license(license)
     checkpoint, out = resolve_checkpoint(checkpoint_dir), Path(out_dir)
     with fresh_directory(out, overwrite, CONFIG) as new:
         held = CheckpointLayout.load(checkpoint)

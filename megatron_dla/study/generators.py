@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_dla.errors import ConfigError
 
@@ -21,7 +21,15 @@ IGNORED = -100  # a label where nothing is asked
 QUESTION = 0  # the token before a question
 POWER = 0.01  # p(gap) ~ gap^(POWER - 1), as in Zoology
 
-Count = Annotated[int, Field(ge=1, le=4096)]
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+NotBool = BeforeValidator(_number)  # pydantic takes true for 1
+Count = Annotated[int, NotBool, Field(ge=1, le=4096)]
 Rows = tuple[np.ndarray, np.ndarray]
 
 

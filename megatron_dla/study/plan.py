@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_dla.config.yaml_text import read_yaml
 from megatron_dla.errors import ConfigError
 from megatron_dla.resources import find_yaml
 from megatron_dla.study.parameters import equal_width
-from megatron_dla.study.synthetic import Rate, Seed, SyntheticSection, SyntheticStudy
+from megatron_dla.study.synthetic import Rate, Seed, SyntheticSection, SyntheticStudy, check_rates, rate_name
 from megatron_dla.tasks.run import make_task
 
 Name = TypeVar("Name")
@@ -63,7 +64,7 @@ class Cell:
     @property
     def path(self) -> Path:
         """Its directory below that of the study."""
-        return Path(self.arm) / f"lr_{self.rate:g}" / f"seed_{self.seed}"
+        return Path(self.arm) / rate_name(self.rate) / f"seed_{self.seed}"
 
 
 class Study:
@@ -127,7 +128,32 @@ class Study:
 
 def load_study(path: str | Path) -> Study:
     """Read a study's YAML file, or a shipped one by its name. Raises ConfigError."""
-    return Study(fill(StudyConfig, read_yaml(find_yaml(path, "configs", "study"), "study")))
+    values = read_yaml(find_yaml(path, "configs", "study"), "study")
+    _check_plain(values, "", (), set())
+    return Study(fill(StudyConfig, values))
+
+
+def _check_plain(value: Any, key: str, above: tuple[int, ...], seen: set[int]) -> None:
+    """Raises ConfigError for what YAML has and JSON has not: the records of a study are JSON.
+
+    Args:
+        key: of the value, for messages. above: ids of what holds it. seen: of lists and mappings that are done.
+    """
+    if id(value) in above:
+        raise ConfigError(f"{key} = {reprlib.repr(value)}: holds itself through an alias: write the value out")
+    if isinstance(value, dict | list | tuple):
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            if not isinstance(name, str | int | float | None):
+                raise ConfigError(f"{key}: the key {reprlib.repr(name)} is {type(name).__name__}: use a text")
+            inner = f"[{name}]" if not isinstance(value, dict) else f".{name}" if key else str(name)
+            _check_plain(part, key + inner, (*above, id(value)), seen)
+    elif not isinstance(value, str | int | float | None):
+        raise ConfigError(
+            f"{key} = {reprlib.repr(value)}: is {type(value).__name__}: use a text, a number, a list or a mapping"
+        )
 
 
 def _check(config: StudyConfig) -> None:
@@ -152,6 +178,7 @@ def _check(config: StudyConfig) -> None:
     for key, values in (("seeds", config.seeds), ("learning_rates", config.learning_rates)):
         if len(set(values)) < len(values):
             raise ConfigError(f"{key} = {list(values)}: a value is given twice")
+    check_rates("learning_rates", config.learning_rates)
     if not config.seeds:
         raise ConfigError("seeds = []: give at least one")
     for key in ("run.dir", "run.name", "run.seed"):

@@ -6,8 +6,7 @@ import statistics
 from typing import Any
 
 from megatron_dla.study.results import difference
-from megatron_dla.study.run import read_cell
-from megatron_dla.study.run_synthetic import best_rate
+from megatron_dla.study.run_synthetic import best_rate, read_result
 from megatron_dla.study.synthetic import SyntheticCell, SyntheticStudy, memory_size
 
 KEPT = ("rate", "seed", "accuracy", "check_accuracy", "steps", "curve", "seconds", "diverged")
@@ -45,7 +44,7 @@ def _task(study: SyntheticStudy, name: str) -> dict[str, Any]:
 def _arm(study: SyntheticStudy, task: str, name: str, lengths: list[str]) -> dict[str, Any]:
     best, rates = best_rate(study, task, name), study.config.learning_rates
     cells = study.first_cells(task, name) + ([] if best is None else study.later_cells(task, name, best))
-    records = [found for cell in cells if (found := read_cell(study.root / cell.path)) is not None]
+    records = [found for cell in cells if (found := read_result(study, cell)) is not None]
     chosen = [record for record in records if record["rate"] == best and "accuracy" in record]
     results = {n: {record["seed"]: record["accuracy"][n] for record in chosen} for n in lengths}
     model = study.cell_config(cells[0]).model

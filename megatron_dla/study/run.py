@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.model.counts import count_parameters
 from megatron_dla.processes import StopSignals
 from megatron_dla.study.plan import Cell, Study, of_part
+from megatron_dla.study.record import TEXT, Keys, check_record, damaged
 from megatron_dla.tasks.run import check_run, make_task, versions
 from megatron_dla.training.control import EXITS
 
@@ -149,9 +149,9 @@ def plain(config: RunConfig) -> dict[str, Any]:
     return dict(values)
 
 
-def result_of(place: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+def result_of(place: Path, config: dict[str, Any], keys: Keys = TEXT) -> dict[str, Any] | None:
     """The result of a cell that has ended. Raises ConfigError where it is damaged, or that of another config."""
-    record = read_cell(place)
+    record = read_cell(place, keys)
     if record is not None and (changed := different_keys(record["config"], config)):
         raise ConfigError(
             f"{str(place / CELL)!r} is the result of another config ({', '.join(changed)} changed): "
@@ -176,22 +176,21 @@ def exit_messages(place: Path) -> list[str]:
     return [record["message"] for record in sorted(records, key=lambda record: record["time"])]
 
 
-def read_cell(place: Path) -> dict[str, Any] | None:
+def read_cell(place: Path, keys: Keys = TEXT) -> dict[str, Any] | None:
     """The result of a cell that has ended. Raises ConfigError where it is damaged."""
     try:
-        return dict(parse_json((place / CELL).read_bytes()))
+        record = parse_json((place / CELL).read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{str(place / CELL)!r} is damaged ({error}): delete it to run this cell again") from error
+    except ValueError as error:
+        raise damaged(place / CELL, error) from error
+    return check_record(place / CELL, record, keys)
 
 
 def best_rate(study: Study, arm: str) -> float | None:
     """The learning rate with the lowest result at the first seed; None where there is none (yet)."""
     found = {cell.rate: read_cell(study.root / cell.path) for cell in study.first_cells(arm)}
-    values = {
-        rate: record[METRIC] for rate, record in found.items() if record and math.isfinite(record.get(METRIC, math.nan))
-    }
+    values = {rate: record[METRIC] for rate, record in found.items() if record and METRIC in record}
     return min(values, key=lambda rate: values[rate]) if values else None
 
 

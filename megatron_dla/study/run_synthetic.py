@@ -14,6 +14,7 @@ from typing import Any
 from megatron_dla.errors import STOPPED, UserError
 from megatron_dla.files import parse_json, write_json
 from megatron_dla.study.plan import of_part
+from megatron_dla.study.record import SYNTHETIC, damaged
 from megatron_dla.study.run import CELL, Progress, log_path, read_cell, result_of, run_process
 from megatron_dla.study.synthetic import CellConfig, SyntheticCell, SyntheticStudy
 from megatron_dla.tasks.run import versions
@@ -53,7 +54,7 @@ class SyntheticRunner:
     def _cell(self, cell: SyntheticCell) -> bool:
         """Whether its result is there: found, or made now. False: stopped by a signal."""
         place, config = self.study.root / cell.path, self.study.cell_config(cell)
-        record, seconds = result_of(place, config.plain()), None
+        record, seconds = result_of(place, config.plain(), SYNTHETIC), None
         if record is None:
             started = time.monotonic()
             found = self.launch(config, place)
@@ -74,10 +75,21 @@ def best_rate(study: SyntheticStudy, task: str, arm: str) -> float | None:
     that reached `training.stop_at` the one with the fewest steps. None where there is none (yet)."""
     enough, found = study.arms[arm][1].stop_at, {}
     for cell in study.first_cells(task, arm):
-        record = read_cell(study.root / cell.path)
+        record = read_result(study, cell)
         if record and "accuracy" in record:
             found[cell.rate] = (min(record["check_accuracy"], enough), -record["steps"])
     return max(found, key=lambda rate: found[rate]) if found else None
+
+
+def read_result(study: SyntheticStudy, cell: SyntheticCell) -> dict[str, Any] | None:
+    """The result of a cell that has ended. Raises ConfigError where it is damaged, or lacks a length of its task."""
+    place = study.root / cell.path
+    record = read_cell(place, SYNTHETIC)
+    if record and "accuracy" in record:
+        for length in study.tasks[cell.task].eval_lengths:
+            if str(length) not in record["accuracy"]:
+                raise damaged(place / CELL, f"accuracy = {record['accuracy']}: it has no length {length}")
+    return record
 
 
 def launch_cell(config: CellConfig, place: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,11 @@ from megatron_dla.config.load import fill
 from megatron_dla.config.schema import Number, Share
 from megatron_dla.errors import ConfigError
 from megatron_dla.model.counts import recurrent_states
-from megatron_dla.study.generators import TaskSection, check_task, vocabulary
+from megatron_dla.study.generators import NotBool, TaskSection, check_task, vocabulary
 from megatron_dla.study.parameters import equal_width
 
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Rate = Annotated[float, Field(gt=0, le=1e3)]
+Seed = Annotated[int, NotBool, Field(ge=0, lt=2**31)]
+Rate = Annotated[float, NotBool, Field(gt=0, le=1e3)]
 
 
 @dataclass
@@ -87,6 +88,23 @@ class CellConfig:
         return CellConfig(**sections, **values["run"])
 
 
+def rate_name(rate: float) -> str:
+    """The directory of the cells with a learning rate."""
+    return f"lr_{rate:g}"
+
+
+def check_rates(key: str, rates: Sequence[float]) -> None:
+    """Raises ConfigError where two learning rates have the same directory."""
+    names: dict[str, float] = {}
+    for rate in rates:
+        other = names.setdefault(rate_name(rate), rate)
+        if other != rate:
+            raise ConfigError(
+                f"{key} = {list(rates)}: {other!r} and {rate!r} share the directory {rate_name(rate)}: "
+                "give rates that differ in their first six digits"
+            )
+
+
 @dataclass(frozen=True)
 class SyntheticCell:
     """One run of a synthetic task."""
@@ -99,7 +117,7 @@ class SyntheticCell:
     @property
     def path(self) -> Path:
         """Its directory below that of the synthetic tasks."""
-        return Path(self.task) / self.arm / f"lr_{self.rate:g}" / f"seed_{self.seed}"
+        return Path(self.task) / self.arm / rate_name(self.rate) / f"seed_{self.seed}"
 
 
 class SyntheticStudy:
@@ -122,6 +140,7 @@ class SyntheticStudy:
         for key, values in (("seeds", config.seeds), ("learning_rates", config.learning_rates)):
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"synthetic.{key} = {list(values)}: give at least one, none twice")
+        check_rates("synthetic.learning_rates", config.learning_rates)
         self.tasks = {name: _task(name, values) for name, values in config.tasks.items()}
         self.arms = {name: self._arm(name, values) for name, values in config.arms.items()}
         for task, arm in self.groups():

@@ -242,6 +242,10 @@ def test_bad_material_is_named(files, subject, tmp_path):
     for name in ("bad", "none"):
         with pytest.raises(DataError, match=rf"{name}\.json"):
             Documents(str(tmp_path / f"{name}.json"))
+    half = '{"context": "a b", "question": "\\ud800", "answers": ["b"]}\n'
+    (tmp_path / "half.jsonl").write_text(half)
+    with pytest.raises(DataError, match=r"half\.jsonl.*surrogates"):
+        Documents(str(tmp_path / "half.jsonl"))
     (tmp_path / "rows.jsonl").write_text('{"context": "a b", "question": "q", "answers": {"text": ["b"]}}\n')
     assert Documents(str(tmp_path / "rows.jsonl")).asked[0].answers == ("b",)
 
@@ -266,10 +270,12 @@ def test_the_command(files, subject, tmp_path, capsys):
 
 BAD = {
     ("--tasks", "maze"): ["--tasks maze", "'maze'", "ruler"],
+    ("--tasks", ","): ["--tasks ,", "nothing", "ruler"],
     ("--tasks", "niah_single_2"): ["--tasks niah_single_2", "--haystack"],
     ("--tasks", "qa_2", "--qa", "one.json"): ["--tasks qa_2", "--qa"],
     ("--tasks", "vt", "--lengths", "1k", "many"): ["--lengths many"],
     ("--tasks", "vt", "--items", "0"): ["--items 0"],
+    ("--tasks", "vt", "--items", str(2**70)): [f"--items {2**70}", "2^31"],
 }
 
 

@@ -123,10 +123,31 @@ def test_lm_eval_is_asked_for(place, capsys):
     assert len(err.splitlines()) == 1 and "--lm-eval piqa" in err and "megatron-dla[eval]" in err
 
 
+def test_wrong_choices_may_be_equal_and_lines_are_those_of_the_file(tmp_path):
+    row = {"q": "x", "support": "", "choices": ["a", "b", "b"], "gold": 0}  # as in SciQ
+    path = tmp_path / "equal.jsonl"
+    path.write_text(f"{json.dumps(row)}\n\n{json.dumps({**row, 'gold': 1})}\n")
+    assert read_questions(str(path), limit=1).chance == pytest.approx(1 / 3)
+    with pytest.raises(UserError, match=r"equal\.jsonl:3: .*gold = 1.*'b'.*twice"):
+        read_questions(str(path))
+
+
 BAD = {
     "no.jsonl": ([], ["no rows"]),
     "odd.jsonl": ([{"a": 1}], [":1", "choices", "target"]),
     "gold.jsonl": ([*ASKED[:2], {"q": "x", "choices": ["a", "b"], "gold": 2}], [":3", "gold = 2"]),
+    "float.jsonl": ([ASKED[0], {**ASKED[1], "gold": 0.5}], [":2", "gold = 0.5"]),
+    "bool.jsonl": ([{**ASKED[0], "gold": True}], [":1", "gold = True"]),
+    "letters.jsonl": ([{**ASKED[0], "choices": "ab"}], [":1", "choices = 'ab'", "list"]),
+    "dict.jsonl": ([{**ASKED[0], "choices": {"a": 1, "b": 2}}], [":1", "choices = {'a'", "list"]),
+    "one.jsonl": ([{**ASKED[0], "choices": ["a"], "gold": 0}], [":1", "choices = ['a']", "two"]),
+    "twice.jsonl": ([{**ASKED[0], "choices": ["a", "b", "a"], "gold": 2}], [":1", "gold = 2", "'a'", "twice"]),
+    "blank.jsonl": ([{**ASKED[0], "choices": ["a", " "]}], [":1", "choices[1] = ' '"]),
+    "null.jsonl": ([{**ASKED[0], "q": None}], [":1", "q = None", "text"]),
+    "marks.jsonl": ([{"ctx": "a", "choices": ["[x]", "b"], "gold": 1}], [":1", "choices[0]", "''"]),
+    "end.jsonl": ([{"sentence": "a _", "choices": ["x", "y"], "gold": 0}], [":1", "sentence = 'a _'", "_"]),
+    "half.jsonl": ([ASKED[0], {**ASKED[1], "q": "ab\ud800"}], [":2", "q = ", "ud800", "character 2"]),
+    "word.jsonl": ([{"context": "a", "target": "\udfff"}], [":1", "target = ", "udfff"]),
     "list.jsonl": ([[1]], [":1", "object"]),
     "name.txt": ([{"q": 1}], ["name.txt", ".jsonl"]),
     "mixed.jsonl": ([ASKED[0], {"context": "a", "target": "b"}], [":2", "choices"]),

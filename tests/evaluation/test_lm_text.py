@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -174,6 +175,13 @@ def test_resume(subject, place, tmp_path):
 
 def test_one_evaluation_a_directory(tmp_path):
     with Journal(tmp_path), pytest.raises(UserError, match="--out"):
+        Journal(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_journal_that_is_no_file(tmp_path, make):
+    make(tmp_path / JOURNAL)
+    with pytest.raises(UserError, match=rf"--out '{tmp_path}'.*{JOURNAL}.*remove"):
         Journal(tmp_path)
 
 

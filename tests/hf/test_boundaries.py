@@ -1,5 +1,6 @@
 """`dla boundaries`: what the page and the picture say is what the model decides."""
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -98,17 +99,45 @@ def test_in_a_browser(exported, tmp_path: Path, capsys: pytest.CaptureFixture) -
         (["--text", "/nowhere/a.txt"], "'/nowhere/a.txt'"),
         (["--text", "{short}"], "--text: 1 tokens"),
         (["--out", "/nowhere/a.html"], "/nowhere"),
+        (["--out", "."], "--out '.'"),
+        (["--out", "/"], "--out '/'"),
+        (["--out", ""], "--out '.'"),
+        (["--out", "{place}/x.png"], "x.png'"),
+        (["--out", "{place}/folder.html"], "folder.html' is not a file"),
+        (["--out", "{place}/p.html"], "p.png' is not a file"),
     ],
 )
 def test_errors_are_one_line(exported, tmp_path: Path, capsys, options: list[str], words: str) -> None:
     (tmp_path / "speech.txt").write_text(TEXT)
     (tmp_path / "short.txt").write_text("h")
-    given = [text.format(short=tmp_path / "short.txt") for text in options]
+    for name in ("folder.html", "p.png"):
+        (tmp_path / name).mkdir()
+    before = sorted(tmp_path.iterdir())
+    given = [text.format(short=tmp_path / "short.txt", place=tmp_path) for text in options]
     out = [] if "--out" in given else ["--out", str(tmp_path / "page.html")]
     command = ["boundaries", str(exported("mamba2").directory), "--text", str(tmp_path / "speech.txt"), *out, *given]
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert words in error and len(error.splitlines()) == 1 and not (tmp_path / "page.html").exists()
+    assert words in error and len(error.splitlines()) == 1 and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("device", ["foo", "", "mps", "meta"])
+def test_other_devices_are_refused(capsys, device: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["boundaries", "model", "--text", "a.txt", "--device", device])
+    assert caught.value.code == 2 and f"--device: invalid choice: {device!r}" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_leaves_no_picture(exported, tmp_path: Path, monkeypatch, capsys) -> None:
+    def full(path: Path, *_, **__) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("megatron_dla.boundaries.page.write_text", full)
+    command = ["boundaries", str(exported("mamba2").directory), "--text", str(tmp_path / "a.txt"), "--tokens", "9"]
+    assert main([*command, "--out", str(tmp_path / "out/a.html")]) == 1
+    assert "a.html" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
 
 
 def test_a_model_without_slots_is_named(exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,11 @@ import pytest
 import torch
 import yaml
 
+from megatron_dla.checkpoint.weights import CheckpointLayout
+from megatron_dla.cli import main
 from megatron_dla.config import layer_letters
 from megatron_dla.data.remote import local_directory
-from megatron_dla.hf.card import LORA_MODULES, _data, cache_bytes
+from megatron_dla.hf.card import LORA_MODULES, _data, cache_bytes, model_card
 from megatron_dla.hf.convert import to_hf
 
 
@@ -58,6 +60,23 @@ def test_facts_come_from_the_run(exported, tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump(mixture))
     card = (to_hf(run, tmp_path / "mixed") / "README.md").read_text()
     assert "data | 7,000 tokens of wiki; 7,000 tokens of wiki (a mixture" in card
+
+
+@pytest.mark.parametrize("license", ["no", "a: b", "#x", "'", "[a", "x" * 200, "a | b", "1.0"])
+def test_any_license_of_one_line_is_quoted(exported, tmp_path, license):
+    case = exported("mamba2")
+    card = model_card(CheckpointLayout.load(case.checkpoint), "m", 1, 1, tmp_path, license)
+    assert front_matter(card)["license"] == license and len(front_matter(card)) == 4
+    rows = [line for line in card.splitlines() if line.startswith("| licence")]
+    assert rows == [f"| licence | {license.replace('|', chr(92) + '|')} |"]
+
+
+@pytest.mark.parametrize("license", ["a\nb: c", "", " ", "a\x07", "\u2028", "a\rb"])
+def test_a_license_is_one_printable_line(exported, tmp_path, capsys, license):
+    checkpoint = str(exported("mamba2").checkpoint)
+    assert main(["convert", "to-hf", checkpoint, str(tmp_path / "hf"), "--license", license]) == 2
+    error = capsys.readouterr().err
+    assert f"--license {license!r}" in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba2_published", "gdn_hybrid"])

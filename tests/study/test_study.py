@@ -16,11 +16,13 @@ from megatron_dla.study.findings import findings
 from megatron_dla.study.plan import Cell, Study, load_study
 from megatron_dla.study.report import table, write_report
 from megatron_dla.study.results import collect, difference, verdict
-from megatron_dla.study.run import CELL, StudyRunner
+from megatron_dla.study.run import CELL, StudyRunner, read_cell
 from megatron_dla.tasks import make_task
 from tests.support import shipped, tiny
 
 ARMS = {"one": {"model.pattern": "G"}, "dla": {}, "soft": {"model.pattern": "A"}}
+SELF: list = []
+SELF.append(SELF)
 BEST = {"one": 2e-3, "dla": 1e-3, "soft": 4e-3}  # of the fake runs
 
 
@@ -179,7 +181,12 @@ def test_arms_of_shipped_studies_have_equal_parameters(path, data, tmp_path) -> 
             {"arms": {"one": {}, "big": {"model.hidden_size": 512}}, "parameters": "equal"},
             ("arms.big", "ffn_hidden_size"),
         ),
-        ({"armz": 1}, ("armz",)),
+        ({"armz": 1}, ("armz",)), ({"learning_rates": [1e-3, 1e-3]}, ("learning_rates", "twice")),
+        ({"learning_rates": [1e-3, 1.0000000001e-3]}, ("learning_rates", "0.0010000000001", "lr_0.001")),
+        ({"seeds": [True]}, ("seeds[0] = True",)), ({"learning_rates": [True]}, ("learning_rates[0] = True",)),
+        ({"arms": {"one": {"model.pattern": b"G"}}}, ("arms.one.model.pattern", "b'G'", "bytes")),
+        ({"overrides": {"model.pattern": {"G"}}}, ("overrides.model.pattern", "{'G'}", "set")),
+        ({"overrides": {"data.stages": SELF}}, ("overrides.data.stages[0]", "itself")),
     ],
 )  # fmt: skip
 def test_wrong_studies(write, changes, words, capsys) -> None:
@@ -196,6 +203,41 @@ def test_a_run_that_fails_ends_the_study(write) -> None:
     no_validation = load_study(write(overrides={"training.eval_every": 0}))
     with pytest.raises(ConfigError, match=r"training\.eval_every = 0"):
         StudyRunner(no_validation, launch=Fake()).run()
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({}, "rate is missing"), ([], "[] is not"), (5, "5 is not"), ({"rate": None}, "rate = None"),
+        ({"seed": True}, "seed = True"), ({"config": 5}, "config = 5"), ({"val_bpb": None}, "val_bpb = None"),
+        ({"val_bpb": float("nan")}, "val_bpb = nan"), ({"parameters": "9"}, "parameters = '9'"),
+        ({"held_out": 5}, "held_out = 5"), ({"held_out": []}, "held_out = []"), ({"by_position": {"x": 1.0}}, "by_pos"),
+        ({"slot_sizes": {"1": None}}, "slot_sizes"), ({"tokens_per_s": float("inf")}, "tokens_per_s = inf"),
+        ({"val_bpb": ...}, "val_bpb is missing"), ({"diverged": 1}, "diverged = 1"),
+    ],
+)  # fmt: skip
+def test_a_cell_with_other_content_is_named(write, capsys, change, words) -> None:
+    path = write(arms={"one": {}}, learning_rates=[2e-3], seeds=[7])
+    study = load_study(path)
+    StudyRunner(study, launch=Fake()).run()
+    (cell,) = study.root.rglob(CELL)
+    record = {**json.loads(cell.read_text()), **change} if change and isinstance(change, dict) else change
+    if isinstance(record, dict):
+        record = {key: value for key, value in record.items() if value is not ...}
+    cell.write_text(json.dumps(record))
+    capsys.readouterr()
+    for command in (["study", "report", str(path)], ["study", str(path)]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and str(cell) in error and "delete it to run" in error, error
+        assert words in error, error
+    assert not (study.root / "study.json").exists()
+
+
+@pytest.mark.parametrize("cell", sorted(Path("docs/results/study").rglob(CELL)), ids=str)
+def test_recorded_cells_are_accepted(cell) -> None:
+    record = read_cell(cell.parent)
+    assert record is not None and record["seed"] in (7, 8, 9)
 
 
 def test_a_real_study_and_its_report(write, tmp_path, capsys) -> None:

@@ -97,7 +97,7 @@ def test_of_two_rates_that_suffice_the_faster_one_is_taken(write) -> None:
     study = synthetic(write(tasks={"needle": TINY}, arms={"gdn": {}}, reference=""))
 
     def launch(config: CellConfig, place: Path) -> dict:
-        record = {"accuracy": {"16": 1.0}, "check_accuracy": 1.0, "steps": 9, "curve": []}
+        record = {"accuracy": {"16": 1.0, "24": 1.0}, "check_accuracy": 1.0, "steps": 9, "curve": [], "parameters": 9}
         return record | ({"check_accuracy": 0.991, "steps": 5} if config.rate == 4e-3 else {})
 
     SyntheticRunner(study, launch=launch).run()
@@ -204,12 +204,41 @@ def test_memory_of_an_arm(tmp_path) -> None:
         ({"arms": {"gdn": {"model.pattern": "Q"}}}, ("synthetic.arms.gdn", "model.pattern", "'Q'")),
         ({"arms": {"gdn": {}, "big": {"model.hidden_size": 512}}}, ("synthetic.arms.big", "ffn_hidden_size")),
         ({"tasks": {"needle/x": {"kind": "needle"}}}, ("synthetic.tasks", "'needle/x'")),
+        ({"learning_rates": [1e-3, 1.0000000001e-3]}, ("synthetic.learning_rates", "0.0010000000001", "lr_0.001")),
+        ({"learning_rates": [1e-3, 1e-3]}, ("synthetic.learning_rates", "twice")),
+        ({"seeds": [True]}, ("synthetic.seeds[0] = True", "number")),
+        ({"tasks": {"needle": {"eval_lengths": [True]}}}, ("synthetic.tasks.needle.eval_lengths[0] = True",)),
+        ({"arms": {"gdn": {"model.pattern": b"G"}}}, ("synthetic.arms.gdn.model.pattern", "b'G'", "bytes")),
     ],
 )  # fmt: skip
 def test_wrong_synthetic_tasks(write, changes, words, capsys) -> None:
     assert main(["study", str(write(**{"reference": "", **changes}))]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"accuracy": None}, "accuracy = None"), ({"accuracy": {}}, "accuracy = {}: it has no length 16"),
+        ({"accuracy": {"16": "x"}}, "accuracy = {'16': 'x'}"), ({"accuracy": {"16": float("nan")}}, "'16': nan"),
+        ({"accuracy": {"16": 0.5}}, "no length 24"), ({"check_accuracy": ...}, "check_accuracy is missing"),
+        ({"steps": None}, "steps = None"), ({"rate": None}, "rate = None"), ({"curve": 5}, "curve = 5"),
+        ({"curve": [[1, 2.0]]}, "curve = [[1, 2.0]]"), ({"parameters": ...}, "parameters is missing"),
+    ],
+)  # fmt: skip
+def test_a_cell_with_other_content_is_named(write, capsys, change, words) -> None:
+    path = write(tasks={"needle": TINY}, arms={"gdn": {}}, reference="", seeds=[1], learning_rates=[1e-3])
+    study = synthetic(path)
+    SyntheticRunner(study, launch=Fake()).run()
+    (cell,) = study.root.rglob(CELL)
+    record = {**json.loads(cell.read_text()), **change}
+    cell.write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
+    for command in (["study", "report", str(path)], ["study", str(path)]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and str(cell) in error and "delete it to run" in error, error
+        assert words in error, error
 
 
 @pytest.mark.parametrize("path", shipped.SYNTHETIC, ids=lambda path: path.stem)

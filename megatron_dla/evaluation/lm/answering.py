@@ -48,7 +48,7 @@ class Documents:
                 for row in data:
                     needed = [f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]]
                     self._ask(row["question"], [row["answer"]], needed)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(f"{file}: not in the form of SQuAD or HotpotQA, or damaged ({error!r})") from error
         if not self.asked:
             raise DataError(f"{file}: it has no question with an answer")
@@ -62,12 +62,15 @@ class Documents:
                     self._ask(question["question"], texts, [paragraph["context"]])
 
     def _ask(self, question: str, answers: list[str], needed: list[str]) -> None:
+        for text in (question, *answers):
+            text.encode()  # fails for half of a surrogate pair, which tokenizers refuse
         needs = tuple(self._number(text) for text in needed)
         if kept := tuple(dict.fromkeys(answer for answer in answers if answer.strip())):
             self.asked.append(Asked(question, kept, needs))
 
     def _number(self, text: str) -> int:
         if text not in self._numbers:
+            text.encode()
             self._numbers[text] = len(self.texts)
             self.texts.append(text)
         return self._numbers[text]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dla.errors import UserError
+from megatron_dla.evaluation.cli import check_counts
 
 if TYPE_CHECKING:
     from megatron_dla.evaluation.lm.items import Task
@@ -116,9 +117,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("no task: give --text FILE, --questions FILE, --lm-eval TASK or --tasks LIST")
     args.stride = args.stride or args.window
     least = {"window": 1, "stride": 1, "windows": 0, "limit": 0, "items": 1, "pairs": 1, "batch_tokens": 1, "seed": 0}
-    for name, low in least.items():
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+    check_counts(args, least)
     args.lengths = sorted({_length(text) for text in args.lengths})
     if args.stride > args.window:
         raise UserError(f"--stride {args.stride}: must be at most --window {args.window}, or tokens would be left out")
@@ -155,9 +154,11 @@ def _generated(args: argparse.Namespace) -> list[Task]:
 
     given = [name.strip() for name in args.tasks.split(",") if name.strip()]
     names = list(dict.fromkeys(name for word in given for name in (RULER if word == "ruler" else (word,))))
-    if unknown := [name for name in names if name not in (*RULER, MQAR, KEY_VALUE)]:
+    unknown = [repr(name) for name in names if name not in (*RULER, MQAR, KEY_VALUE)]
+    if unknown or not names:
         raise UserError(
-            f"--tasks {args.tasks}: {unknown[0]!r} is not a task; use ruler, {', '.join(RULER)}, {MQAR}, {KEY_VALUE}"
+            f"--tasks {args.tasks}: {unknown[0] if unknown else 'nothing'} is not a task; use ruler, "
+            f"{', '.join(RULER)}, {MQAR}, {KEY_VALUE}"
         )
 
     @cache

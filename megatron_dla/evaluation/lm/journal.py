@@ -23,7 +23,7 @@ class Journal:
     of a line is cut off.
 
     Raises:
-        UserError: another process writes there, or a line is damaged.
+        UserError: another process writes there, `items.jsonl` is not a file, or a line of it is damaged.
     """
 
     def __init__(self, out: Path | None) -> None:
@@ -33,6 +33,8 @@ class Journal:
             return
         out.mkdir(parents=True, exist_ok=True)
         path = out / JOURNAL
+        if path.exists() and not path.is_file():
+            raise UserError(f"--out {str(out)!r}: its {JOURNAL} is not a file: remove it, or give another directory")
         self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,6 +11,7 @@ The form of a row says what it is:
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,25 +136,27 @@ def read_questions(argument: str, limit: int = 0, budget: int = 8192) -> Task:
     if not equals:
         name, file = Path(argument).name.split(".")[0], argument
     rows = _read_rows(file)[: limit or None]
-    forms = [form for form in _FORMS if all(key in rows[0] for key in form)]
+    line, first = rows[0]
+    forms = [form for form in _FORMS if all(key in first for key in form)]
     if not forms:
         wanted = " or ".join("{" + ", ".join(form) + "}" for form in _FORMS)
-        raise UserError(f"--questions {file}:1: has {', '.join(sorted(rows[0]))[:200]}: want rows of {wanted}")
+        raise UserError(f"--questions {file}:{line}: has {', '.join(sorted(first))[:200]}: want rows of {wanted}")
     read = _FORMS[forms[0]]
     found = []
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         try:
             found.append(read(name, row))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except ValueError as error:
             raise UserError(
-                f"--questions {file}:{number}: not a row of {', '.join(forms[0])} ({type(error).__name__}: {error})"
+                f"--questions {file}:{number}: not a row of {', '.join(forms[0])} ({error}): correct or remove it"
             ) from error
     if forms[0] == ("context", "target"):
         return LastWord(name, found, file, budget)
     return MultipleChoice(name, found, file, budget)
 
 
-def _read_rows(file: str) -> list[dict[str, Any]]:
+def _read_rows(file: str) -> list[tuple[int, dict[str, Any]]]:
+    """(number of the line, object) of every line that is not blank."""
     kind = kind_of(Path(file))
     if kind is None or kind.format not in (".jsonl", ".json"):
         raise UserError(f"--questions {file}: give a .jsonl file (also with {', '.join(filter(None, COMPRESSIONS))})")
@@ -166,7 +169,7 @@ def _read_rows(file: str) -> list[dict[str, Any]]:
         except ValueError as error:
             raise UserError(f"--questions {file}:{number}: no JSON object ({error})") from error
         if row:
-            rows.append(row)
+            rows.append((number, row))
     if not rows:
         raise UserError(f"--questions {file}: it has no rows")
     return rows
@@ -180,22 +183,63 @@ def _lines(file: str, compression: str) -> list[bytes]:
             raise UserError(f"--questions {file}: cannot be read ({error}); copy or compress it again") from error
 
 
+def _text(key: str, value: Any, blank: bool = False) -> str:
+    """`value` if it is a text. `blank`: it may be one of spaces alone, or of nothing. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"{key} = {reprlib.repr(value)}: must be a text")
+    if not blank and not value.strip():
+        raise ValueError(f"{key} = {value[:80]!r}: must not be blank")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON allows it, tokenizers do not
+        shown = value[max(0, error.start - 20) : error.start + 20]
+        raise ValueError(f"{key} = {shown!a}: lone surrogate at character {error.start}") from None
+    return value
+
+
+def _choices(row: dict[str, Any]) -> tuple[list[str], int]:
+    """Choices and gold. Raises ValueError."""
+    choices, gold = _need(row, "choices"), _need(row, "gold")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise ValueError(f"choices = {reprlib.repr(choices)}: must be a list of two at least")
+    choices = [_text(f"choices[{number}]", choice) for number, choice in enumerate(choices)]
+    if type(gold) is not int or not 0 <= gold < len(choices):
+        raise ValueError(f"gold = {reprlib.repr(gold)}: must be a number of one of {len(choices)} choices, from 0")
+    return choices, gold
+
+
+def _need(row: dict[str, Any], key: str) -> Any:
+    if key not in row:
+        raise ValueError(f"{key} is missing")
+    return row[key]
+
+
+def _check_one_right(choices: Sequence[str], gold: int) -> int:
+    """`gold`. Two wrong choices may be equal, as in two rows of SciQ."""
+    if list(choices).count(choices[gold]) > 1:
+        raise ValueError(f"gold = {gold}: the choice {choices[gold][:80]!r} is given twice")
+    return gold
+
+
 def _question(context: str, choices: Sequence[str], gold: int) -> Question:
-    if not 0 <= gold < len(choices) or not all(choices):
-        raise ValueError(f"gold = {gold} of {len(choices)} choices")
-    return Question(tuple((context, f" {choice}") for choice in choices), tuple(map(len, choices)), gold)
+    pairs = tuple((context, f" {choice}") for choice in choices)
+    return Question(pairs, tuple(map(len, choices)), _check_one_right(choices, gold))
 
 
 def _read_asked(name: str, row: dict[str, Any]) -> Question:
-    context = row["q"] if name in PLAIN_QUESTIONS else f"Question: {row['q']}\nAnswer:"
+    asked = _text("q", _need(row, "q"), blank=True)
+    context = asked if name in PLAIN_QUESTIONS else f"Question: {asked}\nAnswer:"
     if "support" in row:
-        context = f"{row['support'].lstrip()}\n{context}"
-    return _question(context, row["choices"], row["gold"])
+        context = f"{_text('support', row['support'], blank=True).lstrip()}\n{context}"
+    return _question(context, *_choices(row))
 
 
 def _read_continued(name: str, row: dict[str, Any]) -> Question:
-    heading = f"{row['activity']}: " if row.get("activity") else ""
-    return _question(_clean(heading + row["ctx"]), [_clean(choice) for choice in row["choices"]], row["gold"])
+    activity = row.get("activity")
+    heading = f"{_text('activity', activity)}: " if activity not in (None, "") else ""
+    context, (choices, gold) = _text("ctx", _need(row, "ctx"), blank=True), _choices(row)
+    cleaned = [_text(f"choices[{number}] without [marks]", _clean(choice)) for number, choice in enumerate(choices)]
+    return _question(_clean(heading + context), cleaned, gold)
 
 
 def _clean(text: str) -> str:
@@ -205,20 +249,18 @@ def _clean(text: str) -> str:
 
 
 def _read_blank(name: str, row: dict[str, Any]) -> Question:
-    before, blank, after = row["sentence"].partition("_")
-    if not blank:
-        raise ValueError("no _ in the sentence")
-    end = f" {after.strip()}"
-    pairs = tuple((before + choice, end) for choice in row["choices"])
-    if not 0 <= row["gold"] < len(pairs):
-        raise ValueError(f"gold = {row['gold']} of {len(pairs)} choices")
-    return Question(pairs, tuple(len(after.strip()) for _ in pairs), row["gold"])
+    sentence = _text("sentence", _need(row, "sentence"))
+    before, _, after = sentence.partition("_")
+    end = after.strip()
+    if not end:
+        raise ValueError(f"sentence = {sentence[-80:]!r}: must have a _, and text behind it, which is what is scored")
+    choices, gold = _choices(row)
+    pairs = tuple((before + choice, f" {end}") for choice in choices)
+    return Question(pairs, tuple(len(end) for _ in pairs), _check_one_right(choices, gold))
 
 
 def _read_last_word(name: str, row: dict[str, Any]) -> tuple[str, str]:
-    if not row["context"].strip() or not row["target"].strip():
-        raise ValueError("an empty context or target")
-    return row["context"], row["target"]
+    return _text("context", _need(row, "context")), _text("target", _need(row, "target"))
 
 
 _FORMS: dict[tuple[str, ...], Any] = {
