@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from megatron_dla.errors import UserError
 from megatron_dla.files import parse_json
 from megatron_dla.launch.failure import log_dir
 from megatron_dla.launch.slurm import JobState, SlurmError, active_jobs, call, job_state, run_jobs, submissions
+
+RUNS = Path("runs")  # default of --runs
 
 
 def find_run(name: str, runs: Path) -> Path:
@@ -39,9 +42,16 @@ def _progress(run_dir: Path) -> str:
 
 
 def list_jobs(runs: Path) -> list[list[str]]:
-    """A header and one row per run: run, job, state, restarts, nodes, progress."""
+    """A header and one row per run: run, job, state, restarts, nodes, progress.
+
+    Raises:
+        UserError: `runs` is no directory; it may be missing where it is the default, before the first run.
+    """
+    if not runs.is_dir() and (runs != RUNS or runs.exists()):
+        what = "is not a directory" if runs.exists() else "does not exist"
+        raise UserError(f"--runs {str(runs)!r} {what}: pass the run.dir of the configs")
     rows = [["RUN", "JOB", "STATE", "RESTARTS", "NODES", "PROGRESS"]]
-    for run_dir in sorted(p for p in runs.glob("*") if submissions(p)):
+    for run_dir in sorted(p for p in runs.glob("*") if p.is_dir() and submissions(p)):
         states = [job_state(job) or JobState(job, "UNKNOWN", 0, "") for job in run_jobs(run_dir)]
         shown = [state for state in states if state.active] or states[-1:]
         for state in shown:
@@ -63,7 +73,9 @@ def current_logs(run_dir: Path) -> list[Path]:
     if not jobs:
         return []
     logs = [run_dir / "logs" / f"job-{jobs[-1]}.log"]
-    restarts = [int(p.name.split(".")[1]) for p in (run_dir / "logs").glob(f"{jobs[-1]}.*") if p.is_dir()]
+    name = re.compile(re.escape(jobs[-1]) + r"\.(0|[1-9][0-9]*)")
+    folders = [path.name for path in (run_dir / "logs").iterdir() if path.is_dir()]
+    restarts = [int(match[1]) for match in map(name.fullmatch, folders) if match]
     if restarts:
         attempt = log_dir(run_dir, f"{jobs[-1]}.{max(restarts)}")
         logs += [p for p in sorted(attempt.glob("*.log")) if _is_first_node(p)]

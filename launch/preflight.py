@@ -13,6 +13,7 @@ needs the standard library only; torch is imported in the ranks of step 2.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_dla.environment import environment_number
 from megatron_dla.errors import BAD_INPUT, UserError
 from megatron_dla.files import create_json, parse_json, write_json
 from megatron_dla.launch.health import NodeReport, check_node
@@ -33,6 +35,8 @@ from megatron_dla.training.fence import attempt_id, node_name
 BAD_NODES = "bad_nodes"
 FOUND_BAD = 3  # exit code
 POLL_S = 0.1
+LONGEST_S = 7 * 86400  # of --timeout
+FIX = "unset it"  # outside Slurm; in a job Slurm or the batch script sets it
 
 
 def _wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
@@ -53,17 +57,34 @@ def _job_hosts() -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    """UserError for a value that no node could be judged by; a NaN is one, too."""
+    for name, good, wanted in (
+        ("--nodes", args.nodes >= 1, "at least 1"),
+        ("--gpus", args.gpus >= 0, "at least 0"),
+        ("--timeout", 0 < args.timeout <= LONGEST_S, f"more than 0, and at most {LONGEST_S}"),
+        ("--port", 0 <= args.port <= 65535, "0 to 65535"),
+        ("--min-disk-gb", 0 <= args.min_disk_gb < math.inf, "at least 0"),
+        ("--checkpoint-gb", 0 <= args.checkpoint_gb < math.inf, "at least 0"),
+        ("--slow", args.slow >= 1, "at least 1"),
+        ("--clock-skew", args.clock_skew >= 0, "at least 0"),
+    ):
+        if not good:
+            raise UserError(f"{name} {getattr(args, name[2:].replace('-', '_'))}: want {wanted}")
+
+
 class Preflight:
     """Preflight of this node. `args`: parsed by `add_preflight_arguments`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        if args.nodes < 1 or args.gpus < 0 or args.timeout <= 0:
-            raise UserError(
-                f"--nodes {args.nodes} --gpus {args.gpus} --timeout {args.timeout:g}: must be at least 1, at least 0 "
-                "and more than 0"
-            )
+        _check_options(args)
+        job = environment_number("SLURM_JOB_ID", 0, FIX)
+        restarts = environment_number("SLURM_RESTART_COUNT", 0, FIX)
+        self.order = environment_number("SLURM_NODEID", 0, FIX)
+        named = environment_number("MASTER_PORT", 10000 + job % 10000, f"{FIX}, or pass --port", 1, 65535)
+        self.port = args.port or named
         if "DLA_ATTEMPT" not in os.environ and "SLURM_JOB_ID" in os.environ:
-            os.environ["DLA_ATTEMPT"] = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+            os.environ["DLA_ATTEMPT"] = f"{job}.{restarts}"
         if args.nodes > 1 and "DLA_ATTEMPT" not in os.environ:
             raise UserError(f"--nodes {args.nodes} outside Slurm: set DLA_ATTEMPT to the same name on all nodes")
         self.args, self.run_dir = args, args.run_dir
@@ -74,9 +95,8 @@ class Preflight:
 
     def run(self) -> int:
         """Exit code: 0 if all nodes are good, 3 if not."""
-        order = int(os.environ.get("SLURM_NODEID", "0"))
-        address = os.environ.get("MASTER_ADDR") if order == 0 else None
-        report = NodeReport(self.host, order, address or platform.node(), time.time())
+        address = os.environ.get("MASTER_ADDR") if self.order == 0 else None
+        report = NodeReport(self.host, self.order, address or platform.node(), time.time())
         check_node(report, self.run_dir, self.args.tmp, self.args.gpus)
         for problem in own_problems(report, self.args.gpus, self.limits):
             print(f"{self.host}: {problem}", flush=True)
@@ -132,13 +152,11 @@ class Preflight:
 
     def _run_ranks(self, ranks: range, world: int, address: str, deadline: float) -> None:
         """One process per GPU; those that have not ended by the deadline are killed."""
-        job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        port = self.args.port or int(os.environ.get("MASTER_PORT", 10000 + job % 10000))
         children = []
         for local, rank in enumerate(ranks):
             gpu = str(local) if self.args.gpus else "cpu"
             path = self.folder / "group" / f"rank{rank}.json"
-            names = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": address, "MASTER_PORT": port}
+            names = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": address, "MASTER_PORT": self.port}
             env = os.environ | {name: str(value) for name, value in names.items()}
             module = "megatron_dla.launch.group_check"
             command = [sys.executable, "-m", module, str(path), str(self.args.timeout), gpu]

@@ -14,6 +14,7 @@ from megatron_dla.errors import UserError
 from megatron_dla.files import parse_json
 
 SUBMISSIONS = "submissions.jsonl"  # one object per `dla submit`: jobs, argv, environment, git state, versions
+JOB_ID = re.compile(r"[0-9]+([_+][0-9]+)?")  # of a job, an array task or a part of a heterogeneous job
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED"}
 
 
@@ -86,13 +87,16 @@ def submissions(run_dir: Path) -> list[dict[str, Any]]:
     """
     try:
         lines = (run_dir / SUBMISSIONS).read_bytes().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     try:
         found = [parse_json(line) | {} for line in lines if line.strip()]
         for submission in found:
-            if not isinstance(jobs := submission.get("jobs"), list) or not all(isinstance(job, str) for job in jobs):
+            if not isinstance(jobs := submission.get("jobs"), list):
                 raise ValueError(f"jobs = {jobs!r}")
+            for job in jobs:
+                if not isinstance(job, str) or not JOB_ID.fullmatch(job):
+                    raise ValueError(f"{job!r} in jobs is no job ID")
         return found
     except (ValueError, TypeError) as error:
         raise UserError(

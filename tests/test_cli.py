@@ -174,6 +174,61 @@ def test_no_processes_and_paths_that_are_files(capsys, config: Path) -> None:
     assert str(config) in refused(capsys, "train", config, f"run.dir={config}")
 
 
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("run.dir={tmp}/file", "file' is not a directory"),
+        ("run.dir={tmp}/file/deeper", "file' is not a directory"),
+        ("run.dir={tmp}/loop", "symbolic links"),
+        ("run.dir={tmp}/gone", "gone' is not a directory"),
+        ("run.dir={tmp} run.name=file", "file' is not a directory"),
+        (f"run.dir={{tmp}}/{'x' * 300}", "too long"),
+    ],
+)
+def test_run_directories_that_cannot_be_made(capsys, config: Path, override: str, words: str) -> None:
+    folder = config.parent
+    (folder / "file").write_text("mine")
+    (folder / "loop").symlink_to("loop")
+    (folder / "gone").symlink_to("nowhere")
+    before = sorted(folder.iterdir())
+    given = override.format(tmp=folder).split()
+    for command in (["train"], ["train", "--dry-run"], ["run", "--nproc", 1], ["run", "--nproc", 1, "--dry-run"]):
+        line = refused(capsys, command[0], config, *given, *command[1:])
+        assert "run.dir = " in line and "run.name = " in line and words in line
+    assert sorted(folder.iterdir()) == before and (folder / "file").read_text() == "mine"
+
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MEETING = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"], ["--replay"]])
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        *(({name: value}, f"{name} = {value[:40]!r}"[:45])
+          for name in LAUNCHED if name != "MASTER_ADDR" for value in ("abc", "-1", "9" * 5000)),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0'"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT = '65536'"),
+        ({"RANK": "1"}, "RANK = 1 in the environment: want less than WORLD_SIZE = 1"),
+        (MEETING | {"RANK": "2"}, "RANK = 2 in the environment: want less than WORLD_SIZE = 2"),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK = 2"),
+        ({"MASTER_ADDR": "localhost"}, "MASTER_PORT is not set"),
+        *(({k: v for k, v in MEETING.items() if k not in (name, "RANK")} | ({} if name == "RANK" else {"RANK": "1"}),
+           f"WORLD_SIZE = 2 in the environment, but {name} is not set") for name in list(MEETING)[1:]),
+    ],
+)  # fmt: skip
+def test_what_a_launcher_would_set(capsys, config: Path, monkeypatch, environment, words: str, dry: list[str]) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line = refused(capsys, "train", config, *dry)
+    assert words in line and "unset" in line and "torchrun" in line and len(line) < 400
+    assert not (config.parent / "runs").exists()
+
+
 def test_a_run_directory_in_use(capsys, config: Path) -> None:
     run_dir = config.parent / "runs" / "tiny"
     run_dir.mkdir(parents=True)

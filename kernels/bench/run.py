@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from typing import Any
 
@@ -32,6 +33,19 @@ def resolve_device(asked: str | None, option: str = "--device") -> torch.device:
     return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory that it has, or this machine, where it is a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for `--seed`."""
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed {seed}: want a number in [0, 2^31)")
+
+
 def _numbers(args: argparse.Namespace, name: str, default: Any, least: int) -> Any:
     value = getattr(args, name)
     value = default if value is None else value
@@ -45,9 +59,8 @@ def request(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What is asked for, with this device's defaults: fields of `Sweep`, and `budget_s`. Raises UserError."""
     default: dict[str, Any] = DEFAULTS[device.type]
     budget = seconds(default["budget"] if args.budget is None else args.budget)
-    if not 0 <= args.seed < 2**31:
-        raise UserError(f"--seed {args.seed}: want a number in [0, 2^31)")
-    return {
+    check_seed(args.seed)
+    asked = {
         "lengths": _numbers(args, "lengths", LENGTHS[device.type], 2),
         "capacities": _numbers(args, "capacities", default["capacities"], 2),
         "dims": _numbers(args, "dims", default["dims"], 1),
@@ -56,6 +69,20 @@ def request(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "backbones": args.backbones,
         "budget_s": budget,
     }
+    _check_size(asked, device)
+    return asked
+
+
+def _check_size(asked: dict[str, Any], device: torch.device) -> None:
+    """UserError where the largest problem's inputs (q, k, v, dout and the slots' weights) fill the memory."""
+    largest = {name: max(asked[name]) for name in ("lengths", "dims", "capacities")} | {"heads": asked["heads"]}
+    wide = largest["heads"] * (4 * largest["dims"] * (2 if device.type == "cuda" else 4) + 4 * largest["capacities"])
+    if largest["lengths"] * wide > (total := device_memory(device)):
+        options = " ".join(f"--{name} {value}" for name, value in largest.items())
+        raise UserError(
+            f"{options}: the inputs alone take {largest['lengths'] * wide / 1e9:.4g} GB of {total / 1e9:.4g} GB of "
+            "memory: lower them"
+        )
 
 
 def make_sweep(asked: dict[str, Any], device: torch.device, backend: str) -> Sweep:

@@ -13,16 +13,19 @@ import torch
 from megatron_dla.console import progress_bar
 from megatron_dla.errors import UserError
 from megatron_dla.serving.engine import Engine
+from megatron_dla.serving.sampling import MAX_THREADS
 
 from .export import VOCAB
 from .report import environment, write_json
-from .run import resolve_device
+from .run import check_seed, device_memory, resolve_device
 from .serve_contexts import measure_context, state_sizes
 from .serve_plot import draw
 from .serve_systems import GENERATE, SYSTEMS, Memory, engine_config, generate_trace, make_models
 from .serve_trace import Arrival, Outcome, make_trace, replay
 
 SPEEDUP, WASTE = 2.0, 0.01  # of the DLA model: throughput over static batches, at least; waste, at most
+MAX_REQUESTS, MAX_TOKENS = 1_000_000, 2**24
+MIN_RATE = 0.001  # a request in a quarter of an hour
 TRACE_LINE = "{:10s} {:>9} {:>8} {:>14} {:>14} {:>8} {:>7}"
 CONTEXT_LINE = "{:10s} {:>8} {:>12} {:>7} {:>7} {:>8} {:>9} {:>9}"
 
@@ -31,9 +34,17 @@ def _check(args: argparse.Namespace) -> None:
     for name, value in (("requests", args.requests), ("longest", args.longest), ("threads", args.threads)):
         if value < 1:
             raise UserError(f"--{name} {value}: want at least 1")
-    for name, number in (("rate", args.rate), ("memory-mb", args.memory_mb)):
-        if not 0 < number < math.inf:
-            raise UserError(f"--{name} {number:g}: want more than 0")
+    for name, value, most in (
+        ("requests", args.requests, MAX_REQUESTS), ("longest", args.longest, MAX_TOKENS),
+        ("threads", args.threads, MAX_THREADS), ("contexts", max(args.contexts, default=0), MAX_TOKENS),
+    ):  # fmt: skip
+        if value > most:
+            raise UserError(f"--{name} {value}: want at most {most}")
+    check_seed(args.seed)
+    if not MIN_RATE <= args.rate < math.inf:
+        raise UserError(f"--rate {args.rate:g}: want at least {MIN_RATE:g} requests a second")
+    if not 0 < args.memory_mb < math.inf:
+        raise UserError(f"--memory-mb {args.memory_mb:g}: want more than 0")
     if args.attention_groups not in (1, 2, 4):
         raise UserError(f"--attention-groups {args.attention_groups}: want 1, 2 or 4")
     if args.longest < 16:
@@ -42,6 +53,11 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--contexts {bad[0]}: want at least 16 tokens")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is a file: give a directory")
+
+
+def _check_memory(name: str, value: float, size: float, device: torch.device) -> None:
+    if size > (total := device_memory(device)):
+        raise UserError(f"--{name} {value:.12g}: {size / 1e6:,.0f} MB do not fit into {total / 1e6:,.0f} MB: lower it")
 
 
 def run_trace(name: str, models: dict[str, Any], memory: Memory, trace: list[Arrival], longest: int) -> Outcome:
@@ -114,6 +130,7 @@ def bench_serve(args: argparse.Namespace) -> int:
     """Print both tables and write serve_<device>.json and .png; exit code 1 where a target is missed."""
     _check(args)
     device = resolve_device(args.device)
+    _check_memory("memory-mb", args.memory_mb, args.memory_mb * 1e6, device)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
@@ -131,6 +148,8 @@ def _bench(args: argparse.Namespace, device: torch.device) -> int:
     memory = Memory.of(round(args.memory_mb * 1e6), models)
     for name in SYSTEMS:
         engine_config(name, memory, args.longest)  # whether one sequence fits
+    for context in args.contexts:
+        _check_memory("contexts", context, 2 * context * memory.token, device)
     trace = make_trace(args.requests, args.rate, args.longest, VOCAB, args.seed)
     prompts = sum(len(x.prompt) for x in trace) / len(trace)
     answers = sum(x.answer for x in trace) / len(trace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -11,25 +12,80 @@ import torch
 import torch.distributed as dist
 
 from megatron_dla import compat
+from megatron_dla.environment import environment_number
 from megatron_dla.errors import UserError
 
 T = TypeVar("T")
+FIX = "unset it, or start with torchrun or `dla run`"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of this process in its run. Attributes: local: among the `local_world` processes of its machine."""
+
+    rank: int
+    world: int
+    local: int
+    local_world: int
+
+
+def launched_place() -> Place:
+    """This process's place as torchrun's environment variables say it; alone without them.
+
+    Raises:
+        UserError: a variable has a bad value, or one that joining the other processes needs is missing.
+    """
+    world = environment_number("WORLD_SIZE", 1, FIX, least=1)
+    rank = environment_number("RANK", 0, FIX)
+    if rank >= world:
+        raise UserError(f"RANK = {rank} in the environment: want less than WORLD_SIZE = {world}: {FIX}")
+    local_world = environment_number("LOCAL_WORLD_SIZE", 1, FIX, least=1)
+    local = environment_number("LOCAL_RANK", 0, FIX)
+    if "LOCAL_WORLD_SIZE" in os.environ and local >= local_world:
+        raise UserError(
+            f"LOCAL_RANK = {local} in the environment: want less than LOCAL_WORLD_SIZE = {local_world}: {FIX}"
+        )
+    environment_number("MASTER_PORT", 1, FIX, least=1, most=65535)
+    if not dist.is_initialized():
+        _check_meeting(world)
+    return Place(rank, world, local, local_world)
+
+
+def _check_meeting(world: int) -> None:
+    """UserError where a variable that tells the processes where to meet is missing: they would wait for each other."""
+    if world > 1:
+        because, needed = f"WORLD_SIZE = {world}", ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+    else:
+        if not (address := os.environ.get("MASTER_ADDR")):
+            return
+        because, needed = f"MASTER_ADDR = {address!r}", ["MASTER_PORT"]
+    for name in needed:
+        if not os.environ.get(name):
+            first = because.partition(" ")[0]
+            raise UserError(
+                f"{because} in the environment, but {name} is not set: unset {first}, or start with torchrun or "
+                "`dla run`"
+            )
 
 
 def initialize_distributed(device: str) -> None:
-    """Join the process group that torchrun describes; a lone process makes its own of size one."""
+    """Join the process group that torchrun describes; a lone process makes its own of size one.
+
+    Raises:
+        UserError: see `launched_place`.
+    """
     if dist.is_initialized():
         return
+    place = launched_place()
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(key, value)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place.local)
     backend = "nccl" if device == "cuda" else "gloo"
-    if "MASTER_ADDR" in os.environ:
+    if os.environ.get("MASTER_ADDR"):
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=place.rank, world_size=place.world)
 
 
 def on_main(function: Callable[[], T]) -> T:

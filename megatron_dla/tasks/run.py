@@ -18,8 +18,10 @@ from megatron_dla.checkpoint.find import step_directories
 from megatron_dla.checkpoint.integrity import find_faults, newest_whole
 from megatron_dla.checkpoint.manager import check_same_model
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config
-from megatron_dla.errors import CheckpointError
+from megatron_dla.environment import environment_number, shown
+from megatron_dla.errors import CheckpointError, ConfigError
 from megatron_dla.metrics.trackers import check_packages
+from megatron_dla.parallel.groups import FIX, launched_place
 from megatron_dla.processes import end_with_parent, usable_cpus
 from megatron_dla.tasks import make_task
 from megatron_dla.training.control import RunControl
@@ -46,13 +48,30 @@ def check_run(config: Config, world_size: int) -> tuple[Task, Device]:
     task.check_config(world_size, device)
     task.check_data(world_size)
     check_packages(config.logging)
-    _check_older_run(task)
+    _check_run_directory(task)
     return task, device
 
 
-def _check_older_run(task: Task) -> None:
-    """CheckpointError where the run directory holds checkpoints that this run cannot resume."""
+def _check_directory(run_dir: Path) -> None:
+    """ConfigError where no start can make the run directory; who may write there is not known of another machine."""
+    for path in (run_dir, *run_dir.parents):
+        try:
+            path.lstat()
+            if path.is_dir():
+                return
+            reason = f"{str(path)!r} is not a directory"
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # made by the start, or a file above it is found next
+        except (OSError, ValueError) as error:  # a symlink loop, a name that is too long, a null character
+            reason = getattr(error, "strerror", None) or str(error)
+        where = f"run.dir = {shown(str(run_dir.parent))}, run.name = {shown(run_dir.name)}"
+        raise ConfigError(f"{where}: the run directory cannot be made ({reason}): choose another run.dir or run.name")
+
+
+def _check_run_directory(task: Task) -> None:
+    """ConfigError, see `_check_directory`; CheckpointError where it holds checkpoints that this run cannot resume."""
     run_dir = run_directory(task.config)
+    _check_directory(run_dir)
     if steps := step_directories(run_dir):
         if not task.config.training.resume:
             raise CheckpointError(
@@ -98,7 +117,11 @@ def checkpoint_gb(config: Config) -> float:
 
 def _crowding() -> str:
     """A line that says so where the ranks of this machine have more threads than it has CPUs."""
-    ranks, threads, cpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.get_num_threads(), usable_cpus()
+    ranks, threads, cpus = (
+        environment_number("LOCAL_WORLD_SIZE", 1, FIX, least=1),
+        torch.get_num_threads(),
+        usable_cpus(),
+    )
     if ranks * threads <= cpus:
         return ""
     return (
@@ -109,6 +132,7 @@ def _crowding() -> str:
 
 def _plan(config: Config, world_size: int) -> int:
     """Print what a run would do and need; then raise what would stop it, if anything."""
+    _check_directory(run_directory(config))  # whose disk the plan describes
     task = make_task(config)
     device = resolve_device(config.training, planned=True)
     task.check_config(world_size, device)
@@ -120,7 +144,7 @@ def _plan(config: Config, world_size: int) -> int:
     sys.stdout.flush()
     task.check_data(world_size)
     check_packages(config.logging)
-    _check_older_run(task)
+    _check_run_directory(task)
     return 0
 
 
@@ -162,7 +186,7 @@ def _write_description(task: Task, run_dir: Path, world_size: int) -> None:
 
 def replay_batch(config: Config, step: int | None) -> int:
     """`dla train --replay`: the recorded batch of `step` (None: the last) again; returns the exit code."""
-    task, device = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    task, device = check_run(config, launched_place().world)
     from megatron_dla.parallel.groups import initialize_distributed
     from megatron_dla.training.replay import replay
 
@@ -171,16 +195,20 @@ def replay_batch(config: Config, step: int | None) -> int:
 
 
 def train(config: Config, *, dry_run: bool = False, world_size: int | None = None) -> int:
-    """Check and train, or only plan; returns the exit code. `world_size` defaults to torchrun's."""
-    if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    """Check and train, or only plan; returns the exit code. `world_size`, of a plan, defaults to torchrun's.
+
+    Raises:
+        UserError: one message with the key, the value and the fix.
+    """
     if dry_run:
-        return _plan(config, world_size)
+        return _plan(config, launched_place().world if world_size is None else world_size)
+    place = launched_place()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun or, by its process id, `dla run`
-        end_with_parent(int(os.environ.get("DLA_LAUNCHED", os.getppid())))
-    control = RunControl(run_directory(config), int(os.environ.get("RANK", "0")))
+        end_with_parent(environment_number("DLA_LAUNCHED", os.getppid(), "unset it"))
+    _check_directory(run_directory(config))  # also where errors are recorded
+    control = RunControl(run_directory(config), place.rank)
     with control.recorded():
-        return _train(config, world_size, control)
+        return _train(config, place.world if world_size is None else world_size, control)
 
 
 def _train(config: Config, world_size: int, control: RunControl) -> int:

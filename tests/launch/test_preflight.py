@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dla.cli import main
+from megatron_dla.launch import preflight
 from megatron_dla.launch.health import Disk, Gpu, NodeReport, check_disk, query_gpus
 from megatron_dla.launch.verdict import STAGES, Limits, RankReport, Verdict, judge
 
@@ -249,3 +250,36 @@ def test_bad_usage(capsys, tmp_path: Path, monkeypatch) -> None:
         assert main(["preflight", "--run-dir", str(tmp_path), *arguments]) == 2
         assert word in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("--slow", ["nan", "-1", "0.5"]),
+        ("--clock-skew", ["nan", "-1"]),
+        ("--min-disk-gb", ["nan", "-1", "inf"]),
+        ("--checkpoint-gb", ["nan", "-1", "inf"]),
+        ("--timeout", ["nan", "inf", "0", "1e300"]),
+        ("--port", ["-1", "99999"]),
+        ("--gpus", ["-1"]),
+    ],
+)
+def test_limits_that_judge_no_node_are_bad_usage(capsys, tmp_path: Path, option: str, values: list[str]) -> None:
+    for value in values:
+        assert main(["preflight", "--run-dir", str(tmp_path), option, value]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and f"{option} {value.replace('1e300', '1e+300')}" in error, error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["SLURM_NODEID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["abc", "-1", "", "9" * 5000])
+@pytest.mark.parametrize("start", [lambda *x: main(["preflight", *x]), lambda *x: preflight.main(list(x))])
+def test_numbers_of_the_environment(capsys, tmp_path: Path, monkeypatch, name: str, value: str, start) -> None:
+    for other in ("SLURM_NODEID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "MASTER_PORT", "DLA_ATTEMPT"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    assert start("--run-dir", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and f"dla preflight: {name} = '{value[:40]}" in error and "unset it" in error
+    assert len(error) < 300 and not list(tmp_path.iterdir()) and "DLA_ATTEMPT" not in os.environ

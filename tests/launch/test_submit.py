@@ -21,6 +21,9 @@ from tests.support import tiny
 ROOT = Path(__file__).resolve().parents[2]
 
 
+NO_JOBS = ["a\0b", "\ud800", "../../x", "7 8", "-x", "", "\u0667", "7\n", "7_", "7_1_2"]
+
+
 def write(path: Path, text: str, executable: bool = False) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -208,7 +211,18 @@ def test_a_full_disk_leaves_no_job_and_everything_as_it_was(
     assert calls == [] if full == "config.yaml" else calls[-1] == "scancel 101 102"
 
 
-@pytest.mark.parametrize("line", ["{}", '{"jobs": 7}', '{"jobs": [7]}', "[]", "7", '{"jobs": ["7"]'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        '{"jobs": 7}',
+        '{"jobs": [7]}',
+        "[]",
+        "7",
+        '{"jobs": ["7"]',
+        *(json.dumps({"jobs": ["6", x]}) for x in NO_JOBS),
+    ],
+)
 def test_a_damaged_record_of_submissions_is_named(tmp_path: Path, line: str) -> None:
     record = write(tmp_path / "run" / "submissions.jsonl", '{"jobs": ["6"]}\n' + line + "\n")
     with pytest.raises(UserError, match=re.escape(str(record))):
@@ -271,6 +285,59 @@ def test_a_refusal_leaves_other_runs(slurm: Path, tmp_path: Path, paths: tuple[P
     with pytest.raises(SlurmError):
         submit.submit(submit.make_request(str(paths[0]), [], str(paths[1]), 2), {})
     assert other.exists() and not (tmp_path / "runs" / "tiny").exists()
+
+
+@pytest.mark.parametrize("job", NO_JOBS)
+def test_what_is_no_job_is_not_cancelled(slurm: Path, capsys, tmp_path: Path, job: str) -> None:
+    run = tmp_path / "runs" / "tiny"
+    write(run / "submissions.jsonl", json.dumps({"jobs": [job]}) + "\n")
+    assert main(["cancel", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "submissions.jsonl" in error and "no job ID" in error
+    assert [p.name for p in run.iterdir()] == ["submissions.jsonl"] and not (slurm / "calls").exists()
+
+
+def test_jobs_of_arrays_are_jobs(tmp_path: Path) -> None:
+    write(tmp_path / "submissions.jsonl", '{"jobs": ["7", "7_1", "7+12"]}\n')
+    assert run_jobs(tmp_path) == ["7", "7_1", "7+12"]
+
+
+def test_jobs_passes_over_what_is_no_run(slurm: Path, capsys, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    write(runs / "tiny" / "submissions.jsonl", '{"jobs": ["7"]}\n')
+    write(runs / "README", "x")
+    (runs / "loop").symlink_to("loop")
+    (runs / "gone").symlink_to("nowhere")
+    assert main(["jobs", "--runs", str(runs)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["RUN", "tiny"]
+    assert main(["logs", "README", "--runs", str(runs)]) == 2 and "'README'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, words", [("file", "is not a directory"), ("nowhere", "does not exist")])
+def test_jobs_of_no_directory_are_refused(capsys, tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "file").touch()
+    assert main(["jobs", "--runs", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and f"--runs {str(tmp_path / name)!r} {words}" in error
+
+
+def test_there_may_be_no_runs_yet(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["jobs"]) == 0 and capsys.readouterr().out.startswith("RUN")
+    (tmp_path / "runs").touch()
+    assert main(["jobs"]) == 2 and "--runs 'runs' is not a directory" in capsys.readouterr().err
+
+
+def test_logs_are_of_the_newest_attempt_and_other_folders_are_passed_over(capsys, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    write(run / "submissions.jsonl", '{"jobs": ["7"]}\n')
+    write(run / "logs" / "job-7.log", "of the job\n")
+    for name in ("7.2", "7.10", "7.abc", "7.", "7.\u00b2", "7.99x", "7.11.1", "7.011"):
+        write(run / "logs" / name / "n1.log", f"0: of {name}\n")
+    assert main(["logs", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "of the job" in printed and [x for x in printed.splitlines() if x.startswith("0: ")] == ["0: of 7.10"]
 
 
 def test_a_damaged_record_is_reported(capsys, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_dla.errors import UserError
 
+MAX_SLOTS, MAX_KV_TOKENS = 2**16, 2**40  # each slot takes time and memory of its own; bytes of tokens fit 64 bits
+
 
 def add_serve_parser(subparsers: Any) -> None:
     """Add `serve` to an argparse subparsers object."""
@@ -39,14 +41,30 @@ def add_serve_parser(subparsers: Any) -> None:
     parser.set_defaults(func=_serve)
 
 
+def _check_host(host: str) -> None:
+    """UserError: it names no machine. An empty one would stand for all addresses."""
+    try:
+        good = bool(host.strip() and host.encode("idna"))
+    except UnicodeError:
+        good = False
+    if not good:
+        raise UserError(
+            f"--host {host!r}: want a name or an address: 127.0.0.1 for this machine alone, 0.0.0.0 for all"
+        )
+
+
 def _serve(args: argparse.Namespace) -> int:
     for name in ("max_tokens", "max_body", "sessions", "drain"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: want more than 0")
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port}: want 0 to 65535")
+    for name, most in (("slots", MAX_SLOTS), ("kv_tokens", MAX_KV_TOKENS)):
+        if getattr(args, name) > most:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: want at most {most}")
+    _check_host(args.host)
     try:
-        from megatron_dla.serving.http.server import load, serve
+        from megatron_dla.serving.http.server import api_key, load, serve
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise
@@ -54,6 +72,7 @@ def _serve(args: argparse.Namespace) -> int:
     from megatron_dla.serving.engine import EngineConfig
     from megatron_dla.serving.http.service import Limits
 
+    api_key()  # before the model is read
     config = EngineConfig(
         slots=args.slots, decode_rows=args.decode_rows, prefill_chunk=args.prefill_chunk, kv_tokens=args.kv_tokens,
         prefix_states=args.prefixes, max_waiting=args.max_waiting,

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import FastAPI
 
@@ -27,6 +28,21 @@ from megatron_dla.serving.sampling import cpu_threads
 
 KEY = "DLA_API_KEY"
 """Environment variable with the API key."""
+
+
+def api_key() -> str | None:
+    """The key in the environment, None without one.
+
+    Raises:
+        UserError: no client could send it. The message does not show it.
+    """
+    key = os.environ.get(KEY) or None
+    try:
+        if key is None or (key.encode() and key == key.strip() and key.isprintable()):
+            return key
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        pass
+    raise UserError(f"{KEY} has spaces around it, control characters or bytes that are not UTF-8: set another key")
 
 
 class EngineThread:
@@ -104,11 +120,24 @@ def with_engine(app: FastAPI, thread: EngineThread) -> FastAPI:
     return app
 
 
+def _make_engine(model: Any, tokenizer: Any, config: EngineConfig) -> Engine:
+    """Raises UserError: its slots and pages do not fit into the memory."""
+    try:
+        return Engine(model, tokenizer, config)
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not full and not any(words in text for words in ("allocate", "overflow", "Storage size")):
+            raise
+        asked = f"--slots {config.slots} --kv-tokens {config.kv_tokens}"
+        raise UserError(f"{asked}: the memory does not hold so many sequences and tokens: lower them") from error
+
+
 def load(
     hf_dir: Path, adapter: Path | None, config: EngineConfig, name: str | None, limits: Limits, *, device: str = "cpu",
     any_base: bool = False, threads: int | None = None,
 ) -> Service:  # fmt: skip
-    """Raises CheckpointError, UserError: see `load_export` and `load_adapted`."""
+    """Raises CheckpointError, UserError: see `load_export`, `load_adapted` and `_make_engine`."""
     label = name or hf_dir.resolve().name
     exported = read_config(hf_dir).get("model_type") == "dla"
     if exported and adapter is not None:
@@ -116,18 +145,18 @@ def load(
     if exported:
         model, tokenizer = load_export(hf_dir, device=device), load_export_tokenizer(hf_dir)
         with cpu_threads(model, threads):
-            return Service(Engine(model, tokenizer, config), label, limits)
+            return Service(_make_engine(model, tokenizer, config), label, limits)
     adapted = load_adapted(hf_dir, adapter, any_base=any_base, device=device)
     memory = bool(adapted.layers)
     with cpu_threads(adapted.base, threads):
-        engine = Engine(adapted, load_tokenizer(hf_dir), config)
+        engine = _make_engine(adapted, load_tokenizer(hf_dir), config)
     by_message = memory and adapted.config.write == "message"
     return Service(engine, label, limits, has_memory=memory, by_message=by_message)
 
 
 def serve(service: Service, host: str, port: int, *, drain: float = 60.0, threads: int | None = None) -> int:
     """Serve until SIGTERM or SIGINT; calls that are running have `drain` seconds to end. Returns the exit code."""
-    key = os.environ.get(KEY) or None
+    key = api_key()
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         print(f"note: anybody who reaches {host}:{port} can use this server: set {KEY}", file=sys.stderr)
     thread = EngineThread(service, threads)

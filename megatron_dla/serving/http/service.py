@@ -307,7 +307,7 @@ class Service:
             top_k=body.top_k or 0,
             repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
             stop=body.stops,
-            seed=(seed + choice) % 2**63 if seed >= 0 else seed,
+            seed=(seed + choice) % 2**63 if 0 <= seed < 2**63 else seed,
         )
         if self.by_message and messages is None:
             messages = [0] * len(prompt)

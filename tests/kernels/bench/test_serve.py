@@ -140,6 +140,10 @@ def test_the_command_writes_tables_json_and_picture(tmp_path, capsys) -> None:
 @pytest.mark.parametrize("option, value", [
     ("--requests", "0"), ("--rate", "nan"), ("--rate", "-1"), ("--longest", "3"), ("--contexts", "1"),
     ("--threads", "0"), ("--memory-mb", "0.1"), ("--out", "{file}"),
+    ("--seed", str(2**70)), ("--seed", "-1"), ("--threads", str(2**40)), ("--rate", "1e-300"),
+    ("--requests", str(2**40)), ("--longest", str(2**40)), ("--contexts", str(2**40)),
+    ("--contexts", str(2**24)),
+    ("--memory-mb", "1e+300"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(tmp_path, capsys, option, value) -> None:
     (tmp_path / "file").write_text("")

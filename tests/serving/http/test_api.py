@@ -129,6 +129,8 @@ def test_parts_of_a_character_have_their_bytes(service) -> None:
     ("completions", {"prompt": "x", "temperature": "1"}, 400, ["temperature = '1'"]),
     ("completions", {"prompt": "x", "top_p": 2}, 400, ["top_p 2"]),
     ("completions", {"prompt": "x", "seed": -1}, 400, ["seed -1"]),
+    ("completions", {"prompt": "x", "seed": 2**63}, 400, [f"seed {2**63}"]),
+    ("completions", {"prompt": "x", "seed": 2**200, "n": 2}, 400, [f"seed {2**200}"]),
     ("completions", {"prompt": "x", "n": 1000}, 400, ["n = 1000"]),
     ("completions", {"prompt": "x", "logit_bias": {"1": 2}}, 400, ["logit_bias"]),
     ("completions", {"prompt": "x", "frequency_penalty": 0.5}, 400, ["frequency_penalty = 0.5"]),

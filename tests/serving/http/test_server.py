@@ -1,7 +1,9 @@
 """`dla serve` as a process, sessions of a δ-mem, and the page in a browser."""
 
+import os
 import signal
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -10,6 +12,7 @@ from megatron_dla.cli import main
 from tests.serving.http.conftest import running, served
 from tests.support.chromium import needs_chromium, open_tab
 
+SOFTMAX = Path(__file__).parents[2] / "fixtures/62bb8a7/export"  # which has a softmax layer
 LONG = {"model": "hf_served", "prompt": "x", "stream": True, "extra_body": {"ignore_eos": True}}
 
 
@@ -52,11 +55,26 @@ def test_what_runs_when_the_drain_ends_gets_an_end(export) -> None:
     (["{export}", "--max-tokens", "0"], "--max-tokens 0"),
     (["{export}", "--drain", "inf"], "--drain inf"),
     (["{export}", "--adapter", "nowhere"], "--adapter"),
+    (["{export}", "--slots", "1099511627776"], "--slots 1099511627776"),
+    (["{export}", "--kv-tokens", "1125899906842624"], "--kv-tokens 1125899906842624"),
+    (["{softmax}", "--slots", "65536", "--kv-tokens", "1099511627776"], "--slots 65536 --kv-tokens 1099511627776"),
+    (["{softmax}", "--kv-tokens", "1099511627776"], "--slots 16 --kv-tokens 1099511627776"),
+    (["{export}", "--host", ""], "--host ''"),
+    (["{export}", "--host", "a" * 70], "--host"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(export, capsys, arguments, words) -> None:
-    assert main(["serve", *(one.replace("{export}", str(export)) for one in arguments)]) == 2
+    folders = {"{export}": str(export), "{softmax}": str(SOFTMAX)}
+    assert main(["serve", *(folders.get(one, one) for one in arguments)]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and words in error
+
+
+@pytest.mark.parametrize("key", [b"\xff", b"secret ", b"sec\nret"])
+def test_a_key_that_no_client_can_send(capsys, monkeypatch, key: bytes) -> None:
+    monkeypatch.setenv("DLA_API_KEY", os.fsdecode(key))
+    assert main(["serve", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "DLA_API_KEY" in error and "sec" not in error.replace("DLA_API_KEY", "")
 
 
 @needs_chromium
