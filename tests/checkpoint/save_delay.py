@@ -5,8 +5,8 @@
 Two ranks train a model of some 30M parameters (ZeRO-1), with saves and then without. The interval from a save's step to
 the next one, which holds all of the save that training waits for, is compared with the two before it and the two after
 it: within minutes, the speed of a shared machine drifts by more than a save takes. Memory is the peak of both ranks
-together, sampled, with saves and without. Exit code 1 where the mean delay is 10 % of a step or more, or the extra memory
-1.2 times the state or more. The machine should be idle.
+together, sampled, with saves and without. Exit code 1 where the mean delay is 10 % of a step or more, or the extra
+memory 1.2 times the state or more. The machine should be idle.
 """
 
 from __future__ import annotations
