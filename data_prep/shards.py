@@ -170,7 +170,7 @@ def build_shards(
     source = DocumentSource(inputs, options, part)
     plan, files = _plan(source, tokenizer, seed)
     wanted = _Wanted(val_fraction, val_docs, dedup, shard_tokens, min_train_shards)
-    key = _digest([plan, files, wanted])
+    key = _digest([plan, files, wanted, source.part])  # a part of one file may have no document for validation
     own = root / f"{_BUILT}{key}"
     if built is not None:
         shutil.rmtree(built, ignore_errors=True)  # another process may be at it
