@@ -509,12 +509,6 @@ def test_mapped_files_do_not_stay_in_memory(tmp_path):
     assert resident() - before < records.nbytes / 2
 
 
-def workers_of(pid: int) -> int:
-    """Processes that import, without the one that tracks resources."""
-    children = psutil.Process(pid).children(recursive=True)
-    return sum("spawn_main" in " ".join(child.cmdline()) and child.cpu_times().user > 0.1 for child in children)
-
-
 @pytest.mark.parametrize(("how", "early"), [(signal.SIGKILL, False), (signal.SIGINT, False), (signal.SIGINT, True)])
 def test_workers_end_with_a_killed_build(corpus, tmp_path, how, early):
     """Also with Ctrl-C, which a terminal sends to all of them: without their tracebacks. `early`: as they start."""
@@ -524,12 +518,18 @@ def test_workers_end_with_a_killed_build(corpus, tmp_path, how, early):
     arguments = ["data", "shards", "--input", tmp_path / "a.jsonl", "--tokenizer", corpus / "tok"]
     arguments += ["--output", tmp_path / "out", "--workers", "2"]
     slow = "import megatron_dla.data_prep.tokenise as t; t._CHUNK_BYTES = 50\n"
+    path = [str(ROOT)]
+    if early:  # a worker says that it has started, and takes a while to import
+        at_start = "if any('spawn_main' in argument for argument in sys.orig_argv):\n"
+        at_start += f"    pathlib.Path({str(tmp_path / 'started')!r}).touch()\n    time.sleep(3)\n"
+        (tmp_path / "sitecustomize.py").write_text("import pathlib, sys, time\n" + at_start)
+        path.insert(0, str(tmp_path))
     process = subprocess.Popen(
-        [sys.executable, "-c", slow + code, *map(str, arguments)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", slow + code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     log = tmp_path / "out/.building/documents"
-    while not (log.exists() and log.stat().st_size) and not (early and workers_of(process.pid)):
+    while not ((tmp_path / "started").exists() if early else log.exists() and log.stat().st_size):
         assert process.poll() is None
         time.sleep(0.02)
     assert early != bool(log.exists() and log.stat().st_size)
