@@ -17,7 +17,8 @@ from megatron_dla.config.yaml_text import read_yaml
 from megatron_dla.errors import ConfigError
 from megatron_dla.resources import find_yaml
 from megatron_dla.study.parameters import equal_width
-from megatron_dla.study.synthetic import Rate, Seed, SyntheticSection, SyntheticStudy, check_rates, rate_name
+from megatron_dla.study.rates import Rate, check_rates, rate_name, split_rates
+from megatron_dla.study.synthetic import Seed, SyntheticSection, SyntheticStudy
 from megatron_dla.tasks.run import make_task
 
 Name = TypeVar("Name")
@@ -38,7 +39,7 @@ class StudyConfig:
     nproc: Ranks = 1
     """Processes of a run on this machine."""
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What differs from arm to arm: {name: {section.key: value}}."""
+    """What differs from arm to arm: {name: {section.key: value}}; learning_rates: of this arm instead of all."""
     reference: str = ""
     """The arm that the others are compared with; the first if not given."""
     questions: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class Study:
 
     Attributes:
         config: of the study. root: its directory. arms: {name: RunConfig}, with learning rate and seed of the base.
+        changes: {name: {section.key: value}}, what differs from the base.
         synthetic: its synthetic tasks, or None.
 
     Raises:
@@ -82,7 +84,13 @@ class Study:
         self.config = config
         _check(config)
         self.root = Path(config.dir) / config.name
-        self.arms = {name: self._arm(name) for name in config.arms}
+        own = {name: split_rates(f"arms.{name}", keys) for name, keys in config.arms.items()}
+        self.changes = {name: changes for name, (_, changes) in own.items()}
+        self.arms = {name: self._arm(name) for name in own}
+        self._rates = {name: rates or config.learning_rates for name, (rates, _) in own.items()}
+        for name, rates in self._rates.items():
+            if rates and "optimizer.lr" in self.changes[name]:
+                raise ConfigError(f"arms.{name}: has optimizer.lr and learning_rates too; give one of the two")
         self.synthetic = SyntheticStudy(config.synthetic, self.root) if config.synthetic.tasks else None
         if self.arms and config.parameters == "equal":
             vocab = make_task(self.arms[self.reference]).layout().vocab_size
@@ -97,7 +105,7 @@ class Study:
         return self.config.reference or next(iter(self.config.arms))
 
     def _arm(self, name: str) -> RunConfig:
-        values = {**self.config.overrides, **self.config.arms[name]}
+        values = {**self.config.overrides, **self.changes[name]}
         try:
             arm = load_config(self.config.base, [f"{key}={json.dumps(value)}" for key, value in values.items()])
         except ConfigError as error:
@@ -107,7 +115,7 @@ class Study:
         return arm
 
     def rates(self, arm: str) -> tuple[float, ...]:
-        return self.config.learning_rates or (self.arms[arm].optimizer.lr,)
+        return self._rates[arm] or (self.arms[arm].optimizer.lr,)
 
     def first_cells(self, arm: str) -> list[Cell]:
         """Those that decide on the arm's learning rate."""
@@ -175,17 +183,14 @@ def _check(config: StudyConfig) -> None:
         for name in names:
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
                 raise ConfigError(f"{key}: {name!r} names a directory: use letters, digits and . _ + -")
-    for key, values in (("seeds", config.seeds), ("learning_rates", config.learning_rates)):
-        if len(set(values)) < len(values):
-            raise ConfigError(f"{key} = {list(values)}: a value is given twice")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ConfigError(f"seeds = {list(config.seeds)}: a value is given twice")
     check_rates("learning_rates", config.learning_rates)
     if not config.seeds:
         raise ConfigError("seeds = []: give at least one")
     for key in ("run.dir", "run.name", "run.seed"):
         if any(key in keys for keys in (config.overrides, *config.arms.values())):
             raise ConfigError(f"{key} is set by the study itself: use its own keys dir, name and seeds")
-    if config.learning_rates and any("optimizer.lr" in keys for keys in config.arms.values()):
-        raise ConfigError("optimizer.lr: an arm sets it and learning_rates too; give one of the two")
 
 
 def of_part(names: Iterable[Name], part: tuple[int, int]) -> list[Name]:

@@ -58,7 +58,7 @@ def _arm(study: Study, name: str) -> dict[str, Any]:
     chosen = [cell for cell in cells if cell["rate"] == best and METRIC in cell]
     rates = study.rates(name)
     return {
-        "overrides": study.config.arms[name],
+        "overrides": study.changes[name],
         "best_rate": best,
         "rate_at_edge": best is not None and len(rates) > 1 and best in (min(rates), max(rates)),
         "results": results,

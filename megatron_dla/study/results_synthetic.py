@@ -17,13 +17,12 @@ def collect_synthetic(study: SyntheticStudy | None) -> dict[str, Any]:
     if study is None:
         return {}
     tasks = {name: _task(study, name) for name in study.tasks}
-    cells = len(study.config.learning_rates) + len(study.config.seeds) - 1
     done = sum(len(arm["cells"]) for task in tasks.values() for arm in task["arms"].values())
     if not done:
         return {}
     return {
         "reference": study.reference,
-        "cells": {"done": done, "planned": cells * len(study.groups())},
+        "cells": {"done": done, "planned": sum(study.count_cells(arm) for _, arm in study.groups())},
         "overrides": study.config.arms,
         "tasks": tasks,
     }
@@ -42,7 +41,7 @@ def _task(study: SyntheticStudy, name: str) -> dict[str, Any]:
 
 
 def _arm(study: SyntheticStudy, task: str, name: str, lengths: list[str]) -> dict[str, Any]:
-    best, rates = best_rate(study, task, name), study.config.learning_rates
+    best, rates = best_rate(study, task, name), study.rates[name]
     cells = study.first_cells(task, name) + ([] if best is None else study.later_cells(task, name, best))
     records = [found for cell in cells if (found := read_result(study, cell)) is not None]
     chosen = [record for record in records if record["rate"] == best and "accuracy" in record]

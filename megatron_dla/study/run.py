@@ -110,7 +110,7 @@ class StudyRunner:
         config = self.study.run_config(cell)
         task = make_task(config)
         about = {
-            "arm": cell.arm, "rate": cell.rate, "seed": cell.seed, "overrides": self.study.config.arms[cell.arm],
+            "arm": cell.arm, "rate": cell.rate, "seed": cell.seed, "overrides": self.study.changes[cell.arm],
             "parameters": count_parameters(config.model, task.layout().vocab_size), "nproc": self.study.config.nproc,
             "versions": versions(),
         }  # fmt: skip

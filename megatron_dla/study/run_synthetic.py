@@ -33,7 +33,7 @@ class SyntheticRunner:
         self.study, self.launch = study, launch or launch_cell
         self.groups = of_part(study.groups(), part)
         self.later = len(study.config.seeds) - 1
-        self.progress = Progress(len(self.groups) * (len(study.config.learning_rates) + self.later))
+        self.progress = Progress(sum(study.count_cells(arm) for _, arm in self.groups))
 
     def run(self) -> int:
         """0, or 75 where a signal stopped it. Raises UserError where a cell failed other than by diverging."""

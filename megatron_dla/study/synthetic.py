@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +16,9 @@ from megatron_dla.errors import ConfigError
 from megatron_dla.model.counts import recurrent_states
 from megatron_dla.study.generators import NotBool, TaskSection, check_task, vocabulary
 from megatron_dla.study.parameters import equal_width
+from megatron_dla.study.rates import Rate, check_rates, rate_name, split_rates
 
 Seed = Annotated[int, NotBool, Field(ge=0, lt=2**31)]
-Rate = Annotated[float, NotBool, Field(gt=0, le=1e3)]
 
 
 @dataclass
@@ -55,7 +54,7 @@ class SyntheticSection:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """{name: keys of a task}; a name that is a kind needs no `kind`."""
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What differs from arm to arm: {name: {model.key or training.key: value}}."""
+    """What differs from arm to arm: {name: {model.key, training.key or learning_rates: value}}."""
     reference: str = ""
     """The arm that the others are compared with; the first if not given."""
     model: ModelSection = field(default_factory=_small)
@@ -88,23 +87,6 @@ class CellConfig:
         return CellConfig(**sections, **values["run"])
 
 
-def rate_name(rate: float) -> str:
-    """The directory of the cells with a learning rate."""
-    return f"lr_{rate:g}"
-
-
-def check_rates(key: str, rates: Sequence[float]) -> None:
-    """Raises ConfigError where two learning rates have the same directory."""
-    names: dict[str, float] = {}
-    for rate in rates:
-        other = names.setdefault(rate_name(rate), rate)
-        if other != rate:
-            raise ConfigError(
-                f"{key} = {list(rates)}: {other!r} and {rate!r} share the directory {rate_name(rate)}: "
-                "give rates that differ in their first six digits"
-            )
-
-
 @dataclass(frozen=True)
 class SyntheticCell:
     """One run of a synthetic task."""
@@ -125,7 +107,7 @@ class SyntheticStudy:
 
     Attributes:
         config: its section. root: the directory of its cells. tasks: {name: task}.
-        arms: {name: (model, training)}, before their parameters are made equal.
+        arms: {name: (model, training)}, before their parameters are made equal. rates: {name: learning rates}.
 
     Raises:
         ConfigError: a wrong key or value, or an arm whose parameters cannot be made equal.
@@ -142,9 +124,11 @@ class SyntheticStudy:
                 raise ConfigError(f"synthetic.{key} = {list(values)}: give at least one, none twice")
         check_rates("synthetic.learning_rates", config.learning_rates)
         self.tasks = {name: _task(name, values) for name, values in config.tasks.items()}
-        self.arms = {name: self._arm(name, values) for name, values in config.arms.items()}
+        arms = {name: split_rates(f"synthetic.arms.{name}", keys) for name, keys in config.arms.items()}
+        self.arms = {name: self._arm(name, changes) for name, (_, changes) in arms.items()}
+        self.rates = {name: own or config.learning_rates for name, (own, _) in arms.items()}
         for task, arm in self.groups():
-            self.cell_config(SyntheticCell(task, arm, config.learning_rates[0], config.seeds[0]))
+            self.cell_config(SyntheticCell(task, arm, self.rates[arm][0], config.seeds[0]))
 
     @property
     def reference(self) -> str:
@@ -156,7 +140,7 @@ class SyntheticStudy:
         for key, value in values.items():
             section, _, rest = key.partition(".")
             if section not in found or not rest:
-                raise ConfigError(f"{where}: unknown config key {key!r}: write model.key or training.key")
+                raise ConfigError(f"{where}: unknown key {key!r}: write model.key, training.key or learning_rates")
             found[section][rest] = value
         model = fill(ModelSection, found["model"], f"{where}.model", self.config.model)
         try:
@@ -171,11 +155,15 @@ class SyntheticStudy:
 
     def first_cells(self, task: str, arm: str) -> list[SyntheticCell]:
         """Those that decide on the learning rate."""
-        return [SyntheticCell(task, arm, rate, self.config.seeds[0]) for rate in self.config.learning_rates]
+        return [SyntheticCell(task, arm, rate, self.config.seeds[0]) for rate in self.rates[arm]]
 
     def later_cells(self, task: str, arm: str, rate: float) -> list[SyntheticCell]:
         """The other seeds, with the best learning rate."""
         return [SyntheticCell(task, arm, rate, seed) for seed in self.config.seeds[1:]]
+
+    def count_cells(self, arm: str) -> int:
+        """Of a task."""
+        return len(self.rates[arm]) + len(self.config.seeds) - 1
 
     def cell_config(self, cell: SyntheticCell) -> CellConfig:
         """With as many parameters as the reference has, within 1 %."""

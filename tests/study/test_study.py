@@ -92,6 +92,18 @@ def test_each_arm_tries_the_learning_rates_and_repeats_the_best(write) -> None:
     assert len(set(fake.cells)) == len(fake.cells) == 15
 
 
+def test_an_arm_may_have_learning_rates_of_its_own(write) -> None:
+    arms = {**ARMS, "dla": {**ARMS["dla"], "learning_rates": [5e-4, 1e-3]}, "soft": {"learning_rates": [3e-3]}}
+    fake, study = Fake(), load_study(write(arms=arms, questions={"Is one better?": ["one", "soft"]}))
+    assert StudyRunner(study, launch=fake).run() == 0
+    cells = {name: [(c.rate, c.seed) for c in fake.cells if c.arm == name] for name in arms}
+    assert cells["dla"] == [(5e-4, 7), (1e-3, 7), (1e-3, 8), (1e-3, 9)]
+    assert cells["soft"] == [(3e-3, 7), (3e-3, 8), (3e-3, 9)] and len(cells["one"]) == 5
+    results = collect(study)
+    assert results["cells"] == {"done": 12, "planned": 12} and "learning_rates" not in str(results)
+    assert results["arms"]["dla"]["rate_at_edge"] and not results["arms"]["soft"]["rate_at_edge"]
+
+
 def test_a_study_goes_on_where_it_was_stopped(write, capsys) -> None:
     study = load_study(write())
     first, second, third = Fake(stop_at=7), Fake(), Fake()
@@ -177,6 +189,9 @@ def test_arms_of_shipped_studies_have_equal_parameters(path, data, tmp_path) -> 
         ({"questions": {"Why?": ["one", "x"]}}, ("questions.Why?", "'x'")),
         ({"learning_rates": [0.0]}, ("learning_rates",)),
         ({"arms": {"one": {"optimizer.lr": 0.1}}}, ("optimizer.lr",)), ({"nproc": 0}, ("nproc", "0")),
+        ({"arms": {"one": {"learning_rates": []}}}, ("arms.one.learning_rates", "[]")),
+        ({"arms": {"one": {"learning_rates": [-1.0]}}}, ("arms.one.learning_rates", "-1.0")),
+        ({"arms": {"one": {"learning_rates": [0.1, 0.1]}}}, ("arms.one.learning_rates", "twice")),
         (
             {"arms": {"one": {}, "big": {"model.hidden_size": 512}}, "parameters": "equal"},
             ("arms.big", "ffn_hidden_size"),

@@ -93,6 +93,16 @@ def test_each_task_tries_the_learning_rates_and_repeats_the_best(write) -> None:
     ]  # fmt: skip
 
 
+def test_an_arm_may_have_learning_rates_of_its_own(write) -> None:
+    arms = {**ARMS, "dla": {**ARMS["dla"], "learning_rates": [5e-4]}}
+    fake, study = Fake(), synthetic(write(arms=arms, tasks={"needle": TINY}))
+    assert SyntheticRunner(study, launch=fake).run() == 0
+    assert [p for p in fake.places if "dla" in p] == [f"needle/dla/lr_0.0005/seed_{seed}" for seed in (1, 2, 3)]
+    results = collect_synthetic(study)
+    assert results["cells"] == {"done": 13, "planned": 13}
+    assert not results["tasks"]["needle"]["arms"]["dla"]["rate_at_edge"]
+
+
 def test_of_two_rates_that_suffice_the_faster_one_is_taken(write) -> None:
     study = synthetic(write(tasks={"needle": TINY}, arms={"gdn": {}}, reference=""))
 
@@ -206,6 +216,7 @@ def test_memory_of_an_arm(tmp_path) -> None:
         ({"tasks": {"needle/x": {"kind": "needle"}}}, ("synthetic.tasks", "'needle/x'")),
         ({"learning_rates": [1e-3, 1.0000000001e-3]}, ("synthetic.learning_rates", "0.0010000000001", "lr_0.001")),
         ({"learning_rates": [1e-3, 1e-3]}, ("synthetic.learning_rates", "twice")),
+        ({"arms": {"gdn": {"learning_rates": 0.1}}}, ("synthetic.arms.gdn.learning_rates", "0.1")),
         ({"seeds": [True]}, ("synthetic.seeds[0] = True", "number")),
         ({"tasks": {"needle": {"eval_lengths": [True]}}}, ("synthetic.tasks.needle.eval_lengths[0] = True",)),
         ({"arms": {"gdn": {"model.pattern": b"G"}}}, ("synthetic.arms.gdn.model.pattern", "b'G'", "bytes")),
