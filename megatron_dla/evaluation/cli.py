@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import UserError
+from megatron_dla.evaluation.alternatives import KINDS, parse_alternatives
 
 TASKS = ("recall", "ppl", "locomo")
 
@@ -37,10 +38,19 @@ def add_eval_parser(subparsers: Any) -> None:
     parser.add_argument("--controls", action="store_true", help="add the zeroed, shuffled and full_adapter conditions")
     recall = parser.add_argument_group("recall")
     recall.add_argument(
-        "--recall-task", choices=("profile", "facts"),
-        help="profile: single words; facts: sentences (default: facts if there is a chat template)",
+        "--recall-task", choices=("profile", "facts", "labels", "most"),
+        help="profile: single words; facts: sentences; labels: of examples; most: the most frequent colour (default: "
+        "facts if there is a chat template, else profile)",
     )  # fmt: skip
     recall.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="task settings, such as people=2")
+    recall.add_argument(
+        "--sweep", metavar="KEY=V,V,...", help="a table for each value of a task setting, and a curve over them"
+    )
+    recall.add_argument(
+        "--beside", nargs="+", default=[], metavar="KIND=N",
+        help="the same questions by other means, and what each costs: "
+        + "; ".join(f"{name}=N: {text}" for name, text in KINDS.items()),
+    )  # fmt: skip
     recall.add_argument("--episodes", type=int, default=200, help="default: 200")
     ppl = parser.add_argument_group("ppl")
     ppl.add_argument("--text", nargs="+", default=[], metavar="FILE", help="plain text")
@@ -76,17 +86,16 @@ def _eval(args: argparse.Namespace) -> int:
     static = read_adapter(args.static) if args.static else None
     if static is not None and static.config.memory != "static":
         raise UserError(f"--static {args.static}: this adapter has delta_mem.memory = {static.config.memory!r}")
-    runs = {
-        name: _prepare(name, args, load_tokenizer(args.model)) for name in tasks
-    }  # reports bad files before the model is loaded
+    # reports bad files before the model is loaded
+    runs = [run for name in tasks for run in _prepare(name, args, load_tokenizer(args.model))]
     base = load_backbone(args.model, device=args.device)
     control = attach_adapter(base, static, any_base=args.any_base) if static is not None else None
     tables = []
-    for name in tasks:
+    for run in runs:
         found = []
         for number in range(max(1, len(adapters))):
             model = _put(base, adapters[number] if adapters else None, args.any_base)
-            found.append(runs[name](model, control, args.seed + number))
+            found.append(run(model, control, args.seed + number))
             model.detach()
         table = found[0] if len(found) == 1 else join_tables(found)
         print(f"\n{table.text(args.seed)}", flush=True)
@@ -132,25 +141,24 @@ def _put(base: Any, adapter: Any, any_base: bool) -> Any:
     return attach_adapter(base, adapter or empty_adapter(), any_base=any_base)
 
 
-def _prepare(name: str, args: argparse.Namespace, tokenizer: Any) -> Callable[[Any, Any, int], Any]:
-    """Read and check a task's inputs; returns a function (model, static control, seed) -> Table."""
-    from megatron_dla.evaluation.tasks import perplexity_table, recall_table, text_windows
+Run = Callable[[Any, Any, int], Any]
+"""(model, static control, seed) -> Table."""
+
+
+def _prepare(name: str, args: argparse.Namespace, tokenizer: Any) -> list[Run]:
+    """Read and check a task's inputs; what makes its table, or tables."""
+    from megatron_dla.evaluation.tasks import perplexity_table, text_windows
 
     if name == "recall":
-        from megatron_dla.evaluation.recall import for_tokenizer, make_task
-
-        kind = args.recall_task or ("facts" if getattr(tokenizer, "chat_template", None) else "profile")
-        task = for_tokenizer(make_task(kind, **_settings(args.set)), tokenizer)
-        return lambda model, static, seed: recall_table(
-            model, tokenizer, task, episodes=args.episodes, seed=seed, batch=args.batch, controls=args.controls,
-            static=static,
-        )  # fmt: skip
+        return _prepare_recall(args, tokenizer)
     if name == "ppl":
         texts = [_read(file) for file in args.text]
         windows = text_windows(tokenizer, texts, args.window, args.windows, args.seed)
-        return lambda model, static, seed: perplexity_table(
-            model, windows, batch=args.batch, static=static, settings={"text": args.text}
-        )
+        return [
+            lambda model, static, seed: perplexity_table(
+                model, windows, batch=args.batch, static=static, settings={"text": args.text}
+            )
+        ]
     if importlib.util.find_spec("nltk") is None:
         raise UserError("--tasks locomo needs nltk, which is not installed: pip install 'megatron-dla[eval]'")
     from megatron_dla.evaluation.locomo import locomo_table, read_locomo
@@ -160,17 +168,45 @@ def _prepare(name: str, args: argparse.Namespace, tokenizer: Any) -> Callable[[A
         seed=args.seed,
     )  # fmt: skip
     settings = {"window": args.context_window, "context": args.context}
-    return lambda model, static, seed: locomo_table(
-        model, tokenizer, items, seed=seed, batch=args.batch, controls=args.controls, static=static, settings=settings
-    )
+    return [
+        lambda model, static, seed: locomo_table(
+            model, tokenizer, items, seed=seed, batch=args.batch, controls=args.controls, static=static,
+            settings=settings,
+        )
+    ]  # fmt: skip
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+def _prepare_recall(args: argparse.Namespace, tokenizer: Any) -> list[Run]:
+    """One table, or one for each value of `--sweep`."""
+    from megatron_dla.evaluation.recall import for_tokenizer, make_task
+    from megatron_dla.evaluation.tasks import recall_table
+
+    beside = parse_alternatives(args.beside)
+    kind = args.recall_task or ("facts" if getattr(tokenizer, "chat_template", None) else "profile")
+    given = _settings("--set", args.set)
+    key, _, values = (args.sweep or "").partition("=")
+    if args.sweep and (not key or not all(values.split(",")) or len(set(values.split(","))) < 2):
+        raise UserError(f"--sweep {args.sweep}: write KEY=V,V,... with at least two different values")
+    if key in given:
+        raise UserError(f"--sweep {args.sweep}: --set has {key} too; give one of the two")
+    varied = [_settings("--sweep", [f"{key}={value}"]) for value in values.split(",")] if key else [{}]
+    tasks = [for_tokenizer(make_task(kind, **given, **one), tokenizer) for one in varied]
+
+    def run(task: Any) -> Run:
+        return lambda model, static, seed: recall_table(
+            model, tokenizer, task, episodes=args.episodes, seed=seed, batch=args.batch, controls=args.controls,
+            static=static, beside=beside, sweep=key,
+        )  # fmt: skip
+
+    return [run(task) for task in tasks]
+
+
+def _settings(option: str, pairs: Sequence[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"--set {pair}: write KEY=VALUE")
+            raise UserError(f"{option} {pair}: write KEY=VALUE")
         try:
             out[key] = int(value)
         except ValueError:

@@ -2,7 +2,8 @@
 
 `profile` is for a small model pretrained on such text: one word of each of four categories among filler words;
 "? colour" asks for the colour. `facts` has sentences ("Anna's favourite colour is red.") about one or several people,
-queried by completion or in a chat; training and test splits use different names. Everything is generated from seeds.
+queried by completion or in a chat; training and test splits use different names. `labels` and `most`: abilities.py.
+Everything is generated from seeds.
 """
 
 from __future__ import annotations
@@ -16,9 +17,20 @@ from typing import Any
 import numpy as np
 
 from megatron_dla.errors import UserError
+from megatron_dla.evaluation.abilities import LabelsTask, MostTask
+from megatron_dla.evaluation.stories import (
+    PEOPLE,
+    RELATIONS,
+    SPLITS,
+    SYSTEM,
+    Question,
+    Story,
+    completion_story,
+    filler,
+    topic_blocks,
+)
 from megatron_dla.serving.chat import user_turn
 
-SPLITS = ("train", "validation", "test")
 CATEGORIES = {
     "colour": "red blue green pink gold grey brown black white purple orange yellow navy teal cyan lime",
     "animal": "cat dog cow pig hen fox owl bat rat ant bee elk emu yak ram cod",
@@ -26,72 +38,6 @@ CATEGORIES = {
     "food": "rice soup cake bread pasta salad stew pie jam egg ham corn bean nut fig plum",
 }
 FILLERS = ["of", "the", "and", "to", "in", "it", "was", "for", "on", "at"]
-RELATIONS = {  # relation: statement up to its last word, question, words
-    "colour": (
-        "{}'s favourite colour is",
-        "What is {}'s favourite colour?",
-        "red blue green pink gold black white purple orange yellow brown silver",
-    ),
-    "pet": ("{}'s pet is a", "What is {}'s pet?", "cat dog horse fish rabbit mouse bird snake turtle pig duck goat"),
-    "city": (
-        "{} lives in",
-        "Where does {} live?",
-        "Paris London Rome Berlin Tokyo Madrid Boston Chicago Moscow Cairo Sydney Dublin",
-    ),
-    "job": (
-        "{} works as a",
-        "What does {} work as?",
-        "teacher doctor lawyer nurse farmer writer painter driver mechanic dancer baker singer",
-    ),
-}
-PEOPLE = {
-    "train": "Anna Ben Carl Diana Emma Frank Grace Henry Irene Jack Kate Leo Maria Nick Olga Peter Rosa Sam Tina",
-    "test": "Alice Bob Clara David Eve Fred Gina Hugo Ivan Julia Kevin Laura Mark Nora Oscar Paula",
-}
-SYSTEM = "Answer the question."
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question, the word that answers it, the candidate words (including that one), and the text of the answer before
-    and after the word."""
-
-    text: str
-    word: str
-    choices: tuple[str, ...]
-    lead: str = ""
-    end: str = ""
-
-    @property
-    def answer(self) -> str:
-        return f"{self.lead} {self.word}{self.end}"
-
-
-@dataclass(frozen=True)
-class Story:
-    """A context, one message a text, and the questions about it.
-
-    Attributes:
-        system: system message of both context and question, or "". plain: concatenate the texts without a chat
-            template, even if the tokenizer has one. opening: plain text before the first question.
-    """
-
-    context: tuple[str, ...]
-    questions: tuple[Question, ...]
-    system: str = ""
-    plain: bool = False
-    opening: str = ""
-
-    def ask(self, question: Question, first: bool = True) -> str:
-        """Text of a question; the first one of a read segment starts with `opening`."""
-        return self.opening + question.text.lstrip() if first and self.opening else question.text
-
-    def record(self) -> dict[str, Any]:
-        """A JSONL record for tasks.adapter.episodes."""
-        pairs = [{"question": self.ask(q, i == 0), "answer": q.answer} for i, q in enumerate(self.questions)]
-        out: dict[str, Any] = {"context": list(self.context), "questions": pairs}
-        out |= {"system": self.system} if self.system else {}
-        return out | ({"plain": True} if self.plain else {})
 
 
 @dataclass(frozen=True)
@@ -127,11 +73,20 @@ class ProfileTask:
 
 @dataclass(frozen=True)
 class FactsTask:
-    """Sentences about people in random order, in one message or one message each; one question a fact."""
+    """Sentences about people in random order, in one message or one message each; one question a fact.
+
+    Accurate retrieval is `filler`, conflict resolution `updates`, an abrupt change of the topic `shifts`.
+    """
 
     people: int = 2
     relations: int = 2
     """Facts a person: the first n of colour, pet, city, job."""
+    filler: int = 0
+    """Other sentences, anywhere between the facts."""
+    updates: int = 0
+    """Times that each fact is told anew, with another word; the last one holds."""
+    shifts: int = 0
+    """Texts of four sentences that follow the facts, each on another topic than the one before."""
     messages: str = "one"
     """one: all facts in one user message. each: one message a fact (for writes by message)."""
     style: str = "turn"
@@ -147,6 +102,9 @@ class FactsTask:
         for name, value, limit in (("people", self.people, most), ("relations", self.relations, len(RELATIONS))):
             if not 1 <= value <= limit:
                 raise UserError(f"{name} = {value}: must be 1 to {limit}")
+        for name in ("filler", "updates", "shifts"):
+            if not 0 <= getattr(self, name) <= 10_000:
+                raise UserError(f"{name} = {getattr(self, name)}: must be 0 to 10000")
         for name, known in (("messages", ("one", "each")), ("style", ("chat", "text", "turn", "chatml"))):
             chosen = getattr(self, name)
             if chosen not in known:
@@ -168,17 +126,27 @@ class FactsTask:
             else:
                 questions.append(Question(f" {lead}", word, choices, "", "."))
         asked = tuple(questions[i] for i in rng.permutation(len(questions)))
+        told = self._around(rng, told, questions)
         said = [" ".join(told)] if self.messages == "one" else told
         if self.style == "chat":
             return Story(tuple(said), asked, SYSTEM)
-        if self.style == "text":
-            return Story((said[0], *(f" {text}" for text in said[1:])), asked, plain=True)
-        context = tuple(self.user.replace("{}", text) for text in said)
-        return Story(context, asked, plain=True, opening=self.assistant)
+        return completion_story(said, asked, self.style, self.user, self.assistant)
+
+    def _around(self, rng: np.random.Generator, told: list[str], questions: list[Question]) -> list[str]:
+        """The facts with what was true before, other sentences between them, and other topics after them."""
+        for _ in range(self.updates):
+            before = []
+            for fact, question in zip(told[-len(questions) :], questions, strict=True):
+                other = str(rng.choice([word for word in question.choices if f" {word}." not in fact]))
+                before.append(f"{fact.rsplit(' ', 1)[0]} {other}.")
+            told = [before[i] for i in rng.permutation(len(before))] + told
+        for sentence in filler(rng, self.filler):
+            told.insert(rng.integers(len(told) + 1), sentence)
+        return told + topic_blocks(rng, self.shifts)
 
 
-TASKS: dict[str, Any] = {"profile": ProfileTask, "facts": FactsTask}
-RecallTask = ProfileTask | FactsTask
+TASKS: dict[str, Any] = {kind.kind: kind for kind in (ProfileTask, FactsTask, LabelsTask, MostTask)}
+RecallTask = ProfileTask | FactsTask | LabelsTask | MostTask
 
 
 def make_task(name: str, **settings: Any) -> RecallTask:
@@ -200,7 +168,7 @@ def for_tokenizer(task: RecallTask, tokenizer: Any) -> RecallTask:
     Raises:
         UserError: see `user_turn`.
     """
-    if not isinstance(task, FactsTask) or task.style != "turn" or not getattr(tokenizer, "chat_template", None):
+    if isinstance(task, ProfileTask) or task.style != "turn" or not getattr(tokenizer, "chat_template", None):
         return task
     user, assistant = user_turn(tokenizer)
     return replace(task, user=user, assistant=assistant)

@@ -33,15 +33,17 @@ def plain(value: Any) -> Any:
 
 
 def draw_report(path: Path, tables: Sequence[Table], seed: int = 0) -> Path:
-    """Draw one panel a task (conditions with 95 % intervals, chance dashed) and one of gates and corrections by
-    layer."""
+    """Draw one panel a task (conditions with 95 % intervals, chance dashed), one of all tables that differ in a setting
+    (curves over it), and one of gates and corrections by layer."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     layers = next((table.layers for table in tables if table.layers), [])
-    panels = len(tables) + bool(layers)
+    swept = [table for table in tables if "sweep" in table.settings]
+    tables = [table for table in tables if "sweep" not in table.settings]
+    panels = len(tables) + bool(swept) + bool(layers)
     figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.8), constrained_layout=True, squeeze=False)
     for table, ax in zip(tables, axes.flat, strict=False):
         metric = table.metrics[0]
@@ -56,11 +58,30 @@ def draw_report(path: Path, tables: Sequence[Table], seed: int = 0) -> Path:
             ax.axvline(table.settings["chance"], color="tab:red", linestyle="--", linewidth=1, label="chance")
             ax.legend(fontsize=8)
         ax.set(title=table.task, xlabel=f"{metric}, 95 % interval")
+    if swept:
+        _draw_curves(axes.flat[len(tables)], swept, seed)
     if layers:
         _draw_layers(axes.flat[-1], layers)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def _draw_curves(ax: Any, tables: Sequence[Table], seed: int) -> None:
+    first, metric = tables[0], tables[0].metrics[0]
+    key = first.settings["sweep"]
+    values = [table.settings[key] for table in tables]
+    places = values if all(isinstance(value, int) for value in values) else list(range(len(values)))
+    for condition in first.values:
+        found = [table.interval(condition, metric, seed) for table in tables]
+        (line,) = ax.plot(places, [one.mean for one in found], "o-", markersize=3, label=condition)
+        ax.fill_between(
+            places, [one.low for one in found], [one.high for one in found], color=line.get_color(), alpha=0.15
+        )
+    ax.plot(places, [table.settings["chance"] for table in tables], "--", color="tab:red", linewidth=1, label="chance")
+    ax.set_xticks(places, [str(value) for value in values])
+    ax.set(title=f"recall ({first.settings['recall']})", xlabel=key, ylabel=f"{metric}, 95 % interval", ylim=(0, 1.02))
+    ax.legend(fontsize=7)
 
 
 def _draw_layers(ax: Any, layers: Sequence[dict[str, float]]) -> None:

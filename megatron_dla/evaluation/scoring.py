@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs, MemoryState, half_life
 from megatron_dla.adapters.messages import Pending
 from megatron_dla.errors import UserError
-from megatron_dla.evaluation.recall import Question, Story
+from megatron_dla.evaluation.stories import Question, Story
 from megatron_dla.serving.chat import PlainText, render, render_context, render_prompt, system_message
 from megatron_dla.serving.decode import pad_left
 from megatron_dla.serving.hf_model import DeltaMemModel, LayerStats, States, select_states

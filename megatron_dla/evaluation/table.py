@@ -18,7 +18,7 @@ class Table:
         unit: what one number is of, in the plural. values: condition -> metric -> one number a unit [n], the same
             units in the same order everywhere. metrics: the first is the main one. groups: [n], see `bootstrap_mean`;
             None = independent units. pairs: differences to report, first minus second. settings: parameters of the
-            task. layers: one row a layer.
+            task. layers: one row a layer. costs: condition -> quantity -> mean, see costs.py.
     """
 
     task: str
@@ -29,6 +29,7 @@ class Table:
     settings: dict[str, Any]
     groups: np.ndarray | None = None
     layers: list[dict[str, float]] = field(default_factory=list)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def interval(self, condition: str, metric: str, seed: int = 0) -> Interval:
         return bootstrap_mean(self.values[condition][metric], self.groups, seed=seed)
@@ -53,6 +54,7 @@ class Table:
                 for metric in self.metrics
             ],
             "layers": self.layers,
+            **({"costs": self.costs} if self.costs else {}),
         }
 
     def text(self, seed: int = 0, digits: int = 3) -> str:
@@ -71,7 +73,17 @@ class Table:
         if self.pairs:
             lines.insert(2 + len(self.values), "")
         head = f"{self.task}: {shown.count} {self.unit}{groups}; mean [95 % interval, paired bootstrap]"
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, *self._cost_lines()])
+
+    def _cost_lines(self) -> list[str]:
+        """Each quantity with three digits that count."""
+        if not self.costs:
+            return []
+        names = list(next(iter(self.costs.values())))
+        rows = [["means", *names]]
+        rows += [[key, *(f"{found[name]:,.3g}" for name in names)] for key, found in self.costs.items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(names) + 1)]
+        return ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]
 
 
 def join_tables(tables: list[Table]) -> Table:
@@ -87,4 +99,8 @@ def join_tables(tables: list[Table]) -> Table:
     settings = {**first.settings, "adapters": len(tables)}
     layers = [{"adapter": i, **row} for i, table in enumerate(tables) for row in table.layers]
     groups = np.repeat(np.arange(len(tables)), sizes)
-    return Table(first.task, first.unit, first.metrics, values, pairs, settings, groups, layers)
+    costs = {
+        condition: {name: float(np.mean([table.costs[condition][name] for table in tables])) for name in found}
+        for condition, found in first.costs.items()
+    }
+    return Table(first.task, first.unit, first.metrics, values, pairs, settings, groups, layers, costs)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from megatron_dla.adapters.memory import MemoryControl
 from megatron_dla.errors import UserError
+from megatron_dla.evaluation.alternatives import Alternative, retell
+from megatron_dla.evaluation.costs import Costs
 from megatron_dla.evaluation.recall import RecallTask, stories
 from megatron_dla.evaluation.scoring import (
     PLAIN,
@@ -21,6 +23,8 @@ from megatron_dla.evaluation.scoring import (
     score,
     write_contexts,
 )
+from megatron_dla.evaluation.stories import Story
+from megatron_dla.evaluation.summary import Summariser
 from megatron_dla.evaluation.table import Table
 from megatron_dla.serving.chat import encode
 from megatron_dla.serving.hf_model import DeltaMemModel, select_states
@@ -38,12 +42,17 @@ def recall_table(
     batch: int = 16,
     controls: bool = True,
     static: DeltaMemModel | None = None,
+    beside: Sequence[Alternative] = (),
+    sweep: str = "",
 ) -> Table:
     """Recall of the test split; a unit is an episode, its value the mean over its questions.
 
     Args:
         model: with or without an adapter (without: only `full` and `scale_0`). controls: add zeroed, shuffled and
-            full_adapter. static: the same backbone with a static adapter.
+            full_adapter. static: the same backbone with a static adapter. beside: the same questions by other means,
+            and then also what a question costs: tokens of its prompt, seconds in a batch (with those to write the
+            memory or the summary), and bytes that are kept of what an episode told. sweep: the setting of the task
+            that differs between several tables, for the report.
 
     Raises:
         UserError: too few episodes to shuffle states; see `encode_stories`.
@@ -51,15 +60,22 @@ def recall_table(
     if episodes < 2:
         raise UserError(f"episodes = {episodes}: must be at least 2 (states are shuffled between them)")
     numbered = model.config.write == "message"
-    told, asked = encode_stories(tokenizer, list(stories(task, episodes, seed=seed, split="test")), numbered=numbered)
-    found = {"full": score(model, asked, batch, states=None, full=True, control=PLAIN)}
+    made = list(stories(task, episodes, seed=seed, split="test"))
+    told, asked = encode_stories(tokenizer, made, numbered=numbered)
+    costs = Costs(len(asked), episodes, bare=sum(len(question.prompt) for question in asked))
+    with costs.of("full"):
+        found = {"full": score(model, asked, batch, states=None, full=True, control=PLAIN)}
+    costs.read("full", sum(len(question.full.ids) for question in asked))
+    costs.keep("full", _text_bytes(made))
     means = LayerMeans()
     pairs: list[tuple[str, str]] = []
     if model.layers:
         if controls:
             found["full_adapter"] = score(model, asked, batch, states=None, full=True, control=MemoryControl())
-        states = write_contexts(model, told, batch, means)
-        found["kept"] = score(model, asked, batch, states=states, control=READ_ONLY, means=means)
+        with costs.of("kept"):
+            states = write_contexts(model, told, batch, means)
+            found["kept"] = score(model, asked, batch, states=states, control=READ_ONLY, means=means)
+        costs.keep("kept", sum(state.nbytes for state in states.values()))
         if controls:
             found["zeroed"] = score(model, asked, batch, states=None, control=READ_ONLY)
             others = select_states(states, derangement(episodes, seed).tolist())
@@ -67,15 +83,34 @@ def recall_table(
     found["scale_0"] = score(model, asked, batch, states=None, control=PLAIN)
     if static is not None:
         found["static"] = score(static, asked, batch, states=None, control=READ_ONLY)
+    for one in beside:
+        with costs.of(one.name):
+            left = retell(one, tokenizer, made, Summariser(model, tokenizer, batch))
+            rows = encode_stories(tokenizer, [story for few in left for story in few], numbered=numbered)[1]
+            found[one.name] = score(model, rows, batch, states=None, full=True, control=PLAIN)
+        # what is left of a text, but a search needs all of it
+        costs.keep(one.name, _text_bytes(made if one.kind == "bm25" else [few[0] for few in left]))
+        costs.read(one.name, sum(len(row.full.ids) for row in rows))
     if model.layers:
-        pairs += [("kept", other) for other in ("zeroed", "shuffled", "scale_0", "static") if other in found]
+        pairs += [("kept", name) for name in ("zeroed", "shuffled", "scale_0", "static") if name in found]
         pairs += [("full_adapter", "full")] if controls else []
+        pairs += [("kept", one.name) for one in beside]
     story = np.asarray([question.story for question in asked])
     values = {name: {m: _by_story(scores[m], story) for m in METRICS} for name, scores in found.items()}
     chance = float(np.mean([1 / len(question.choices) for question in asked]))
     settings = {"recall": task.kind, **vars(task), "episodes": episodes, "questions": len(asked), "seed": seed,
                 "chance": chance, "tokens_told": float(np.mean([len(row.ids) for row in told]))}  # fmt: skip
-    return Table(f"recall ({task.kind})", "episodes", METRICS, values, pairs, settings, layers=means.rows())
+    name = task.kind
+    if sweep:
+        settings["sweep"], name = sweep, f"{task.kind}, {sweep} = {getattr(task, sweep)}"
+    return Table(
+        f"recall ({name})", "episodes", METRICS, values, pairs, settings, layers=means.rows(),
+        costs=costs.found if beside else {},
+    )  # fmt: skip
+
+
+def _text_bytes(told: Sequence[Story]) -> int:
+    return sum(len(text.encode()) for story in told for text in story.texts())
 
 
 def _by_story(values: np.ndarray, story: np.ndarray) -> np.ndarray:

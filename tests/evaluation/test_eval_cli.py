@@ -68,6 +68,42 @@ def test_everything(dla, place, tmp_path):
     assert (tmp_path / "out" / "eval.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_curve_over_a_setting(dla, tmp_path):
+    code, out, err = dla(
+        "{place}/base", "--adapter", "{place}/one", "--controls", "--set", "people=1", "--sweep", "shifts=0,2",
+        "--episodes", "4", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert code == 0, err
+    tables = json.loads((tmp_path / "out" / "eval.json").read_text())["tasks"]
+    assert [(t["settings"]["shifts"], t["settings"]["people"], t["settings"]["sweep"]) for t in tables] == [
+        (0, 1, "shifts"), (2, 1, "shifts")
+    ]  # fmt: skip
+    assert tables[0]["settings"]["tokens_told"] + 20 < tables[1]["settings"]["tokens_told"]
+    assert "recall (facts, shifts = 0)" in out and "recall (facts, shifts = 2)" in out and "costs" not in tables[0]
+    assert (tmp_path / "out" / "eval.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_same_questions_by_other_means(dla, place, tmp_path):
+    code, out, err = dla(
+        "{place}/base", "--adapter", "{place}/one", "{place}/two", "--set", "people=2", "relations=2", "filler=12",
+        "--beside", "window=20", "bm25=3", "summary=6", "--episodes", "4", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert code == 0, err
+    (table,) = json.loads((tmp_path / "out" / "eval.json").read_text())["tasks"]
+    other = ["window_20", "bm25_3", "summary_6"]
+    assert list(table["conditions"]) == ["full", "kept", "scale_0", *other]
+    assert {(r["first"], r["second"]) for r in table["differences"]} == {("kept", n) for n in ["scale_0", *other]}
+    costs = table["costs"]
+    assert list(costs) == ["full", "kept", *other] and all(cost["seconds"] > 0 for cost in costs.values())
+    tokens = {name: cost["prompt tokens"] for name, cost in costs.items()}
+    assert tokens["kept"] + 15 < tokens["window_20"] <= tokens["kept"] + 20 + 6  # and the turn around it
+    assert tokens["full"] > max(tokens[name] for name in other)
+    kept = {name: cost["bytes an episode keeps"] for name, cost in costs.items()}
+    assert kept["kept"] == 3 * (1 + 2) / 2 * 8 * 8 * 4  # layers, states of the two adapters, fp32
+    assert kept["full"] == kept["bm25_3"] > kept["window_20"] > 0 and kept["full"] > kept["summary_6"]
+    assert "prompt tokens" in out
+
+
 def test_plain_model(dla):
     code, out, _ = dla("{place}/base", "--episodes", "2")
     assert code == 0 and "full" in out and "scale_0" in out and "kept" not in out and "half-life" not in out
@@ -92,6 +128,15 @@ BAD = {
     ("--tasks", "ppl", "--text", "{place}/text.txt", "--window", "999"): ["--text", "999", "--window"],
     ("--tasks", "locomo", "--locomo", "{place}/text.txt"): ["{place}/text.txt", "locomo10.json"],
     ("--recall-task", "profile", "--set", "words=2"): ["words = 2", "4"],
+    ("--sweep", "people"): ["--sweep people", "KEY=V,V"],
+    ("--sweep", "people=2"): ["--sweep people=2", "two"],
+    ("--sweep", "people=2,,3"): ["--sweep people=2,,3", "KEY=V,V"],
+    ("--sweep", "cats=2,3"): ["'facts'", "'cats'"],
+    ("--sweep", "people=1,2", "--set", "people=2"): ["--sweep people=1,2", "--set"],
+    ("--beside", "window"): ["--beside window", "bm25=N"],
+    ("--beside", "window=0"): ["--beside window=0", "from 1"],
+    ("--beside", "notes=3"): ["--beside notes=3", "summary=N"],
+    ("--beside", "bm25=3", "bm25=3"): ["--beside bm25=3 bm25=3", "twice"],
 }
 
 

@@ -7,13 +7,13 @@ import pytest
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.recall import (
     CATEGORIES,
-    PEOPLE,
     for_tokenizer,
     make_task,
     stories,
     write_documents,
     write_stories,
 )
+from megatron_dla.evaluation.stories import PEOPLE, RELATIONS, TOPICS
 from megatron_dla.tasks.adapter.episodes import read_episodes
 from tests.support.tiny_eval import build_words
 from tests.support.tiny_hf import MISTRAL, build_tokenizer
@@ -71,6 +71,68 @@ def test_written_stories_are_episodes(task, tmp_path):
         assert all(q.word in tokenizer.decode(episode.write_ids).split() for q in story.questions)
 
 
+def last_said(story, question):
+    """Answers as a reader of the whole text does: the word after the last place where the question stands."""
+    return " ".join(story.context).rsplit(question.text.strip(), 1)[1].split(".")[0].strip()
+
+
+def label_of_kind(story, question):
+    """The label of the examples that are of the same kind as the word that is asked for."""
+    kind = next(words.split() for _, _, words in RELATIONS.values() if question.text.strip(" :") in words.split())
+    told = dict(pair.split(": ") for pair in " ".join(story.context).rstrip(".").split(". "))
+    assert question.text.strip(" :") not in told
+    (label,) = {label for word, label in told.items() if word in kind}
+    return label
+
+
+def most_often(story, question):
+    words = " ".join(story.context).replace(".", "").split()
+    return max(question.choices, key=words.count)
+
+
+READERS = [
+    (make_task("facts", style="text", filler=20), last_said),
+    (make_task("facts", style="text", people=3, updates=2, filler=5), last_said),
+    (make_task("facts", style="text", shifts=5), last_said),
+    (make_task("labels", style="text", kinds=3), label_of_kind),
+    (make_task("most", style="text"), most_often),
+]
+
+
+@pytest.mark.parametrize(("task", "reader"), READERS, ids=str)
+def test_a_reader_answers_all_and_a_guesser_some(task, reader):
+    asked = [(story, question) for story in stories(task, 300, seed=4, split="test") for question in story.questions]
+    assert all(
+        reader(story, question) == question.word and question.word in question.choices for story, question in asked
+    )
+    for place in (0, -1):  # the place among the candidates says nothing
+        chance = sum(1 / len(question.choices) for _, question in asked) / len(asked)
+        guessed = sum(question.choices[place] == question.word for _, question in asked) / len(asked)
+        assert abs(guessed - chance) < 4 * (chance / len(asked)) ** 0.5
+    made = list(stories(task, 20, seed=4))
+    assert made == list(stories(task, 20, seed=4)) != list(stories(task, 20, seed=5))
+
+
+def test_updates_tell_other_words_before_and_shifts_change_the_topic():
+    for story in stories(make_task("facts", style="text", updates=2, people=2), 20, seed=0):
+        text = story.context[0]
+        for question in story.questions:
+            words = [part.split(".")[0] for part in text.split(f"{question.text.strip()} ")[1:]]
+            assert len(words) == 3 and words[-1] == question.word not in words[:-1]
+    topic = {sentence: name for name, sentences in TOPICS.items() for sentence in sentences}
+    for story in stories(make_task("facts", style="text", shifts=4, messages="each"), 20, seed=0):
+        blocks = [{topic[f"{s}."] for s in text.strip().rstrip(".").split(". ")} for text in story.context[4:]]
+        assert [len(block) for block in blocks] == [1] * 4
+        assert all(one != other for one, other in zip(blocks, blocks[1:], strict=False))
+
+
+def test_filler_says_nothing_about_the_answers():
+    words = {word.lower() for _, _, words in RELATIONS.values() for word in words.split()}
+    words |= {name.lower() for names in PEOPLE.values() for name in names.split()}
+    told = " ".join(s for sentences in TOPICS.values() for s in sentences).lower().replace(".", "").split()
+    assert not words & set(told) and len({s for sentences in TOPICS.values() for s in sentences}) == 36
+
+
 def test_documents(tmp_path):
     task = make_task("profile")
     write_documents(tmp_path / "a.jsonl", task, 200, seed=0, bare=0.25)
@@ -87,13 +149,19 @@ def test_documents(tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("maze", {}, "'maze'.*profile, facts"),
+        ("maze", {}, "'maze'.*profile, facts, labels, most"),
         ("profile", {"people": 2}, "'profile'.*'people'.*words"),
         ("profile", {"words": 3}, "words = 3.*4"),
         ("facts", {"relations": 5}, "relations = 5.*1 to 4"),
         ("facts", {"people": 0}, "people = 0.*1 to"),
         ("facts", {"messages": "two"}, "messages = 'two'.*one, each"),
         ("facts", {"style": "song"}, "style = 'song'.*chat, text, turn, chatml"),
+        ("facts", {"filler": -1}, "filler = -1.*0 to"),
+        ("labels", {"kinds": 1}, "kinds = 1.*2 to 4"),
+        ("labels", {"examples": 12}, "examples = 12.*1 to 11"),
+        ("most", {"colours": 1}, "colours = 1.*2 to 12"),
+        ("most", {"repeats": 0}, "repeats = 0.*1 to"),
+        ("most", {"style": "chat"}, "style = 'chat'.*text, turn"),
     ],
 )
 def test_bad_settings_are_named(name, settings, message):

@@ -8,8 +8,9 @@ from transformers import DynamicCache
 from megatron_dla.adapters.config import DeltaMemConfig
 from megatron_dla.adapters.memory import MemoryControl, MemoryInputs
 from megatron_dla.errors import UserError
-from megatron_dla.evaluation.recall import Question, Story, make_task, stories
+from megatron_dla.evaluation.recall import make_task, stories
 from megatron_dla.evaluation.scoring import READ_ONLY, derangement, encode_stories, score, write_contexts
+from megatron_dla.evaluation.stories import Question, Story
 from megatron_dla.evaluation.table import Table, join_tables
 from megatron_dla.evaluation.tasks import perplexity_table, recall_table, text_windows
 from megatron_dla.serving.hf_model import select_states

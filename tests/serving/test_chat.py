@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_dla.errors import UserError
-from megatron_dla.evaluation.recall import Question, Story
 from megatron_dla.evaluation.scoring import encode_stories
+from megatron_dla.evaluation.stories import Question, Story
 from megatron_dla.serving.chat import merge_turns, render_chat
 from megatron_dla.tasks.adapter.episodes import question_episode
 from tests.support.sessions import CHAT

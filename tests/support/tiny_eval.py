@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from megatron_dla.adapters.config import DeltaMemConfig
-from megatron_dla.evaluation.recall import CATEGORIES, FILLERS, PEOPLE, RELATIONS
+from megatron_dla.evaluation.recall import CATEGORIES, FILLERS
+from megatron_dla.evaluation.stories import PEOPLE, RELATIONS
 from megatron_dla.serving.hf_model import DeltaMemModel
 from tests.support.tiny_hf import TEMPLATE, build_adapted
 
