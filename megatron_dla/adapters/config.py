@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -10,6 +11,8 @@ from megatron_dla.errors import ConfigError
 # files on disk keep the first release's names: keys of the config, and target modules
 _STORED = {"target_modules": "heads", "layers_to_transform": "layers"}
 _MODULES = {"q": "q_proj", "o": "o_proj"}
+# not stored at their default: files and checksums of before they were stay what they are
+_NEW = ("half_life", "max_output_ratio")
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,17 @@ class DeltaMemConfig:
     """Write gate before training: sigmoid(-1.5) = 0.18, a half-life of 3.4 writes; -6 keeps 280."""
     lambda_bias: float = 1.5
     """Keep gate before training, uncoupled only."""
+    half_life: float = 0.0
+    """Writes after which half of a state is left, before training, instead of beta_bias (uncoupled: lambda_bias).
+    0: the bias as given."""
     output_init: Literal["base_slice_fixed", "base_slice", "zero", "random"] = "base_slice_fixed"
     """Start of the steering heads. zero: no correction at all before the first step."""
     output_gain: float = 0.05
     """Length of a copied column, or spread of random ones."""
     reference_width: int = 8
     """base_slice_fixed: columns of the base weight that are copied; the rest starts at zero."""
+    max_output_ratio: float = 0.0
+    """The correction of a token's attention output is at most this share of it, by length. 0: no bound."""
     memory: Literal["online", "static"] = "online"
     """static: the state is the identity and never written: a low-rank adapter of the same size, the control."""
     message_read: Literal["streaming", "pre_call"] = "streaming"
@@ -70,6 +78,11 @@ class DeltaMemConfig:
                 f"delta_mem.target_modules = {list(names)}: use q_proj, o_proj or both (correcting keys and values is "
                 "not supported)"
             )
+        for name in _NEW:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"delta_mem.{name} = {getattr(self, name)!r}: must be at least 0 (0: none)")
+        if self.half_life and math.log(2) / self.half_life > 700:
+            raise ConfigError(f"delta_mem.half_life = {self.half_life!r}: nothing would be left: use 0.01 or more")
         if self.update == "no_lambda" and not self.couple_lambda:
             raise ConfigError("delta_mem.update = 'no_lambda' has no keep gate: set delta_mem.couple_lambda to true")
 
@@ -100,6 +113,14 @@ class DeltaMemConfig:
         return self.num_states * self.rank
 
     @property
+    def gate_biases(self) -> tuple[float, float]:
+        """Of beta and lambda, before training: keep = 2^(-1 / half_life) has the logit -log(2^(1 / half_life) - 1)."""
+        if not self.half_life:
+            return self.beta_bias, self.lambda_bias
+        lost = math.log(math.expm1(math.log(2) / self.half_life))
+        return (lost, self.lambda_bias) if self.couple_lambda else (self.beta_bias, -lost)
+
+    @property
     def gate_width(self) -> int:
         return self.width if self.rowwise_gates else self.num_states
 
@@ -122,6 +143,7 @@ class DeltaMemConfig:
         """As adapter files, checkpoints and sessions store it: lists for tuples, their key names."""
         short = {name: stored for stored, name in _MODULES.items()}
         values = asdict(self) | {"target_modules": [short[name] for name in self.target_modules]}
+        values = {name: value for name, value in values.items() if name not in _NEW or value}
         return {
             _STORED.get(name, name): list(value) if isinstance(value, tuple) else value
             for name, value in values.items()

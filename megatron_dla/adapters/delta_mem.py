@@ -144,7 +144,7 @@ class DeltaMemSelfAttention(SelfAttention):
         base = output
         if "o_proj" in targets:
             mine = context_slice(reads, self.tp_group if parallel else None, 0)
-            output = output + memory.delta_o(mine, dtype, call.control.scale)
+            output = output + memory.delta_o(mine, output, call.control.scale)
         gate, lost = result.mean(result.beta), result.mean(1 - result.keep).detach()
         output = call.attach(output, gate, self.tp_group.size() if parallel else 1)
         if not call.replays(self.layer):

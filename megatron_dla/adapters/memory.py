@@ -22,6 +22,7 @@ from megatron_dla.kernels.delta_mem import delta_mem_scan
 from megatron_dla.mixers.layout import named_generator
 
 L2_EPS = 1e-6
+TINY = 1e-12
 
 
 @dataclass
@@ -271,9 +272,16 @@ class DeltaMemory(nn.Module):
         """reads [..., R] -> correction of the raw query [..., query_size]."""
         return F.linear(reads.to(dtype), self.delta_q_proj.to(dtype)) * (scale * self.config.scale)
 
-    def delta_o(self, reads: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        """reads [..., R] -> correction of the attention's output [..., d]."""
-        return F.linear(reads.to(dtype), self.shared(self.delta_o_proj).to(dtype)) * (scale * self.config.scale)
+    def delta_o(self, reads: Tensor, output: Tensor, scale: float = 1.0) -> Tensor:
+        """reads [..., R] -> correction of the attention's output [..., d], not longer than `max_output_ratio` of it."""
+        weight = self.shared(self.delta_o_proj).to(output.dtype)
+        change = F.linear(reads.to(output.dtype), weight) * (scale * self.config.scale)
+        if not self.config.max_output_ratio:
+            return change
+        wide = torch.promote_types(output.dtype, torch.float32)
+        most = self.config.max_output_ratio * output.to(wide).norm(dim=-1, keepdim=True)
+        length = change.to(wide).norm(dim=-1, keepdim=True)
+        return change * (most / torch.maximum(length, most).clamp_min(TINY)).to(change.dtype)
 
     # ---- initialisation
 
@@ -290,10 +298,11 @@ class DeltaMemory(nn.Module):
             weight = getattr(self, key)
             weight.copy_(_uniform(weight.shape, bound, seed, f"{name}.{key}"))
         self.beta_proj.zero_()
-        self.beta_bias.fill_(self.config.beta_bias)
+        beta, keep = self.config.gate_biases
+        self.beta_bias.fill_(beta)
         if not self.config.couple_lambda:
             self.lambda_proj.zero_()
-            self.lambda_bias.fill_(self.config.lambda_bias)
+            self.lambda_bias.fill_(keep)
         for head, base in (("q", query_weight), ("o", output_weight)):
             if f"{head}_proj" in self.config.target_modules:
                 key = f"delta_{head}_proj"

@@ -74,12 +74,18 @@ def to_upstream(config: DeltaMemConfig) -> dict[str, Any]:
     """Published keys of a config. Raises ConfigError where the format cannot express it."""
     if config.memory != "online":
         raise ConfigError("delta_mem.memory = 'static' has no published form: write the safetensors format")
+    if config.max_output_ratio:
+        raise ConfigError(
+            f"delta_mem.max_output_ratio = {config.max_output_ratio!r} has no published form: write the "
+            "safetensors format"
+        )
     if config.write == "message" and config.message_read != "pre_call":
         raise ConfigError(
             "delta_mem.message_read = 'streaming' has no published form (its code reads once a call): write the "
             "safetensors format, or set message_read to 'pre_call' and know that it was trained otherwise"
         )
     values = {published: getattr(config, ours) for ours, published in _SAME.items()}
+    values["beta_bias_init"] = config.gate_biases[0]
     values |= {
         "delta_heads": [name.removesuffix("_proj") for name in config.target_modules],
         "target_layers": list(config.layers_to_transform or ()),

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.alternatives import KINDS, parse_alternatives
+from megatron_dla.files import parse_json
 
 TASKS = ("recall", "ppl", "locomo")
 
@@ -53,7 +54,13 @@ def add_eval_parser(subparsers: Any) -> None:
     )  # fmt: skip
     recall.add_argument("--episodes", type=int, default=200, help="default: 200")
     ppl = parser.add_argument_group("ppl")
-    ppl.add_argument("--text", nargs="+", default=[], metavar="FILE", help="plain text")
+    ppl.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help='plain text, or .jsonl with {"text": ...}, each on its own',
+    )
     ppl.add_argument("--window", type=int, default=512, help="tokens a window (default: 512)")
     ppl.add_argument("--windows", type=int, default=64, help="default: 64")
     locomo = parser.add_argument_group("locomo")
@@ -152,7 +159,7 @@ def _prepare(name: str, args: argparse.Namespace, tokenizer: Any) -> list[Run]:
     if name == "recall":
         return _prepare_recall(args, tokenizer)
     if name == "ppl":
-        texts = [_read(file) for file in args.text]
+        texts = [text for file in args.text for text in _read(file)]
         windows = text_windows(tokenizer, texts, args.window, args.windows, args.seed)
         return [
             lambda model, static, seed: perplexity_table(
@@ -214,11 +221,27 @@ def _settings(option: str, pairs: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def _read(file: str) -> str:
+def _read(file: str) -> list[str]:
+    """The text of a file, or the texts of a JSONL file."""
     try:
-        return Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--text {file}: not UTF-8 text ({error})") from error
+    if not file.endswith(".jsonl"):
+        return [text]
+    texts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"--text {file}:{number}: not JSON ({error})") from error
+        found = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(found, str) or any("\ud800" <= sign <= "\udfff" for sign in found):
+            raise UserError(f'--text {file}:{number}: want an object with "text", without halves of surrogate pairs')
+        texts.append(found)
+    return texts
 
 
 def _print_layers(tables: Sequence[Any]) -> None:

@@ -135,7 +135,7 @@ class DeltaMemModel(nn.Module):
     def _steer_output(self, layer: int, now: _Open, output: Tensor) -> Tensor:
         delta = torch.zeros_like(output)
         if "o_proj" in self.config.target_modules:
-            delta = now.memory.delta_o(now.result.reads, output.dtype, now.call.control.scale)
+            delta = now.memory.delta_o(now.result.reads, output, now.call.control.scale)
         if now.call.wants_stats:
             now.call.stats[layer] = _layer_stats(self.config, now, output, delta)
         return output + delta

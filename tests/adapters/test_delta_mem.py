@@ -25,10 +25,12 @@ SECTION = dataclasses.replace(BASE_SECTION, pattern="A")
 NORMED = dataclasses.replace(SECTION, qk_norm=True, attention_head_dim=10)
 S, B, VOCAB = 24, 2, 60
 TSW, MSW = DeltaMemConfig(), DeltaMemConfig(num_states=2)
+BOUNDED = DeltaMemConfig(num_states=2, max_output_ratio=0.06)
 VARIANTS = {
     "TSW": (SECTION, TSW),
     "MSW, q-norm": (NORMED, MSW),
     "SSW": (SECTION, DeltaMemConfig(write="message")),
+    "bounded": (SECTION, BOUNDED),
     "TSW, hybrid": (dataclasses.replace(BASE_SECTION, pattern="DA"), TSW),
 }
 
@@ -124,10 +126,17 @@ def attention_by_hand(x: Tensor, layer: torch.nn.Module, section: ModelSection, 
     scores = torch.einsum("sbhd,tbhd->bhst", q, k) / size**0.5
     scores = scores.masked_fill(~torch.ones(x.shape[0], x.shape[0], dtype=torch.bool).tril(), -torch.inf)
     out = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), v).flatten(2) @ layer.linear_proj.weight.t()
-    return out + scale * reads @ p["delta_o_proj"].t()
+    change = scale * reads @ p["delta_o_proj"].t()
+    if config.max_output_ratio:
+        over = change.norm(dim=-1, keepdim=True) / (config.max_output_ratio * out.norm(dim=-1, keepdim=True))
+        assert 0.1 < (over > 1).double().mean() < 0.9  # both kinds of tokens
+        change = change / over.clamp(min=1)
+    return out + change
 
 
-@pytest.mark.parametrize(("section", "config"), [(SECTION, TSW), (NORMED, MSW)], ids=["TSW", "MSW, q-norm"])
+@pytest.mark.parametrize(
+    ("section", "config"), [(SECTION, TSW), (NORMED, MSW), (SECTION, BOUNDED)], ids=["TSW", "MSW, q-norm", "bounded"]
+)
 def test_a_layer_is_the_papers(section: ModelSection, config: DeltaMemConfig) -> None:
     model = build(section, config)
     layer, inverse = memory_layers(model)[1], model.rotary_pos_emb.inv_freq

@@ -21,6 +21,7 @@ PARTIAL = DeltaMemConfig(
     rank=16, target_modules=("o_proj",), layers_to_transform=(0, 2), couple_lambda=False, update="lambda_outside"
 )
 STORED = {**CONFIGS, "partial": PARTIAL, "static": DeltaMemConfig(memory="static"),
+          "bounded": DeltaMemConfig(max_output_ratio=0.01, half_life=20.0),
           "pre_call": DeltaMemConfig(write="message", message_read="pre_call")}  # fmt: skip
 PUBLISHED = ["TSW", "MSW", "partial", "pre_call"]
 
@@ -136,7 +137,7 @@ def test_published_config_with_inert_keys_is_taken(published):
 
 
 def test_forms_that_the_published_files_cannot_hold(tmp_path):
-    for name, reason in (("static", "static"), ("SSW", "streaming")):
+    for name, reason in (("static", "static"), ("SSW", "streaming"), ("bounded", "max_output_ratio = 0.01")):
         with pytest.raises(ConfigError, match=reason):
             write_adapter(tmp_path / name, adapter_of(build_adapted(STORED[name])), formats=["upstream"])
         assert not (tmp_path / name).exists()
@@ -208,6 +209,13 @@ def test_an_adapter_is_known_by_its_checksum(tmp_path, change):
     (tmp_path / CONFIG).write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=f"{WEIGHTS}.*sha256"):
         read_adapter(tmp_path)
+
+
+def test_keys_that_came_later_are_not_stored_at_their_default():
+    """Else the checksum of an older adapter would be another one."""
+    assert {"half_life", "max_output_ratio"} & {*DeltaMemConfig().to_dict()} == set()
+    values = DeltaMemConfig(half_life=9.0).to_dict()
+    assert values["half_life"] == 9.0 and DeltaMemConfig.from_dict(values) == DeltaMemConfig(half_life=9.0)
 
 
 @pytest.mark.parametrize("value", [None, 0, [], {}, True, ""], ids=repr)

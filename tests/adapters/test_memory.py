@@ -18,6 +18,26 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("writes", [0.5, 3.4, 280.0])
+def test_half_of_a_state_is_left_after_the_half_life(writes: float, coupled: bool) -> None:
+    config = DeltaMemConfig(half_life=writes, couple_lambda=coupled)
+    memory = DeltaMemory(config, D, Q, dtype=torch.float64)
+    memory.initialise(0, "layer", torch.randn(Q, D), torch.randn(D, Q))
+    keep = memory._write_features(memory.project(torch.randn(D, dtype=torch.float64))[config.width :])["keep"]
+    torch.testing.assert_close(keep**writes, torch.full_like(keep, 0.5), rtol=1e-9, atol=0)
+    assert memory.beta_bias[0].item() == pytest.approx(-1.5, abs=1e9 if coupled else 0)
+
+
+@pytest.mark.parametrize("key", ["half_life", "max_output_ratio"])
+@pytest.mark.parametrize("value", [-1.0, True, "2", float("nan")])
+def test_wrong_bounds_are_named(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"delta_mem\.{key} = {value!r}"):
+        DeltaMemConfig(**{key: value})
+    with pytest.raises(ConfigError, match=r"half_life = 1e-06.*0\.01"):
+        DeltaMemConfig(half_life=1e-6)
+
+
 def build(config: DeltaMemConfig) -> DeltaMemory:
     torch.manual_seed(0)
     memory = DeltaMemory(config, D, Q, dtype=torch.float64)
@@ -151,7 +171,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     result = memory.scan(
         memory.project(x), memory.initial_state(3, "cpu", torch.float64), MemoryInputs(message=message)
     )
-    out = memory.delta_q(result.reads, x.dtype).sum() + memory.delta_o(result.reads, x.dtype).square().sum()
+    out = memory.delta_q(result.reads, x.dtype).sum() + memory.delta_o(result.reads, x).square().sum()
     (out + memory.finish(result.state).S.square().sum()).backward()
     zero = [n for n, p in memory.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert zero == []
@@ -182,7 +202,7 @@ def test_controls() -> None:
     start = MemoryState(torch.randn(3, 1, 8, 8, dtype=torch.float64))
     frozen = memory.scan(memory.project(x), start, MemoryInputs(), freeze=True)
     assert torch.equal(frozen.state.S, start.S) and not frozen.written.any()
-    assert memory.delta_o(frozen.reads, x.dtype, scale=0.0).abs().max() == 0
+    assert memory.delta_o(frozen.reads, x, scale=0.0).abs().max() == 0
     static = build(DeltaMemConfig(memory="static"))
     reads = static.scan(static.project(x), static.initial_state(3, "cpu", torch.float64), MemoryInputs()).reads
     assert torch.allclose(reads.norm(dim=-1), torch.ones(3, 17, dtype=torch.float64))

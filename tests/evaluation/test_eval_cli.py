@@ -104,6 +104,25 @@ def test_the_same_questions_by_other_means(dla, place, tmp_path):
     assert "prompt tokens" in out
 
 
+def test_texts_of_jsonl_are_on_their_own(dla, place, tmp_path):
+    texts = ["red tea of the and in the red", "the and", "of red tea and the in tea tea red"]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n\n")
+    out = tmp_path / "out"
+    options = ("--tasks", "ppl", "--text", str(tmp_path / "t.jsonl"), "--window", "6", "--out", str(out))
+    assert dla("{place}/base", *options)[0] == 0
+    (table,) = json.loads((out / "eval.json").read_text())["tasks"]
+    assert table["settings"]["windows"] == 2  # the beginnings of the two long ones
+    for line, word in (
+        ('{"text": 5}', '"text"'),
+        ("[]", '"text"'),
+        ('{"text": "\\ud800"}', "surrogate"),
+        ("{", "not JSON"),
+    ):
+        (tmp_path / "t.jsonl").write_text('{"text": "red tea"}\n' + line + "\n")
+        code, _, err = dla("{place}/base", *options)
+        assert code == 2 and "t.jsonl:2" in err and word in err and len(err.splitlines()) == 1
+
+
 def test_plain_model(dla):
     code, out, _ = dla("{place}/base", "--episodes", "2")
     assert code == 0 and "full" in out and "scale_0" in out and "kept" not in out and "half-life" not in out
