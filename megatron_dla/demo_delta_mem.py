@@ -43,7 +43,8 @@ def adapter(config: str, name: str, base: Path, *overrides: str) -> Path:
     """Train an adapter and export it; its held-out loss must come back from the plain model."""
     dla("run", config, "--nproc", "2", f"run.name={name}", *overrides)
     dla("convert", "adapter", str(RUN / name), str(RUN / f"{name}_adapter"))
-    trained = [m["val_loss"] for m in read_metrics(RUN / name / "metrics.jsonl") if "val_loss" in m][-1]
+    validated = [m for m in read_metrics(RUN / name / "metrics.jsonl") if "val_loss" in m][-1]
+    trained = validated.get("val_answers", validated["val_loss"])
     reloaded = held_out_loss(base, RUN / f"{name}_adapter", RUN / name / "config.yaml")
     print(f"held-out loss in training {trained:.6f}, of the exported adapter on transformers {reloaded:.6f}")
     if abs(reloaded / trained - 1) > RELOADED:

@@ -298,6 +298,11 @@ def check_training(training: TrainingSection, data_parallel: int) -> None:
             f"data-parallel size = {training.micro_batch_size} x {data_parallel} = {rows}: "
             f"use a multiple of {rows}, or another micro_batch_size"
         )
+    if training.patience and not training.eval_every:
+        raise ConfigError(
+            f"training.patience = {training.patience} with training.eval_every = 0: nothing is validated; set "
+            "training.eval_every"
+        )
     if training.offload_optimizer and training.zero_stage == 0:
         raise ConfigError(
             "training.offload_optimizer = true with training.zero_stage = 0: DeepSpeed offloads only an optimizer that "

@@ -242,6 +242,8 @@ class TrainingSection:
     """Held-out rows a validation reads; 0 = all (under an adapter always)."""
     save_every: NumberOrNone = 500
     """Steps between checkpoints; the last step always saves. 0 = only the last."""
+    patience: NumberOrNone = 0
+    """Validations without a lower val_loss after which the run ends, with a checkpoint. 0 = never."""
     keep_checkpoints: NumberOrNone = 2
     """Newest checkpoints to keep; 0 = all. `checkpoint` keeps more."""
     resume: bool = True

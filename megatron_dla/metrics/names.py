@@ -29,6 +29,8 @@ SHOWN_AS: dict[str, tuple[str, float]] = {
     "val_bpb": ("validation_metrics/bits_per_byte", 1),
     "val_bpb_by_position": ("validation_metrics/bits_per_byte", 1),
     "val_loss_by_source": ("validation_metrics/loss", 1),
+    "val_answers": ("validation_metrics/answers", 1),
+    "val_divergence": ("validation_metrics/divergence", 1),
     "memory_gb": ("memory/peak(GB)", 1),
 }
 # no curves: the axes, a checksum, a forecast, and the wait of rank 0's last step

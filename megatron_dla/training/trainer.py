@@ -36,6 +36,7 @@ from megatron_dla.training.control import REASONS, RunControl
 from megatron_dla.training.device import Device
 from megatron_dla.training.engine import apply_optimizer_section, build_engine, parameter_groups
 from megatron_dla.training.fence import node_name
+from megatron_dla.training.patience import Patience
 from megatron_dla.training.signals import StopRequest
 from megatron_dla.training.step import StepResult
 from megatron_dla.training.task import Runtime, Task
@@ -43,7 +44,7 @@ from megatron_dla.training.task import Runtime, Task
 # of the rank with the highest
 HIGHEST = ("data_wait_share", "memory_active_gb", "memory_active_share", "memory_reserved_gb", "memory_reserved_share",
            "alloc_retries", "ooms")  # fmt: skip
-ANOMALIES = "anomalies"  # key of the data's state
+ANOMALIES, PATIENCE = "anomalies", "patience"  # keys of the data's state
 
 
 class Trainer:
@@ -87,6 +88,7 @@ class Trainer:
             background=section.background, max_failures=section.max_failures,
         )  # fmt: skip
         self.step, self.anomalies = 0, Anomalies(config.anomalies)
+        self.patience = Patience(config.training.patience)
         if newest is not None and not is_weights_only(newest):
             self.anomalies.load_state_dict(self._load(newest))
         if config.debug.check_replicas:
@@ -124,6 +126,7 @@ class Trainer:
         self.step, state = self.checkpoints.load(checkpoint, self.layout)
         anomalies = state.pop(ANOMALIES, {})
         with naming_values(checkpoint / DATA_STATE):
+            self.patience.load_state_dict(state.pop(PATIENCE, {}))
             self.task.load_state_dict(state)
         apply_optimizer_section(self.engine, self.optimizer_groups, self.config)
         self.anomalies.can_rewind = True
@@ -139,7 +142,7 @@ class Trainer:
         with self.control, self.sinks, self.checkpoints, request as stop:
             if self.step == 0 and training.eval_every:
                 self._log({"step": 0, "tokens": 0, **self._validate()})
-            while self.step < training.steps:
+            while self.step < training.steps and not self.patience.over:
                 started, waited = time.monotonic(), loader.total_wait_s
                 result = self._train_step()
                 if result is None:
@@ -158,6 +161,7 @@ class Trainer:
                     metrics = self._metrics(result, meter)
                     validated = self._validate() if validating else {}
                     self._log(metrics | validated)
+                    last = last or self.patience.over
                 reason = stop.agreed()
                 stopping = reason and not last
                 due = training.save_every and self.step % training.save_every == 0
@@ -170,6 +174,8 @@ class Trainer:
                     self.control.event("stop", self.step, reason=by)
                     self.runtime.print(f"stopped by {by} after step {self.step}; run the same command to resume")
                     return STOPPED
+            if self.patience.over:
+                self.runtime.print(f"ended after step {self.step}: {self.patience.describe()}")
             on_main(lambda: self.control.finish(self.step))
         return 0
 
@@ -206,7 +212,10 @@ class Trainer:
 
     def _validate(self) -> dict[str, Any]:
         with self.control.doing("validate", self.step):
-            return self.task.validate(self.engine)
+            found = self.task.validate(self.engine)
+        if self.patience.limit:
+            self.patience.see(on_main(lambda: found["val_loss"]))
+        return found
 
     def _metrics(self, result: StepResult, meter: StepMeter) -> dict[str, Any]:
         values = {
@@ -233,6 +242,8 @@ class Trainer:
         self.layout.step = self.step
         values = {} if val_loss is None else {"val_loss": val_loss}
         state = self.task.state_dict() | {ANOMALIES: self.anomalies.state_dict()}
+        if self.patience.limit:
+            state[PATIENCE] = self.patience.state_dict()
         self.checkpoints.save(self.layout, state, to_yaml(self.config), wait=wait, **values)
         self.anomalies.can_rewind = True
 

@@ -69,10 +69,14 @@ def test_losses_gates_and_adapter_are_those_of_one_process(data, reference, rank
 @pytest.fixture(scope="module")
 def mixed(data, tmp_path_factory) -> dict:
     """Sections of a run on episodes with and without their text and on ordinary text, held near the frozen model."""
-    path = tmp_path_factory.mktemp("mixed") / "train.jsonl"
-    lines = (data / "train.jsonl").read_text().splitlines()
-    path.write_text("\n".join([*lines[:20], json.dumps({"text": " ".join(tiny.WORDS * 3)}), *lines[20:]]))
-    return {"episodes": {"train": str(path), "in_prompt": 0.5}, "distillation": {"weight": 0.7}}
+    root, files = tmp_path_factory.mktemp("mixed"), {}
+    for key, name in (("train", "train.jsonl"), ("valid", "validation.jsonl")):
+        lines = (data / name).read_text().splitlines()
+        half = len(lines) - 4
+        text = json.dumps({"text": " ".join(tiny.WORDS * 3)})
+        (root / name).write_text("\n".join([*lines[:half], text, *lines[half:]]))
+        files[key] = str(root / name)
+    return {"episodes": {**files, "in_prompt": 0.5}, "distillation": {"weight": 0.7}}
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +94,8 @@ def test_distillation_is_that_of_one_process(data, mixed, kept, ranks, tmp_path,
     got, *_ = ranks(world).run(adapter_workers.train, config_dict(data, tmp_path, **mixed, **sections))
     for mine, theirs in zip(got["metrics"], kept["metrics"], strict=True):
         assert mine.keys() == theirs.keys()
-        for key in {"loss", "grad_norm", "val_loss", "divergence"} & mine.keys():
-            rel = 1e-3 if key == "divergence" else 5e-5  # of fp32 logits that are nearly equal
+        for key in {"loss", "grad_norm", "val_loss", "val_answers", "val_divergence", "divergence"} & mine.keys():
+            rel = 1e-3 if key.endswith("divergence") else 5e-5  # of fp32 logits that are nearly equal
             assert mine[key] == pytest.approx(theirs[key], rel=rel), key
     for key, value in kept["adapter"].items():
         torch.testing.assert_close(got["adapter"][key], value, rtol=1e-4, atol=1e-5)
@@ -107,9 +111,10 @@ def test_the_divergence_is_from_the_frozen_model(data, mixed, kept) -> None:
         mixed["episodes"]["train"], tokenizer, write_length=16, read_length=16, in_prompt=0.5
     )  # fmt: skip
     model = attach(load_backbone(data / "llama"), DeltaMemConfig(**values["delta_mem"]), seed=5)
-    total, count = 0.0, 0
-    for episode in [episodes[i] for i in kept["first_rows"]]:
-        if episode.in_prompt:
+
+    def mean(chosen) -> float:
+        total, count = 0.0, 0
+        for episode in chosen:
             ids = torch.from_numpy(numpy.concatenate([episode.write_ids, episode.read_ids]))[None]
             with torch.no_grad():
                 new, old = (
@@ -117,7 +122,17 @@ def test_the_divergence_is_from_the_frozen_model(data, mixed, kept) -> None:
                 )
             total += float((old.exp() * (old - new)).sum())
             count += len(old)
-    assert count and kept["metrics"][1]["divergence"] == pytest.approx(total / count, rel=1e-3)
+        return total / count
+
+    first = mean(episodes[i] for i in kept["first_rows"] if episodes[i].in_prompt)
+    assert kept["metrics"][1]["divergence"] == pytest.approx(first, rel=1e-3)
+    held_out = read_episodes(
+        mixed["episodes"]["valid"], tokenizer, write_length=16, read_length=16, in_prompt=1.0
+    )  # fmt: skip
+    assert any(not episode.answer.any() for episode in held_out)
+    before = kept["metrics"][0]
+    assert before["val_divergence"] == pytest.approx(mean(held_out), rel=1e-3)
+    assert before["val_loss"] == pytest.approx(before["val_answers"] + 0.7 * before["val_divergence"], rel=1e-9)
 
 
 def test_the_weight_holds_the_adapter_back(data, mixed, ranks, tmp_path) -> None:

@@ -113,7 +113,8 @@ def held_out_batches(
         numbers = mine[i : i + micro_batch_size]
         batch = collate([padded[n] for n in numbers], row_length)
         weights = torch.tensor([float(n < len(rows)) for n in numbers])
-        found.append(batch._replace(loss_mask=batch.loss_mask * weights[:, None]))
+        masks = {name: getattr(batch, name) * weights[:, None] for name in ("loss_mask", "keep")}
+        found.append(batch._replace(**masks))
     return found
 
 

@@ -72,7 +72,13 @@ class AdapterTask(Task):
 
     @cached_property
     def held_out(self) -> list[Episode]:
-        return self._read("valid")
+        """Those with an answer."""
+        return [episode for episode in self._read("valid") if episode.answer.any()]
+
+    @cached_property
+    def held_out_in_prompt(self) -> list[Episode]:
+        """The same with the text left in the prompt, and ordinary text."""
+        return self._read("valid", 1.0)
 
     def _read(self, key: str, in_prompt: float = 0.0) -> list[Episode]:
         """The episodes of one file. Raises DataError naming file and line."""
@@ -104,6 +110,8 @@ class AdapterTask(Task):
         section, info = self.backbone
         read_weights(self.config.backbone.dir, section, info.vocab_size)
         if self.config.episodes.valid:
+            if not self.held_out:
+                raise ConfigError(f"episodes.valid = {self.config.episodes.valid!r}: has no episode with an answer")
             check_lengths(self.held_out, "valid", self.seq_len)
         if self.config.episodes.documents:
             self._check_documents()
@@ -271,13 +279,39 @@ class AdapterTask(Task):
         return found
 
     def validate(self, engine: Any) -> dict[str, Any]:
-        """Mean loss over the held-out answers."""
-        runtime = self.runtime
-        batches = held_out_batches(
-            self.held_out, row_length=self.seq_len, micro_batch_size=self.config.training.micro_batch_size,
-            dp_rank=runtime.groups.dp.rank(), dp_size=runtime.groups.dp.size(),
+        """`val_loss`: mean over the held-out answers, with the text removed. With distillation that is `val_answers`,
+        and `val_loss` has the weighted divergence of the same episodes with the text left, and of ordinary text, added.
+        """
+        runtime, weight = self.runtime, self.config.distillation.weight
+        batches = self._held_out_batches(self.held_out)
+        found = validate(engine, {self.config.episodes.valid: batches}, runtime.groups, runtime.device, self._pack)
+        if not weight:
+            return found
+        found["val_answers"], found["val_divergence"] = found["val_loss"], self._held_out_divergence(engine)
+        found["val_loss"] += weight * found["val_divergence"]
+        return found
+
+    def _held_out_batches(self, episodes: Sequence[Episode]) -> list[EpisodeBatch]:
+        return held_out_batches(
+            episodes, row_length=self.seq_len, micro_batch_size=self.config.training.micro_batch_size,
+            dp_rank=self.runtime.groups.dp.rank(), dp_size=self.runtime.groups.dp.size(),
         )  # fmt: skip
-        return validate(engine, {self.config.episodes.valid: batches}, runtime.groups, runtime.device, self._pack)
+
+    @torch.no_grad()
+    def _held_out_divergence(self, engine: Any) -> float:
+        """From the frozen model, nats a token, on held-out episodes whose text stays in the prompt."""
+        groups, device = self.runtime.groups, self.runtime.device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        engine.eval()
+        for batch in self._held_out_batches(self.held_out_in_prompt):
+            packed = self._pack(batch)
+            self._forward(engine, batch, packed, groups, device)
+            if packed.memory.divergence is not None:
+                sums += torch.stack([packed.memory.divergence.double(), batch.keep.sum().double().to(device)])
+        engine.train()
+        dist.all_reduce(sums, group=groups.dp_cp)
+        total, count = sums.tolist()
+        return total * groups.cp.size() / max(count, 1.0)  # each of these ranks counted whole rows
 
 
 @dataclass
