@@ -86,6 +86,7 @@ def _add_training(subparsers) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from megatron_dla.ablation.cli import add_ablate_parser
     from megatron_dla.boundaries.cli import add_boundaries_parser
     from megatron_dla.data_prep.cli import add_data_parser
     from megatron_dla.evaluation.cli import add_eval_parser
@@ -115,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_eval_parser(subparsers)
     add_eval_lm_parser(subparsers)
     add_study_parser(subparsers)
+    add_ablate_parser(subparsers)
     add_boundaries_parser(subparsers)
     add_smoke_parser(subparsers)
     add_bench_parser(subparsers)

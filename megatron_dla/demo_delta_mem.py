@@ -2,7 +2,7 @@
 
 1. The mechanism: a small full-attention model, pretrained here, learns to recall words of its context. Adapters of
    three seeds are trained on it, frozen, and asked without the context: with the state kept, zeroed, another episode's,
-   with the correction off, and beside an adapter without memory.
+   with the correction off, and beside an adapter without memory; and what text of the base's own kind pays.
 2. A real model: SmolLM2-135M-Instruct, facts in sentences, the same table. Whatever it says is the result.
 
 Every adapter is evaluated on the plain transformers model, from its exported directory. The results are in
@@ -68,13 +68,22 @@ def mechanism() -> bool:
     """Whether the kept state beats the zeroed and the shuffled one beyond the 95 % interval, over all seeds."""
     small_model()
     base = RUN / "base_hf"
-    for split, count in (("train", 6000), ("validation", 64)):
-        write_stories(RUN / f"profile_{split}.jsonl", PROFILE, count, seed=1, split=split)
+    for name, split, count in (("episodes", "train", 6000), ("validation", "validation", 64)):
+        write_stories(RUN / f"profile_{name}.jsonl", PROFILE, count, seed=1, split=split)
+    text = {name: RUN / f"{name}_text.jsonl" for name in ("ordinary", "held_out")}
+    for seed, (path, count) in enumerate(zip(text.values(), (1500, 400), strict=True), 2):
+        write_documents(path, PROFILE, count, seed=seed, bare=0.1)
+    parts = (RUN / "profile_episodes.jsonl", text["ordinary"])
+    (RUN / "profile_train.jsonl").write_text("".join(part.read_text() for part in parts))
     adapters = [adapter("configs/delta_mem_recall.yaml", f"recall_{seed}", base, f"run.seed={seed}") for seed in SEEDS]
     static = adapter("configs/delta_mem_recall.yaml", "recall_static", base, "delta_mem.memory=static")
     out = RUN / "recall_eval"
-    dla("eval", str(base), "--adapter", *map(str, adapters), "--static", str(static), "--controls", "--out", str(out))
-    (table,) = parse_json((out / "eval.json").read_bytes())["tasks"]
+    dla(
+        *("eval", str(base), "--adapter", *map(str, adapters), "--static", str(static), "--controls"),
+        *("--tasks", "recall,ppl", "--text", str(text["held_out"]), "--window", "40", "--windows", "300"),
+        *("--out", str(out)),
+    )
+    table = parse_json((out / "eval.json").read_bytes())["tasks"][0]
     lows = {
         row["second"]: row["low"]
         for row in table["differences"]

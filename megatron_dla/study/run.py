@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_dla.config import RunConfig, dump_config, to_dict
+from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, to_dict
 from megatron_dla.errors import BAD_INPUT, STOPPED, ConfigError, UserError
 from megatron_dla.files import parse_json, write_json
 from megatron_dla.metrics.meters import clock
@@ -199,7 +199,7 @@ def log_path(place: Path) -> Path:
     return place.with_name(f"{place.name}.log")
 
 
-def launch_run(config: RunConfig, nproc: int, place: Path) -> int:
+def launch_run(config: RunConfig | AdapterRunConfig, nproc: int, place: Path) -> int:
     """Train in processes of their own; a signal to stop is passed on, and the run saves."""
     place.parent.mkdir(parents=True, exist_ok=True)
     path = place.with_name(f"{place.name}.yaml")

@@ -5,4 +5,5 @@ from pathlib import Path
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SYNTHETIC = sorted(path for path in CONFIGS.glob("study_*.yaml") if "\nsynthetic:" in path.read_text())
 STUDIES = sorted(path for path in CONFIGS.glob("study_*.yaml") if "\narms:" in path.read_text())
-RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if path not in STUDIES + SYNTHETIC]
+ABLATIONS = sorted(CONFIGS.glob("ablation_*.yaml"))
+RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if path not in STUDIES + SYNTHETIC + ABLATIONS]

@@ -1,0 +1,1 @@
+"""`dla ablate`: recipes of one adapter, what their memory gives and what it costs."""

@@ -1,0 +1,44 @@
+"""`dla ablate CONFIG` and `dla ablate report CONFIG`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_dla.errors import UserError
+
+
+def add_ablate_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add `dla ablate`; `args.func(args)` returns the exit code and may raise UserError."""
+    text = "train recipes of a δ-mem adapter, and compare what their memory gives with what they cost"
+    parser = subparsers.add_parser(
+        "ablate", help=text, description=f"{text.capitalize()}. One that was stopped goes on where it was."
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="[report] CONFIG",
+        help="its YAML file or shipped name; with `report`: write the report of the recipes that have ended",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: the ablation's directory)")
+    parser.set_defaults(func=_ablate)
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from megatron_dla.ablation.plan import load_ablation
+    from megatron_dla.ablation.report import collect, table_text, write_report
+    from megatron_dla.ablation.run import AblationRunner
+
+    *before, path = args.words
+    if before not in ([], ["report"]):
+        raise UserError(f"ablate {' '.join(args.words)}: write `dla ablate CONFIG` or `dla ablate report CONFIG`")
+    ablation = load_ablation(path)
+    if not before and (code := AblationRunner(ablation).run()):
+        print(f"stopped; `dla ablate {path}` goes on")
+        return code
+    results = collect(ablation)
+    if not results["recipes"]:
+        raise UserError(f"{str(ablation.root)!r}: no recipe has ended yet; run `dla ablate {path}` first")
+    print(f"\n{table_text(results)}\n")
+    for file in write_report(results, args.out or ablation.root):
+        print(f"wrote {file}")
+    return 0
