@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_dla.machine import processor
+
 from .sweep import Record
 
 COLUMNS = (
@@ -91,15 +93,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         facts |= {"gpu": p.name, "gpu_memory_gb": round(p.total_memory / 1e9, 1), "cuda": torch.version.cuda}
         facts |= {"capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count}
     return facts
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown processor"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> Path:

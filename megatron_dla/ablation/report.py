@@ -12,7 +12,7 @@ from megatron_dla.ablation.run import COLUMNS, read_result
 
 JSON_NAME, PICTURE_NAME = "ablation.json", "ablation.png"
 GAIN = "memory"
-SHOWN = ("overrides", "seeds", "parameters", "seconds", "versions", "points", "tables")
+SHOWN = ("overrides", "seeds", "parameters", "seconds", "versions", "machine", "date", "points", "tables")
 
 
 def collect(ablation: Ablation) -> dict[str, Any]:

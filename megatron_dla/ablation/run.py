@@ -13,8 +13,8 @@ from megatron_dla.config import AdapterRunConfig, to_dict
 from megatron_dla.errors import STOPPED, ConfigError, UserError
 from megatron_dla.files import parse_json, write_json
 from megatron_dla.metrics.sinks import read_metrics
-from megatron_dla.study.record import Finite, Keys, Whole, check_record, damaged
-from megatron_dla.study.run import Progress, different_keys, exit_messages, launch_run, log_path, run_process
+from megatron_dla.study.record import Day, Finite, Keys, Whole, check_record, damaged
+from megatron_dla.study.run import Progress, different_keys, exit_messages, launch_run, log_path, made_here, run_process
 from megatron_dla.tasks.run import check_run, make_task, versions
 
 RESULT = "recipe.json"
@@ -30,7 +30,7 @@ KEYS = Keys(
     always={
         "config": dict[str, dict[str, Any]], "overrides": dict[str, Any], "seeds": list[Whole], "evaluate": list[str],
         "parameters": Whole, "seconds": list[Finite], "tables": list[dict[str, Any]], "versions": dict[str, Any],
-        "points": dict[Literal[tuple(COLUMNS)], _POINT | None],  # type: ignore[misc]
+        "machine": str, "date": Day, "points": dict[Literal[tuple(COLUMNS)], _POINT | None],  # type: ignore[misc]
     },
     ended={}, maybe={},
 )  # fmt: skip
@@ -93,7 +93,8 @@ class AblationRunner:
         return {
             "overrides": ablation.config.recipes[name], "seeds": list(ablation.config.seeds),
             "config": plain(ablation.recipes[name]), "evaluate": ablation.config.evaluate.options(),
-            "nproc": ablation.config.nproc, "versions": versions(), "parameters": task.trained_parameters,
+            "nproc": ablation.config.nproc, "versions": versions(), **made_here(),
+            "parameters": task.trained_parameters,
             "seconds": [sum(m["step_s"] * _steps(run, i) for i, m in enumerate(run) if "step_s" in m) for run in runs],
             "points": {column: find_point(tables, *what) for column, what in COLUMNS.items()}, "tables": tables,
         }  # fmt: skip

@@ -14,6 +14,7 @@ from megatron_dla.errors import ConfigError
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Part = Annotated[float, Field(strict=True, ge=0, le=1)]
+Day = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
 Range = Annotated[str, Field(pattern=r"^[0-9]{1,9}(-[0-9]{1,9})?\+?$")]  # of tokens: 1, 2-3, 512+
 Index = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Pair = Annotated[list[Finite], Field(min_length=2, max_length=2)]
@@ -30,6 +31,7 @@ class Keys:
     maybe: dict[str, Any]
 
 
+_MADE: dict[str, Any] = {"machine": str, "date": Day}
 _ANY = {"rate": Finite, "seed": Whole, "config": dict[str, dict[str, Any]]}
 TEXT = Keys(
     always=_ANY,
@@ -38,13 +40,13 @@ TEXT = Keys(
         "diverged": str, "held_out": Annotated[list[Pair], Field(min_length=1)],
         "by_position": dict[Range, Finite] | None, "slot_sizes": dict[Range, Finite] | None,
         "slot_weights": dict[Index, Finite] | None, "newest_merge_share_by_layer": list[Finite | None] | None,
-        "boundary_rate": Finite | None, "tokens_per_s": Finite | None, "memory_gb": Finite | None,
+        **_MADE, "boundary_rate": Finite | None, "tokens_per_s": Finite | None, "memory_gb": Finite | None,
     },
 )  # fmt: skip
 SYNTHETIC = Keys(
     always={**_ANY, "curve": list[Triple]},
     ended={"accuracy": dict[Index, Part], "check_accuracy": Part, "steps": Whole, "parameters": Whole},
-    maybe={"diverged": str},
+    maybe={"diverged": str, **_MADE},
 )
 
 

@@ -70,13 +70,14 @@ def page(results: dict[str, Any], pictures: list[Path]) -> str:
     recall = synthetic_section(results["synthetic"]) + recall if results["synthetic"] else ""
     arms = {name: arm["overrides"] for name, arm in results["arms"].items()}
     synthetic = results["synthetic"].get("overrides", {})
-    about = {key: results[key] for key in ("machine", "versions")} | {"arms": arms, "synthetic arms": synthetic}
+    about = {"runs on text": results["made"], "synthetic cells": results["synthetic"].get("made", {})}
+    about |= {"versions": results["versions"], "arms": arms, "synthetic arms": synthetic}
     title = html.escape(f"Study {results['study']}")
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1><ul>{lines}</ul>{text}{recall}"
         f"<h2>Run it again</h2><pre>{html.escape(results['command'])}</pre>"
-        f"<h2>Arms, machine, versions</h2><pre>{html.escape(json.dumps(about, indent=1))}</pre></body></html>\n"
+        f"<h2>Machines, dates, versions, arms</h2><pre>{html.escape(json.dumps(about, indent=1))}</pre></body></html>\n"
     )
 
 

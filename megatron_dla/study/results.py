@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import platform
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from megatron_dla.study.run import METRIC, SLOTS, best_rate, read_cell
 
 KEPT = (
     "rate", "seed", "parameters", METRIC, "val_loss", "tokens", "held_out", "by_position", "loss", "boundary_rate",
-    *SLOTS, "tokens_per_s", "memory_gb", "seconds", "diverged",
+    *SLOTS, "tokens_per_s", "memory_gb", "seconds", "diverged", "machine", "date",
 )  # fmt: skip
 
 
@@ -38,11 +38,18 @@ def collect(study: Study) -> dict[str, Any]:
             "done": sum(len(arm["cells"]) for arm in arms.values()),
             "planned": sum(len(study.rates(name)) + len(study.config.seeds) - 1 for name in arms),
         },
-        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.platform()},
+        "made": made(cell for arm in arms.values() for cell in arm["cells"]),
         "versions": versions[-1] if versions else {},
         "arms": arms,
         "questions": questions,
     }
+
+
+def made(cells: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Machines of the cells, and dates of the first and the last; cells of older versions do not say."""
+    found = [cell for cell in cells if "machine" in cell and "date" in cell]
+    dates = sorted(cell["date"] for cell in found)
+    return {"machines": sorted({cell["machine"] for cell in found}), "dates": dates[:1] + dates[1:][-1:]}
 
 
 def _cells(study: Study, name: str) -> list[dict[str, Any]]:

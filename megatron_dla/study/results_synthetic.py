@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from megatron_dla.study.results import difference
+from megatron_dla.study.results import difference, made
 from megatron_dla.study.run_synthetic import best_rate, read_result
 from megatron_dla.study.synthetic import SyntheticCell, SyntheticStudy, memory_size
 
-KEPT = ("rate", "seed", "accuracy", "check_accuracy", "steps", "curve", "seconds", "diverged")
+KEPT = ("rate", "seed", "accuracy", "check_accuracy", "steps", "curve", "seconds", "diverged", "machine", "date")
 
 
 def collect_synthetic(study: SyntheticStudy | None) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def collect_synthetic(study: SyntheticStudy | None) -> dict[str, Any]:
         return {}
     return {
         "reference": study.reference,
+        "made": made(cell for task in tasks.values() for arm in task["arms"].values() for cell in arm["cells"]),
         "cells": {"done": done, "planned": sum(study.count_cells(arm) for _, arm in study.groups())},
         "overrides": study.config.arms,
         "tasks": tasks,

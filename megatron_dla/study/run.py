@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import signal
 import statistics
@@ -15,6 +16,7 @@ from typing import Any
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, to_dict
 from megatron_dla.errors import BAD_INPUT, STOPPED, ConfigError, UserError
 from megatron_dla.files import parse_json, write_json
+from megatron_dla.machine import machine
 from megatron_dla.metrics.meters import clock
 from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.model.counts import count_parameters
@@ -112,7 +114,7 @@ class StudyRunner:
         about = {
             "arm": cell.arm, "rate": cell.rate, "seed": cell.seed, "overrides": self.study.changes[cell.arm],
             "parameters": count_parameters(config.model, task.layout().vocab_size), "nproc": self.study.config.nproc,
-            "versions": versions(),
+            "versions": versions(), **made_here(),
         }  # fmt: skip
         if code:
             reasons = exit_messages(place)
@@ -140,6 +142,11 @@ def summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "memory_gb": max(m["memory_gb"] for m in steps),
         "seconds": steps[-1]["tokens"] / statistics.median(m["tokens_per_s"] for m in steps),
     }
+
+
+def made_here() -> dict[str, str]:
+    """Machine and date (UTC) of a cell."""
+    return {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

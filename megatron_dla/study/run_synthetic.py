@@ -15,7 +15,7 @@ from megatron_dla.errors import STOPPED, UserError
 from megatron_dla.files import parse_json, write_json
 from megatron_dla.study.plan import of_part
 from megatron_dla.study.record import SYNTHETIC, damaged
-from megatron_dla.study.run import CELL, Progress, log_path, read_cell, result_of, run_process
+from megatron_dla.study.run import CELL, Progress, log_path, made_here, read_cell, result_of, run_process
 from megatron_dla.study.synthetic import CellConfig, SyntheticCell, SyntheticStudy
 from megatron_dla.tasks.run import versions
 
@@ -61,6 +61,7 @@ class SyntheticRunner:
             if found is None:
                 return False
             about = {"task": cell.task, "arm": cell.arm, "rate": cell.rate, "seed": cell.seed, "versions": versions()}
+            about |= made_here()
             record, seconds = {**about, **found, "config": config.plain()}, time.monotonic() - started
             place.mkdir(parents=True, exist_ok=True)
             write_json(place / CELL, record)

@@ -99,7 +99,7 @@ READERS = [
 ]
 
 
-@pytest.mark.parametrize(("task", "reader"), READERS, ids=str)
+@pytest.mark.parametrize(("task", "reader"), READERS, ids=["filler", "updates", "shifts", "labels", "most"])
 def test_a_reader_answers_all_and_a_guesser_some(task, reader):
     asked = [(story, question) for story in stories(task, 300, seed=4, split="test") for question in story.questions]
     assert all(

@@ -128,6 +128,27 @@ def test_tasks_of_an_array_share_the_arms(write) -> None:
     assert collect(study)["cells"] == {"done": 15, "planned": 15}
 
 
+def test_the_report_says_where_and_when_the_cells_were_made(write, tmp_path, monkeypatch) -> None:
+    """Not where the report is written; cells of older versions do not say."""
+    study = load_study(write())
+    StudyRunner(study, launch=Fake()).run()
+    cells = sorted(study.root.rglob(CELL))
+    for number, path in enumerate(cells):
+        record = json.loads(path.read_text())
+        today, here = record.pop("date"), record.pop("machine")
+        assert "cores of" in here and len(today) == 10
+        if number:
+            record |= {"date": f"2026-01-{number:02d}", "machine": "a" if number < 9 else "b"}
+        path.write_text(json.dumps(record))
+    files = write_report(collect(study), tmp_path / "report", "dla study s")
+    results = json.loads(files[0].read_text())
+    assert results["made"] == {"machines": ["a", "b"], "dates": ["2026-01-01", "2026-01-14"]}
+    assert "2026-01-14" in next(file for file in files if file.suffix == ".html").read_text()
+    cells[1].write_text(json.dumps({**json.loads(cells[1].read_text()), "date": "yesterday"}))
+    with pytest.raises(ConfigError, match="date = 'yesterday'"):
+        collect(study)
+
+
 def test_the_report_says_what_the_cells_say(write, tmp_path) -> None:
     study = load_study(write(questions={"Is one better?": ["one", "dla"], "Is soft better?": ["soft", "one"]}))
     StudyRunner(study, launch=Fake(diverge=("soft",))).run()
