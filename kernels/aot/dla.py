@@ -120,7 +120,8 @@ def shipped() -> tuple[Config, ...]:
 
 def shipped_layers() -> Iterator[tuple[Path, ModelSection, str]]:
     """Letters with several states of the shipped pretraining configs for GPUs; configs with a letter D come first."""
-    paths = [path for path in sorted(SHIPPED.glob("*.yaml")) if not path.stem.startswith(("study_", "delta_mem_"))]
+    others = ("study_", "ablation_", "delta_mem_")
+    paths = [path for path in sorted(SHIPPED.glob("*.yaml")) if not path.stem.startswith(others)]
     runs = [(path, run) for path in paths if isinstance(run := load_config(path), RunConfig)]
     for path, run in sorted(runs, key=lambda one: "D" not in layer_letters(one[1].model)):
         if run.training.device == "cuda":

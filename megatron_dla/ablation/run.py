@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dla.ablation.plan import Ablation
-from megatron_dla.config import AdapterRunConfig, to_dict
+from megatron_dla.config import AdapterRunConfig
 from megatron_dla.errors import STOPPED, ConfigError, UserError
 from megatron_dla.files import parse_json, write_json
 from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.study.record import Day, Finite, Keys, Whole, check_record, damaged
 from megatron_dla.study.run import Progress, different_keys, exit_messages, launch_run, log_path, made_here, run_process
+from megatron_dla.study.run import plain as plain_run
 from megatron_dla.tasks.run import check_run, make_task, versions
 
 RESULT = "recipe.json"
@@ -120,8 +120,7 @@ def _dla(place: Path, *arguments: str) -> bool:
 
 def plain(config: AdapterRunConfig) -> dict[str, Any]:
     """The config as JSON gives it back, without name, place and seed of the run."""
-    values = json.loads(json.dumps(to_dict(config)))
-    return {section: keys for section, keys in values.items() if section != "run"}
+    return {section: keys for section, keys in plain_run(config).items() if section != "run"}
 
 
 def read_result(ablation: Ablation, name: str) -> dict[str, Any] | None:

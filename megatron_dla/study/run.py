@@ -149,7 +149,7 @@ def made_here() -> dict[str, str]:
     return {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
 
 
-def plain(config: RunConfig) -> dict[str, Any]:
+def plain(config: RunConfig | AdapterRunConfig) -> dict[str, Any]:
     """The config as JSON gives it back, without where the run is."""
     values = json.loads(json.dumps(to_dict(config)))
     values["run"] = {"seed": values["run"]["seed"]}
