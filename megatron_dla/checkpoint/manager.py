@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dla.checkpoint.find import LAYOUT, PARTIAL, checkpoint_dir, remove
-from megatron_dla.checkpoint.integrity import DATA_STATE, find_faults, read_marker, seal
+from megatron_dla.checkpoint.integrity import DATA_STATE, find_faults, naming_values, read_marker, seal
 from megatron_dla.checkpoint.optimizer import OPTIMIZER, load_optimizer, optimizer_file, optimizer_pieces, updates_seen
 from megatron_dla.checkpoint.retention import Retention, prune
 from megatron_dla.checkpoint.weights import (
@@ -67,13 +67,22 @@ def _random_bytes() -> bytes:
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
+    """Raises what is not `_random_state`'s as KeyError, TypeError, ValueError, AttributeError or OverflowError."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    kind, keys, place, *rest = state["numpy"]
+    keys = keys.numpy()
+    if (keys != keys.astype(np.uint32)).any():
+        raise ValueError("numpy: a key is not an unsigned integer of 32 bits")
+    if not 0 <= place <= len(keys):  # numpy would read beyond them
+        raise ValueError(f"numpy: place {place} of {len(keys)} keys")
+    np.random.set_state((kind, keys.astype(np.uint32), place, *rest))
+    try:
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except RuntimeError as error:
+        raise ValueError(f"torch: {error}") from error
 
 
 def is_weights_only(path: Path) -> bool:
@@ -395,7 +404,8 @@ class Checkpointer:
                 f"{str(path)!r} is damaged ({error}): delete it to resume from an older one"
             ) from error
         if state is not None:
-            _set_random_state(state)
+            with naming_values(random_file):
+                _set_random_state(state)
         self.engine.global_steps = step
         self.engine.lr_scheduler.last_epoch = step
         self.engine.lr_scheduler._step_count = step + 1
