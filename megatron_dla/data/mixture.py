@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_dla.data.packing import Row
 from megatron_dla.data.shards import ShardReader
+from megatron_dla.data.state import count_in
 from megatron_dla.data.stream import ShardStream
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import ShardIndex
@@ -150,9 +151,15 @@ class MixedStream:
 
         Raises DataError if a position does not exist.
         """
+        if wrong := {name: x for name, x in state["weights"].items() if not _is_weight(x)}:
+            raise DataError(f"the loader state of stream {self.number} has weights {wrong}; use another checkpoint")
         self._use(state["weights"])
         for name, source in self.sources.items():
-            self.drawn[name] = int(state["drawn"].get(name, 0))
+            self.drawn[name] = count_in(state["drawn"], name) if name in state["drawn"] else 0
             if name in state["sources"]:
-                self.tokens[name] = int(state["sources"][name]["tokens"])
+                self.tokens[name] = count_in(state["sources"][name], "tokens")
                 source.load_state_dict(state["sources"][name])
+
+
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf

@@ -89,7 +89,7 @@ def to_version_2(state: dict[str, Any], sources: Mapping[str, str]) -> dict[str,
     if state.get("version") != 1:
         return state
     (name, *_) = [name for name, fingerprint in sources.items() if fingerprint == state["index"]] or sources
-    tokens = int(state["tokens_seen"]) // int(state["num_streams"])
+    tokens = count_in(state, "tokens_seen") // max(1, count_in(state, "num_streams"))
     streams = {
         j: {"weights": {}, "drawn": {}, "sources": {name: {"tokens": tokens, **stream}}}
         for j, stream in state["streams"].items()

@@ -157,3 +157,7 @@ class TokenStream(ShardStream):
         self._at = offset + (int(ends[document - 1]) if document else 0)
         if self._at >= ends[document]:
             raise IndexError
+        if self._at and self.last != int(self._current().tokens[self._at - 1]):
+            raise IndexError
+        if self.last is not None and not 0 <= self.last < self.reader.index.vocab_size:  # of the shard before
+            raise IndexError

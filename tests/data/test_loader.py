@@ -202,6 +202,13 @@ def test_states_that_do_not_fit(made, data):
             TokenLoader.merge_states(states)
     with pytest.raises(DataError, match=r"\[1, 3\]"):
         loader(made).load_state_dict(part[0])
+    running = loader(made)
+    running.next_step()
+    later = running.state_dict()
+    for last in (later["streams"]["2"]["last"] ^ 1, None, -1, 10**9):  # not the token before the position
+        edited = {**later, "streams": {**later["streams"], "2": {**later["streams"]["2"], "last": last}}}
+        with pytest.raises(DataError, match=rf"stream 2 .*'last': {last}"):
+            loader(made).load_state_dict(edited)
     state["streams"]["0"]["document"] = 10**6
     with pytest.raises(DataError, match=r"stream 0 .*'document': 1000000"):
         loader(made).load_state_dict(state)

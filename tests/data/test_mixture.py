@@ -192,6 +192,23 @@ def test_changed_weights_and_new_sources_at_a_resume_are_recorded(three):
         loader(swapped).load_state_dict(resumed.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weights", -1), ("weights", float("nan")), ("weights", "1"), ("drawn", -5), ("drawn", 1.5), ("tokens", -1)],
+)
+def test_a_state_with_values_that_no_loader_has_is_refused(three, key, value):
+    running = loader(three, stages=[(0, {"books": 1, "code": 1})])
+    global_steps([running], 3)
+    state = running.state_dict()
+    stream = state["streams"]["1"]
+    (stream["sources"]["books"] if key == "tokens" else stream[key]).update(
+        {"books" if key != "tokens" else key: value}
+    )
+    with pytest.raises(DataError, match=f"{key}|books") as caught:
+        loader(three, stages=[(0, {"books": 1, "code": 1})]).load_state_dict(state)
+    assert repr(value) in str(caught.value)
+
+
 def test_a_run_of_one_directory_goes_on_as_a_mixture(three):
     plain = loader(three["books"])
     global_steps([plain], 9)

@@ -291,6 +291,8 @@ STATES = {
     "streams.0": lambda state: state["streams"].pop("0"),
     "streams.1": lambda state: state["streams"].update({"1": [0, 0]}),
     "streams.2.shard": lambda state: state["streams"]["2"].update(shard=10**30),
+    "streams.0.last": lambda state: state["streams"]["0"].update(last=10**9),
+    "streams.1.last": lambda state: state["streams"]["1"].update(last=state["streams"]["1"]["last"] ^ 1),
     "steps": lambda state: state.update(steps="1"),
     "tokens_seen": lambda state: state.update(tokens_seen=-1),
     "anomalies": lambda state: state.update(anomalies=[0]),
