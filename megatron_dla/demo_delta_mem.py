@@ -11,12 +11,15 @@ runs/demo_delta_mem/.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
 from pathlib import Path
 
-from megatron_dla.demo import dla
+import numpy as np
+
+from megatron_dla.demo import dla, speeches
 from megatron_dla.evaluation.recall import FactsTask, ProfileTask, write_documents, write_stories
 from megatron_dla.files import parse_json
 from megatron_dla.metrics.meters import clock
@@ -98,6 +101,9 @@ def real_model() -> None:
     dla("convert", "smollm2", str(base))
     for split, count in (("train", 2000), ("validation", 16)):
         write_stories(RUN / f"facts_{split}.jsonl", FACTS, count, seed=1, split=split)
+    write_speeches(RUN / "speeches.jsonl", 500)  # for configs/ablation_smollm2.yaml
+    parts = (RUN / "facts_train.jsonl", RUN / "speeches.jsonl")
+    (RUN / "facts_and_text.jsonl").write_text("".join(part.read_text() for part in parts))
     directory = adapter("configs/delta_mem_smollm2.yaml", "smollm2_facts", base)
     text = RUN / "text.txt"
     text.write_text("\n\n".join(path.read_text() for path in sorted(Path("docs").glob("*.md"))))
@@ -106,6 +112,19 @@ def real_model() -> None:
         *("--set", f"people={FACTS.people}", f"relations={FACTS.relations}"),
         *("--text", str(text), "--window", "256", "--windows", "16", "--out", str(RUN / "smollm2_eval")),
     )
+
+
+def write_speeches(path: Path, count: int) -> None:
+    """Beginnings of paragraphs of speeches as JSONL, each about as long as an episode."""
+    found = [
+        paragraph[:400].rsplit(" ", 1)[0]
+        for speech in sorted(speeches().iterdir())
+        for paragraph in speech.read_text(encoding="utf-8").split("\n")
+        if len(paragraph) > 400
+    ]
+    with path.open("w") as file:
+        for i in np.random.default_rng(0).permutation(len(found))[:count]:
+            file.write(json.dumps({"text": found[i]}) + "\n")
 
 
 def main() -> int:
