@@ -27,12 +27,11 @@ def _ablate(args: argparse.Namespace) -> int:
     from megatron_dla.ablation.plan import load_ablation
     from megatron_dla.ablation.report import collect, table_text, write_report
     from megatron_dla.ablation.run import AblationRunner
+    from megatron_dla.study.variants import split_words
 
-    *before, path = args.words
-    if before not in ([], ["report"]):
-        raise UserError(f"ablate {' '.join(args.words)}: write `dla ablate CONFIG` or `dla ablate report CONFIG`")
+    report_only, path = split_words("ablate", args.words)
     ablation = load_ablation(path)
-    if not before and (code := AblationRunner(ablation).run()):
+    if not report_only and (code := AblationRunner(ablation).run()):
         print(f"stopped; `dla ablate {path}` goes on")
         return code
     results = collect(ablation)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from megatron_dla.config import AdapterRunConfig, load_config
+from megatron_dla.config import AdapterRunConfig
 from megatron_dla.config.load import fill
 from megatron_dla.config.schema import Directory, Number, Ranks
 from megatron_dla.config.yaml_text import read_yaml
 from megatron_dla.errors import ConfigError
 from megatron_dla.resources import find_yaml
 from megatron_dla.study.synthetic import Seed
-
-_OWN = ("run.dir", "run.name", "run.seed")
+from megatron_dla.study.variants import check_names, check_seeds, load_variant
 
 
 @dataclass
@@ -80,25 +77,12 @@ class Ablation:
             raise ConfigError("base = '': name the adapter config that all recipes share")
         if not config.recipes:
             raise ConfigError("recipes = {}: give at least one, {name: {section.key: value}}")
-        if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-            raise ConfigError(f"seeds = {list(config.seeds)}: give at least one, none twice")
-        for key, names in (("name", [config.name]), ("recipes", config.recipes)):
-            for name in names:
-                if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
-                    raise ConfigError(f"{key}: {name!r} names a directory: use letters, digits and . _ + -")
-        self.recipes = {name: self._recipe(name) for name in config.recipes}
-
-    def _recipe(self, name: str) -> AdapterRunConfig:
-        values = {**self.config.overrides, **self.config.recipes[name]}
-        if own := next((key for key in _OWN if key in values), None):
-            raise ConfigError(f"recipes.{name}: {own} is set by the ablation itself: use its keys dir, name and seeds")
-        try:
-            found = load_config(self.config.base, [f"{key}={json.dumps(value)}" for key, value in values.items()])
-        except ConfigError as error:
-            raise ConfigError(f"recipes.{name}: {error}") from error
-        if not isinstance(found, AdapterRunConfig):
-            raise ConfigError(f"base = {self.config.base!r}: is no adapter's config; `dla study` compares pretraining")
-        return found
+        check_seeds("seeds", config.seeds)
+        check_names({"name": [config.name], "recipes": config.recipes})
+        self.recipes = {
+            name: load_variant(AdapterRunConfig, config.base, config.overrides, changes, f"recipes.{name}")
+            for name, changes in config.recipes.items()
+        }
 
     def place(self, recipe: str, seed: int) -> Path:
         """The run directory."""

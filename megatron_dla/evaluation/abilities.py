@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dla.errors import UserError
-from megatron_dla.evaluation.stories import RELATIONS, Question, Story, completion_story
+from megatron_dla.evaluation.stories import RELATIONS, CompletionTask, Question, Story
 
-STYLES = ("text", "turn")
 LABELS = "north south east west"
 SENTENCES = (
     "A {} ball rolled by.", "Then came a {} car.", "There was a {} door.", "Somebody wore a {} hat.",
@@ -23,26 +21,7 @@ SENTENCES = (
 
 
 @dataclass(frozen=True)
-class _Completed:
-    """Settings of tasks whose questions are beginnings of sentences."""
-
-    style: str = "turn"
-    """text: completion of one running text. turn: the text in a user's turn, the question in the assistant's."""
-    user: str = "<|im_start|>user\n{}<|im_end|>\n"
-    """turn: a user's turn, {} = its text, and below how the assistant's opens; `for_tokenizer` takes the model's."""
-    assistant: str = "<|im_start|>assistant\n"
-
-    def __post_init__(self) -> None:
-        if self.style not in STYLES:
-            raise UserError(f"style = {self.style!r}: use one of {', '.join(STYLES)}")
-
-    def _between(self, name: str, low: int, high: int) -> None:
-        if not low <= getattr(self, name) <= high:
-            raise UserError(f"{name} = {getattr(self, name)}: must be {low} to {high}")
-
-
-@dataclass(frozen=True)
-class LabelsTask(_Completed):
+class LabelsTask(CompletionTask):
     """Test-time learning: every kind of word has a label, new in each story; asked is a word that was not told."""
 
     kinds: int = 2
@@ -53,8 +32,8 @@ class LabelsTask(_Completed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._between("kinds", 2, len(RELATIONS))
-        self._between("examples", 1, min(len(words.split()) for _, _, words in RELATIONS.values()) - 1)
+        self.between("kinds", 2, len(RELATIONS))
+        self.between("examples", 1, min(len(words.split()) for _, _, words in RELATIONS.values()) - 1)
 
     def story(self, rng: np.random.Generator, split: str) -> Story:
         names = LABELS.split()
@@ -67,11 +46,11 @@ class LabelsTask(_Completed):
             questions.append(Question(f" {order[self.examples]}:", label, tuple(sorted(labels)), "", "."))
         text = " ".join(told[i] for i in rng.permutation(len(told)))
         asked = tuple(questions[i] for i in rng.permutation(len(questions)))
-        return completion_story([text], asked, self.style, self.user, self.assistant)
+        return self.completions([text], asked)
 
 
 @dataclass(frozen=True)
-class MostTask(_Completed):
+class MostTask(CompletionTask):
     """Long-range understanding: which of some colours comes most often in the whole text; twice as often as others."""
 
     colours: int = 4
@@ -81,8 +60,8 @@ class MostTask(_Completed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._between("colours", 2, len(RELATIONS["colour"][2].split()))
-        self._between("repeats", 1, 1000)
+        self.between("colours", 2, len(RELATIONS["colour"][2].split()))
+        self.between("repeats", 1, 1000)
 
     def story(self, rng: np.random.Generator, split: str) -> Story:
         words = RELATIONS["colour"][2].split()
@@ -90,4 +69,4 @@ class MostTask(_Completed):
         shown = colours[:1] * (2 * self.repeats) + colours[1:] * self.repeats
         told = [SENTENCES[rng.integers(len(SENTENCES))].format(shown[i]) for i in rng.permutation(len(shown))]
         question = Question(" The colour that came most often is", colours[0], tuple(sorted(colours)), "", ".")
-        return completion_story([" ".join(told)], (question,), self.style, self.user, self.assistant)
+        return self.completions([" ".join(told)], (question,))

@@ -1,6 +1,6 @@
-"""What else to do with a text that no longer fits: keep its end, a summary, or what is nearest to the question.
+"""What else to do with a text that no longer fits: keep its end, a summary, what is nearest to a question, or weights.
 
-Each is another context of the same questions, which the plain backbone reads in its prompt.
+All but the last (lora.py) are another context of the same questions, which the plain backbone reads in its prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ KINDS = {
     "window": "the last N tokens of the text",
     "bm25": "the N sentences nearest to the question, by BM25",
     "summary": "a summary of at most N tokens by the backbone itself",
+    "lora": "a LoRA with the adapter's number of parameters, tuned on the text for N steps",
 }
+NEEDS = {"bm25": "bm25s", "lora": "peft"}
 SUMMARISE = "{}\n\nWrite down all facts of this text, as briefly as you can."
 
 Summarise = Callable[[Sequence[str], int], list[str]]
@@ -44,8 +46,10 @@ def parse_alternatives(values: Sequence[str]) -> list[Alternative]:
         kind, _, size = value.partition("=")
         if kind not in KINDS or not re.fullmatch(r"[1-9]\d{0,8}", size):
             raise UserError(f"--beside {value}: write {', '.join(f'{name}=N' for name in KINDS)}, with N from 1")
-        if kind == "bm25" and importlib.util.find_spec("bm25s") is None:
-            raise UserError(f"--beside {value} needs bm25s, which is not installed: pip install 'megatron-dla[eval]'")
+        if (package := NEEDS.get(kind)) and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--beside {value} needs {package}, which is not installed: pip install 'megatron-dla[eval]'"
+            )
         found.append(Alternative(kind, int(size)))
     if len(set(found)) < len(found):
         raise UserError(f"--beside {' '.join(values)}: one is given twice")

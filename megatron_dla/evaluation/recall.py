@@ -23,9 +23,9 @@ from megatron_dla.evaluation.stories import (
     RELATIONS,
     SPLITS,
     SYSTEM,
+    CompletionTask,
     Question,
     Story,
-    completion_story,
     filler,
     topic_blocks,
 )
@@ -72,7 +72,7 @@ class ProfileTask:
 
 
 @dataclass(frozen=True)
-class FactsTask:
+class FactsTask(CompletionTask):
     """Sentences about people in random order, in one message or one message each; one question a fact.
 
     Accurate retrieval is `filler`, conflict resolution `updates`, an abrupt change of the topic `shifts`.
@@ -89,26 +89,16 @@ class FactsTask:
     """Texts of four sentences that follow the facts, each on another topic than the one before."""
     messages: str = "one"
     """one: all facts in one user message. each: one message a fact (for writes by message)."""
-    style: str = "turn"
-    """chat: "What is Anna's pet?" in the chat template. text: completion of "Anna's pet is a". turn: facts in a user's
-    turn and the completion in the assistant's turn, which small models can solve; chatml: the same in ChatML always."""
-    user: str = "<|im_start|>user\n{}<|im_end|>\n"
-    """turn: a user's turn, {} = its text, and below how the assistant's opens; `for_tokenizer` takes the model's."""
-    assistant: str = "<|im_start|>assistant\n"
     kind = "facts"
+    styles = ("chat", "text", "turn", "chatml")
 
     def __post_init__(self) -> None:
-        most = min(len(names.split()) for names in PEOPLE.values())
-        for name, value, limit in (("people", self.people, most), ("relations", self.relations, len(RELATIONS))):
-            if not 1 <= value <= limit:
-                raise UserError(f"{name} = {value}: must be 1 to {limit}")
+        super().__post_init__()
+        self.between("people", 1, min(len(names.split()) for names in PEOPLE.values()))
+        self.between("relations", 1, len(RELATIONS))
         for name in ("filler", "updates", "shifts"):
-            if not 0 <= getattr(self, name) <= 10_000:
-                raise UserError(f"{name} = {getattr(self, name)}: must be 0 to 10000")
-        for name, known in (("messages", ("one", "each")), ("style", ("chat", "text", "turn", "chatml"))):
-            chosen = getattr(self, name)
-            if chosen not in known:
-                raise UserError(f"{name} = {chosen!r}: use one of {', '.join(known)}")
+            self.between(name, 0, 10_000)
+        self.one_of("messages", ("one", "each"))
 
     def story(self, rng: np.random.Generator, split: str) -> Story:
         names = PEOPLE["test" if split == "test" else "train"].split()
@@ -130,7 +120,7 @@ class FactsTask:
         said = [" ".join(told)] if self.messages == "one" else told
         if self.style == "chat":
             return Story(tuple(said), asked, SYSTEM)
-        return completion_story(said, asked, self.style, self.user, self.assistant)
+        return self.completions(said, asked)
 
     def _around(self, rng: np.random.Generator, told: list[str], questions: list[Question]) -> list[str]:
         """The facts with what was true before, other sentences between them, and other topics after them."""

@@ -197,7 +197,7 @@ def score(
     Args:
         states: of the stories; None = zeros. full: keep the context in the prompt.
     """
-    choice, exact, logprob = [], [], []
+    parts = []
     for part in _batches(len(asked), batch):
         rows = asked[part]
         told = [row.full if full else TokenRow(row.prompt, [-1] * len(row.prompt)) for row in rows]
@@ -209,13 +209,17 @@ def score(
         )  # fmt: skip
         if means is not None:
             means.add_ratios(out.stats, int(mask.sum()))
-        logits = out.logits[:, -1].double().cpu()
-        among = logits.gather(1, torch.tensor([row.choices for row in rows])).log_softmax(-1)
-        right = torch.tensor([row.right for row in rows])
-        choice.append(among.argmax(-1) == right)
-        exact.append(logits.argmax(-1) == torch.tensor([row.choices[row.right] for row in rows]))
-        logprob.append(among.gather(1, right[:, None])[:, 0])
+        parts.append(score_logits(out.logits[:, -1], rows))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def score_logits(logits: Tensor, asked: Sequence[EncodedQuestion]) -> dict[str, np.ndarray]:
+    """The scores of `score` from the logits [number of questions, V] of the token at which each answer differs."""
+    logits = logits.double().cpu()
+    among = logits.gather(1, torch.tensor([row.choices for row in asked])).log_softmax(-1)
+    right = torch.tensor([row.right for row in asked])
     return {
-        name: torch.cat(values).double().numpy()
-        for name, values in (("choice", choice), ("exact", exact), ("logprob", logprob))
+        "choice": (among.argmax(-1) == right).double().numpy(),
+        "exact": (logits.argmax(-1) == torch.tensor([row.choices[row.right] for row in asked])).double().numpy(),
+        "logprob": among.gather(1, right[:, None])[:, 0].numpy(),
     }

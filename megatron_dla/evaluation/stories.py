@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+
+from megatron_dla.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 RELATIONS = {  # relation: statement up to its last word, question, words
@@ -118,15 +120,35 @@ class Story:
         return out | ({"plain": True} if self.plain else {})
 
 
-def completion_story(said: list[str], questions: tuple[Question, ...], style: str, user: str, assistant: str) -> Story:
-    """A story whose questions are beginnings of sentences.
+@dataclass(frozen=True)
+class CompletionTask:
+    """Settings of tasks whose questions are beginnings of sentences."""
 
-    Args:
-        said: what is told, one message a text. style: text, one running text; else turns, with `user` ({} = the text)
-            around each message and `assistant` before the first question.
-    """
-    turns = {} if style == "text" else {"opening": assistant, "turn": user}
-    return Story((), questions, plain=True, **turns).retold(said)
+    style: str = "turn"
+    """text: completion of one running text. turn: the text in a user's turn, the question in the assistant's, which
+    small models can solve. Some tasks have chat, a question in the chat template, and chatml, turn in ChatML always."""
+    user: str = "<|im_start|>user\n{}<|im_end|>\n"
+    """turn: a user's turn, {} = its text, and below how the assistant's opens; `for_tokenizer` takes the model's."""
+    assistant: str = "<|im_start|>assistant\n"
+    styles: ClassVar[tuple[str, ...]] = ("text", "turn")
+
+    def __post_init__(self) -> None:
+        self.one_of("style", self.styles)
+
+    def one_of(self, name: str, known: tuple[str, ...]) -> None:
+        """Raises UserError for a value of field `name` that is not `known`."""
+        if getattr(self, name) not in known:
+            raise UserError(f"{name} = {getattr(self, name)!r}: use one of {', '.join(known)}")
+
+    def between(self, name: str, low: int, high: int) -> None:
+        """Raises UserError for a value of field `name` outside low <= value <= high."""
+        if not low <= getattr(self, name) <= high:
+            raise UserError(f"{name} = {getattr(self, name)}: must be {low} to {high}")
+
+    def completions(self, said: list[str], questions: tuple[Question, ...]) -> Story:
+        """A story whose questions are beginnings of sentences; `said`: what is told, one message a text."""
+        turns = {} if self.style == "text" else {"opening": self.assistant, "turn": self.user}
+        return Story((), questions, plain=True, **turns).retold(said)
 
 
 def filler(rng: np.random.Generator, count: int) -> list[str]:

@@ -13,11 +13,14 @@ from megatron_dla.adapters.memory import MemoryControl
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.alternatives import Alternative, retell
 from megatron_dla.evaluation.costs import Costs
+from megatron_dla.evaluation.lora import TunedLora
 from megatron_dla.evaluation.recall import RecallTask, stories
 from megatron_dla.evaluation.scoring import (
     PLAIN,
     READ_ONLY,
+    EncodedQuestion,
     LayerMeans,
+    TokenRow,
     derangement,
     encode_stories,
     score,
@@ -84,13 +87,10 @@ def recall_table(
     if static is not None:
         found["static"] = score(static, asked, batch, states=None, control=READ_ONLY)
     for one in beside:
-        with costs.of(one.name):
-            left = retell(one, tokenizer, made, Summariser(model, tokenizer, batch))
-            rows = encode_stories(tokenizer, [story for few in left for story in few], numbered=numbered)[1]
-            found[one.name] = score(model, rows, batch, states=None, full=True, control=PLAIN)
-        # what is left of a text, but a search needs all of it
-        costs.keep(one.name, _text_bytes(made if one.kind == "bm25" else [few[0] for few in left]))
-        costs.read(one.name, sum(len(row.full.ids) for row in rows))
+        if one.kind == "lora":
+            found[one.name] = _tuned(one, model, told, asked, costs, seed)
+        else:
+            found[one.name] = _retold(one, model, tokenizer, made, costs, batch)
     if model.layers:
         pairs += [("kept", name) for name in ("zeroed", "shuffled", "scale_0", "static") if name in found]
         pairs += [("full_adapter", "full")] if controls else []
@@ -107,6 +107,33 @@ def recall_table(
         f"recall ({name})", "episodes", METRICS, values, pairs, settings, layers=means.rows(),
         costs=costs.found if beside else {},
     )  # fmt: skip
+
+
+def _retold(
+    one: Alternative, model: DeltaMemModel, tokenizer: Any, made: Sequence[Story], costs: Costs, batch: int
+) -> dict[str, np.ndarray]:
+    """Scores of an alternative that leaves another context, and its costs."""
+    with costs.of(one.name):
+        left = retell(one, tokenizer, made, Summariser(model, tokenizer, batch))
+        numbered = model.config.write == "message"
+        rows = encode_stories(tokenizer, [story for few in left for story in few], numbered=numbered)[1]
+        found = score(model, rows, batch, states=None, full=True, control=PLAIN)
+    # what is left of a text, but a search needs all of it
+    costs.keep(one.name, _text_bytes(made if one.kind == "bm25" else [few[0] for few in left]))
+    costs.read(one.name, sum(len(row.full.ids) for row in rows))
+    return found
+
+
+def _tuned(
+    one: Alternative, model: DeltaMemModel, told: Sequence[TokenRow], asked: Sequence[EncodedQuestion], costs: Costs,
+    seed: int,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Scores of a LoRA for each story, and its costs."""
+    lora = TunedLora(model.base, sum(p.numel() for p in model.parameters()), one.size, seed)
+    with costs.of(one.name):
+        found = lora.score(told, asked)
+    costs.keep(one.name, len(told) * lora.parameters * model.base.dtype.itemsize)
+    return found
 
 
 def _text_bytes(told: Sequence[Story]) -> int:

@@ -41,21 +41,20 @@ def _study(args: argparse.Namespace) -> int:
     from megatron_dla.study.results_synthetic import collect_synthetic
     from megatron_dla.study.run import StudyRunner
     from megatron_dla.study.run_synthetic import SyntheticRunner
+    from megatron_dla.study.variants import split_words
 
-    *before, path = args.words
-    if before not in ([], ["report"]):
-        raise UserError(f"study {' '.join(args.words)}: write `dla study CONFIG` or `dla study report CONFIG`")
+    report_only, path = split_words("study", args.words)
     study = load_study(path)
     runners: list[StudyRunner | SyntheticRunner] = [StudyRunner(study, args.task)]
     runners += [SyntheticRunner(study.synthetic, args.task)] if study.synthetic else []
-    for runner in [] if before else runners:
+    for runner in [] if report_only else runners:
         if code := runner.run():
             print(f"stopped; `dla study {path}` goes on")
             return code
     results = {**collect(study), "synthetic": collect_synthetic(study.synthetic)}
-    if before and not (results["cells"]["done"] or results["synthetic"]):
+    if report_only and not (results["cells"]["done"] or results["synthetic"]):
         raise UserError(f"{str(study.root)!r}: no cell has ended yet; run `dla study {path}` first")
-    if before or args.task == (0, 1):
+    if report_only or args.task == (0, 1):
         for file in write_report(results, args.out or study.root, f"dla study {path}"):
             print(f"wrote {file}")
     return 0

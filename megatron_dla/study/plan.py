@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from megatron_dla.config import RunConfig, load_config
+from megatron_dla.config import RunConfig
 from megatron_dla.config.load import fill
 from megatron_dla.config.schema import Directory, Ranks
 from megatron_dla.config.yaml_text import read_yaml
@@ -19,6 +17,7 @@ from megatron_dla.resources import find_yaml
 from megatron_dla.study.parameters import equal_width
 from megatron_dla.study.rates import Rate, check_rates, rate_name, split_rates
 from megatron_dla.study.synthetic import Seed, SyntheticSection, SyntheticStudy
+from megatron_dla.study.variants import check_names, check_seeds, load_variant
 from megatron_dla.tasks.run import make_task
 
 Name = TypeVar("Name")
@@ -86,7 +85,10 @@ class Study:
         self.root = Path(config.dir) / config.name
         own = {name: split_rates(f"arms.{name}", keys) for name, keys in config.arms.items()}
         self.changes = {name: changes for name, (_, changes) in own.items()}
-        self.arms = {name: self._arm(name) for name in own}
+        self.arms = {
+            name: load_variant(RunConfig, config.base, config.overrides, changes, f"arms.{name}")
+            for name, changes in self.changes.items()
+        }
         self._rates = {name: rates or config.learning_rates for name, (rates, _) in own.items()}
         for name, rates in self._rates.items():
             if rates and "optimizer.lr" in self.changes[name]:
@@ -103,16 +105,6 @@ class Study:
     @property
     def reference(self) -> str:
         return self.config.reference or next(iter(self.config.arms))
-
-    def _arm(self, name: str) -> RunConfig:
-        values = {**self.config.overrides, **self.changes[name]}
-        try:
-            arm = load_config(self.config.base, [f"{key}={json.dumps(value)}" for key, value in values.items()])
-        except ConfigError as error:
-            raise ConfigError(f"arms.{name}: {error}") from error
-        if not isinstance(arm, RunConfig):
-            raise ConfigError(f"base = {self.config.base!r}: a study compares pretraining runs, not adapters")
-        return arm
 
     def rates(self, arm: str) -> tuple[float, ...]:
         return self._rates[arm] or (self.arms[arm].optimizer.lr,)
@@ -175,22 +167,12 @@ def _check(config: StudyConfig) -> None:
     for question, pair in config.questions.items():
         for name in (name for name in pair if name not in config.arms):
             raise ConfigError(f"questions.{question} = {list(pair)}: {name!r} is not one of the arms")
-    synthetic = config.synthetic
-    for key, names in (
-        ("name", [config.name]), ("arms", config.arms), ("synthetic.arms", synthetic.arms),
-        ("synthetic.tasks", synthetic.tasks),
-    ):  # fmt: skip
-        for name in names:
-            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
-                raise ConfigError(f"{key}: {name!r} names a directory: use letters, digits and . _ + -")
-    if len(set(config.seeds)) < len(config.seeds):
-        raise ConfigError(f"seeds = {list(config.seeds)}: a value is given twice")
+    tasks = config.synthetic
+    check_names(
+        {"name": [config.name], "arms": config.arms, "synthetic.arms": tasks.arms, "synthetic.tasks": tasks.tasks}
+    )
+    check_seeds("seeds", config.seeds)
     check_rates("learning_rates", config.learning_rates)
-    if not config.seeds:
-        raise ConfigError("seeds = []: give at least one")
-    for key in ("run.dir", "run.name", "run.seed"):
-        if any(key in keys for keys in (config.overrides, *config.arms.values())):
-            raise ConfigError(f"{key} is set by the study itself: use its own keys dir, name and seeds")
 
 
 def of_part(names: Iterable[Name], part: tuple[int, int]) -> list[Name]:

@@ -17,6 +17,7 @@ from megatron_dla.model.counts import recurrent_states
 from megatron_dla.study.generators import NotBool, TaskSection, check_task, vocabulary
 from megatron_dla.study.parameters import equal_width
 from megatron_dla.study.rates import Rate, check_rates, rate_name, split_rates
+from megatron_dla.study.variants import check_seeds
 
 Seed = Annotated[int, NotBool, Field(ge=0, lt=2**31)]
 
@@ -119,9 +120,9 @@ class SyntheticStudy:
             raise ConfigError("synthetic.arms = {}: give at least one arm, {name: {model.key: value}}")
         if config.reference and config.reference not in config.arms:
             raise ConfigError(f"synthetic.reference = {config.reference!r}: not one of {', '.join(config.arms)}")
-        for key, values in (("seeds", config.seeds), ("learning_rates", config.learning_rates)):
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(f"synthetic.{key} = {list(values)}: give at least one, none twice")
+        check_seeds("synthetic.seeds", config.seeds)
+        if not config.learning_rates:
+            raise ConfigError("synthetic.learning_rates = []: give at least one")
         check_rates("synthetic.learning_rates", config.learning_rates)
         self.tasks = {name: _task(name, values) for name, values in config.tasks.items()}
         arms = {name: split_rates(f"synthetic.arms.{name}", keys) for name, keys in config.arms.items()}

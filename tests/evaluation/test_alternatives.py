@@ -78,4 +78,6 @@ def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--beside bm25=2 needs bm25s.*pip install"):
         parse_alternatives(["bm25=2"])
+    with pytest.raises(UserError, match=r"--beside lora=2 needs peft.*pip install"):
+        parse_alternatives(["lora=2"])
     assert parse_alternatives(["window=64"])

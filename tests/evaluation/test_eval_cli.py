@@ -86,18 +86,18 @@ def test_a_curve_over_a_setting(dla, tmp_path):
 def test_the_same_questions_by_other_means(dla, place, tmp_path):
     code, out, err = dla(
         "{place}/base", "--adapter", "{place}/one", "{place}/two", "--set", "people=2", "relations=2", "filler=12",
-        "--beside", "window=20", "bm25=3", "summary=6", "--episodes", "4", "--out", str(tmp_path / "out"),
+        "--beside", "window=20", "bm25=3", "summary=6", "lora=2", "--episodes", "4", "--out", str(tmp_path / "out"),
     )  # fmt: skip
     assert code == 0, err
     (table,) = json.loads((tmp_path / "out" / "eval.json").read_text())["tasks"]
-    other = ["window_20", "bm25_3", "summary_6"]
+    other = ["window_20", "bm25_3", "summary_6", "lora_2"]
     assert list(table["conditions"]) == ["full", "kept", "scale_0", *other]
     assert {(r["first"], r["second"]) for r in table["differences"]} == {("kept", n) for n in ["scale_0", *other]}
     costs = table["costs"]
     assert list(costs) == ["full", "kept", *other] and all(cost["seconds"] > 0 for cost in costs.values())
     tokens = {name: cost["prompt tokens"] for name, cost in costs.items()}
     assert tokens["kept"] + 15 < tokens["window_20"] <= tokens["kept"] + 20 + 6  # and the turn around it
-    assert tokens["full"] > max(tokens[name] for name in other)
+    assert tokens["full"] > max(tokens[name] for name in other) and tokens["lora_2"] == tokens["kept"]
     kept = {name: cost["bytes an episode keeps"] for name, cost in costs.items()}
     assert kept["kept"] == 3 * (1 + 2) / 2 * 8 * 8 * 4  # layers, states of the two adapters, fp32
     assert kept["full"] == kept["bm25_3"] > kept["window_20"] > 0 and kept["full"] > kept["summary_6"]
