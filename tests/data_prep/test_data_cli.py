@@ -15,7 +15,7 @@ from megatron_dla.cli import main
 from megatron_dla.data_prep.spool import lock
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import ShardIndex
-from tests.data_prep.test_sources import MALFORMED, MALFORMED_IDS, PACKED, TABLES, lines, save_arrow, save_dataset
+from tests.support.sources import MALFORMED, MALFORMED_IDS, PACKED, TABLES, lines, save_arrow, save_dataset
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

@@ -17,8 +17,8 @@ from megatron_dla.data_prep.verify import verify_shards
 from megatron_dla.errors import DataError
 from megatron_dla.shard_index import ShardIndex
 from tests.data.test_loader import rewrite_as_format_1
-from tests.data_prep.test_sources import lines
 from tests.support.http_faults import FaultyServer
+from tests.support.sources import lines
 
 
 def dla(*words):

@@ -15,7 +15,7 @@ from megatron_dla.data import TokenLoader
 from megatron_dla.data_prep import merge
 from megatron_dla.data_prep.verify import verify_shards
 from megatron_dla.shard_index import ShardIndex, ShardInfo
-from tests.data_prep.test_sources import lines
+from tests.support.sources import lines
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,14 +1,11 @@
 """Documents from files: formats, order, what is found through links, and errors that name the file and line."""
 
-import bz2
 import errno
 import glob
 import gzip
 import json
 import lzma
 import os
-import re
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,49 +16,7 @@ import zstandard
 from megatron_dla.data_prep import listing, readers
 from megatron_dla.data_prep.sources import DocumentSource, ReadOptions
 from megatron_dla.errors import DataError
-
-
-def zstd(data: bytes, window_log: int = 0) -> bytes:
-    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log)
-    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # no content size in the header
-    return stream.compress(data) + stream.flush()
-
-
-PACKED = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstd}
-
-
-def lines(*texts, key="text") -> bytes:
-    return b"".join(json.dumps({"id": i, key: text}).encode() + b"\n" for i, text in enumerate(texts))
-
-
-def read(*inputs, **options):
-    return named(DocumentSource(inputs, ReadOptions(**options)))
-
-
-def named(source):
-    return [(d.text, source.name(d.file, d.number)) for d in source]
-
-
-def texts(*inputs, **options):
-    return [text for text, _ in read(*inputs, **options)]
-
-
-def save_arrow(path: Path, *tables: pa.Table) -> None:
-    with pa.OSFile(str(path), "wb") as out, pa.ipc.new_stream(out, tables[0].schema) as writer:
-        for table in tables:
-            writer.write_table(table)
-
-
-def save_dataset(folder: Path, *shards: list[str], **state) -> Path:
-    """The files of `datasets.Dataset.save_to_disk`."""
-    folder.mkdir(parents=True)
-    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        save_arrow(folder / name, pa.table({"text": shard}))
-    files = [{"filename": name} for name in reversed(names)]  # the state's order counts, not that of the names
-    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_fingerprint": "0", **state}))
-    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}, indent=2))
-    return folder
+from tests.support.sources import PACKED, lines, named, read, save_arrow, save_dataset, texts, zstd
 
 
 def test_sources_read_every_format_in_sorted_order(tmp_path):
@@ -228,22 +183,6 @@ def test_saved_dataset_in_the_order_of_its_state(tmp_path):
         DocumentSource([tmp_path])
 
 
-def test_saved_dataset_errors(tmp_path):
-    for split in ("train", "test"):
-        save_dataset(tmp_path / "both" / split, [split])
-    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(DataError, match=r"both: .*train, test.*--input"):
-        DocumentSource([tmp_path / "both"])
-    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["test"]}')
-    assert texts(tmp_path / "both") == ["test"]
-    save_dataset(tmp_path / "selected", ["a"], _indices_data_files=[{"filename": "indices.arrow"}])
-    with pytest.raises(DataError, match=r"selected: .*flatten_indices"):
-        DocumentSource([tmp_path / "selected"])
-    (tmp_path / "selected" / "state.json").write_text("{")
-    with pytest.raises(DataError, match=r"state.json: "):
-        DocumentSource([tmp_path / "selected"])
-
-
 def test_links_are_followed_once(tmp_path):
     for name in ("elsewhere/wiki", "corpus/a"):
         (tmp_path / name).mkdir(parents=True)
@@ -295,16 +234,6 @@ def test_what_a_link_names_again_is_read_once_by_patterns_too(tmp_path):
         assert tmp_path / "c/b/again.txt" in source.listing.repeated, pattern
 
 
-def test_bad_records_in_a_row_are_one_line(tmp_path):
-    rows = [5, "x", 5, 5, None, None, "y", 5]
-    (tmp_path / "a.jsonl").write_bytes(lines(*rows))
-    (tmp_path / "b.jsonl").write_bytes(lines(*rows[:1]))
-    with pytest.raises(DataError) as caught:
-        texts(tmp_path)
-    found = [line.partition(": ")[0].rpartition("/")[2] for line in str(caught.value).splitlines()[1:]]
-    assert found == ["a.jsonl:1", "a.jsonl:3 to 4", "a.jsonl:5 to 6", "a.jsonl:8", "b.jsonl:1"]
-
-
 def test_separator_and_its_hint(tmp_path, monkeypatch):
     stories = ["One.\n\nEnd.", " Two \xe9.", "Three."]
     for ends in ("\n", "\r\n"):
@@ -346,57 +275,6 @@ def test_file_names_that_are_not_utf8_are_escaped(tmp_path):
     str(caught.value).encode()
 
 
-def test_all_bad_records_are_named_at_once(tmp_path):
-    good = lines(*["x"] * 20)
-    (tmp_path / "a.jsonl").write_bytes(good + b'{"text": null}\n{"text": 5}\n' + good)
-    (tmp_path / "b.txt").write_bytes(b"ab\xff")
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(good * 50)[:-9])
-    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "d.parquet")
-    source = DocumentSource([tmp_path])
-    with pytest.raises(DataError) as caught:
-        list(source)
-    message = str(caught.value)
-    for where in ("a.jsonl:21: ", "a.jsonl:22: ", "b.txt: ", "c.jsonl.gz: ", "d.parquet:2: "):
-        assert where in message
-    assert "1 files" in message and "4 of " in message
-    (tmp_path / "c.jsonl.gz").unlink()
-    with pytest.raises(DataError, match="--skip-bad"):
-        texts(tmp_path)
-    source = DocumentSource([tmp_path], ReadOptions(skip_bad=0.1))
-    assert len(list(source)) == 41 and source.counts.bad == 4 and source.counts.records == 45
-    assert "skipped 4 bad records" in " ".join(source.notes()) and "a.jsonl:21" in source.report()["bad_records"][0]
-    with pytest.raises(DataError, match=r"4 of 45 .* 8.89%.* 0.08"):
-        texts(tmp_path, skip_bad=0.08)
-
-
-def test_damaged_files_are_never_skipped(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(lines("a"))
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines(*["x"] * 9))[:-9])
-    with pytest.raises(DataError, match=r"c.jsonl.gz: "):
-        texts(tmp_path, skip_bad=1.0)
-
-
-def test_the_list_of_bad_records_is_bounded_and_a_wrong_field_stops_early(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(lines("x") + lines(*range(500)))
-    with pytest.raises(DataError, match="500 of 501") as caught:
-        texts(tmp_path)
-    assert "a.jsonl:2 to 101: " in str(caught.value) and "and 400 more" in str(caught.value)
-    (tmp_path / "a.jsonl").write_bytes(lines(*["x"] * 11_000, key="content"))
-    for skip_bad, read in ((None, 100), (0.5, 10_000)):
-        source = DocumentSource([tmp_path], ReadOptions(skip_bad=skip_bad))
-        with pytest.raises(DataError, match="--text-field"):
-            list(source)
-        assert source.counts.records == read
-    (tmp_path / "b.jsonl").write_bytes(lines("good"))
-    assert texts(tmp_path, skip_bad=1) == ["good"]
-
-
-def test_one_bad_record_above_the_limit_has_its_share(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(lines("x", 5))
-    with pytest.raises(DataError, match=r"1 of 2 records .* 50.00%, above --skip-bad 0.1.*\n.*a.jsonl:2: "):
-        texts(tmp_path, skip_bad=0.1)
-
-
 def test_length_limits_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines("", "ab", "abc", "abcd", "\xe9" * 5))
     source = DocumentSource([tmp_path], ReadOptions(min_chars=3, max_chars=4))
@@ -404,129 +282,6 @@ def test_length_limits_are_counted(tmp_path):
     counts = source.counts
     assert (counts.empty, counts.too_short, counts.too_long, counts.documents, counts.records) == (1, 1, 1, 2, 5)
     assert len(source.notes()) == 3
-
-
-PARQUET = pa.BufferOutputStream()
-pq.write_table(pa.table({"text": [f"row {i}" for i in range(2000)]}), PARQUET)
-PARQUET = PARQUET.getvalue().to_pybytes()
-ARROW = pa.BufferOutputStream()
-with pa.ipc.new_stream(ARROW, pa.schema({"text": pa.string()})) as stream:
-    stream.write_table(pa.table({"text": ["x" * 50] * 99}))
-ARROW = ARROW.getvalue().to_pybytes()
-MALFORMED = [
-    ("x.jsonl", b'{"text": "a"}\n{bad\n', ":2: .*JSON"),
-    ("x.jsonl", b'{"text": "a"}\n{"text": "b"\n', ":2: .*JSON"),
-    ("x.jsonl", b'{"text": "a"}\n"b"\n', ":2: a JSON str"),
-    ("x.jsonl", b'["a"]\n', ":1: a JSON list.*jq"),
-    ("x.jsonl", b'[{"text": "a"},\n', ":1: .*JSON"),
-    ("x.jsonl", b"null\n", ":1: a JSON NoneType"),
-    ("x.jsonl", b'{"body": "a"}\n', r":1: .*'text' .*\['body'\].*--text-field"),
-    ("x.jsonl", b"{}\n", r":1: .*'text' .*\[\].*--text-field"),
-    ("x.jsonl", b'{"text": 3}\n', ":1: .*'text' is int"),
-    ("x.jsonl", b'{"text": null}\n', ":1: .*'text' is NoneType"),
-    ("x.jsonl", b'{"text": ["a"]}\n', ":1: .*'text' is list"),
-    ("x.jsonl", b'{"text": {"text": "a"}}\n', ":1: .*'text' is dict"),
-    ("x.jsonl", b'{"text": "\\ud800"}\n', ":1: .*surrogate at character 0"),
-    ("x.jsonl", b'\n{"text": "\xff"}\n', ":2: .*UTF-8 at byte 10"),
-    ("x.jsonl", b'{"text": "a"}\n\x00\x00\n', ":2: .*JSON"),
-    ("x.jsonl", b'{"text": "a\tb"}\n', ":1: .*JSON"),
-    ("x.jsonl", b'{"text": "a"} {"text": "b"}\n', ":1: .*JSON"),
-    ("x.jsonl", b'{"text": ' + b"[" * 100000 + b"\n", ":1: .*JSON"),
-    ("x.jsonl", '{"text": "a"}'.encode("utf-16"), ":1: .*UTF-8 at byte 0"),
-    ("x.ndjson", b'{"text": "a"}\n{bad\n', ":2: .*JSON"),
-    ("x.ndjson.bz2", bz2.compress(b'{"text": "a"}\n{bad\n'), ":2: .*JSON"),
-    ("x.json", b'{"text": "a"}\n{"text": 5}\n', ":2: .*'text' is int"),
-    ("x.json", b'{\n "text": "a"\n}\n', ": not JSONL.*jq"),
-    ("x.json", b'[{"text": "a"}]', ": not JSONL.*jq"),
-    ("x.json.gz", gzip.compress(b'{"text": "a"}\n{bad\n'), ":2: .*JSON"),
-    ("x.json.gz", b'{"text": "a"}\n', ": .*compress it again"),
-    ("x.txt", b"ab\xff", ": .*UTF-8 at byte 2"),
-    ("x.txt", "ab".encode("utf-16"), ": .*UTF-8 at byte 0"),
-    ("x.txt.gz", gzip.compress(b"a\xff"), ": .*UTF-8 at byte 1"),
-    ("x.txt.gz", gzip.compress(b"a" * 9, mtime=0)[:-9], ": .*compress it again"),
-    ("x.txt.gz", b"", ": .*empty"),
-    ("x.jsonl.bz2", b"", ": .*empty"),
-    ("x.jsonl.zst", b"", ": .*empty"),
-    ("x.jsonl.xz", b"", ": .*empty"),
-    ("x.txt.gz", b"junkjunk", ": .*compress it again"),
-    ("x.jsonl.gz", gzip.compress(lines("a"), mtime=0) + b"junkjunk", ": .*compress it again"),
-    ("x.jsonl.gz", gzip.compress(lines(*["a"] * 999), mtime=0)[:60], ": .*compress it again"),
-    ("x.jsonl.xz", b"junk", ": .*compress it again"),
-    ("x.jsonl.xz", lzma.compress(lines("a"))[:-5], ": .*compress it again"),
-    ("x.jsonl.bz2", b"junkjunk", ": .*compress it again"),
-    ("x.jsonl.bz2", bz2.compress(lines("a"))[:-5], ": .*compress it again"),
-    # Python's own readers take what is no stream for the end of the file
-    *(
-        (f"x.jsonl{end}", pack(lines("a")) + after, ": .*compress it again")
-        for end, pack in ((".xz", lzma.compress), (".bz2", bz2.compress))
-        for after in (b"junkjunk", b"\xff" * 4 + pack(lines("b"))[4:])
-    ),
-    ("x.jsonl.xz", lzma.compress(lines("a")) * 2 + lzma.compress(lines("b"))[:-5], ": .*middle of a frame"),
-    ("x.parquet", PARQUET.replace(b"text", b"te\xffx"), ": .*compress it again"),
-    (
-        "x.arrow",
-        ARROW.replace(b"\x32\0\0\0\x64\0\0\0", b"\x32\0\0\0\1\0\0\0"),
-        ": .*compress it again",
-    ),  # ends before its start
-    (
-        "x.arrow",
-        ARROW.replace(b"\x32\0\0\0\x64\0\0\0", b"\x32\0\0\0\0\0\0\x7f"),
-        ": .*compress it again",
-    ),  # ends far beyond the data
-    ("x.txt.zst", zstandard.ZstdCompressor().compress(bytes(range(256)) * 999)[:-4], ": .*middle of a frame"),
-    ("x.txt.zst", b"junkjunk", ": .*compress it again"),
-    ("x.jsonl.zst", zstd(lines("a")) + b"junkjunk", ": .*compress it again"),
-    ("x.jsonl.zst", zstd(lines("a", "b"), 31)[:-3], ": .*middle of a frame"),
-    ("x.parquet", b"", ": .*compress it again"),
-    ("x.parquet", b"PAR1junkPAR1", ": .*compress it again"),
-    ("x.parquet", PARQUET[:-20], ": .*compress it again"),
-    ("x.parquet", PARQUET[:100] + b"\xff" * 400 + PARQUET[500:], ": .*compress it again"),
-    ("x.parquet", lines("a"), ": .*compress it again"),
-    ("x.arrow", b"", ": .*compress it again"),
-    ("x.arrow", ARROW[: len(ARROW) // 2], ": .*compress it again"),
-    ("x.arrow", lines("a"), ": .*compress it again"),
-    ("x.arrow", ARROW[:-8], ": .*mark at the end.*compress it again"),
-    ("x.csv", b"", ": .*format"),
-    ("x.gz", gzip.compress(b"a"), ": .*format"),
-    ("x", b"a", ": .*format"),
-    ("x.parquet.gz", gzip.compress(PARQUET), ": .*format"),
-]
-TABLES = [
-    ({"body": ["a"]}, r": no column 'text' .*\['body'\].*--text-field"),
-    ({"text": [1]}, ": column 'text' is int64"),
-    ({"text": [["a"]]}, ": column 'text' is list"),
-    ({"text": [{"text": "a"}]}, ": column 'text' is struct"),
-    ({"text": ["a", None]}, ":2: .*null"),
-    ({"text": [b"a", b"b", b"\xff"]}, ":3: .*UTF-8 at byte 0"),
-]
-
-
-MALFORMED_IDS = [f"{i} {name}" for i, (name, *_) in enumerate(MALFORMED)]  # not the bytes: gzip's have the time
-
-
-@pytest.mark.parametrize(("name", "content", "where"), MALFORMED, ids=MALFORMED_IDS)
-def test_malformed_files(tmp_path, name, content, where):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{re.escape(name)}{where}") as caught:
-        texts(tmp_path / name)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_an_arrow_stream_that_was_cut_between_two_batches(tmp_path):
-    table = pa.table({"text": [f"{i}" for i in range(60)]})
-    sink, ends = pa.BufferOutputStream(), []
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        for batch in table.to_batches(max_chunksize=10):
-            writer.write_batch(batch)
-            ends.append(sink.tell())
-    content = sink.getvalue().to_pybytes()
-    for end in (*ends, len(content)):
-        (tmp_path / "x.arrow").write_bytes(content[:end])
-        if end == len(content):
-            assert len(texts(tmp_path / "x.arrow")) == 60
-        else:
-            with pytest.raises(DataError, match=r"x.arrow: .*mark at the end"):
-                texts(tmp_path / "x.arrow")
 
 
 def test_large_pages_of_a_parquet_file_are_noted(tmp_path, monkeypatch, capsys):
@@ -537,37 +292,6 @@ def test_large_pages_of_a_parquet_file_are_noted(tmp_path, monkeypatch, capsys):
     assert len(texts(tmp_path / "small.parquet")) == len(texts(tmp_path / "whole.parquet")) == 300
     (note,) = capsys.readouterr().err.splitlines()
     assert note.startswith("note:") and "whole.parquet" in note and "300 rows" in note and "row_group_size" in note
-
-
-def test_rows_of_an_arrow_file_outside_of_its_dictionary(tmp_path):
-    damaged = pa.DictionaryArray.from_arrays(pa.array([0, 1, 10**9]), pa.array(["a", "b"]), safe=False)
-    save_arrow(tmp_path / "x.arrow", pa.table({"text": damaged}))
-    with pytest.raises(DataError, match=r"x.arrow: .*dictionary.*compress it again"):
-        texts(tmp_path / "x.arrow")
-
-
-@pytest.mark.parametrize("form", [".parquet", ".arrow"])
-@pytest.mark.parametrize(("columns", "where"), TABLES)
-def test_malformed_tables(tmp_path, form, columns, where):
-    path = tmp_path / f"x{form}"
-    save = pq.write_table if form == ".parquet" else lambda table, path: save_arrow(path, table)
-    save(pa.table(columns), path)
-    with pytest.raises(DataError, match=f"x{form}{where}") as caught:
-        texts(path)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "module", "fix"),
-    [("a.parquet", "pyarrow", r"megatron-dla\[data\]"), ("a.jsonl.zst", "zstandard", "pip install zstandard"),
-     ("a.jsonl.bz2", "bz2", "Python"), ("a.jsonl.xz", "lzma", "Python")],
-)  # fmt: skip
-def test_a_missing_package_is_named(tmp_path, monkeypatch, name, module, fix):
-    (tmp_path / name).write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, f"{module}.parquet", raising=False)
-    with pytest.raises(DataError, match=f"{name}: .*{module}.*{fix}"):
-        texts(tmp_path / name)
 
 
 def test_source_arguments(tmp_path):
