@@ -109,8 +109,8 @@ def test_dockerfile_names_only_what_exists() -> None:
     assert packaged | {"pyproject.toml", "constraints.txt", "constraints-cuda.txt", "README.md", "LICENSE"} <= set(
         copied
     )
-    for extra in re.findall(r"'\.\[(\w+)\]'", text):
-        assert extra in PYPROJECT["project"]["optional-dependencies"]
+    (extras,) = re.findall(r"'\.\[([\w,]+)\]'", text)
+    assert set(extras.split(",")) <= set(PYPROJECT["project"]["optional-dependencies"])
 
 
 def test_make_setup_takes_the_device() -> None:
@@ -205,5 +205,7 @@ def test_configs_are_plain_yaml_mappings() -> None:
 
 
 def test_batch_scripts_parse() -> None:
-    for path in (ROOT / "slurm").glob("*.sbatch"):
+    paths = sorted((ROOT / "slurm").glob("*.sbatch"))
+    assert ROOT / "slurm" / "pretrain.sbatch" in paths
+    for path in paths:
         subprocess.run(["bash", "-n", str(path)], check=True)

@@ -11,6 +11,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from tests.support import triton_interpreter  # noqa: E402
 
@@ -109,7 +110,7 @@ def test_dot_in_tf32_loses_what_tensor_cores_lose() -> None:
 
 def test_dot_refuses_a_short_inner_dimension() -> None:
     a = torch.zeros(8, 8, dtype=BF16)
-    with pytest.raises(Exception, match="K >= 16"):
+    with pytest.raises(InterpreterError, match="K >= 16"):
         _dot[(1,)](a, a, torch.empty(8, 8), 8, "ieee")
 
 

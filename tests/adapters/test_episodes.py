@@ -194,7 +194,7 @@ def test_bad_files_and_lengths_are_named(tokenizer, tmp_path):
 def test_template_that_rewrites_answers_is_refused(tmp_path):
     tokenizer = build_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif", "assistant\n<think>{% endif")
-    with pytest.raises(DataError, match=r"a\.jsonl:1: an answer does not begin where the chat template opens it"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*chat template"):
         read_episodes(write(tmp_path / "a.jsonl", PAIR), tokenizer, **LENGTHS)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dla.config import AdapterRunConfig, load_config
+from megatron_dla.config import RunConfig, load_config
 from megatron_dla.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ def test_a_shipped_config_is_a_base_by_its_name(tmp_path):
     assert load_config(path) == load_config("dla_gdn_1b3", ["model.tau=1.25"])
     path.write_text("base: delta_mem_base\ntraining: {steps: 7}\n")
     config = load_config(path)
-    assert isinstance(config, AdapterRunConfig) or config.training.steps == 7
+    assert isinstance(config, RunConfig) and config.training.steps == 7
 
 
 def test_an_old_name_in_a_base_does_not_hide_the_new_one(tmp_path):

@@ -243,8 +243,9 @@ def test_merge_errors(corpus, tmp_path, capsys):
     assert dla("shards", *arguments(corpus), "--output", out, "--part", "5/6") == 2
     assert "5 files" in capsys.readouterr().err
     for part in ("3/3", "a", "1", "-1/3"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stopped:
             dla("shards", *arguments(corpus), "--output", out, f"--part={part}")
+        assert stopped.value.code == 2 and "--part" in capsys.readouterr().err
 
 
 def test_the_slurm_array_builds_parts_and_merges_them(corpus, tmp_path):

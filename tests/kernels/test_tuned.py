@@ -90,8 +90,12 @@ def test_register_refuses_what_it_cannot_tune() -> None:
         tuned.register("x", DEFAULT, [{"TILE": 3}], operation="forward")
 
 
+SHIPPED = sorted((Path(tuned.__file__).parents[1] / "tuned").glob("*.json"))
+
+
+@pytest.mark.skipif(not SHIPPED, reason="kernels/tuned has no file yet: none was tuned on a GPU")
 def test_shipped_files_are_whole_and_say_where_they_come_from() -> None:
-    for path in (Path(tuned.__file__).parents[1] / "tuned").glob("*.json"):
+    for path in SHIPPED:
         facts = json.loads(path.read_text())
         assert tuned.load_entries(path) and {"gpu", "date", "torch", "triton", "command"} <= set(facts)
 

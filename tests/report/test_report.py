@@ -182,4 +182,5 @@ def test_the_browser_sees_errors_and_requests(run: Path, tmp_path: Path) -> None
         page.write_text(text.replace("</main>", f"</main>{added}"))
         opened = open_page(page, work)
         assert opened.error is not None or opened.console
+        assert (opened.requests > 0) == added.startswith("<img")
         shutil.rmtree(work)

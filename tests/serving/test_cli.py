@@ -186,10 +186,8 @@ def test_a_chat_without_template_ends_before_the_weights_are_read(dla, broken):
     path = broken()
     Path(path, "chat_template.jinja").unlink()
     code, out, error = dla("chat", path, "--adapter", "{adapter}", lines="hi\n")
-    assert (code, out) == (2, "") and error == (
-        f"dla chat: '{path}': the tokenizer has no chat template: use an instruction-tuned model, put its "
-        "chat_template.jinja beside the tokenizer, or use `dla generate`\n"
-    )
+    assert (code, out) == (2, "") and len(error.splitlines()) == 1
+    assert all(part in error for part in (f"'{path}'", "chat_template.jinja", "dla generate"))
     Path(path, "chat_template.jinja").write_text("{% for m in messages %}{{ loop.last }}{% endfor %}x{{ messages }}")
     code, out, error = dla("chat", path, "--adapter", "{messages}", lines="hi\n")
     assert (code, out) == (2, "") and "differently when others" in error
@@ -199,10 +197,8 @@ def test_a_chat_without_template_ends_before_the_weights_are_read(dla, broken):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(dla, broken, command):
     path = broken(vocab_size=258)
     code, out, error = dla(*command, path, "--adapter", "{adapter}", lines="hi\n")
-    assert (code, out) == (2, "") and re.fullmatch(
-        rf"dla \w+: '{path}/config.json': vocab_size = 258, but the tokenizer beside it has 259 tokens, .*put the "
-        r"model's own tokenizer there, or resize the model's embedding\n", error
-    )  # fmt: skip
+    assert (code, out) == (2, "") and len(error.splitlines()) == 1
+    assert all(part in error for part in (f"'{path}/config.json'", "vocab_size = 258", "259 tokens", "embedding"))
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -28,6 +28,12 @@ def uses(path: Path, *packages: str) -> set[str]:
     return {name for name in imported(path) if any(f"{name}.".startswith(f"{package}.") for package in packages)}
 
 
+def files_of(package: str) -> list[Path]:
+    files = sorted((PACKAGE / package).rglob("*.py"))
+    assert PACKAGE / package / "__init__.py" in files
+    return files
+
+
 def test_the_trainer_does_not_know_the_tasks() -> None:
     files = sorted((PACKAGE / "training").glob("*.py"))
     assert {"trainer.py", "step.py", "task.py"} <= {path.name for path in files}
@@ -37,11 +43,11 @@ def test_the_trainer_does_not_know_the_tasks() -> None:
 
 def test_only_what_serves_or_evaluates_uses_the_serving_code() -> None:
     for package in ("adapters", "hf", "mixers", "model", "parallel", "checkpoint", "data", "training", "config"):
-        for path in (PACKAGE / package).rglob("*.py"):
+        for path in files_of(package):
             assert not uses(path, "megatron_dla.serving"), path
 
 
 def test_the_memory_and_the_serving_code_do_not_know_the_tasks() -> None:
     for package in ("adapters", "mixers", "model", "parallel", "checkpoint", "data", "hf", "serving"):
-        for path in (PACKAGE / package).rglob("*.py"):
+        for path in files_of(package):
             assert not uses(path, "megatron_dla.tasks", "megatron_dla.training"), path

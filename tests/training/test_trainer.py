@@ -81,6 +81,7 @@ def test_context_parallel_equals_one_process(ranks, data, plain, tmp_path, backb
         assert a.keys() == b.keys()
         for key in a.keys() & {"val_loss", "val_bpb", "val_bpb_by_position", "boundary_rate"}:
             assert a[key] == (pytest.approx(b[key], rel=1e-5) if b[key] is not None else None), key
+    assert {"val_loss", "val_bpb", "val_bpb_by_position", "boundary_rate"} <= metrics[-1].keys()
     assert len(metrics[-1]["val_bpb_by_position"]) > 1
 
 
@@ -177,6 +178,7 @@ def test_calibrated_thresholds_reach_the_rate_and_stay(ranks, data, tmp_path) ->
     assert metrics[0]["boundary_rate"] > 0.4 and abs(metrics[-1]["boundary_rate"] - 0.2) < 0.05
     run, again = tmp_path / "tiny", tmp_path / "again"
     first, middle, last = (taus(run, step) for step in (2, 4, 6))
+    assert middle and first.keys() == middle.keys() == last.keys()
     for name, tau in middle.items():
         assert torch.equal(tau, last[name]) and not torch.equal(tau, first[name]) and len(set(tau.tolist())) == 4
     shutil.copytree(run, again)

@@ -113,7 +113,7 @@ def test_reads_on_the_host_are_counted_and_answered() -> None:
         table = torch.tensor([[1, 2], [3, 4]], device="meta")
         assert table.tolist() == [[1, 2], [3, 4]]
         assert meta(1, grad=False).item() == 1
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="numbers on the host"):
             meta(3, grad=False).tolist()
     assert [e.kind for e in recording.events] == ["copy", "sync", "copy", "sync", "sync", "sync"]
 
@@ -262,7 +262,7 @@ def test_a_shipped_config_does_not_cost_more_than_committed(counted: dict, name:
     committed = json.loads((ROOT / "docs" / "results" / f"ledger_{name}.json").read_text())
     found = counted[name]
     for key in ("launches", "triton", "syncs", "copies", "bytes", "flops"):
-        assert found["total"][key] <= GROWTH * committed["total"][key], key
+        assert committed["total"][key] / 3 <= found["total"][key] <= GROWTH * committed["total"][key], key
     for component, row in found["components"].items():
         before = committed["components"].get(component, {"launches": 0, "syncs": 0, "bytes": 0})
         for key in ("launches", "syncs", "bytes"):

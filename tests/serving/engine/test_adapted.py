@@ -11,6 +11,7 @@ from megatron_dla.errors import UserError
 from megatron_dla.serving.engine import Engine, EngineConfig, Request, SamplingParams
 from megatron_dla.serving.load import attach_adapter
 from megatron_dla.serving.session import Session
+from tests.serving.engine.test_load import no_leak
 from tests.support.sessions import NUMBERS, ROW, same_states
 from tests.support.tiny_hf import CONFIGS, build_adapted, build_base
 
@@ -86,7 +87,7 @@ def test_sessions_stay_apart_under_load():
         one = alone.submit(request)
         alone.drain()
         assert handle.result() == one.result() and same_states(handle.memory, one.memory)
-    assert all(pool.free == pool.total for pool in engine._scheduler.pools) or engine._scheduler.prefixes.kept
+    no_leak(engine)
 
 
 def test_a_plain_model_is_served_without_a_memory():

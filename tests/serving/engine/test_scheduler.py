@@ -81,7 +81,7 @@ class Simulation:
             s.was_read(one, stop)
             if one.is_read:
                 self._token(one)
-        assert len(decoding) + spent <= self.config.budget
+        assert len(decoding) + spent <= self.config.budget, "over the budget"
         self.check()
         return bool(s.active)
 
@@ -282,7 +282,7 @@ def test_a_whole_prompt_is_read_alone_and_what_is_decoded_waits():
     first = sim.add(prompt=5, tokens=20)
     sim.step()
     long, short = sim.add(prompt=500, tokens=2), sim.add(prompt=5, tokens=2)
-    with pytest.raises(AssertionError):  # over the budget of a step
+    with pytest.raises(AssertionError, match="over the budget"):
         sim.step()
     assert long.is_read and not short.is_read and len(first.tokens) == 2
     sim.run()

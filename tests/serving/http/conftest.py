@@ -28,6 +28,32 @@ TEMPLATE = (
 
 
 @contextmanager
+def ended(service: Service):
+    """Wait until nothing runs any more; the requests that ended within the block must have been cancelled."""
+    engine, reasons = service.engine, []
+    end, step = engine._end, engine.step
+
+    def listen(live, reason, *rest):
+        reasons.append(reason)
+        return end(live, reason, *rest)
+
+    def slow_step():  # so that no request comes to its length before
+        time.sleep(0.02)
+        return step()
+
+    engine._end, engine.step = listen, slow_step
+    try:
+        yield
+        deadline = time.monotonic() + 20
+        while engine.stats().running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        engine._end, engine.step = end, step
+    assert set(reasons) == {"cancelled"}
+
+
+@contextmanager
 def running(service: Service, key: str | None = None):
     """The base address of a server."""
     thread = EngineThread(service)
