@@ -18,6 +18,7 @@ from megatron_dla import __version__
 from megatron_dla.console import escaped, protect
 from megatron_dla.errors import UserError, is_wrong_path
 from megatron_dla.masking import mask_text
+from megatron_dla.processes import PARENT, end_with_parent
 
 MAX_LINE = 3000
 
@@ -84,6 +85,13 @@ def _add_training(subparsers) -> None:
     parser.set_defaults(func=_plot)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {escaped(message)}; see `{self.prog} --help`\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from megatron_dla.ablation.cli import add_ablate_parser
@@ -102,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     from megatron_dla.study.cli import add_study_parser
     from megatron_dla.training.checkpoint_cli import add_checkpoint_parser
 
-    parser = argparse.ArgumentParser(prog="dla", description="Pretraining with Dynamic Linear Attention.")
+    parser = _Parser(prog="dla", description="Pretraining with Dynamic Linear Attention.")
     parser.add_argument("--version", action="version", version=f"megatron-dla {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_data_parser(subparsers)
@@ -144,6 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     # renamed collectives that DeepSpeed calls
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if (parent := os.environ.pop(PARENT, "")).isdecimal():
+        end_with_parent(int(parent))
     parser = build_parser()
     # argparse does not accept positionals after an option (dla run C --nproc 2 a.b=c): take overrides from the rest
     argv = sys.argv[1:] if argv is None else list(argv)

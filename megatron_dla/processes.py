@@ -15,6 +15,8 @@ from types import FrameType
 from megatron_dla.files import FULL
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+PARENT = "DLA_PARENT"
+"""Environment variable: the process that a `dla` command ends with; not passed on by it."""
 SAME_REQUEST_S = 0.5
 
 

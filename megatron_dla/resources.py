@@ -16,12 +16,13 @@ def resource(path: str) -> Path:
     return found.resolve()  # a checkout reaches these folders through links
 
 
-def find_yaml(given: str | Path, folder: str, what: str) -> Path:
+def find_yaml(given: str | Path, folder: str, what: str, pattern: str = "*.yaml") -> Path:
     """The file that a user means: `given` where it exists, else a shipped one, by its name or its path in the
     repository.
 
     Args:
-        folder: `configs` or `slurm/profiles`. what: `config` or `profile`, for the message.
+        folder: `configs` or `slurm/profiles`. what: `config` or `profile`, for the message. pattern: of the names of
+            shipped ones.
 
     Raises:
         ConfigError: neither exists.
@@ -29,7 +30,7 @@ def find_yaml(given: str | Path, folder: str, what: str) -> Path:
     path = Path(given)
     if path.exists():
         return path
-    shipped = sorted(resource(folder).glob("*.yaml"))
+    shipped = sorted(resource(folder).glob(pattern))
     for file in shipped:
         if str(given) in (file.stem, f"{folder}/{file.name}"):
             return file

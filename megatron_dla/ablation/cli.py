@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,17 @@ def _ablate(args: argparse.Namespace) -> int:
     from megatron_dla.ablation.plan import load_ablation
     from megatron_dla.ablation.report import collect, table_text, write_report
     from megatron_dla.ablation.run import AblationRunner
-    from megatron_dla.study.variants import split_words
+    from megatron_dla.study.variants import check_out, split_words
 
     report_only, path = split_words("ablate", args.words)
-    ablation = load_ablation(path)
+    check_out(args.out)
+    ablation, again = load_ablation(path), f"dla ablate {shlex.quote(path)}"
     if not report_only and (code := AblationRunner(ablation).run()):
-        print(f"stopped; `dla ablate {path}` goes on")
+        print(f"stopped; `{again}` goes on")
         return code
     results = collect(ablation)
     if not results["recipes"]:
-        raise UserError(f"{str(ablation.root)!r}: no recipe has ended yet; run `dla ablate {path}` first")
+        raise UserError(f"{str(ablation.root)!r}: no recipe has ended yet; run `{again}` first")
     print(f"\n{table_text(results)}\n")
     for file in write_report(results, args.out or ablation.root):
         print(f"wrote {file}")

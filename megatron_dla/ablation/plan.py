@@ -11,11 +11,9 @@ from pydantic import Field
 from megatron_dla.config import AdapterRunConfig
 from megatron_dla.config.load import fill
 from megatron_dla.config.schema import Directory, Number, Ranks
-from megatron_dla.config.yaml_text import read_yaml
 from megatron_dla.errors import ConfigError
-from megatron_dla.resources import find_yaml
 from megatron_dla.study.synthetic import Seed
-from megatron_dla.study.variants import check_names, check_seeds, load_variant
+from megatron_dla.study.variants import check_names, check_seeds, load_variant, read_file
 
 
 @dataclass
@@ -95,4 +93,4 @@ class Ablation:
 
 def load_ablation(path: str | Path) -> Ablation:
     """Read an ablation's YAML file, or a shipped one by its name. Raises ConfigError."""
-    return Ablation(fill(AblationConfig, read_yaml(find_yaml(path, "configs", "ablation"), "ablation")))
+    return Ablation(fill(AblationConfig, read_file(path, "ablation")))

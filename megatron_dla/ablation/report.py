@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from megatron_dla.ablation.plan import Ablation
 from megatron_dla.ablation.run import COLUMNS, read_result
+from megatron_dla.files import parse_json, write_json
 
 JSON_NAME, PICTURE_NAME = "ablation.json", "ablation.png"
 GAIN = "memory"
@@ -44,11 +44,17 @@ def _show(point: dict[str, float] | None) -> str:
 
 
 def write_report(results: dict[str, Any], out: Path) -> list[Path]:
-    """`ablation.json`, and `ablation.png` drawn from it alone. Returns both paths."""
+    """`ablation.json`, and `ablation.png` drawn from it alone, where there is a point to draw. Returns the paths."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / JSON_NAME
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    return [path, draw(results, out / PICTURE_NAME)]
+    write_json(out / JSON_NAME, results, indent=1)
+    again = parse_json((out / JSON_NAME).read_bytes())
+    return [out / JSON_NAME, *([draw(again, out / PICTURE_NAME)] if _harms(again) else [])]
+
+
+def _harms(results: dict[str, Any]) -> list[str]:
+    """Kinds of harm that a recipe has a point for."""
+    points = [recipe["points"] for recipe in results["recipes"].values()]
+    return [name for name in COLUMNS if name.startswith("harm") and any(p[name] and p[GAIN] for p in points)]
 
 
 def draw(results: dict[str, Any], path: Path) -> Path:
@@ -58,8 +64,7 @@ def draw(results: dict[str, Any], path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    recipes = results["recipes"]
-    harms = [c for c in COLUMNS if c.startswith("harm") and any(r["points"][c] for r in recipes.values())]
+    recipes, harms = results["recipes"], _harms(results)
     figure, axes = plt.subplots(1, len(harms), figsize=(6.5 * len(harms), 5), constrained_layout=True, squeeze=False)
     for ax, harm in zip(axes.flat, harms, strict=True):
         for number, (name, recipe) in enumerate(recipes.items()):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from megatron_dla.ablation.plan import Ablation
 from megatron_dla.config import AdapterRunConfig
@@ -25,12 +27,15 @@ COLUMNS = {
     "harm in the prompt": ("full_adapter", "full", "choice", -1),
     "harm on text, nats": ("adapter", "base", "nats", 1),
 }
-_POINT = dict[Literal["mean", "low", "high"], Finite]
+_POINT = Annotated[dict[Literal["mean", "low", "high"], Finite], Field(min_length=3)]
+_POINTS = Annotated[dict[Literal[tuple(COLUMNS)], _POINT | None], Field(min_length=len(COLUMNS))]  # type: ignore[misc, valid-type]
+_SEEDS = Annotated[list[Whole], Field(min_length=1)]
+_SECONDS = Annotated[list[Finite], Field(min_length=1)]
 KEYS = Keys(
     always={
-        "config": dict[str, dict[str, Any]], "overrides": dict[str, Any], "seeds": list[Whole], "evaluate": list[str],
-        "parameters": Whole, "seconds": list[Finite], "tables": list[dict[str, Any]], "versions": dict[str, Any],
-        "machine": str, "date": Day, "points": dict[Literal[tuple(COLUMNS)], _POINT | None],  # type: ignore[misc]
+        "config": dict[str, dict[str, Any]], "overrides": dict[str, Any], "seeds": _SEEDS, "evaluate": list[str],
+        "parameters": Whole, "seconds": _SECONDS, "tables": list[dict[str, Any]], "versions": dict[str, Any],
+        "machine": str, "date": Day, "points": _POINTS,
     },
     ended={}, maybe={},
 )  # fmt: skip
@@ -70,12 +75,12 @@ class AblationRunner:
         ablation, adapters = self.ablation, []
         base = ablation.recipes[name].backbone.dir
         for seed in ablation.config.seeds:
-            place = ablation.place(name, seed)
+            place, since = ablation.place(name, seed), time.time()
             code = launch_run(ablation.run_config(name, seed), ablation.config.nproc, place)
             if code == STOPPED:
                 return None
             if code:
-                why = (exit_messages(place) or [f"exit code {code}"])[-1]
+                why = (exit_messages(place, since) or [f"exit code {code}"])[-1]
                 raise UserError(f"{str(place)!r}: the run failed ({why}); its output is in {str(log_path(place))!r}")
             adapters.append(place.with_name(f"{place.name}_adapter"))
             if not adapters[-1].is_dir() and not _dla(place, "convert", "adapter", str(place), str(adapters[-1])):

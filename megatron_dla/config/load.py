@@ -24,6 +24,7 @@ from megatron_dla.masking import mask_text
 from megatron_dla.resources import find_yaml
 
 _RULES = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
+_WORDS = {"a valid tuple": "a list", "a valid dictionary": "a mapping", "Field required": "one more is needed"}
 _shown = reprlib.Repr()  # of a value in a message: YAML's aliases make gigabytes of a few lines
 _shown.maxstring = _shown.maxother = _shown.maxlong = 250
 _shown.maxlist = _shown.maxdict = _shown.maxtuple = 12
@@ -62,6 +63,8 @@ def _value(kind: Any, adapter: TypeAdapter[Any], value: Any, key: str) -> Any:
         bad = first["input"] if at else value
         bad = mask_text(bad) if isinstance(bad, str) else bad
         reason = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
+        for theirs, ours in _WORDS.items():
+            reason = reason.replace(theirs, ours)
         raise ConfigError(f"{key}{at} = {_shown.repr(bad)}: {reason}") from None
 
 

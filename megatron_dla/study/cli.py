@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def add_study_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="the study's YAML file or shipped name; with `report`: write the report of the cells that have ended",
     )  # fmt: skip
     parser.add_argument(
-        "--task", type=_task, default=(0, 1), metavar="I/N",
+        "--task", default="0/1", metavar="I/N",
         help="run the arms of task I of N (a Slurm array: 0/N to N-1/N)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: the study's directory)")
@@ -30,7 +31,7 @@ def add_study_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _task(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r}: write I/N with 0 <= I < N")
+        raise UserError(f"--task {text}: write I/N with 0 <= I < N")
     return int(number), int(count)
 
 
@@ -41,20 +42,21 @@ def _study(args: argparse.Namespace) -> int:
     from megatron_dla.study.results_synthetic import collect_synthetic
     from megatron_dla.study.run import StudyRunner
     from megatron_dla.study.run_synthetic import SyntheticRunner
-    from megatron_dla.study.variants import split_words
+    from megatron_dla.study.variants import check_out, split_words
 
-    report_only, path = split_words("study", args.words)
-    study = load_study(path)
-    runners: list[StudyRunner | SyntheticRunner] = [StudyRunner(study, args.task)]
-    runners += [SyntheticRunner(study.synthetic, args.task)] if study.synthetic else []
+    (report_only, path), part = split_words("study", args.words), _task(args.task)
+    check_out(args.out)
+    study, again = load_study(path), f"dla study {shlex.quote(path)}"
+    runners: list[StudyRunner | SyntheticRunner] = [StudyRunner(study, part)]
+    runners += [SyntheticRunner(study.synthetic, part)] if study.synthetic else []
     for runner in [] if report_only else runners:
         if code := runner.run():
-            print(f"stopped; `dla study {path}` goes on")
+            print(f"stopped; `{again}` goes on")
             return code
     results = {**collect(study), "synthetic": collect_synthetic(study.synthetic)}
     if report_only and not (results["cells"]["done"] or results["synthetic"]):
-        raise UserError(f"{str(study.root)!r}: no cell has ended yet; run `dla study {path}` first")
-    if report_only or args.task == (0, 1):
-        for file in write_report(results, args.out or study.root, f"dla study {path}"):
+        raise UserError(f"{str(study.root)!r}: no cell has ended yet; run `{again}` first")
+    if report_only or part == (0, 1):
+        for file in write_report(results, args.out or study.root, again):
             print(f"wrote {file}")
     return 0

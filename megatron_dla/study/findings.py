@@ -21,7 +21,7 @@ def findings(results: dict[str, Any]) -> list[str]:
     if results["arms"]:
         found = {name: (arm["difference"], 4) for name, arm in results["arms"].items() if arm["difference"]}
         about = f"Held-out text, bits per byte minus those of {results['reference']}, lower is better"
-        lines.append(f"{about}: {_by_verdict(found, lower=True)}.")
+        lines += [f"{about}: {_by_verdict(found, lower=True)}."] if found else []
     for one in results["questions"]:
         answer = _ANSWERS[verdict(one["difference"])].format(**one)
         numbers = f"{one['arm']} minus {one['control']}: {show_difference(one['difference'], 4)}"
@@ -30,7 +30,7 @@ def findings(results: dict[str, Any]) -> list[str]:
         length, reference = task["lengths"][-1], results["synthetic"]["reference"]
         found = {key: (arm["difference"][length], 3) for key, arm in task["arms"].items() if arm["difference"][length]}
         mean = task["arms"][reference]["mean"][length]
-        if mean is not None:
+        if mean is not None and found:
             about = f"{name} at {length} tokens, accuracy minus that of {reference} ({mean:.3f})"
             lines.append(f"{about}: {_by_verdict(found, lower=False)}.")
     return lines

@@ -13,12 +13,18 @@ _TOLERANCE = 0.01  # between the parameters of two arms, as a share
 
 
 def equal_width(
-    model: ModelSection, reference: ModelSection, vocab_size: int, where: str, multiple: int
+    model: ModelSection,
+    reference: ModelSection,
+    vocab_size: int,
+    where: str,
+    multiple: int,
+    fix: str = "change its widths",
 ) -> ModelSection:
     """`model` with the MLP width, a multiple of `multiple`, that gives it the parameters of `reference`.
 
     Raises:
-        ConfigError: they differ by more than 1 % with the best width; the message names the arm, `where`.
+        ConfigError: they differ by more than 1 % with the best width; the message names the arm, `where`, and ends with
+            `fix`.
     """
     wanted = count_parameters(reference, vocab_size)
     if abs(count_parameters(model, vocab_size) - wanted) <= 1e-4 * wanted:
@@ -30,7 +36,6 @@ def equal_width(
     found = count_parameters(new, vocab_size)
     if not math.isclose(found, wanted, rel_tol=_TOLERANCE):
         raise ConfigError(
-            f"{where}: {found:,} parameters with model.ffn_hidden_size = {width}, the reference has {wanted:,}: "
-            "change its widths, or set parameters: as_given"
+            f"{where}: {found:,} parameters with model.ffn_hidden_size = {width}, the reference has {wanted:,}: {fix}"
         )
     return new

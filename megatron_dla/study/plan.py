@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,17 +10,16 @@ from typing import Any, Literal, TypeVar
 from megatron_dla.config import RunConfig
 from megatron_dla.config.load import fill
 from megatron_dla.config.schema import Directory, Ranks
-from megatron_dla.config.yaml_text import read_yaml
 from megatron_dla.errors import ConfigError
-from megatron_dla.resources import find_yaml
 from megatron_dla.study.parameters import equal_width
 from megatron_dla.study.rates import Rate, check_rates, rate_name, split_rates
 from megatron_dla.study.synthetic import Seed, SyntheticSection, SyntheticStudy
-from megatron_dla.study.variants import check_names, check_seeds, load_variant
+from megatron_dla.study.variants import check_names, check_seeds, load_variant, read_file
 from megatron_dla.tasks.run import make_task
 
 Name = TypeVar("Name")
 _WIDTHS = 8  # the MLP width that equalises parameters is a multiple of it
+_FIX = "change its widths, or set parameters: as_given"
 
 
 @dataclass
@@ -98,7 +96,7 @@ class Study:
             vocab = make_task(self.arms[self.reference]).layout().vocab_size
             reference = self.arms[self.reference].model
             self.arms = {
-                name: replace(arm, model=equal_width(arm.model, reference, vocab, f"arms.{name}", _WIDTHS))
+                name: replace(arm, model=equal_width(arm.model, reference, vocab, f"arms.{name}", _WIDTHS, _FIX))
                 for name, arm in self.arms.items()
             }
 
@@ -128,35 +126,12 @@ class Study:
 
 def load_study(path: str | Path) -> Study:
     """Read a study's YAML file, or a shipped one by its name. Raises ConfigError."""
-    values = read_yaml(find_yaml(path, "configs", "study"), "study")
-    _check_plain(values, "", (), set())
-    return Study(fill(StudyConfig, values))
-
-
-def _check_plain(value: Any, key: str, above: tuple[int, ...], seen: set[int]) -> None:
-    """Raises ConfigError for what YAML has and JSON has not: the records of a study are JSON.
-
-    Args:
-        key: of the value, for messages. above: ids of what holds it. seen: of lists and mappings that are done.
-    """
-    if id(value) in above:
-        raise ConfigError(f"{key} = {reprlib.repr(value)}: holds itself through an alias: write the value out")
-    if isinstance(value, dict | list | tuple):
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
-            if not isinstance(name, str | int | float | None):
-                raise ConfigError(f"{key}: the key {reprlib.repr(name)} is {type(name).__name__}: use a text")
-            inner = f"[{name}]" if not isinstance(value, dict) else f".{name}" if key else str(name)
-            _check_plain(part, key + inner, (*above, id(value)), seen)
-    elif not isinstance(value, str | int | float | None):
-        raise ConfigError(
-            f"{key} = {reprlib.repr(value)}: is {type(value).__name__}: use a text, a number, a list or a mapping"
-        )
+    return Study(fill(StudyConfig, read_file(path, "study")))
 
 
 def _check(config: StudyConfig) -> None:
+    if not config.synthetic.tasks and config.synthetic != SyntheticSection():
+        raise ConfigError("synthetic.tasks = {}: give at least one, {name: keys of the task}, or leave the section out")
     text = config.base or config.arms or not config.synthetic.tasks  # else a study of synthetic tasks alone
     if text and not config.base:
         raise ConfigError("base = '': name the config that all arms share")
@@ -166,7 +141,8 @@ def _check(config: StudyConfig) -> None:
         raise ConfigError(f"reference = {config.reference!r}: not one of the arms {', '.join(config.arms)}")
     for question, pair in config.questions.items():
         for name in (name for name in pair if name not in config.arms):
-            raise ConfigError(f"questions.{question} = {list(pair)}: {name!r} is not one of the arms")
+            known = ", ".join(config.arms)
+            raise ConfigError(f"questions.{question} = {list(pair)}: {name!r} is not one of the arms {known}")
     tasks = config.synthetic
     check_names(
         {"name": [config.name], "arms": config.arms, "synthetic.arms": tasks.arms, "synthetic.tasks": tasks.tasks}

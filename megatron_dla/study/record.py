@@ -33,11 +33,12 @@ class Keys:
 
 _MADE: dict[str, Any] = {"machine": str, "date": Day}
 _ANY = {"rate": Finite, "seed": Whole, "config": dict[str, dict[str, Any]]}
+_Reason = Annotated[str, Field(min_length=1)]
 TEXT = Keys(
     always=_ANY,
     ended={"val_bpb": Finite, "parameters": Whole},
     maybe={
-        "diverged": str, "held_out": Annotated[list[Pair], Field(min_length=1)],
+        "diverged": _Reason, "held_out": Annotated[list[Pair], Field(min_length=1)],
         "by_position": dict[Range, Finite] | None, "slot_sizes": dict[Range, Finite] | None,
         "slot_weights": dict[Index, Finite] | None, "newest_merge_share_by_layer": list[Finite | None] | None,
         **_MADE, "boundary_rate": Finite | None, "tokens_per_s": Finite | None, "memory_gb": Finite | None,
@@ -46,7 +47,7 @@ TEXT = Keys(
 SYNTHETIC = Keys(
     always={**_ANY, "curve": list[Triple]},
     ended={"accuracy": dict[Index, Part], "check_accuracy": Part, "steps": Whole, "parameters": Whole},
-    maybe={"diverged": str, **_MADE},
+    maybe={"diverged": _Reason, **_MADE},
 )
 
 
@@ -68,6 +69,7 @@ def check_record(path: Path, record: Any, keys: Keys) -> dict[str, Any]:
             TypeAdapter(kind).validate_python(record[key])
         except ValidationError as error:
             reason = error.errors(include_url=False)[0]["msg"].replace("Input should", "must")
+            reason = "has another form" if "pattern" in reason else reason
             raise damaged(path, f"{key} = {reprlib.repr(record[key])}: {reason}") from None
     return record
 

@@ -40,7 +40,7 @@ def synthetic_section(synthetic: dict[str, Any]) -> str:
     done = synthetic["cells"]
     parts = [
         f"<h2>Synthetic recall</h2><p>{done['done']} of {done['planned']} cells. Share of right answers by tokens of a "
-        "row; training rows have the first length. Mean and range over seeds; differences are paired by seed, with "
+        "row; training rows have the task's length. Mean and range over seeds; differences are paired by seed, with "
         "percentile bootstrap intervals over seeds, which are coarse for few seeds. memory: numbers that all layers "
         "keep of a training row. steps: of the training, which ends early where the accuracy suffices. Each arm has "
         "the learning rate that was best at the first seed.</p>"

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_dla.evaluation.stats import bootstrap_mean
 from megatron_dla.study.plan import Study
-from megatron_dla.study.run import METRIC, SLOTS, best_rate, read_cell
+from megatron_dla.study.run import METRIC, SLOTS, best_rate, text_result
 
 KEPT = (
     "rate", "seed", "parameters", METRIC, "val_loss", "tokens", "held_out", "by_position", "loss", "boundary_rate",
@@ -56,7 +56,7 @@ def _cells(study: Study, name: str) -> list[dict[str, Any]]:
     """The results of an arm: all learning rates of the first seed, then the other seeds of the best one."""
     best = best_rate(study, name)
     cells = study.first_cells(name) + ([] if best is None else study.later_cells(name, best))
-    return [record for cell in cells if (record := read_cell(study.root / cell.path)) is not None]
+    return [record for cell in cells if (record := text_result(study, cell)) is not None]
 
 
 def _arm(study: Study, name: str) -> dict[str, Any]:

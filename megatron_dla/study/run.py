@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from megatron_dla.machine import machine
 from megatron_dla.metrics.meters import clock
 from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.model.counts import count_parameters
-from megatron_dla.processes import StopSignals
+from megatron_dla.processes import PARENT, StopSignals
 from megatron_dla.study.plan import Cell, Study, of_part
 from megatron_dla.study.record import TEXT, Keys, check_record, damaged
 from megatron_dla.tasks.run import check_run, make_task, versions
@@ -32,6 +33,7 @@ METRIC = "val_bpb"
 # of the last step that is logged
 SLOTS = ("boundary_rate_by_head", "newest_merge_share_by_layer", "slot_sizes", "slot_weights")
 DIVERGED = "FloatingPointError"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 Launch = Callable[[RunConfig, int, Path], int]
 
 
@@ -95,20 +97,19 @@ class StudyRunner:
     def _cell(self, cell: Cell) -> bool:
         """Whether its result is there: found, or made now. False: stopped by a signal."""
         place = self.study.root / cell.path
-        config = plain(self.study.run_config(cell))
-        record, seconds = result_of(place, config), None
+        record, seconds = text_result(self.study, cell), None
         if record is None:
-            started = time.monotonic()
+            started, since = time.monotonic(), time.time()
             code = self.launch(self.study.run_config(cell), self.study.config.nproc, place)
             if code == STOPPED:
                 return False
-            record, seconds = self._record(cell, place, code), time.monotonic() - started
-            write_json(place / CELL, {**record, "config": config})
-        value = record.get("diverged") or f"{METRIC} {record[METRIC]:.4f}"
+            record, seconds = self._record(cell, place, code, since), time.monotonic() - started
+            write_json(place / CELL, {**record, "config": plain(self.study.run_config(cell))})
+        value = record["diverged"] if "diverged" in record else f"{METRIC} {record[METRIC]:.4f}"
         self.progress.show(f"{cell.arm} lr {cell.rate:g} seed {cell.seed}", value, seconds)
         return True
 
-    def _record(self, cell: Cell, place: Path, code: int) -> dict[str, Any]:
+    def _record(self, cell: Cell, place: Path, code: int, since: float) -> dict[str, Any]:
         config = self.study.run_config(cell)
         task = make_task(config)
         about = {
@@ -117,7 +118,7 @@ class StudyRunner:
             "versions": versions(), **made_here(),
         }  # fmt: skip
         if code:
-            reasons = exit_messages(place)
+            reasons = exit_messages(place, since)
             if reasons and reasons[-1].startswith(DIVERGED):
                 return {**about, "diverged": reasons[-1]}
             why = reasons[-1] if reasons else f"exit code {code}"
@@ -156,10 +157,22 @@ def plain(config: RunConfig | AdapterRunConfig) -> dict[str, Any]:
     return dict(values)
 
 
-def result_of(place: Path, config: dict[str, Any], keys: Keys = TEXT) -> dict[str, Any] | None:
+def text_result(study: Study, cell: Cell) -> dict[str, Any] | None:
+    """`result_of` a run on text."""
+    return result_of(study.root / cell.path, cell.rate, cell.seed, plain(study.run_config(cell)))
+
+
+def result_of(place: Path, rate: float, seed: int, config: dict[str, Any], keys: Keys = TEXT) -> dict[str, Any] | None:
     """The result of a cell that has ended. Raises ConfigError where it is damaged, or that of another config."""
     record = read_cell(place, keys)
-    if record is not None and (changed := different_keys(record["config"], config)):
+    if record is None:
+        return None
+    if lacks := {"model", "run"} - record["config"].keys():
+        raise damaged(place / CELL, f"config has no {', '.join(sorted(lacks))}")
+    for key, wanted in (("rate", rate), ("seed", seed)):
+        if record[key] != wanted:
+            raise damaged(place / CELL, f"{key} = {record[key]!r}, but its directory is that of {wanted!r}")
+    if changed := different_keys(record["config"], config):
         raise ConfigError(
             f"{str(place / CELL)!r} is the result of another config ({', '.join(changed)} changed): "
             "give the study another name, or delete the cell to run it again"
@@ -177,10 +190,10 @@ def different_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def exit_messages(place: Path) -> list[str]:
-    """Why ranks of a run ended with an error, the last one last."""
+def exit_messages(place: Path, since: float) -> list[str]:
+    """Why ranks of a run ended with an error, the last one last. `since`: the start of the attempt, Unix time."""
     records = [parse_json(path.read_bytes()) for path in place.glob(f"{EXITS}/*/*.json")]
-    return [record["message"] for record in sorted(records, key=lambda record: record["time"])]
+    return [record["message"] for record in sorted(records, key=lambda r: r["time"]) if record["time"] >= since]
 
 
 def read_cell(place: Path, keys: Keys = TEXT) -> dict[str, Any] | None:
@@ -196,7 +209,7 @@ def read_cell(place: Path, keys: Keys = TEXT) -> dict[str, Any] | None:
 
 def best_rate(study: Study, arm: str) -> float | None:
     """The learning rate with the lowest result at the first seed; None where there is none (yet)."""
-    found = {cell.rate: read_cell(study.root / cell.path) for cell in study.first_cells(arm)}
+    found = {cell.rate: text_result(study, cell) for cell in study.first_cells(arm)}
     values = {rate: record[METRIC] for rate, record in found.items() if record and METRIC in record}
     return min(values, key=lambda rate: values[rate]) if values else None
 
@@ -207,22 +220,24 @@ def log_path(place: Path) -> Path:
 
 
 def launch_run(config: RunConfig | AdapterRunConfig, nproc: int, place: Path) -> int:
-    """Train in processes of their own; a signal to stop is passed on, and the run saves."""
+    """Train in processes of their own; a signal to stop is passed on, and the run saves. 75 where one ended it."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    path = place.with_name(f"{place.name}.yaml")
+    path, log = place.with_name(f"{place.name}.yaml"), log_path(place)
     dump_config(config, path)
-    command = [sys.executable, "-m", "megatron_dla.cli", "run", str(path), "--nproc", str(nproc)]
-    code = run_process(command, log_path(place))
+    before = log.stat().st_size if log.exists() else 0
+    code = run_process([sys.executable, "-m", "megatron_dla.cli", "run", str(path), "--nproc", str(nproc)], log)
     if code == BAD_INPUT:
-        lines = log_path(place).read_text(errors="replace").splitlines()
+        lines = log.read_bytes()[before:].decode(errors="replace").splitlines()
         raise UserError(f"{str(place)!r}: {lines[-1] if lines else 'the run was refused'}")
-    return code
+    # before its first checkpoint a signal ends it as it ends any process
+    return STOPPED if code in {*(128 + s for s in _SIGNALS), *(-s for s in _SIGNALS)} else code
 
 
 def run_process(command: list[str], log: Path) -> int:
     """Run a command in a session of its own, its output appended to `log`; signals to stop are passed on as SIGTERM.
-    Returns its exit code, negative where a signal ended it."""
+    A `dla` command is killed if this process is. Returns its exit code, negative where a signal ended it."""
+    environment = os.environ | {PARENT: str(os.getpid())}
     with log.open("ab") as out:
-        run = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        run = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment)
         with StopSignals(lambda _: run.send_signal(signal.SIGTERM), lambda _: run.send_signal(signal.SIGTERM)):
             return run.wait()

@@ -15,7 +15,7 @@ from megatron_dla.errors import STOPPED, UserError
 from megatron_dla.files import parse_json, write_json
 from megatron_dla.study.plan import of_part
 from megatron_dla.study.record import SYNTHETIC, damaged
-from megatron_dla.study.run import CELL, Progress, log_path, made_here, read_cell, result_of, run_process
+from megatron_dla.study.run import CELL, Progress, log_path, made_here, result_of, run_process
 from megatron_dla.study.synthetic import CellConfig, SyntheticCell, SyntheticStudy
 from megatron_dla.tasks.run import versions
 
@@ -54,7 +54,7 @@ class SyntheticRunner:
     def _cell(self, cell: SyntheticCell) -> bool:
         """Whether its result is there: found, or made now. False: stopped by a signal."""
         place, config = self.study.root / cell.path, self.study.cell_config(cell)
-        record, seconds = result_of(place, config.plain(), SYNTHETIC), None
+        record, seconds = read_result(self.study, cell), None
         if record is None:
             started = time.monotonic()
             found = self.launch(config, place)
@@ -66,7 +66,7 @@ class SyntheticRunner:
             place.mkdir(parents=True, exist_ok=True)
             write_json(place / CELL, record)
         accuracies = [f"{value:.3f} at {length}" for length, value in record.get("accuracy", {}).items()]
-        value = record.get("diverged") or "accuracy " + ", ".join(accuracies)
+        value = record["diverged"] if "diverged" in record else "accuracy " + ", ".join(accuracies)
         self.progress.show(f"{cell.task} {cell.arm} lr {cell.rate:g} seed {cell.seed}", value, seconds)
         return True
 
@@ -83,9 +83,10 @@ def best_rate(study: SyntheticStudy, task: str, arm: str) -> float | None:
 
 
 def read_result(study: SyntheticStudy, cell: SyntheticCell) -> dict[str, Any] | None:
-    """The result of a cell that has ended. Raises ConfigError where it is damaged, or lacks a length of its task."""
+    """The result of a cell that has ended. Raises ConfigError where it is damaged, lacks a length of its task, or is
+    that of another config."""
     place = study.root / cell.path
-    record = read_cell(place, SYNTHETIC)
+    record = result_of(place, cell.rate, cell.seed, study.cell_config(cell).plain(), SYNTHETIC)
     if record and "accuracy" in record:
         for length in study.tasks[cell.task].eval_lengths:
             if str(length) not in record["accuracy"]:

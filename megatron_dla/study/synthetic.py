@@ -170,7 +170,8 @@ class SyntheticStudy:
         """With as many parameters as the reference has, within 1 %."""
         task, (model, training) = self.tasks[cell.task], self.arms[cell.arm]
         where, vocab = f"synthetic.arms.{cell.arm}", vocabulary(task).size
-        model = equal_width(model, self.arms[self.reference][0], vocab, where, multiple=1)
+        fix = "change its widths or its number of layers"
+        model = equal_width(model, self.arms[self.reference][0], vocab, where, multiple=1, fix=fix)
         return CellConfig(model, task, training, cell.rate, cell.seed)
 
 

@@ -4,15 +4,54 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_dla.config import AdapterRunConfig, RunConfig, load_config
+from megatron_dla.config.yaml_text import read_yaml
 from megatron_dla.errors import ConfigError, UserError
+from megatron_dla.resources import find_yaml
 
 Config = TypeVar("Config", RunConfig, AdapterRunConfig)
 OWN = ("run.dir", "run.name", "run.seed")
 """Keys of a run that the keys dir, name and seeds of the study or ablation set."""
+
+
+_LONGEST = 100  # of a name
+_TAKEN = re.compile(r"synthetic|.*\.(json|html|png|yaml|log)", re.IGNORECASE)  # what else lies beside the directories
+
+
+def read_file(path: str | Path, what: str) -> dict[str, Any]:
+    """The content of a YAML file, or of a shipped one by its name. `what`: study or ablation. Raises ConfigError."""
+    values = read_yaml(find_yaml(path, "configs", what, pattern=f"{what}_*.yaml"), what)
+    check_plain(values, "", (), set())
+    return values
+
+
+def check_plain(value: Any, key: str, above: tuple[int, ...], seen: set[int]) -> None:
+    """Raises ConfigError for what YAML has and JSON has not: the records of a study are JSON.
+
+    Args:
+        key: of the value, for messages. above: ids of what holds it. seen: of lists and mappings that are done.
+    """
+    if id(value) in above:
+        raise ConfigError(f"{key} = {reprlib.repr(value)}: holds itself through an alias: write the value out")
+    if isinstance(value, dict | list | tuple):
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, dict) and not isinstance(name, str):
+                kind = type(name).__name__
+                raise ConfigError(f"{key or 'the file'}: the key {reprlib.repr(name)} is {kind}: put it in quotes")
+            inner = f"[{name}]" if not isinstance(value, dict) else f".{name}" if key else str(name)
+            check_plain(part, key + inner, (*above, id(value)), seen)
+    elif not isinstance(value, str | int | float | None):
+        raise ConfigError(
+            f"{key} = {reprlib.repr(value)}: is {type(value).__name__}: use a text, a number, a list or a mapping"
+        )
 
 
 def check_names(names: Mapping[str, Iterable[str]]) -> None:
@@ -21,6 +60,9 @@ def check_names(names: Mapping[str, Iterable[str]]) -> None:
         for name in found:
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
                 raise ConfigError(f"{key}: {name!r} names a directory: use letters, digits and . _ + -")
+            if len(name) > _LONGEST or _TAKEN.fullmatch(name):
+                why = f"has {len(name)} letters" if len(name) > _LONGEST else "is the name of another file there"
+                raise ConfigError(f"{key}: {reprlib.repr(name)} names a directory and {why}: use another name")
 
 
 def check_seeds(key: str, seeds: Sequence[int]) -> None:
@@ -40,15 +82,35 @@ def load_variant(
     for place, keys in (("overrides", overrides), (where, changes)):
         if own := next((key for key in OWN if key in keys), None):
             raise ConfigError(f"{place}: {own} = {keys[own]!r}: follows from the keys dir, name and seeds of this file")
-    values = {**overrides, **changes}
     try:
-        config = load_config(base, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+        config = _load(base, {**overrides, **changes})
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{_culprit(base, overrides, str(error)) or where}: {error}") from error
     if not isinstance(config, kind):
         found = "adapters, which `dla ablate`" if kind is RunConfig else "pretraining, which `dla study`"
         raise ConfigError(f"base = {base!r}: is a config of {found} compares")
     return config
+
+
+def _load(base: str, values: dict[str, Any]) -> RunConfig | AdapterRunConfig:
+    return load_config(base, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+
+
+def _culprit(base: str, overrides: dict[str, Any], message: str) -> str:
+    """The key that brings `message` without the variant's own keys; "" where none does."""
+    for key, values in (("base", {}), ("overrides", overrides)):
+        try:
+            _load(base, values)
+        except ConfigError as error:
+            if str(error) == message:
+                return key
+    return ""
+
+
+def check_out(out: Path | None) -> None:
+    """Raises UserError where --out is a file."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out {str(out)!r}: is a file; give a directory")
 
 
 def split_words(command: str, words: Sequence[str]) -> tuple[bool, str]:

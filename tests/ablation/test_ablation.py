@@ -16,6 +16,8 @@ from megatron_dla.evaluation.recall import ProfileTask, write_stories
 from tests.support import shipped
 from tests.support.adapter_workers import backbone, config_dict
 
+SELF: list = []
+SELF.append(SELF)
 RECIPES = {"plain": {}, "text": {"episodes.in_prompt": 0.5}, "two": {"delta_mem.num_states": 1, "optimizer.lr": 1e-3}}
 
 
@@ -141,7 +143,9 @@ def test_results_of_other_configs_and_damaged_ones_are_refused(write, monkeypatc
             AblationRunner(load_ablation(write(**change))).run()
     result = ablation.root / "text" / RESULT
     whole = json.loads(result.read_text())
-    changed = [{**whole, "points": {"memory": {"mean": "x"}}}, {**whole, "config": 5}]
+    part = {**whole["points"], "memory": {"mean": 0.5}}
+    changed = [{**whole, "points": {"memory": {"mean": "x"}}}, {**whole, "config": 5}, {**whole, "points": {}},
+               {**whole, "points": part}, {**whole, "seconds": []}]  # fmt: skip
     for wrong in ("{", "[]", *map(json.dumps, changed)):
         result.write_text(wrong)
         assert main(["ablate", "report", str(write())]) == 2
@@ -187,7 +191,11 @@ def main_report(ablation) -> None:
         ({"recipes": {"a": {"delta_mem.rank": 3}}}, ("recipes.a", "delta_mem.rank", "3")),
         ({"base": "demo_cpu"}, ("base = 'demo_cpu'", "dla study")), ({"nproc": 0}, ("nproc", "0")),
         ({"evaluate": {"episodes": 1}}, ("evaluate.episodes", "1")),
-        ({"evaluate": {"tasks": "x"}}, ("evaluate.tasks",)),
+        ({"evaluate": {"tasks": "x"}}, ("evaluate.tasks",)), ({"recipes": {"ablation.json": {}}}, ("'ablation.json'",)),
+        ({"recipes": {"a": {"training.steps": b"x"}}}, ("recipes.a.training.steps", "bytes")),
+        ({"recipes": {"a": {"training.steps": {"x"}}}}, ("recipes.a.training.steps", "set")),
+        ({"recipes": {"a": SELF}}, ("recipes.a[0]", "itself")),
+        ({"overrides": {"delta_mem.rnk": 3}}, ("overrides: ", "delta_mem.rnk")),
     ],
 )  # fmt: skip
 def test_wrong_ablations(write, changes, words, capsys) -> None:
@@ -207,6 +215,10 @@ def test_a_column_that_was_not_evaluated_is_empty(write, monkeypatch, tmp_path) 
     results = collect(ablation)
     assert results["recipes"]["plain"]["points"]["harm on text, nats"] is None
     assert "| - |" in table_text(results) and len(write_report(results, tmp_path / "out")) == 2
+    for column in record["points"]:
+        record["points"][column] = None
+    result.write_text(json.dumps(record))
+    assert [path.name for path in write_report(collect(ablation), tmp_path / "none")] == ["ablation.json"]
 
 
 @pytest.mark.parametrize("path", shipped.ABLATIONS, ids=lambda path: path.stem)

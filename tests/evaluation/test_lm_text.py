@@ -168,6 +168,16 @@ def test_resume(subject, place, tmp_path):
     assert run(tmp_path)[0] == 0  # nothing is left
     assert run(tmp_path, window=16)[0] > 0  # other settings, other items
     assert (tmp_path / JOURNAL).read_bytes().endswith(b"}\n")
+    first, *rest = (tmp_path / JOURNAL).read_text().splitlines()
+    entry = json.loads(first)
+    old = {key: value for key, value in entry.items() if key != "digest"}  # of a version before it
+    (tmp_path / JOURNAL).write_text("\n".join([json.dumps(old), *rest]) + "\n")
+    assert run(tmp_path) == (1, values)
+    for wrong in ([], -1.0, ["q"], "x", {}, None):
+        entry["values"]["nats"] = wrong
+        (tmp_path / JOURNAL).write_text("\n".join([json.dumps(entry), *rest]) + "\n")
+        with pytest.raises(UserError, match="line 1 is damaged"):
+            Journal(tmp_path)
     (tmp_path / JOURNAL).write_bytes(b'{"run": 1}\n')
     with pytest.raises(UserError, match="line 1"):
         Journal(tmp_path)

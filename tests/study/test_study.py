@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +17,8 @@ import yaml
 from megatron_dla.cli import main
 from megatron_dla.errors import STOPPED, ConfigError, UserError
 from megatron_dla.model.counts import count_parameters
+from megatron_dla.processes import PARENT
+from megatron_dla.study import run
 from megatron_dla.study.findings import findings
 from megatron_dla.study.plan import Cell, Study, load_study
 from megatron_dla.study.report import table, write_report
@@ -66,7 +73,7 @@ class Fake:
         place.mkdir(parents=True)
         if arm in self.diverge:
             (place / "exits/a").mkdir(parents=True)
-            record = {"message": "FloatingPointError: the loss is nan", "time": 1.0}
+            record = {"message": "FloatingPointError: the loss is nan", "time": time.time()}
             (place / "exits/a/rank0.json").write_text(json.dumps(record))
             return 1
         value = 2.0 + list(ARMS).index(arm) / 10 + abs(rate - BEST[arm]) + 0.01 * (seed - 7)
@@ -115,6 +122,47 @@ def test_a_study_goes_on_where_it_was_stopped(write, capsys) -> None:
     changed = load_study(write(overrides={"training.steps": 3}))
     with pytest.raises(ConfigError, match=r"cell\.json.*training\.steps"):
         StudyRunner(changed, launch=Fake()).run()
+    with pytest.raises(ConfigError, match=r"cell\.json.*training\.steps"):
+        collect(changed)
+
+
+def test_what_is_given_is_checked_before_anything_runs(write, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    for options, words in ((["--out", str(tmp_path / "file")], "--out"), (["--task", "2/2"], "--task 2/2")):
+        assert main(["study", str(write()), *options]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and words in error and not (tmp_path / "studies").exists()
+
+
+@pytest.mark.parametrize("code", [128 + signal.SIGTERM, -signal.SIGTERM, 128 + signal.SIGINT, STOPPED])
+def test_a_signal_before_the_first_checkpoint_stops_the_study(write, monkeypatch, code) -> None:
+    study = load_study(write())
+    monkeypatch.setattr(run, "run_process", lambda command, log: code)
+    assert StudyRunner(study).run() == STOPPED and not list(study.root.rglob(CELL))
+
+
+def test_messages_of_an_earlier_attempt_are_not_those_of_this_one(write, tmp_path) -> None:
+    study = load_study(write())
+    place = study.root / "one/lr_0.001/seed_7"
+    (place / "exits/a").mkdir(parents=True)
+    (place / "exits/a/rank0.json").write_text(json.dumps({"message": "long ago", "time": time.time() - 5}))
+    with pytest.raises(UserError, match="exit code 1"):
+        StudyRunner(study, launch=lambda *_: 1).run()
+
+
+def test_a_command_of_a_study_ends_with_it(tmp_path) -> None:
+    """A command whose parent has ended before is killed at once."""
+    parent = subprocess.Popen([sys.executable, "-c", ""])
+    parent.wait()
+    environment = os.environ | {PARENT: str(parent.pid)}
+    command = [sys.executable, "-m", "megatron_dla.cli", "--version"]
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    assert subprocess.run(command, env=os.environ | {PARENT: str(os.getpid())}, capture_output=True).returncode == 0
+    code = f"import os; from megatron_dla.cli import main; main(['report', 'nowhere']); print({PARENT!r} in os.environ)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {PARENT: str(os.getpid())}, capture_output=True
+    )
+    assert done.stdout == b"False\n"  # not passed on
 
 
 def test_tasks_of_an_array_share_the_arms(write) -> None:
@@ -217,6 +265,12 @@ def test_arms_of_shipped_studies_have_equal_parameters(path, data, tmp_path) -> 
             {"arms": {"one": {}, "big": {"model.hidden_size": 512}}, "parameters": "equal"},
             ("arms.big", "ffn_hidden_size"),
         ),
+        ({"overrides": {"training.stepz": 1}}, ("overrides: ", "training.stepz")),
+        ({"questions": {"Why?": ["one"]}}, ("questions.Why?", "one more")), ({"seeds": 1}, ("seeds = 1", "a list")),
+        ({"questions": {"Why?": ["one", "x"]}}, ("one, dla, soft",)), ({"base": "nope"}, ("base: ", "'nope'")),
+        ({"arms": {"one": 3}}, ("arms.one = 3", "mapping")),
+        ({"arms": {True: {}}}, ("arms", "True", "quotes")), ({"synthetic": {"reference": "x"}}, ("synthetic.tasks",)),
+        ({"arms": {"one": {}, "study.json": {}}}, ("arms", "'study.json'")), ({"name": "x" * 101}, ("name", "101")),
         ({"armz": 1}, ("armz",)), ({"learning_rates": [1e-3, 1e-3]}, ("learning_rates", "twice")),
         ({"learning_rates": [1e-3, 1.0000000001e-3]}, ("learning_rates", "0.0010000000001", "lr_0.001")),
         ({"seeds": [True]}, ("seeds[0] = True",)), ({"learning_rates": [True]}, ("learning_rates[0] = True",)),
@@ -250,6 +304,8 @@ def test_a_run_that_fails_ends_the_study(write) -> None:
         ({"held_out": 5}, "held_out = 5"), ({"held_out": []}, "held_out = []"), ({"by_position": {"x": 1.0}}, "by_pos"),
         ({"slot_sizes": {"1": None}}, "slot_sizes"), ({"tokens_per_s": float("inf")}, "tokens_per_s = inf"),
         ({"val_bpb": ...}, "val_bpb is missing"), ({"diverged": 1}, "diverged = 1"),
+        ({"diverged": ""}, "diverged = ''"), ({"rate": 1.0}, "rate = 1.0"),
+        ({"seed": 8}, "seed = 8"), ({"config": {}}, "config has no model, run"),
     ],
 )  # fmt: skip
 def test_a_cell_with_other_content_is_named(write, capsys, change, words) -> None:

@@ -124,6 +124,8 @@ def test_a_stopped_study_goes_on_and_refuses_other_configs(write) -> None:
     for changes, key in (({"training": {**TRAINING, "rows": 5}}, "training.rows"), ({"arms": {"gdn": {}}}, "model")):
         with pytest.raises(ConfigError, match=rf"cell\.json.*{key}"):
             SyntheticRunner(synthetic(write(**changes)), launch=Fake()).run()
+        with pytest.raises(ConfigError, match=rf"cell\.json.*{key}"):
+            collect_synthetic(synthetic(write(**changes)))
 
 
 def test_tasks_of_an_array_share_the_cells(write) -> None:
@@ -235,6 +237,7 @@ def test_wrong_synthetic_tasks(write, changes, words, capsys) -> None:
         ({"accuracy": {"16": "x"}}, "accuracy = {'16': 'x'}"), ({"accuracy": {"16": float("nan")}}, "'16': nan"),
         ({"accuracy": {"16": 0.5}}, "no length 24"), ({"check_accuracy": ...}, "check_accuracy is missing"),
         ({"steps": None}, "steps = None"), ({"rate": None}, "rate = None"), ({"curve": 5}, "curve = 5"),
+        ({"rate": 1.0}, "rate = 1.0"), ({"seed": 2}, "seed = 2"), ({"config": {}}, "config has no model, run"),
         ({"curve": [[1, 2.0]]}, "curve = [[1, 2.0]]"), ({"parameters": ...}, "parameters is missing"),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_dla.errors import UserError
-from megatron_dla.evaluation.lm.items import Values
+from megatron_dla.evaluation.lm.items import Values, digest
 from megatron_dla.files import parse_json
 
 JOURNAL = "items.jsonl"
@@ -19,8 +19,8 @@ JOURNAL = "items.jsonl"
 class Journal:
     """`items.jsonl` of an output directory, one line an item; without a directory in memory only.
 
-    A line names the model's digest, the task and its settings; lines of others stay and are not read. What a kill left
-    of a line is cut off.
+    A line names the model's digest, the task and its settings, and has a digest of itself; lines of others stay and are
+    not read, nor are those of versions that wrote no digest. What a kill left of a line is cut off.
 
     Raises:
         UserError: another process writes there, `items.jsonl` is not a file, or a line of it is damaged.
@@ -48,7 +48,12 @@ class Journal:
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 entry = parse_json(line)
-                self._found[entry["run"], entry["item"]] = entry["values"]
+                run, item, values = entry["run"], entry["item"], entry["values"]
+                if "digest" not in entry:
+                    continue
+                if entry["digest"] != _digest(run, item, values):
+                    raise ValueError("its values are not those that were written")
+                self._found[run, item] = values
             except (ValueError, KeyError, TypeError) as error:
                 self._file.close()
                 raise UserError(f"{str(path)!r}, line {number} is damaged ({error}): remove the file") from error
@@ -72,7 +77,15 @@ class Journal:
             self._found[run, item] = value
         if self._file is None:
             return
-        entries = ({"run": run, "item": item, "values": value} for item, value in zip(items, values, strict=True))
+        entries = (
+            {"run": run, "item": item, "values": value, "digest": _digest(run, item, value)}
+            for item, value in zip(items, values, strict=True)
+        )
         self._file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _digest(run: str, item: str, values: Values) -> str:
+    """Of a line; `values` as JSON gives them back."""
+    return digest(run, item, json.dumps(values, sort_keys=True))
