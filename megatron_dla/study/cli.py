@@ -18,7 +18,8 @@ def add_study_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument(
         "words", nargs="+", metavar="[report] CONFIG",
-        help="the study's YAML file or shipped name; with `report`: write the report of the cells that have ended",
+        help="the study's YAML file or shipped name; with `report`: write the report of the cells that have ended, or, "
+        "of a study.json, write its page and pictures again",
     )  # fmt: skip
     parser.add_argument(
         "--task", default="0/1", metavar="I/N",
@@ -37,7 +38,7 @@ def _task(text: str) -> tuple[int, int]:
 
 def _study(args: argparse.Namespace) -> int:
     from megatron_dla.study.plan import load_study
-    from megatron_dla.study.report import write_report
+    from megatron_dla.study.report import redraw, write_report
     from megatron_dla.study.results import collect
     from megatron_dla.study.results_synthetic import collect_synthetic
     from megatron_dla.study.run import StudyRunner
@@ -46,6 +47,10 @@ def _study(args: argparse.Namespace) -> int:
 
     (report_only, path), part = split_words("study", args.words), _task(args.task)
     check_out(args.out)
+    if report_only and path.endswith(".json"):
+        for file in redraw(Path(path), args.out or Path(path).parent):
+            print(f"wrote {file}")
+        return 0
     study, again = load_study(path), f"dla study {shlex.quote(path)}"
     runners: list[StudyRunner | SyntheticRunner] = [StudyRunner(study, part)]
     runners += [SyntheticRunner(study.synthetic, part)] if study.synthetic else []

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_dla.errors import ConfigError
 from megatron_dla.files import parse_json, write_json, write_text
 from megatron_dla.study.figures import draw_figures
 from megatron_dla.study.findings import findings
@@ -33,6 +34,16 @@ def write_report(results: dict[str, Any], out: Path, command: str) -> list[Path]
     pictures += [draw_recall(again["synthetic"], out / RECALL)] if again["synthetic"] else []
     write_text(out / PAGE_NAME, page(again, pictures))
     return [out / JSON_NAME, *pictures, out / PAGE_NAME]
+
+
+def redraw(path: Path, out: Path) -> list[Path]:
+    """Write the report again from its `study.json` alone. Raises ConfigError where that is none, or damaged."""
+    try:
+        results = parse_json(path.read_bytes())
+        page(results, [])  # before anything is written
+        return write_report(results, out, results["command"])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{str(path)!r} is not the {JSON_NAME} of a report, or damaged ({error!r})") from error
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:

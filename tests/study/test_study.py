@@ -219,6 +219,19 @@ def test_the_report_says_what_the_cells_say(write, tmp_path) -> None:
     assert [row[0] for row in rows] == ["arm", "one", "dla", "soft"] and rows[2][7] == "worse"
     text = files[-1].read_text()
     assert text.count("data:image/png") == 4 and "http" not in text and "+0.1000 [+0.1000, +0.1000]" in text
+    assert main(["study", "report", str(files[0]), "--out", str(tmp_path / "again")]) == 0
+    for file in files:
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), "from study.json alone"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"study": "s"}', '{"study": 1, "arms": {"a": 5}, "synthetic": {}}']
+)
+def test_a_damaged_report_is_not_drawn(tmp_path, capsys, content) -> None:
+    (tmp_path / "study.json").write_text(content)
+    assert main(["study", "report", str(tmp_path / "study.json"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "study.json" in error and not (tmp_path / "out").exists()
 
 
 def test_differences_are_paired_by_seed() -> None:
