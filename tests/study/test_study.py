@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from megatron_dla.processes import PARENT
 from megatron_dla.study import run
 from megatron_dla.study.findings import findings
 from megatron_dla.study.plan import Cell, Study, load_study
-from megatron_dla.study.report import table, write_report
+from megatron_dla.study.rates import rate_name
+from megatron_dla.study.record import SYNTHETIC
+from megatron_dla.study.report import page, table, write_report
 from megatron_dla.study.results import collect, difference, verdict
 from megatron_dla.study.run import CELL, StudyRunner, read_cell
 from megatron_dla.tasks import make_task
@@ -30,6 +33,7 @@ from tests.support import shipped, tiny
 ARMS = {"one": {"model.pattern": "G"}, "dla": {}, "soft": {"model.pattern": "A"}}
 SELF: list = []
 SELF.append(SELF)
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "study"
 BEST = {"one": 2e-3, "dla": 1e-3, "soft": 4e-3}  # of the fake runs
 
 
@@ -340,11 +344,29 @@ def test_a_cell_with_other_content_is_named(write, capsys, change, words) -> Non
 
 
 def test_recorded_cells_are_accepted() -> None:
-    cells = sorted((Path(__file__).parents[2] / "docs" / "results" / "study").glob(f"*/*/lr_*/seed_*/{CELL}"))
-    assert len(cells) >= 32
+    cells = sorted(RESULTS.glob(f"*/*/lr_*/seed_*/{CELL}"))
+    assert len(cells) == 45
     for cell in cells:
         record = read_cell(cell.parent)
         assert record is not None and record["seed"] in (7, 8, 9), cell
+    synthetic = sorted(RESULTS.glob(f"*/synthetic/*/*/lr_*/seed_*/{CELL}"))
+    assert len(synthetic) == 140 and all(read_cell(cell.parent, SYNTHETIC) for cell in synthetic)
+
+
+def test_the_shipped_report_is_that_of_its_json_and_cells() -> None:
+    results = json.loads((RESULTS / "study.json").read_text())
+    shipped_page = re.sub(r'<img alt="[^>]*>', "", (RESULTS / "study.html").read_text())
+    assert page(results, []) == shipped_page, "run: dla study report docs/results/study/study.json"
+    for name, arm in results["arms"].items():
+        for seed, value in arm["results"].items():
+            cell = read_cell(RESULTS / "cpu" / name / rate_name(arm["best_rate"]) / f"seed_{seed}")
+            assert cell is not None and cell["val_bpb"] == value
+    for task, found in results["synthetic"]["tasks"].items():
+        for name, arm in found["arms"].items():
+            for seed, value in arm["results"][found["lengths"][-1]].items():
+                place = RESULTS / "cpu/synthetic" / task / name / rate_name(arm["best_rate"]) / f"seed_{seed}"
+                cell = read_cell(place, SYNTHETIC)
+                assert cell is not None and cell["accuracy"][found["lengths"][-1]] == value
 
 
 def test_a_real_study_and_its_report(write, tmp_path, capsys) -> None:
