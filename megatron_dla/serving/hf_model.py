@@ -93,6 +93,7 @@ class DeltaMemModel(nn.Module):
         self.config = config
         self.memories = nn.ModuleDict({str(layer): memory for layer, memory in memories.items()})
         self._open = threading.local()
+        self._unfinished: States = {}
         self._hooks: list[Any] = []
         for layer, attention in enumerate(_attentions(base)):
             self._hook(layer, attention)
@@ -145,6 +146,26 @@ class DeltaMemModel(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        return self.base
+
+    def stay_on(self) -> nn.Module:
+        """Let direct calls of `base`, and its `generate`, read and write too; returns it. Sequences start with an empty
+        memory; a call that continues a key/value cache continues from the states after the last one. Until `detach`."""
+
+        def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if _CALL in kwargs:
+                return None
+            ids = args[0] if args else kwargs.get("input_ids")
+            ids = kwargs["inputs_embeds"] if ids is None else ids
+            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            continues = cache is not None and cache.get_seq_length() > 0
+            states = self._unfinished if continues else self.initial_states(ids.shape[0])
+            inputs = MemoryInputs(valid=None if mask is None else mask[:, -ids.shape[1] :].bool())
+            call = _Call(self, states, inputs, MemoryControl(), "auto", False)
+            self._unfinished = call.after
+            return args, kwargs | {_CALL: call}
+
+        self._hooks.append(self.base.model.register_forward_pre_hook(begin, with_kwargs=True))
         return self.base
 
     # ---- use

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,10 @@ def add_eval_lm_parser(subparsers: Any) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="[NAME=]MODEL", help="an export, a Hugging Face directory, or a run; the first is "
         "the one that the others are compared with",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter", nargs="+", default=[], metavar="[NAME=]DIR", help="δ-mem adapters: the first model with each of "
+        "them, reading and writing, compared like one more model",
     )  # fmt: skip
     plain = parser.add_argument_group("perplexity and bits per byte")
     plain.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text, JSONL (field `text`) or parquet")
@@ -82,24 +86,33 @@ def _length(text: str) -> int:
 def _eval_lm(args: argparse.Namespace) -> int:
     _check(args)
     from megatron_dla.evaluation.lm.journal import Journal
-    from megatron_dla.evaluation.lm.models import load_subject, read_names
+    from megatron_dla.evaluation.lm.models import Subject, load_subject, read_names, with_adapter
     from megatron_dla.evaluation.lm.report import lengths_text, task_summary, task_table, write_report
     from megatron_dla.evaluation.lm.runner import Runner
 
-    names = read_names(args.models)
+    models = read_names(args.models)
+    adapters = read_names(args.adapter, models, "adapter")
     tasks = _tasks(args)  # reports bad files before a model is loaded
+    base = next(iter(models))
+
+    def load(name: str) -> Subject:
+        if name in models:
+            return load_subject(name, models[name], device=args.device, dtype=args.dtype)
+        return with_adapter(load(base), name, adapters[name])
+
     about: dict[str, Any] = {"models": {}, "seed": args.seed}
     with Journal(args.out) as journal:
         runner = Runner(tasks, journal, args.batch_tokens, args.threads)
-        for name, path in names.items():
-            subject = runner.run(lambda: load_subject(name, path, device=args.device, dtype=args.dtype))  # noqa: B023
-            about["models"][name] = {"path": path, "digest": subject.digest, "tokenizer": subject.tokenizer_digest}
+        for name in (*models, *adapters):
+            subject = runner.run(partial(load, name))
+            found = {"path": subject.path, "digest": subject.digest, "tokenizer": subject.tokenizer_digest}
+            about["models"][name] = found
             del subject
     summaries = []
     for task in tasks:
         table = task_table(task, runner.outcomes[task.name])
         summaries.append(task_summary(task, runner.outcomes[task.name], table, args.seed))
-        if "by_length" not in summaries[-1] or len(names) > 1 or len(task.metrics) > 1:
+        if "by_length" not in summaries[-1] or len(about["models"]) > 1 or len(task.metrics) > 1:
             print(f"\n{table.text(args.seed)}", flush=True)
         for name, value in summaries[-1].get("perplexity", {}).items():
             print(f"{name}: perplexity {value:.4f}")

@@ -264,8 +264,10 @@ class AdapterTask(Task):
             plain.memory.control = MemoryControl(scale=0.0, freeze=True)
             base = engine(tokens, None, None, packed_seq_params=plain)
         logits = engine(tokens, None, None, packed_seq_params=packed)  # [b, T, V / TP]
-        packed.memory.divergence = (divergence(logits, base, groups.tp) * keep).sum()
-        losses = engine.module.compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
+        kept, asked = keep > 0, mask > 0  # softmax over the vocabulary only where it counts: it is a third of a step
+        packed.memory.divergence = divergence(logits[kept], base[kept], groups.tp).sum()
+        losses = torch.zeros(labels.shape, dtype=torch.float32, device=device)
+        losses[asked] = engine.module.compute_language_model_loss(labels[asked][None], logits[asked][:, None])[0]
         return losses, labels, mask
 
     def metrics(self) -> dict[str, Any]:
