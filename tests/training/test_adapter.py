@@ -146,6 +146,16 @@ def test_the_weight_holds_the_adapter_back(data, mixed, ranks, tmp_path) -> None
     assert ends[1] < 0.3 * ends[0]
 
 
+def test_no_weight_is_copied_for_each_token(data, mixed, ranks, tmp_path) -> None:
+    """torch multiplies a tensor of odd strides by a weight that it repeats: of SmolLM2's head 15 s a batch."""
+    sections = mixed | {"training": {"steps": 2, "eval_every": 0}}
+    (shapes,) = ranks(1).run(adapter_workers.matrix_products, config_dict(data, tmp_path, **sections))
+    hidden = json.loads((data / "llama" / "config.json").read_text())["hidden_size"]
+    head = json.loads((data / "llama" / "config.json").read_text())["vocab_size"], hidden
+    assert head in shapes  # of the gradient
+    assert not [shape for shape in shapes if len(shape) == 3 and hidden in shape[1:]]
+
+
 def test_the_loss_is_the_mean_over_the_answers_and_training_lowers_it(data, reference) -> None:
     """Step 1 against the two-pass form on the Hugging Face model, episode by episode."""
     model, tokenizer = load_backbone(data / "llama"), load_tokenizer(data / "llama")

@@ -262,12 +262,14 @@ class AdapterTask(Task):
         with torch.no_grad():
             plain = self._pack(batch)
             plain.memory.control = MemoryControl(scale=0.0, freeze=True)
-            base = engine(tokens, None, None, packed_seq_params=plain)
-        logits = engine(tokens, None, None, packed_seq_params=packed)  # [b, T, V / TP]
-        kept, asked = keep > 0, mask > 0  # softmax over the vocabulary only where it counts: it is a third of a step
+            base = engine(tokens, None, None, packed_seq_params=plain).transpose(0, 1)
+        # [T, b, V / TP], as the head makes it, which is slow with a gradient of other strides; softmax where it counts
+        logits = engine(tokens, None, None, packed_seq_params=packed).transpose(0, 1)
+        kept, asked = keep.t() > 0, mask.t() > 0
         packed.memory.divergence = divergence(logits[kept], base[kept], groups.tp).sum()
-        losses = torch.zeros(labels.shape, dtype=torch.float32, device=device)
-        losses[asked] = engine.module.compute_language_model_loss(labels[asked][None], logits[asked][:, None])[0]
+        losses = torch.zeros(mask.shape, dtype=torch.float32, device=device)
+        found = engine.module.compute_language_model_loss(labels.t()[asked][None], logits[asked][:, None])
+        losses.t()[asked] = found[0]
         return losses, labels, mask
 
     def metrics(self) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""δ-mem on SmolLM2-135M-Instruct: facts about some people, asked about others when the text is gone.
+
+`make demo-delta-mem` calls `short`. `make delta-mem-smollm2` runs this module: the whole recipe, and what it gives
+beside other means, over the number of facts, the changes of topic and the abilities of MemoryAgentBench.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dla.demo import dla, speeches
+from megatron_dla.demo_adapter import RUN, adapter
+from megatron_dla.evaluation.recall import FactsTask, write_stories
+from megatron_dla.metrics.meters import clock
+
+CONFIG = "configs/delta_mem_smollm2.yaml"
+BASE = RUN / "smollm2"
+ASKED = FactsTask(people=1, relations=4)
+TOLD = (1, 2, 4)  # facts of a training episode: one is learned first, and opens the way to four
+TASK = ("--set", f"people={ASKED.people}", f"relations={ASKED.relations}")
+SWEEPS = ("people=1,2,4,8", "shifts=0,1,2,4,8", "updates=0,1,2,4", "filler=0,10,40")
+
+
+def prepare() -> None:
+    """The model, and training data: facts, and beginnings of speeches as ordinary text."""
+    dla("convert", "smollm2", str(BASE))
+    for seed, relations in enumerate(TOLD, 1):
+        told = FactsTask(people=1, relations=relations)
+        write_stories(RUN / f"facts_{relations}.jsonl", told, 3000, seed=seed)
+    write_stories(RUN / "facts_validation.jsonl", ASKED, 32, seed=1, split="validation")
+    write_speeches(RUN / "speeches.jsonl", 1500)
+    names = [f"facts_{relations}" for relations in TOLD]
+    _join("facts_train", *names)
+    _join("facts_and_text", *names, "speeches")
+    _join("four_facts_and_text", names[-1], "speeches")  # for configs/ablation_smollm2.yaml
+    pages = sorted(Path("docs").glob("*.md"))
+    (RUN / "text.txt").write_text("\n\n".join(path.read_text() for path in pages))
+
+
+def _join(name: str, *parts: str) -> None:
+    texts = [(RUN / f"{part}.jsonl").read_text() for part in parts]
+    (RUN / f"{name}.jsonl").write_text("".join(texts))
+
+
+def write_speeches(path: Path, count: int) -> None:
+    """Beginnings of paragraphs of speeches as JSONL, each about as long as an episode."""
+    found = [
+        paragraph[:400].rsplit(" ", 1)[0]
+        for speech in sorted(speeches().iterdir())
+        for paragraph in speech.read_text(encoding="utf-8").split("\n")
+        if len(paragraph) > 400
+    ]
+    with path.open("w") as file:
+        for i in np.random.default_rng(0).permutation(len(found))[:count]:
+            file.write(json.dumps({"text": found[i]}) + "\n")
+
+
+def precision() -> str:
+    """bf16 where this CPU multiplies in it, four times as fast as in fp32; else fp32."""
+    import torch
+
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def controls(directory: Path, out: Path, episodes: int, *more: str) -> None:
+    """The adapter with its controls, and what it costs on ordinary text."""
+    dla(
+        *("eval", str(BASE), "--adapter", str(directory), "--tasks", "recall,ppl", "--controls", *TASK),
+        *("--episodes", str(episodes), "--text", str(RUN / "text.txt"), "--window", "256", "--windows", "16"),
+        *("--out", str(out), *more),
+    )
+
+
+def short(steps: int) -> Path:
+    """The recipe with fewer steps, and its controls; returns the place of the results."""
+    prepare()
+    directory = adapter(CONFIG, "smollm2_short", BASE, f"training.steps={steps}", precision=precision())
+    controls(directory, RUN / "smollm2_short_eval", 60)
+    return RUN / "smollm2_short_eval"
+
+
+def main() -> int:
+    """Exit code 0 when all is done; stopped, the training goes on where it was."""
+    started = time.monotonic()
+    RUN.mkdir(parents=True, exist_ok=True)
+    prepare()
+    directory = adapter(CONFIG, "smollm2_facts", BASE, precision=precision())
+    out, asked = RUN / "smollm2_eval", ("eval", str(BASE), "--adapter", str(directory), "--controls")
+    controls(directory, out, 100, "--beside", "window=16", "bm25=1", "summary=24", "lora=20")
+    for sweep in SWEEPS:
+        key = sweep.partition("=")[0]
+        others = [] if key == "people" else ["people=1"]
+        dla(*asked, "--set", *others, "relations=4", "--sweep", sweep, "--episodes", "40", "--out", f"{out}_{key}")
+    for task in ("labels", "most"):
+        dla(*asked, "--recall-task", task, "--episodes", "40", "--out", f"{out}_{task}")
+    print(f"\n{clock(time.monotonic() - started)}; see {out}*")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
