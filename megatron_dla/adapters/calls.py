@@ -53,6 +53,11 @@ class MemoryCall:
     def __post_init__(self) -> None:
         self._cotangent: Tensor | None = None
 
+    @property
+    def off(self) -> bool:
+        """Whether this is a pass of the plain backbone: no correction, no write, no state, and no `results`."""
+        return self.control.scale == 0 and self.control.freeze and not self.states
+
     def replays(self, layer: int) -> bool:
         """Whether this is a recomputation of `layer`, whose result is kept.
 

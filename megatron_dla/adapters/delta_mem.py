@@ -130,6 +130,9 @@ class DeltaMemSelfAttention(SelfAttention):
         """
         if inference_context is not None:
             raise ValueError("δ-mem does not decode in Megatron: export the adapter and use `dla generate`")
+        given = getattr(packed_seq_params, "memory", None)
+        if given is not None and given.off:
+            return super().forward(hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
         dtype, parallel, cp = hidden_states.dtype, self.config.sequence_parallel, self.pg_collection.cp
         memory, targets = self.delta_mem, self.delta_mem.config.target_modules
         call, result = self._scan_rows(hidden_states, packed_seq_params)

@@ -190,10 +190,15 @@ def test_zero_heads_change_no_bit_and_learn_first() -> None:
 def test_scale_zero_is_the_backbone_and_states_are_kept_out_of_the_modules() -> None:
     ids, _ = tokens()
     model = build(SECTION, TSW)
-    call = MemoryCall(control=MemoryControl(scale=0.0))
-    assert torch.equal(
-        model(ids, None, None, packed_seq_params=with_memory(call, S)), build(SECTION, None)(ids, None, None)
-    )
+    calls = [MemoryCall(control=MemoryControl(scale=0.0)), MemoryCall(control=MemoryControl(scale=0.0, freeze=True))]
+    for call in calls:
+        got = model(ids, None, None, packed_seq_params=with_memory(call, S))
+        assert torch.equal(got, build(SECTION, None)(ids, None, None))
+    written, off = (call.states_out() for call in calls)
+    assert written and not off  # the second pass scans nothing
+    held = MemoryCall(states=written, control=MemoryControl(scale=0.0, freeze=True))  # frozen, and passed on
+    model(ids, None, None, packed_seq_params=with_memory(held, S))
+    assert all(torch.equal(held.states_out()[layer].S, state.S) for layer, state in written.items())
     first = model(ids, None, None)
     assert torch.equal(model(ids, None, None), first)
     assert not [name for name, _ in model.named_buffers() if "delta_mem" in name]
