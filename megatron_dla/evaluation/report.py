@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dla.evaluation.costs import BYTES, SECONDS, TOKENS
 from megatron_dla.evaluation.table import Table
 
 JSON_NAME, PICTURE_NAME = "eval.json", "eval.png"
@@ -33,8 +34,8 @@ def plain(value: Any) -> Any:
 
 
 def draw_report(path: Path, tables: Sequence[Table], seed: int = 0) -> Path:
-    """Draw one panel a task (conditions with 95 % intervals, chance dashed), one of all tables that differ in a setting
-    (curves over it), and one of gates and corrections by layer."""
+    """Draw one panel a task (conditions with 95 % intervals, chance dashed), one of costs, one of all tables that differ
+    in a setting (curves over it), and one of gates and corrections by layer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,7 +44,8 @@ def draw_report(path: Path, tables: Sequence[Table], seed: int = 0) -> Path:
     layers = next((table.layers for table in tables if table.layers), [])
     swept = [table for table in tables if "sweep" in table.settings]
     tables = [table for table in tables if "sweep" not in table.settings]
-    panels = len(tables) + bool(swept) + bool(layers)
+    costly = [table for table in tables if table.costs]
+    panels = len(tables) + len(costly) + bool(swept) + bool(layers)
     figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.8), constrained_layout=True, squeeze=False)
     for table, ax in zip(tables, axes.flat, strict=False):
         metric = table.metrics[0]
@@ -58,13 +60,29 @@ def draw_report(path: Path, tables: Sequence[Table], seed: int = 0) -> Path:
             ax.axvline(table.settings["chance"], color="tab:red", linestyle="--", linewidth=1, label="chance")
             ax.legend(fontsize=8)
         ax.set(title=table.task, xlabel=f"{metric}, 95 % interval")
+    for table, ax in zip(costly, axes.flat[len(tables) :], strict=False):
+        _draw_costs(ax, table, seed)
     if swept:
-        _draw_curves(axes.flat[len(tables)], swept, seed)
+        _draw_curves(axes.flat[len(tables) + len(costly)], swept, seed)
     if layers:
         _draw_layers(axes.flat[-1], layers)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def _draw_costs(ax: Any, table: Table, seed: int) -> None:
+    """The main metric over the tokens of a prompt, with the time and the memory of each condition in the legend."""
+    metric = table.metrics[0]
+    for condition, cost in table.costs.items():
+        found = table.interval(condition, metric, seed)
+        label = f"{condition}: {cost[SECONDS]:.2g} s, {cost[BYTES]:,.0f} bytes"
+        (line,) = ax.plot(cost[TOKENS], found.mean, "o", label=label)
+        ax.plot([cost[TOKENS]] * 2, [found.low, found.high], color=line.get_color(), linewidth=2)
+    ax.set(
+        title="What a question costs", xlabel=TOKENS, ylabel=f"{metric}, 95 % interval", xlim=(0, None), ylim=(0, 1.02)
+    )
+    ax.legend(fontsize=7)
 
 
 def _draw_curves(ax: Any, tables: Sequence[Table], seed: int) -> None:
