@@ -56,7 +56,7 @@ class MemoryCall:
     @property
     def off(self) -> bool:
         """Whether this is a pass of the plain backbone: no correction, no write, no state, and no `results`."""
-        return self.control.scale == 0 and self.control.freeze and not self.states
+        return self.control.off and not self.states
 
     def replays(self, layer: int) -> bool:
         """Whether this is a recomputation of `layer`, whose result is kept.

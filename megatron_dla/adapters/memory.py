@@ -98,6 +98,11 @@ class MemoryControl:
     freeze: bool = False
     """No write at all."""
 
+    @property
+    def off(self) -> bool:
+        """Whether nothing is corrected and nothing written: the plain backbone."""
+        return self.scale == 0 and self.freeze
+
 
 class DeltaMemory(nn.Module):
     """Parameters of one layer, named as in the published checkpoints, and the mathematics on them.

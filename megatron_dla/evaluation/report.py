@@ -34,8 +34,8 @@ def plain(value: Any) -> Any:
 
 
 def draw_report(path: Path, tables: Sequence[Table], seed: int = 0) -> Path:
-    """Draw one panel a task (conditions with 95 % intervals, chance dashed), one of costs, one of all tables that differ
-    in a setting (curves over it), and one of gates and corrections by layer."""
+    """Draw one panel a task (conditions with 95 % intervals, chance dashed), one of costs, one of all tables that
+    differ in a setting (curves over it), and one of gates and corrections by layer."""
     import matplotlib
 
     matplotlib.use("Agg")

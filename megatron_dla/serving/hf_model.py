@@ -105,7 +105,9 @@ class DeltaMemModel(nn.Module):
             call = kwargs.get(_CALL)
             if call is None or call.owner is not self:
                 return None
-            if str(layer) in self.memories:
+            if str(layer) in self.memories and call.control.off and not call.wants_stats:
+                call.after[layer] = call.states[layer]
+            elif str(layer) in self.memories:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 self._open.now = self._read_and_write(layer, call, hidden)
             return args, {key: value for key, value in kwargs.items() if key != _CALL}
