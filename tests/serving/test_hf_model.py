@@ -237,6 +237,16 @@ def test_freeze_reads_and_keeps_the_state():
         assert (out.logits - empty.logits).abs().max() > 1e-2
 
 
+def test_off_is_the_plain_model_that_passes_its_states_on():
+    model, ids = build_adapted(), tokens()
+    with torch.no_grad():
+        states = model(ids).states
+        out = model(ids, states=states, control=MemoryControl(scale=0.0, freeze=True))
+        assert difference(out.states, states) == 0 and torch.equal(out.logits, model.base(ids).logits)
+        measured = model(ids, states=states, control=MemoryControl(scale=0.0, freeze=True), stats=True)
+    assert measured.stats.keys() == states.keys() and measured.stats[0].output_ratio == 0
+
+
 def test_states_of_other_rows_answer_for_those_rows():
     """Shuffling moves the answers with the states; copying a row gives the same answer twice."""
     model, told, asked = build_adapted(), tokens(2, seed=3), tokens(1, seed=4).expand(2, -1)
