@@ -28,7 +28,8 @@ SWEEPS = ("people=1,2,4,8", "shifts=0,1,2,4,8", "updates=0,1,2,4", "filler=0,10,
 
 def prepare() -> None:
     """The model, and training data: facts, and beginnings of speeches as ordinary text."""
-    dla("convert", "smollm2", str(BASE))
+    if not BASE.exists():
+        dla("convert", "smollm2", str(BASE))
     for seed, relations in enumerate(TOLD, 1):
         told = FactsTask(people=1, relations=relations)
         write_stories(RUN / f"facts_{relations}.jsonl", told, 3000, seed=seed)
