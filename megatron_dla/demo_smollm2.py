@@ -1,7 +1,8 @@
 """δ-mem on SmolLM2-135M-Instruct: facts about some people, asked about others when the text is gone.
 
 `make demo-delta-mem` calls `short`. `make delta-mem-smollm2` runs this module: the whole recipe, and what it gives
-beside other means, over the number of facts, the changes of topic and the abilities of MemoryAgentBench.
+beside other means, over the number of facts, the changes of topic and the abilities of MemoryAgentBench. Arguments are
+question files of `dla eval lm`, answered with the adapter on and off.
 """
 
 from __future__ import annotations
@@ -99,6 +100,9 @@ def main() -> int:
         dla(*asked, "--set", *others, "relations=4", "--sweep", sweep, "--episodes", "40", "--out", f"{out}_{key}")
     for task in ("labels", "most"):
         dla(*asked, "--recall-task", task, "--episodes", "40", "--out", f"{out}_{task}")
+    if questions := sys.argv[1:]:
+        dla(*("eval", "lm", f"base={BASE}", "--adapter", f"delta_mem={directory}", "--questions", *questions),
+            *("--limit", "200", "--out", f"{out}_ability"))  # fmt: skip
     print(f"\n{clock(time.monotonic() - started)}; see {out}*")
     return 0
 
