@@ -40,23 +40,43 @@ CATEGORIES = {
 FILLERS = ["of", "the", "and", "to", "in", "it", "was", "for", "on", "at"]
 
 
+def _more_categories(count: int, words: int = 16) -> dict[str, str]:
+    """Categories of made-up words of two syllables, all different."""
+    known = " ".join(CATEGORIES.values()).split()
+    syllables = [first + second for first in "bdfgklmnprstvwz" for second in "aeiou"]
+    made = (a + b for a in syllables for b in syllables if a + b not in known)
+    return {next(made): " ".join(next(made) for _ in range(words)) for _ in range(count)}
+
+
+ALL_CATEGORIES = CATEGORIES | _more_categories(28)
+
+
 @dataclass(frozen=True)
 class ProfileTask:
     """A sequence of filler words with one word of each category at random positions; one question a category."""
 
     words: int = 32
     """Length of the context, facts included."""
+    facts: int = len(CATEGORIES)
+    """Number of categories; all but the first four are of made-up words."""
     kind = "profile"
 
     def __post_init__(self) -> None:
-        if self.words < len(CATEGORIES):
-            raise UserError(f"words = {self.words}: must be at least {len(CATEGORIES)}, one a category")
+        if not 1 <= self.facts <= len(ALL_CATEGORIES):
+            raise UserError(f"facts = {self.facts}: must be 1 to {len(ALL_CATEGORIES)}, the categories that there are")
+        if self.words < self.facts:
+            raise UserError(f"words = {self.words}: must be at least facts = {self.facts}, one a category")
+
+    @property
+    def categories(self) -> dict[str, str]:
+        """Name -> its words."""
+        return dict(list(ALL_CATEGORIES.items())[: self.facts])
 
     def story(self, rng: np.random.Generator, split: str) -> Story:
         told = [str(word) for word in rng.choice(FILLERS, self.words)]
         questions = []
-        places = rng.choice(self.words, len(CATEGORIES), replace=False)
-        for place, (category, words) in zip(places, CATEGORIES.items(), strict=True):
+        places = rng.choice(self.words, self.facts, replace=False)
+        for place, (category, words) in zip(places, self.categories.items(), strict=True):
             choices = tuple(words.split())
             told[place] = choices[rng.integers(len(choices))]
             questions.append(Question(f" ? {category}", told[place], choices))

@@ -6,7 +6,9 @@ import pytest
 
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.recall import (
+    ALL_CATEGORIES,
     CATEGORIES,
+    FILLERS,
     for_tokenizer,
     make_task,
     stories,
@@ -43,12 +45,20 @@ def test_stories(task):
     assert max(words.count(word) for word in words) < len(words) / 4  # no favourite answer
 
 
-def test_profile():
-    for story in stories(make_task("profile", words=20), 20, seed=0):
+@pytest.mark.parametrize("facts", [1, 4, 20, 32])
+def test_profile(facts):
+    task = make_task("profile", words=32, facts=facts)
+    assert dict(list(CATEGORIES.items())[:facts]) == dict(list(task.categories.items())[:4])
+    for story in stories(task, 20, seed=0):
         (told,) = (text.split() for text in story.context)
-        assert len(told) == 20 and sorted(q.text for q in story.questions) == sorted(f" ? {c}" for c in CATEGORIES)
-        for words in CATEGORIES.values():
+        assert len(told) == 32 and sorted(q.text for q in story.questions) == sorted(f" ? {c}" for c in task.categories)
+        for words in task.categories.values():
             assert sum(word in words.split() for word in told) == 1
+
+
+def test_no_word_belongs_to_two_categories():
+    words = [word for words in ALL_CATEGORIES.values() for word in words.split()]
+    assert len(words) == 32 * 16 == len({*words} - {*FILLERS} - {*ALL_CATEGORIES})
 
 
 def test_facts():
@@ -152,6 +162,8 @@ def test_documents(tmp_path):
         ("maze", {}, "'maze'.*profile, facts, labels, most"),
         ("profile", {"people": 2}, "'profile'.*'people'.*words"),
         ("profile", {"words": 3}, "words = 3.*4"),
+        ("profile", {"facts": 33}, "facts = 33.*32"),
+        ("profile", {"facts": 0}, "facts = 0.*1 to 32"),
         ("facts", {"relations": 5}, "relations = 5.*1 to 4"),
         ("facts", {"people": 0}, "people = 0.*1 to"),
         ("facts", {"messages": "two"}, "messages = 'two'.*one, each"),
