@@ -24,6 +24,7 @@ from megatron_dla.hf.families import FAMILIES, check_servable
 
 States = dict[int, MemoryState]
 """State of each layer that has a memory, by layer number."""
+_CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, before
 _CALL = "delta_mem_call"  # the keyword argument that takes a call through transformers' layers to the hooks
 
 
@@ -159,8 +160,8 @@ class DeltaMemModel(nn.Module):
                 return None
             ids = args[0] if args else kwargs.get("input_ids")
             ids = kwargs["inputs_embeds"] if ids is None else ids
-            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-            continues = cache is not None and cache.get_seq_length() > 0
+            mask, caches = kwargs.get("attention_mask"), (kwargs.get(name) for name in _CACHE_NAMES)
+            continues = any(cache is not None and cache.get_seq_length() > 0 for cache in caches)
             states = self._unfinished if continues else self.initial_states(ids.shape[0])
             inputs = MemoryInputs(valid=None if mask is None else mask[:, -ids.shape[1] :].bool())
             call = _Call(self, states, inputs, MemoryControl(), "auto", False)

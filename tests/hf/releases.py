@@ -1,4 +1,5 @@
-"""Run tests/hf on several releases of transformers, each in an environment of its own (`make test-hf`).
+"""Run tests/hf, and the tests of hooks in transformers' models, on several releases of transformers, each in an
+environment of its own (`make test-hf`).
 
 usage: python -m tests.hf.releases [minimum] [pinned] [newest] [clients]
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from megatron_dla.hf.releases import MINIMUM, NEWEST, PINNED
 
 ROOT = Path(__file__).resolve().parents[2]
+HOOKS = ("tests/serving/test_hf_model.py", "tests/evaluation/test_lm_adapter.py")  # run beside tests/hf
 CLIENTS = ("trl", "peft", "accelerate", "lm_eval", "datasets")
 PIP = [sys.executable, "-m", "pip"]
 
@@ -71,6 +73,7 @@ def run_tests(version: str, folder: str = "tests/hf") -> tuple[bool, str]:
     print(f"\n== {folder} on transformers {version} (other than here: {differences(python)})", flush=True)
     jobs = os.environ.get("JOBS", "2")
     command = [python, "-m", "pytest", "-q", "-n", jobs, "--dist", "loadfile", "-p", "no:cacheprovider", folder]
+    command += HOOKS if folder == "tests/hf" else ()
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
