@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -61,6 +62,19 @@ def place_of(dump: str) -> str:
     ours = next((frame for frame in frames if not any(part in frame[0] for part in LIBRARIES)), frames[0])
     inner, outer = ("{2} ({0}:{1})".format("/".join(f[0].split("/")[-3:]), *f[1:]) for f in (frames[0], ours))
     return inner if inner == outer else f"{inner}, called from {outer}"
+
+
+def tell(line: str, patience: float = 1.0) -> None:
+    """Print a line, without waiting for a reader: ranks may hang because nobody reads the pipe they print to.
+
+    What could not be written within `patience` s is left out, hang.json has it.
+    """
+    data, out = f"{line}\n".encode(errors="replace"), sys.stdout.fileno()
+    with contextlib.suppress(OSError):  # nobody can read it any more
+        for i in range(0, len(data), select.PIPE_BUF):  # so many bytes fit where select says that any do
+            if not select.select([], [out], [], patience)[1]:
+                return
+            os.write(out, data[i : i + select.PIPE_BUF])
 
 
 class Processes:
@@ -231,20 +245,23 @@ class Watchdog:
         """Print and record the locations of the ranks, the rarest first; end the attempt."""
         where = DOING.get(self.doing, DOING["step"])
         after = "before the first step" if self.step is None else f"{where} {self.step}"
-        print(f"hang: no step for {silent:.0f} s {after} of attempt {self.attempt}", flush=True)
+        tell(f"hang: no step for {silent:.0f} s {after} of attempt {self.attempt}")
         ranks = self._dump()
         places = defaultdict(list)
         for rank in ranks:
             places[rank.at].append(f"{rank.rank} on {rank.host}")
         for place, who in sorted(places.items(), key=lambda item: len(item[1])):
-            print(f"rank {', '.join(who)}: {place}")
+            tell(f"rank {', '.join(who)}: {place}")
         if not ranks:
-            print("no rank has started far enough to record its process")
+            tell("no rank has started far enough to record its process")
         folder = self.run_dir / EXITS / self.attempt
-        folder.mkdir(parents=True, exist_ok=True)
         values = {"step": self.step, "time": time.time(), "silent_s": round(silent, 1)}
-        write_json(folder / "hang.json", values | {"ranks": [asdict(rank) for rank in ranks]}, fsync=False)
-        print(f"stacks of all threads: {self.run_dir / STACKS / self.attempt}; ending the attempt", flush=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "hang.json", values | {"ranks": [asdict(rank) for rank in ranks]}, fsync=False)
+        except OSError as error:  # a full disk does not keep the ranks alive
+            tell(f"{folder / 'hang.json'} could not be written: {error.strerror}")
+        tell(f"stacks of all threads: {self.run_dir / STACKS / self.attempt}; ending the attempt")
         self.target.end(ranks)
 
 

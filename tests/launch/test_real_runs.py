@@ -45,7 +45,8 @@ class Starts:
     """`dla run` of one tiny run on two ranks."""
 
     def __init__(self, folder: Path) -> None:
-        self.dir, self.clock = folder / "tiny", folder / "clock"
+        self.dir, self.clock, self.printed = folder / "tiny", folder / "clock", folder / "printed"
+        self.printed.mkdir()
         self.config = folder / "tiny.yaml"
         data = tiny.build_data(folder / "corpus")
         self.config.write_text(yaml.safe_dump(tiny.config_dict(data, folder, training={"steps": 100_000})))
@@ -56,8 +57,18 @@ class Starts:
 
     def start(self, *overrides: str, **env: str) -> subprocess.Popen:
         command = [sys.executable, "-c", RUN, "run", str(self.config), *overrides, "--nproc", "2"]
-        pipe, env = subprocess.PIPE, os.environ | self.env | env
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+        new = self.printed / "new"
+        with new.open("w") as out, new.with_suffix(".err").open("w") as err:  # pipes would fill, and stop the run
+            process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | self.env | env)
+        new.rename(self.printed / str(process.pid))
+        new.with_suffix(".err").rename(self.printed / f"{process.pid}.err")
+        return process
+
+    def end(self, process: subprocess.Popen) -> tuple[str, str]:
+        """What it printed to stdout and to stderr by its end."""
+        process.wait(LIMIT_S)
+        path = self.printed / str(process.pid)
+        return path.read_text(), path.with_suffix(".err").read_text()
 
     def step(self) -> int:
         try:
@@ -69,14 +80,14 @@ class Starts:
         """It makes steps for so long."""
         step, until, deadline = self.step(), time.monotonic() + seconds, time.monotonic() + LIMIT_S
         while time.monotonic() < until or self.step() <= step:
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, self.end(process)
             assert time.monotonic() < deadline, f"no step after {self.step()}"
             time.sleep(0.05)
 
     def stop(self, process: subprocess.Popen, number: signal.Signals) -> int:
         """Step of the checkpoint that it saves."""
         process.send_signal(number)
-        printed, errors = process.communicate(timeout=LIMIT_S)
+        printed, errors = self.end(process)
         assert process.returncode == 75, (printed, errors)
         ((step, _),) = complete_checkpoints(self.dir)
         assert f"after step {step}; run the same command to resume" in printed
@@ -103,7 +114,7 @@ def test_a_clock_that_is_set_and_a_second_start_disturb_no_run_and_sighup_saves(
         if time.monotonic() > until:
             break
     second = starts.start()
-    _, errors = second.communicate(timeout=LIMIT_S)
+    _, errors = starts.end(second)
     assert second.returncode == 2 and len(errors.splitlines()) == 1, errors
     assert "in use by attempt" in errors and str(first.pid) in errors
     starts.goes_on(first, 0)
@@ -117,12 +128,12 @@ def test_sigint_saves_and_a_finished_run_is_started_again(starts: Starts) -> Non
     last = f"training.steps={starts.stop(process, signal.SIGINT)}"
     cpus = usable_cpus()
     process = starts.start(last, OMP_NUM_THREADS=str(cpus))
-    printed, errors = process.communicate(timeout=LIMIT_S)
+    printed, errors = starts.end(process)
     assert process.returncode == 0, errors
     assert f"2 ranks x {cpus} threads share {cpus} CPUs" in printed
     before = sorted((path, path.stat().st_mtime_ns) for path in (starts.dir / "checkpoints").rglob("*"))
     again = [starts.start(last) for _ in range(4)]  # each of them as the only one, since none writes anything
     for process in again:
-        printed, errors = process.communicate(timeout=LIMIT_S)
+        printed, errors = starts.end(process)
         assert process.returncode == 0 and "is done" in printed and "SIGABRT" not in errors, errors
     assert before == sorted((path, path.stat().st_mtime_ns) for path in (starts.dir / "checkpoints").rglob("*"))

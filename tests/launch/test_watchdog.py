@@ -1,7 +1,10 @@
 """The hang watchdog: a run that stops making steps is ended, and the location of each rank is recorded."""
 
+import errno
+import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -56,6 +59,19 @@ if sys.argv[3] == "beat":
     control.beat(7)
 time.sleep(300)
 """
+
+
+class Ended:
+    """Ranks of a watchdog; `calls`: what it asked of them."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def dump(self, _: list) -> None:
+        self.calls.append("dump")
+
+    def end(self, _: list) -> None:
+        self.calls.append("end")
 
 
 def line(code: str, text: str) -> int:
@@ -316,6 +332,48 @@ def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
     assert not list((tmp_path / "tmp").iterdir()) and not (run_dir / ".launch").exists()
     waits, stopped = json.loads(record.read_text())["ranks"]
     assert stopped["at"] == NO_STACKS and "megatron_dla/" in waits["at"]
+
+
+@pytest.mark.long
+def test_dla_run_ends_a_run_whose_output_nobody_reads(tmp_path: Path) -> None:
+    """Rank 0 waits in a print; the watchdog prints to the same pipe."""
+    data = tiny.build_data(tmp_path / "corpus")
+    config, run_dir = tmp_path / "tiny.yaml", tmp_path / "tiny"
+    config.write_text(yaml.safe_dump(tiny.config_dict(data, tmp_path, training={"steps": 100000})))
+    code = "import sys; from megatron_dla import cli; from megatron_dla.launch import watchdog; watchdog.FLOOR_S = 8; "
+    command = [sys.executable, "-c", code + "sys.exit(cli.main())", "run", str(config), "--nproc", "2"]
+    env, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    process = subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.DEVNULL)
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
+    assert process.wait(LIMIT_S) == 4
+    (record,) = run_dir.glob("exits/*/hang.json")
+    assert json.loads(record.read_text())["ranks"][0]["at"].startswith("print")
+
+
+@pytest.mark.parametrize("reader", ["stopped", "gone"])
+def test_what_it_tells_waits_for_no_reader(monkeypatch, reader: str) -> None:
+    source, sink = os.pipe()
+    fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
+    with open(source, "rb") as reading, open(sink, "w") as stdout:
+        monkeypatch.setattr(watchdog.sys, "stdout", stdout)
+        watchdog.tell("a line", patience=0.1)
+        assert os.read(source, 100) == b"a line\n"
+        if reader == "gone":
+            reading.close()
+        watchdog.tell("x" * 10_000, patience=0.1)
+        monkeypatch.undo()
+        if reader == "stopped":
+            assert os.read(source, 100_000) == b"x" * select.PIPE_BUF
+
+
+def test_a_disk_that_is_full_does_not_keep_the_ranks_of_a_hang_alive(tmp_path: Path, monkeypatch) -> None:
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = Ended()
+    monkeypatch.setattr(watchdog, "write_json", full)
+    assert watchdog.Watchdog(tmp_path, "6.1", 0.1, 0.1, 0, target).watch(lambda: False) == 4
+    assert target.calls == ["dump", "end"]
 
 
 def test_what_runs_on_the_host_needs_the_standard_library_only() -> None:
