@@ -3,7 +3,7 @@
 1. The mechanism: a small full-attention model, pretrained here, learns to recall words of its context. Adapters of
    three seeds are trained on it, frozen, and asked without the context: with the state kept, zeroed, another episode's,
    with the correction off, and beside an adapter without memory; and what text of the base's own kind pays.
-2. A real model: SmolLM2-135M-Instruct, facts in sentences, the same table, by the beginning of the recipe that
+2. A real model: SmolLM2-135M-Instruct, one fact in a sentence, the same table, by a short form of the recipe that
    `make delta-mem-smollm2` runs. Whatever it says is the result.
 
 Every adapter is evaluated on the plain transformers model, from its exported directory. The results are in
@@ -25,7 +25,7 @@ from megatron_dla.metrics.meters import clock
 
 SEEDS = (1, 2, 3)
 PROFILE = ProfileTask()
-STEPS = 80  # of SmolLM2's recipe, here
+STEPS = 60  # of SmolLM2's recipe, here
 
 
 def small_model() -> None:

@@ -21,9 +21,8 @@ from megatron_dla.metrics.meters import clock
 
 CONFIG = "configs/delta_mem_smollm2.yaml"
 BASE = RUN / "smollm2"
-ASKED = FactsTask(people=1, relations=4)
 TOLD = (1, 2, 4)  # facts of a training episode: one is learned first, and opens the way to four
-TASK = ("--set", f"people={ASKED.people}", f"relations={ASKED.relations}")
+ASKED = TOLD[-1]
 SWEEPS = ("people=1,2,4", "shifts=0,1,2,4", "updates=0,1,2", "filler=0,5,20")
 
 
@@ -34,11 +33,12 @@ def prepare() -> None:
     for seed, relations in enumerate(TOLD, 1):
         told = FactsTask(people=1, relations=relations)
         write_stories(RUN / f"facts_{relations}.jsonl", told, 3000, seed=seed)
-    write_stories(RUN / "facts_validation.jsonl", ASKED, 32, seed=1, split="validation")
+        write_stories(RUN / f"facts_{relations}_validation.jsonl", told, 32, seed=1, split="validation")
     write_speeches(RUN / "speeches.jsonl", 1500)
     names = [f"facts_{relations}" for relations in TOLD]
     _join("facts_train", *names)
     _join("facts_and_text", *names, "speeches")
+    _join("one_fact_and_text", names[0], "speeches")
     _join("four_facts_and_text", names[-1], "speeches")  # for configs/ablation_smollm2.yaml
     pages = sorted(Path("docs").glob("*.md"))
     (RUN / "text.txt").write_text("\n\n".join(path.read_text() for path in pages))
@@ -69,20 +69,22 @@ def precision() -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def controls(directory: Path, out: Path, episodes: int, *more: str) -> None:
-    """The adapter with its controls, and what it costs on ordinary text."""
+def controls(directory: Path, out: Path, relations: int, episodes: int, *more: str) -> None:
+    """The adapter with its controls, told so many facts; and what it costs on ordinary text."""
     dla(
-        *("eval", str(BASE), "--adapter", str(directory), "--tasks", "recall,ppl", "--controls", *TASK),
+        *("eval", str(BASE), "--adapter", str(directory), "--tasks", "recall,ppl", "--controls"),
+        *("--set", "people=1", f"relations={relations}"),
         *("--episodes", str(episodes), "--text", str(RUN / "text.txt"), "--window", "256", "--windows", "16"),
         *("--out", str(out), *more),
     )
 
 
 def short(steps: int) -> Path:
-    """The recipe with fewer steps, and its controls; returns the place of the results."""
+    """The recipe with fewer steps and one fact at a time, and its controls; returns the place of the results."""
     prepare()
-    directory = adapter(CONFIG, "smollm2_short", BASE, f"training.steps={steps}", precision=precision())
-    controls(directory, RUN / "smollm2_short_eval", 60)
+    episodes = (f"episodes.train={RUN}/one_fact_and_text.jsonl", f"episodes.valid={RUN}/facts_1_validation.jsonl")
+    directory = adapter(CONFIG, "smollm2_short", BASE, f"training.steps={steps}", *episodes, precision=precision())
+    controls(directory, RUN / "smollm2_short_eval", 1, 100)
     return RUN / "smollm2_short_eval"
 
 
@@ -93,11 +95,11 @@ def main() -> int:
     prepare()
     directory = adapter(CONFIG, "smollm2_facts", BASE, precision=precision())
     out, asked = RUN / "smollm2_eval", ("eval", str(BASE), "--adapter", str(directory), "--controls")
-    controls(directory, out, 60, "--beside", "window=16", "bm25=1", "summary=24", "lora=20")
+    controls(directory, out, ASKED, 60, "--beside", "window=16", "bm25=1", "summary=24", "lora=20")
     for sweep in SWEEPS:
-        key = sweep.partition("=")[0]
-        others = [] if key == "people" else ["people=1"]
-        dla(*asked, "--set", *others, "relations=4", "--sweep", sweep, "--episodes", "20", "--out", f"{out}_{key}")
+        key, told = sweep.partition("=")[0], ["people=1", f"relations={ASKED}"]
+        told = told[1:] if key == "people" else told
+        dla(*asked, "--set", *told, "--sweep", sweep, "--episodes", "20", "--out", f"{out}_{key}")
     for task in ("labels", "most"):
         dla(*asked, "--recall-task", task, "--episodes", "20", "--out", f"{out}_{task}")
     if questions := sys.argv[1:]:

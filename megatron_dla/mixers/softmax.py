@@ -17,6 +17,9 @@ from torch.nn.attention.varlen import varlen_attn
 from megatron_dla.kernels.dla.documents import document_borders, document_starts
 from megatron_dla.parallel.context import HeadExchange
 
+# longest rows that are computed in fp32: torch's bf16 backward kernel for CPUs takes up to five times as long there
+FP32_ON_CPU = 256
+
 
 @lru_cache(maxsize=16)
 def _on_device(borders: tuple[int, ...], device: torch.device) -> Tensor:
@@ -89,9 +92,11 @@ class CoreAttention(MegatronModule):
             if window is not None:
                 mask = mask.triu(1 - window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        grouped = k.shape[1] != q.shape[1]
+        grouped, dtype = k.shape[1] != q.shape[1], q.dtype
+        if dtype == torch.bfloat16 and q.device.type == "cpu" and S <= FP32_ON_CPU:
+            q, k, v = (x.float() for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return out.transpose(1, 2)
+        return out.to(dtype).transpose(1, 2)
 
 
 class ContiguousRotary(nn.Module):

@@ -65,6 +65,23 @@ def test_a_window_is_the_last_tokens(window: int, documents: list[int] | None) -
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("S", [40, softmax.FP32_ON_CPU, softmax.FP32_ON_CPU + 1])
+def test_short_rows_in_bf16_are_rounded_once_on_a_cpu(S: int) -> None:
+    gen = torch.Generator().manual_seed(2)
+    q, k, v, cotangent = (torch.randn(2, S, n, 16, generator=gen).bfloat16() for n in (4, 2, 2, 4))
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = CoreAttention._attend(*given, torch.tensor([0, 7, 2 * S]))
+        grads = torch.autograd.grad(out, given, cotangent.to(dtype))
+        assert {x.dtype for x in (out, *grads)} == {dtype}
+        results.append([x.bfloat16() for x in (out, *grads)])
+    equal = [torch.equal(a, b) for a, b in zip(*results, strict=True)]
+    assert equal == [S <= softmax.FP32_ON_CPU] * 4
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_gpu_gets_no_mask(window: int | None) -> None:
     S = 512
