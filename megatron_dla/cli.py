@@ -97,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     from megatron_dla.ablation.cli import add_ablate_parser
     from megatron_dla.boundaries.cli import add_boundaries_parser
     from megatron_dla.data_prep.cli import add_data_parser
+    from megatron_dla.evaluation.capacity_cli import add_eval_capacity_parser
     from megatron_dla.evaluation.cli import add_eval_parser
     from megatron_dla.evaluation.lm.cli import add_eval_lm_parser
     from megatron_dla.hf.cli import add_convert_parser
@@ -123,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_serve_parser(subparsers)
     add_eval_parser(subparsers)
     add_eval_lm_parser(subparsers)
+    add_eval_capacity_parser(subparsers)
     add_study_parser(subparsers)
     add_ablate_parser(subparsers)
     add_boundaries_parser(subparsers)
@@ -157,8 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     # argparse does not accept positionals after an option (dla run C --nproc 2 a.b=c): take overrides from the rest
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:2] == ["eval", "lm"]:  # a command of two words: its first positional is not that of `eval`
-        argv[:2] = ["eval lm"]
+    if argv[:2] in (["eval", "lm"], ["eval", "capacity"]):  # commands of two words: `eval` has a positional of its own
+        argv[:2] = [" ".join(argv[:2])]
     args, rest = parser.parse_known_args(argv)
     if unknown := [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

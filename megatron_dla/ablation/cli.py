@@ -20,6 +20,7 @@ def add_ablate_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "words", nargs="+", metavar="[report] CONFIG",
         help="its YAML file or shipped name; with `report`: write the report of the recipes that have ended",
     )  # fmt: skip
+    parser.add_argument("--task", default="0/1", metavar="I/N", help="run the recipes of task I of N")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: the ablation's directory)")
     parser.set_defaults(func=_ablate)
 
@@ -28,14 +29,16 @@ def _ablate(args: argparse.Namespace) -> int:
     from megatron_dla.ablation.plan import load_ablation
     from megatron_dla.ablation.report import collect, table_text, write_report
     from megatron_dla.ablation.run import AblationRunner
-    from megatron_dla.study.variants import check_out, split_words
+    from megatron_dla.study.variants import check_out, split_task, split_words
 
-    report_only, path = split_words("ablate", args.words)
+    (report_only, path), part = split_words("ablate", args.words), split_task(args.task)
     check_out(args.out)
     ablation, again = load_ablation(path), f"dla ablate {shlex.quote(path)}"
-    if not report_only and (code := AblationRunner(ablation).run()):
+    if not report_only and (code := AblationRunner(ablation, part).run()):
         print(f"stopped; `{again}` goes on")
         return code
+    if not report_only and part != (0, 1):
+        return 0
     results = collect(ablation)
     if not results["recipes"]:
         raise UserError(f"{str(ablation.root)!r}: no recipe has ended yet; run `{again}` first")

@@ -17,6 +17,7 @@ from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.study.record import Day, Finite, Keys, Whole, check_record, damaged
 from megatron_dla.study.run import Progress, different_keys, exit_messages, launch_run, log_path, made_here, run_process
 from megatron_dla.study.run import plain as plain_run
+from megatron_dla.study.variants import of_part
 from megatron_dla.tasks.run import check_run, make_task, versions
 
 RESULT = "recipe.json"
@@ -43,11 +44,11 @@ PASSED_ON = (STOPPED, -15, -2)  # a command that a signal ended
 
 
 class AblationRunner:
-    """Runs the recipes one after another: all seeds of one, then their joint evaluation."""
+    """Runs one recipe after another: all its seeds, then their joint evaluation. `part`: (i, n), task i of n."""
 
-    def __init__(self, ablation: Ablation) -> None:
-        self.ablation = ablation
-        self.progress = Progress(len(ablation.recipes))
+    def __init__(self, ablation: Ablation, part: tuple[int, int] = (0, 1)) -> None:
+        self.ablation, self.names = ablation, of_part(ablation.recipes, part)
+        self.progress = Progress(len(self.names))
 
     def run(self) -> int:
         """0, or 75 where a signal stopped it.
@@ -56,9 +57,9 @@ class AblationRunner:
             UserError: a config cannot run (before anything starts), or a command failed.
         """
         seed = self.ablation.config.seeds[0]
-        for name in self.ablation.recipes:
+        for name in self.names:
             check_run(self.ablation.run_config(name, seed), self.ablation.config.nproc)
-        for name in self.ablation.recipes:
+        for name in self.names:
             started, record = time.monotonic(), read_result(self.ablation, name)
             found = record is not None
             if record is None:

@@ -29,13 +29,6 @@ def add_study_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(func=_study)
 
 
-def _task(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise UserError(f"--task {text}: write I/N with 0 <= I < N")
-    return int(number), int(count)
-
-
 def _study(args: argparse.Namespace) -> int:
     from megatron_dla.study.plan import load_study
     from megatron_dla.study.report import redraw, write_report
@@ -43,9 +36,9 @@ def _study(args: argparse.Namespace) -> int:
     from megatron_dla.study.results_synthetic import collect_synthetic
     from megatron_dla.study.run import StudyRunner
     from megatron_dla.study.run_synthetic import SyntheticRunner
-    from megatron_dla.study.variants import check_out, split_words
+    from megatron_dla.study.variants import check_out, split_task, split_words
 
-    (report_only, path), part = split_words("study", args.words), _task(args.task)
+    (report_only, path), part = split_words("study", args.words), split_task(args.task)
     check_out(args.out)
     if report_only and path.endswith(".json"):
         for file in redraw(Path(path), args.out or Path(path).parent):

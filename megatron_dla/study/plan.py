@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from megatron_dla.config import RunConfig
 from megatron_dla.config.load import fill
@@ -17,7 +16,6 @@ from megatron_dla.study.synthetic import Seed, SyntheticSection, SyntheticStudy
 from megatron_dla.study.variants import check_names, check_seeds, load_variant, read_file
 from megatron_dla.tasks.run import make_task
 
-Name = TypeVar("Name")
 _WIDTHS = 8  # the MLP width that equalises parameters is a multiple of it
 _FIX = "change its widths, or set parameters: as_given"
 
@@ -149,8 +147,3 @@ def _check(config: StudyConfig) -> None:
     )
     check_seeds("seeds", config.seeds)
     check_rates("learning_rates", config.learning_rates)
-
-
-def of_part(names: Iterable[Name], part: tuple[int, int]) -> list[Name]:
-    """The arms of task i of n: each task runs its arms alone, since an arm's later runs depend on its first ones."""
-    return [name for number, name in enumerate(names) if number % part[1] == part[0]]

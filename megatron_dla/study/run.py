@@ -22,8 +22,9 @@ from megatron_dla.metrics.meters import clock
 from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.model.counts import count_parameters
 from megatron_dla.processes import PARENT, StopSignals
-from megatron_dla.study.plan import Cell, Study, of_part
+from megatron_dla.study.plan import Cell, Study
 from megatron_dla.study.record import TEXT, Keys, check_record, damaged
+from megatron_dla.study.variants import of_part
 from megatron_dla.tasks.run import check_run, make_task, versions
 from megatron_dla.training.control import EXITS
 

@@ -15,6 +15,7 @@ from megatron_dla.errors import ConfigError, UserError
 from megatron_dla.resources import find_yaml
 
 Config = TypeVar("Config", RunConfig, AdapterRunConfig)
+Name = TypeVar("Name")
 OWN = ("run.dir", "run.name", "run.seed")
 """Keys of a run that the keys dir, name and seeds of the study or ablation set."""
 
@@ -119,3 +120,16 @@ def split_words(command: str, words: Sequence[str]) -> tuple[bool, str]:
     if before not in ([], ["report"]):
         raise UserError(f"{command} {' '.join(words)}: write `dla {command} CONFIG` or `dla {command} report CONFIG`")
     return bool(before), path
+
+
+def split_task(text: str) -> tuple[int, int]:
+    """(I, N) of --task I/N. Raises UserError."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"--task {text}: write I/N with 0 <= I < N")
+    return int(number), int(count)
+
+
+def of_part(names: Iterable[Name], part: tuple[int, int]) -> list[Name]:
+    """The arms or recipes of task i of n: no two tasks share one, since its later runs depend on its first ones."""
+    return [name for number, name in enumerate(names) if number % part[1] == part[0]]

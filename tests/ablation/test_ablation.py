@@ -131,6 +131,18 @@ def test_one_that_was_stopped_goes_on(write, monkeypatch, tmp_path, stop_at) -> 
     assert collect(ablation)["planned"] == len(collect(ablation)["recipes"]) == 3
 
 
+def test_tasks_share_the_recipes_and_the_last_word_is_the_report(write, monkeypatch, tmp_path, capsys) -> None:
+    path, report = write(), tmp_path / "ablations/a/ablation.json"
+    for task, recipes in (("1/2", ["text"]), ("0/2", ["plain", "two"])):
+        fake = Fake(monkeypatch)
+        assert main(["ablate", str(path), "--task", task]) == 0 and not report.exists()
+        assert [c.split()[1] for c in fake.commands if c.startswith("train")] == [r for r in recipes for _ in range(2)]
+    assert main(["ablate", "report", str(path)]) == 0
+    assert list(json.loads(report.read_text())["recipes"]) == ["plain", "text", "two"]
+    capsys.readouterr()
+    assert main(["ablate", str(path), "--task", "2/2"]) == 2 and "--task 2/2" in capsys.readouterr().err
+
+
 def test_results_of_other_configs_and_damaged_ones_are_refused(write, monkeypatch, capsys) -> None:
     Fake(monkeypatch)
     ablation = load_ablation(write())
@@ -178,7 +190,7 @@ def main_report(ablation) -> None:
 
     from megatron_dla.ablation.cli import _ablate
 
-    _ablate(Namespace(words=["report", str(ablation.root.parents[1] / "ablation.yaml")], out=None))
+    _ablate(Namespace(words=["report", str(ablation.root.parents[1] / "ablation.yaml")], task="0/1", out=None))
 
 
 @pytest.mark.parametrize(
