@@ -129,7 +129,8 @@ def draw(results: dict[str, Any], path: Path) -> Path:
     for number, (name, state) in enumerate(results["states"].items()):
         color, right = f"C{number}", state["right"]
         errors = [[r["mean"] - r["low"] for r in right], [r["high"] - r["mean"] for r in right]]
-        label = f"{name if 'x' in name else f'{name}x{name}'} ({state['numbers']:,} numbers)"
+        states, _, rank = name.rpartition("x")
+        label = f"{states + ' of ' if states else ''}rank {rank} ({state['numbers']:,} numbers)"
         ax.errorbar(results["facts"], [r["mean"] for r in right], errors, color=color, marker="o", label=label)
         ax.plot(results["facts"], state["exact"], color=color, linestyle="--", linewidth=1)
     ax.axhline(1 / results["values"], color="gray", linestyle=":", linewidth=1, label="chance")
