@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
-from megatron_dla.errors import CheckpointError
+from megatron_dla.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,12 @@ def naming_full_disk(path: Path, size: int = 0) -> Iterator[None]:
             raise
         need = f" ({size:,} bytes are needed, {free_bytes(path):,} are free)" if size else ""
         raise OSError(error.errno, f"{os.strerror(error.errno)}{need}", str(path)) from error
+
+
+def check_out(out: Path | None) -> None:
+    """Raises UserError where --out, a directory that a command will write to, is a file."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out {str(out)!r}: is a file; give a directory")
 
 
 def free_bytes(path: Path) -> int:

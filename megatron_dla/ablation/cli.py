@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import UserError
+from megatron_dla.files import check_out
 
 
 def add_ablate_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -29,7 +30,7 @@ def _ablate(args: argparse.Namespace) -> int:
     from megatron_dla.ablation.plan import load_ablation
     from megatron_dla.ablation.report import collect, table_text, write_report
     from megatron_dla.ablation.run import AblationRunner
-    from megatron_dla.study.variants import check_out, split_task, split_words
+    from megatron_dla.study.variants import split_task, split_words
 
     (report_only, path), part = split_words("ablate", args.words), split_task(args.task)
     check_out(args.out)

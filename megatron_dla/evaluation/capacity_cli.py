@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.cli import check_counts
+from megatron_dla.files import check_out
 
 if TYPE_CHECKING:
     from megatron_dla.adapters.config import DeltaMemConfig
@@ -67,7 +68,6 @@ def _states(texts: list[str], pairs: list[str]) -> dict[str, DeltaMemConfig]:
 def _capacity(args: argparse.Namespace) -> int:
     check_counts(args, {"steps": 1, "episodes": 2, "seed": 0, "threads": 1})
     from megatron_dla.evaluation.capacity import KEYS, VALUES, Training, exact, measure, train
-    from megatron_dla.study.variants import check_out
 
     check_out(args.out)
     for facts in args.facts:

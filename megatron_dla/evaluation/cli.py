@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.alternatives import KINDS, parse_alternatives
-from megatron_dla.files import parse_json
+from megatron_dla.files import check_out, parse_json
 
 TASKS = ("recall", "ppl", "locomo")
 
@@ -128,8 +128,7 @@ def _check(args: argparse.Namespace) -> list[str]:
             raise UserError(f"--tasks {name} needs {option}")
     least = {"episodes": 2, "window": 2, "windows": 1, "context": 1, "questions": 0, "batch": 1, "seed": 0}
     check_counts(args, least)
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file; give a directory")
+    check_out(args.out)
     return tasks
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dla.errors import UserError
+from megatron_dla.files import check_out
 
 
 def add_study_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -36,7 +37,7 @@ def _study(args: argparse.Namespace) -> int:
     from megatron_dla.study.results_synthetic import collect_synthetic
     from megatron_dla.study.run import StudyRunner
     from megatron_dla.study.run_synthetic import SyntheticRunner
-    from megatron_dla.study.variants import check_out, split_task, split_words
+    from megatron_dla.study.variants import split_task, split_words
 
     (report_only, path), part = split_words("study", args.words), split_task(args.task)
     check_out(args.out)

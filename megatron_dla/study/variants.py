@@ -108,12 +108,6 @@ def _culprit(base: str, overrides: dict[str, Any], message: str) -> str:
     return ""
 
 
-def check_out(out: Path | None) -> None:
-    """Raises UserError where --out is a file."""
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out {str(out)!r}: is a file; give a directory")
-
-
 def split_words(command: str, words: Sequence[str]) -> tuple[bool, str]:
     """(whether only the report is wanted, the config) of `dla COMMAND [report] CONFIG`. Raises UserError."""
     *before, path = words

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dla.errors import UserError
 from megatron_dla.evaluation.cli import check_counts
+from megatron_dla.files import check_out
 
 if TYPE_CHECKING:
     from megatron_dla.evaluation.lm.items import Task
@@ -134,8 +135,7 @@ def _check(args: argparse.Namespace) -> None:
     args.lengths = sorted({_length(text) for text in args.lengths})
     if args.stride > args.window:
         raise UserError(f"--stride {args.stride}: must be at most --window {args.window}, or tokens would be left out")
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file; give a directory")
+    check_out(args.out)
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:
