@@ -23,6 +23,7 @@ CONFIG = "configs/delta_mem_smollm2.yaml"
 BASE = RUN / "smollm2"
 TOLD = (1, 2, 4)  # facts of a training episode: one is learned first, and opens the way to four
 ASKED = TOLD[-1]
+BESIDE = ("window=16", "bm25=1", "summary=24", "lora=20")
 SWEEPS = ("people=1,2,4", "shifts=0,1,2,4", "updates=0,1,2", "filler=0,5,20")
 
 
@@ -69,13 +70,13 @@ def precision() -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def controls(directory: Path, out: Path, relations: int, episodes: int, *more: str) -> None:
+def controls(directory: Path, out: Path, relations: int, episodes: int) -> None:
     """The adapter with its controls, told so many facts; and what it costs on ordinary text."""
     dla(
         *("eval", str(BASE), "--adapter", str(directory), "--tasks", "recall,ppl", "--controls"),
         *("--set", "people=1", f"relations={relations}"),
         *("--episodes", str(episodes), "--text", str(RUN / "text.txt"), "--window", "256", "--windows", "16"),
-        *("--out", str(out), *more),
+        *("--out", str(out)),
     )
 
 
@@ -97,14 +98,17 @@ def main() -> int:
     RUN.mkdir(parents=True, exist_ok=True)
     prepare()
     directory = adapter(CONFIG, "smollm2_facts", BASE, precision=precision())
-    out, asked = RUN / "smollm2_eval", ("eval", str(BASE), "--adapter", str(directory), "--controls")
-    controls(directory, out, ASKED, 60, "--beside", "window=16", "bm25=1", "summary=24", "lora=20")
+    out = RUN / "smollm2_eval"
+    controls(directory, out, ASKED, 60)
+    asked = ("eval", str(BASE), "--adapter", str(directory), "--controls", "--episodes", "20")
+    told = ("--set", "people=1", f"relations={ASKED}")
+    dla(*asked, *told, "--beside", *BESIDE, "--out", f"{out}_beside")
     for sweep in SWEEPS:
-        key, told = sweep.partition("=")[0], ["people=1", f"relations={ASKED}"]
-        told = told[1:] if key == "people" else told
-        dla(*asked, "--set", *told, "--sweep", sweep, "--episodes", "20", "--out", f"{out}_{key}")
+        key = sweep.partition("=")[0]
+        others = [word for word in told if not word.startswith(key)]
+        dla(*asked, *others, "--sweep", sweep, "--out", f"{out}_{key}")
     for task in ("labels", "most"):
-        dla(*asked, "--recall-task", task, "--episodes", "20", "--out", f"{out}_{task}")
+        dla(*asked, "--recall-task", task, "--out", f"{out}_{task}")
     if questions := sys.argv[1:]:
         dla(*("eval", "lm", f"base={BASE}", "--adapter", f"delta_mem={directory}", "--questions", *questions),
             *("--limit", "200", "--out", f"{out}_ability"))  # fmt: skip
