@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_dla.errors import BAD_INPUT, STOPPED
-from megatron_dla.launch.watchdog import HUNG, Processes, Watchdog, startup_timeout
+from megatron_dla.launch.watchdog import HUNG, Processes, Watchdog, startup_timeout, tell
 from megatron_dla.processes import StopSignals, usable_cpus
 from megatron_dla.training.control import LAUNCH, STOP, stop_mark
 from megatron_dla.training.fence import attempt_id
@@ -151,9 +151,9 @@ def _exit_code(error: ChildFailedError, stopped_by: int) -> int:
     )
     told = failure.error_file_data.get("message")  # of `dla`'s one line: the rank did not print it
     if failure.exitcode == BAD_INPUT or (failure.exitcode == 1 and os.path.isfile(failure.error_file) and told):
-        print(failure.message, file=sys.stderr)
+        tell(failure.message, sys.stderr)
         return failure.exitcode
     if failure.exitcode == STOPPED:
         return STOPPED
-    print(f"rank {rank} failed with exit code {failure.exitcode}; see its output above", file=sys.stderr)
+    tell(f"rank {rank} failed with exit code {failure.exitcode}; see its output above", sys.stderr)
     return 1

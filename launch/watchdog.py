@@ -14,16 +14,18 @@ import argparse
 import contextlib
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
+from megatron_dla.console import escaped
 from megatron_dla.errors import BAD_INPUT
 from megatron_dla.files import parse_json, write_json
 from megatron_dla.training.control import DOING, EXITS, HEARTBEAT, RANKS, STACKS
@@ -31,6 +33,8 @@ from megatron_dla.training.fence import attempt_id, node_name, process_start
 
 HUNG = 4  # exit code
 GRACE_S = 20.0
+PATIENCE_S = 2.0  # with whoever reads what is printed
+RECORD_S = 10.0  # for files of the run directory
 FLOOR_S = 120.0  # of timeouts that come from measured times: pauses of a file system are shorter
 NO_STACKS = "no stacks: stopped, ended or not reachable"
 LIBRARIES = ("site-packages", "/lib/python", "<frozen")  # in the file names of frames outside this project
@@ -64,17 +68,25 @@ def place_of(dump: str) -> str:
     return inner if inner == outer else f"{inner}, called from {outer}"
 
 
-def tell(line: str, patience: float = 1.0) -> None:
-    """Print a line, without waiting for a reader: ranks may hang because nobody reads the pipe they print to.
+def tell(text: str, stream: TextIO | None, patience: float = PATIENCE_S) -> None:
+    """Print lines, but wait at most `patience` s for a reader: ranks may hang because nobody reads their pipe."""
+    writer = threading.Thread(target=_write, args=(escaped(f"{text}\n"), stream), daemon=True)
+    writer.start()
+    writer.join(patience)
 
-    What could not be written within `patience` s is left out, hang.json has it.
-    """
-    data, out = f"{line}\n".encode(errors="replace"), sys.stdout.fileno()
-    with contextlib.suppress(OSError):  # nobody can read it any more
-        for i in range(0, len(data), select.PIPE_BUF):  # so many bytes fit where select says that any do
-            if not select.select([], [out], [], patience)[1]:
-                return
-            os.write(out, data[i : i + select.PIPE_BUF])
+
+def _write(text: str, stream: TextIO | None) -> None:
+    if stream is None:
+        return
+    with contextlib.suppress(OSError, ValueError):  # the reader has gone, or the stream is closed
+        try:
+            out = stream.fileno()
+        except OSError:  # a stream in memory
+            stream.write(text)
+            return
+        data = text.encode(stream.encoding, "backslashreplace")
+        while data:  # not by stream.write, whose lock the interpreter's shutdown would wait for
+            data = data[os.write(out, data) :]
 
 
 class Processes:
@@ -226,8 +238,8 @@ class Watchdog:
         except OSError:
             return ""
 
-    def _dump(self) -> list[RankPlace]:
-        ranks = self._ranks()
+    def _dump(self, ranks: list[RankPlace]) -> None:
+        """Have the ranks write their stacks, and set where each of them is."""
         before = {rank.rank: len(self._stacks(rank)) for rank in ranks}
         self.target.dump(ranks)
         deadline, sizes = time.monotonic() + self.grace, before
@@ -239,30 +251,42 @@ class Watchdog:
             sizes = now
         for rank in ranks:
             rank.at = place_of(self._stacks(rank)[before[rank.rank] :])
-        return ranks
 
     def _report(self, silent: float) -> None:
-        """Print and record the locations of the ranks, the rarest first; end the attempt."""
+        """Print and record the locations of the ranks, the rarest first; end the attempt.
+
+        A directory or a reader that does not respond delays the end, but does not prevent it.
+        """
         where = DOING.get(self.doing, DOING["step"])
         after = "before the first step" if self.step is None else f"{where} {self.step}"
-        tell(f"hang: no step for {silent:.0f} s {after} of attempt {self.attempt}")
-        ranks = self._dump()
+        lines = [f"hang: no step for {silent:.0f} s {after} of attempt {self.attempt}"]
+        ranks: list[RankPlace] = []
+        record = threading.Thread(target=self._record, args=(silent, ranks, lines), daemon=True)
+        record.start()
+        record.join(GRACE_S + self.grace + RECORD_S)
+        if record.is_alive():
+            lines.append(f"{self.run_dir} does not respond: where the ranks are was not recorded")
+        tell("\n".join([*lines, "ending the attempt"]), sys.stdout)
+        self.target.end(ranks)
+
+    def _record(self, silent: float, ranks: list[RankPlace], lines: list[str]) -> None:
+        """Fills `ranks` and `lines`, and writes hang.json."""
+        ranks += self._ranks()
+        self._dump(ranks)
         places = defaultdict(list)
         for rank in ranks:
             places[rank.at].append(f"{rank.rank} on {rank.host}")
-        for place, who in sorted(places.items(), key=lambda item: len(item[1])):
-            tell(f"rank {', '.join(who)}: {place}")
+        lines += [f"rank {', '.join(who)}: {place}" for place, who in sorted(places.items(), key=lambda x: len(x[1]))]
         if not ranks:
-            tell("no rank has started far enough to record its process")
+            lines.append("no rank has started far enough to record its process")
+        lines.append(f"stacks of all threads: {self.run_dir / STACKS / self.attempt}")
         folder = self.run_dir / EXITS / self.attempt
         values = {"step": self.step, "time": time.time(), "silent_s": round(silent, 1)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "hang.json", values | {"ranks": [asdict(rank) for rank in ranks]}, fsync=False)
-        except OSError as error:  # a full disk does not keep the ranks alive
-            tell(f"{folder / 'hang.json'} could not be written: {error.strerror}")
-        tell(f"stacks of all threads: {self.run_dir / STACKS / self.attempt}; ending the attempt")
-        self.target.end(ranks)
+        except OSError as error:  # a full disk
+            lines.append(f"{folder / 'hang.json'} could not be written: {error.strerror}")
 
 
 def main(argv: list[str] | None = None) -> int:

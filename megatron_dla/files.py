@@ -39,10 +39,15 @@ def naming_full_disk(path: Path, size: int = 0) -> Iterator[None]:
         raise OSError(error.errno, f"{os.strerror(error.errno)}{need}", str(path)) from error
 
 
-def check_out(out: Path | None) -> None:
-    """Raises UserError where --out, a directory that a command will write to, is a file."""
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out {str(out)!r}: is a file; give a directory")
+def check_out(out: Path | None, option: str = "--out") -> None:
+    """Raises UserError where a directory that a command will write to cannot be one; nothing is made."""
+    if out is None or out.is_dir():
+        return
+    if os.path.lexists(out):
+        raise UserError(f"{option} {str(out)!r}: is a file, or a link that leads nowhere; give a directory")
+    parent = next(path for path in out.absolute().parents if os.path.lexists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {str(out)!r}: {str(parent)!r} is not a directory that can be written to")
 
 
 def free_bytes(path: Path) -> int:

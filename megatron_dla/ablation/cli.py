@@ -32,9 +32,11 @@ def _ablate(args: argparse.Namespace) -> int:
     from megatron_dla.ablation.run import AblationRunner
     from megatron_dla.study.variants import split_task, split_words
 
-    (report_only, path), part = split_words("ablate", args.words), split_task(args.task)
+    report_only, path = split_words("ablate", args.words)
+    part = split_task(args.task, report=report_only, out=args.out)
     check_out(args.out)
-    ablation, again = load_ablation(path), f"dla ablate {shlex.quote(path)}"
+    ablation = load_ablation(path)
+    again = f"dla ablate {shlex.quote(path)}" + ("" if part == (0, 1) else f" --task {args.task}")
     if not report_only and (code := AblationRunner(ablation, part).run()):
         print(f"stopped; `{again}` goes on")
         return code

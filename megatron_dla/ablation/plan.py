@@ -12,6 +12,7 @@ from megatron_dla.config import AdapterRunConfig
 from megatron_dla.config.load import fill
 from megatron_dla.config.schema import Directory, Number, Ranks
 from megatron_dla.errors import ConfigError
+from megatron_dla.evaluation.recall import make_task
 from megatron_dla.study.synthetic import Seed
 from megatron_dla.study.variants import check_names, check_seeds, load_variant, read_file
 
@@ -29,6 +30,14 @@ class Evaluation:
     window: Annotated[int, Field(ge=2, lt=2**31)] = 512
     windows: Number = 64
     seed: Seed = 0
+
+    def check(self) -> None:
+        """Raises UserError where `dla eval` would refuse a task, a setting or a file."""
+        if self.recall_task:
+            make_task(self.recall_task, **self.set)
+        for file in self.text:
+            if not Path(file).is_file():
+                raise ConfigError(f"evaluate.text: {file!r} is no file")
 
     def options(self) -> list[str]:
         """The command line, but for the model, the adapters and --out."""

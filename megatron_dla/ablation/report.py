@@ -39,7 +39,7 @@ def table_text(results: dict[str, Any]) -> str:
 def _show(point: dict[str, float] | None) -> str:
     if point is None:
         return "-"
-    mean, low, high = (point[key] + 0.0 for key in ("mean", "low", "high"))
+    mean, low, high = (round(point[key], 3) + 0.0 for key in ("mean", "low", "high"))  # no -0.000
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 

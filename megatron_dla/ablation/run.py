@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.study.record import Day, Finite, Keys, Whole, check_record, damaged
 from megatron_dla.study.run import Progress, different_keys, exit_messages, launch_run, log_path, made_here, run_process
 from megatron_dla.study.run import plain as plain_run
-from megatron_dla.study.variants import of_part
+from megatron_dla.study.variants import named, of_part
 from megatron_dla.tasks.run import check_run, make_task, versions
 
 RESULT = "recipe.json"
@@ -48,7 +49,7 @@ class AblationRunner:
 
     def __init__(self, ablation: Ablation, part: tuple[int, int] = (0, 1)) -> None:
         self.ablation, self.names = ablation, of_part(ablation.recipes, part)
-        self.progress = Progress(len(self.names))
+        self.progress = Progress(len(self.names), "recipe")
 
     def run(self) -> int:
         """0, or 75 where a signal stopped it.
@@ -57,8 +58,10 @@ class AblationRunner:
             UserError: a config cannot run (before anything starts), or a command failed.
         """
         seed = self.ablation.config.seeds[0]
+        self.ablation.config.evaluate.check()
         for name in self.names:
-            check_run(self.ablation.run_config(name, seed), self.ablation.config.nproc)
+            with named(f"recipes.{name}"):
+                check_run(self.ablation.run_config(name, seed), self.ablation.config.nproc)
         for name in self.names:
             started, record = time.monotonic(), read_result(self.ablation, name)
             found = record is not None
@@ -67,7 +70,7 @@ class AblationRunner:
                 if record is None:
                     return STOPPED
                 write_json(self.ablation.root / name / RESULT, record)
-            shown = [f"{key} {point['mean']:+.3f}" for key, point in record["points"].items() if point]
+            shown = [f"{key} {round(point['mean'], 3) + 0.0:+.3f}" for key, point in record["points"].items() if point]
             self.progress.show(name, ", ".join(shown), None if found else time.monotonic() - started)
         return 0
 
@@ -84,7 +87,8 @@ class AblationRunner:
                 why = (exit_messages(place, since) or [f"exit code {code}"])[-1]
                 raise UserError(f"{str(place)!r}: the run failed ({why}); its output is in {str(log_path(place))!r}")
             adapters.append(place.with_name(f"{place.name}_adapter"))
-            if not adapters[-1].is_dir() and not _dla(place, "convert", "adapter", str(place), str(adapters[-1])):
+            shutil.rmtree(adapters[-1], ignore_errors=True)  # of before the stop: of fewer steps, or half of one
+            if not _dla(place, "convert", "adapter", str(place), str(adapters[-1])):
                 return None
         out = ablation.root / name / "eval"
         options = ablation.config.evaluate.options()

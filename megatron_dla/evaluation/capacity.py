@@ -31,7 +31,10 @@ class Training:
     steps: int = 3000
     batch: int = 32
     lr: float = 1e-2
-    warmup: int = 100
+
+    @property
+    def warmup(self) -> int:
+        return min(100, max(1, self.steps // 10))
 
 
 def exact(keys: int, facts: int) -> float:
@@ -100,6 +103,9 @@ def train(
 @torch.no_grad()
 def measure(model: Recall, facts: int, episodes: int, seed: int) -> Interval:
     """Right answers to all keys of episodes with so many facts, and their 95 % interval over the episodes."""
-    keys, values, order = draw(episodes, facts, np.random.default_rng([seed, facts]))
-    right = model(keys, values, order).argmax(-1) == values.gather(1, order)
-    return bootstrap_mean(right.double().mean(1).numpy(), seed=seed)
+    rng, right = np.random.default_rng([seed, facts]), []
+    for done in range(0, episodes, 200):
+        keys, values, order = draw(min(200, episodes - done), facts, rng)
+        answers = model(keys, values, order).argmax(-1)
+        right.append((answers == values.gather(1, order)).double().mean(1).numpy())
+    return bootstrap_mean(np.concatenate(right), seed=seed)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dla.errors import UserError
+from megatron_dla.errors import ConfigError, UserError
 from megatron_dla.evaluation.cli import check_counts
-from megatron_dla.files import check_out
+from megatron_dla.files import check_out, write_json
 
 if TYPE_CHECKING:
     from megatron_dla.adapters.config import DeltaMemConfig
 
 JSON_NAME, PICTURE_NAME = "capacity.json", "capacity.png"
+MOST_EPISODES = 100_000
+FIXED = {
+    "rank": "by --states", "num_states": "by --states", "memory": "here: online", "write": "here: token",
+    "target_modules": "here: o_proj", "layers_to_transform": "here: there is one layer",
+}  # fmt: skip
 
 
 def add_eval_capacity_parser(subparsers: Any) -> None:
@@ -31,7 +37,10 @@ def add_eval_capacity_parser(subparsers: Any) -> None:
         "--states", nargs="+", default=["8", "16", "32", "4x8"], metavar="[N]xR",
         help="rank of the state, or number and rank of several (default: 8 16 32 4x8)",
     )  # fmt: skip
-    parser.add_argument("--facts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="default: 1 2 4 ... 64")
+    parser.add_argument(
+        "--facts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], 
+        help="default: 1 2 4 ... 64; it is trained on as many as the largest of them, and on fewer",
+    )  # fmt: skip
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of delta_mem, such as beta_bias=-3"
     )
@@ -43,79 +52,110 @@ def add_eval_capacity_parser(subparsers: Any) -> None:
     parser.set_defaults(func=_capacity)
 
 
-def _states(texts: list[str], pairs: list[str]) -> dict[str, DeltaMemConfig]:
-    """{as given: config}. Raises UserError."""
-    from megatron_dla.adapters.config import DeltaMemConfig
-    from megatron_dla.config.load import fill, parse_override
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """Keys of delta_mem. Raises UserError."""
+    from megatron_dla.config.load import parse_override
 
-    settings = {".".join(keys): value for keys, value in map(parse_override, pairs)}
-    found = {}
-    for text in texts:
-        match = re.fullmatch(r"(?:(\d{1,3})x)?(\d{1,3})", text)
-        if match is None:
-            raise UserError(f"--states {text}: write a rank, or NxR for N states of rank R, such as 4x8")
-        given = {"num_states": int(match[1] or 1), "rank": int(match[2])}
-        if twice := sorted(given.keys() & settings.keys()):
-            raise UserError(f"--set {twice[0]}: is given by --states")
-        # it starts with a correction of the reads' own size: there is no base that it could disturb
-        start = {"output_init": "random", "output_gain": 1.0, "target_modules": ["o_proj"]}
-        found[text] = fill(DeltaMemConfig, start | settings | given, "delta_mem")
-        if found[text].write != "token" or found[text].target_modules != ("o_proj",):
-            raise UserError("--set: delta_mem.write is token and delta_mem.target_modules o_proj here")
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"--set {pair}: write KEY=VALUE")
+        (*_, key), value = parse_override(pair.removeprefix("delta_mem."))
+        if key in FIXED or key in found:
+            raise UserError(f"--set {pair}: {key} is given {'twice' if key in found else FIXED[key]}")
+        found[key] = value
     return found
 
 
-def _capacity(args: argparse.Namespace) -> int:
-    check_counts(args, {"steps": 1, "episodes": 2, "seed": 0, "threads": 1})
-    from megatron_dla.evaluation.capacity import KEYS, VALUES, Training, exact, measure, train
+def _states(texts: list[str], settings: dict[str, Any]) -> dict[str, DeltaMemConfig]:
+    """{R or NxR: config}. Raises UserError."""
+    from megatron_dla.adapters.config import DeltaMemConfig
+    from megatron_dla.config.load import fill
 
+    found: dict[str, DeltaMemConfig] = {}
+    for text in texts:
+        match = re.fullmatch(r"(?:([0-9]{1,3})x)?([0-9]{1,3})", text)
+        if match is None:
+            raise UserError(f"--states {text}: write a rank, or NxR for N states of rank R, such as 4x8")
+        states, rank = int(match[1] or 1), int(match[2])
+        name = f"{rank}" if states == 1 else f"{states}x{rank}"
+        if name in found:
+            raise UserError(f"--states {text}: is given twice")
+        # it starts with a correction of the reads' own size: there is no base that it could disturb
+        start = {"output_init": "random", "output_gain": 1.0, "target_modules": ["o_proj"]}
+        own = {"num_states": states, "rank": rank}
+        try:
+            fill(DeltaMemConfig, own, "delta_mem")
+        except ConfigError as error:
+            raise UserError(f"--states {text}: {error}") from error
+        found[name] = fill(DeltaMemConfig, start | settings | own, "delta_mem")
+    return found
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for invalid arguments."""
+    from megatron_dla.evaluation.capacity import KEYS
+
+    check_counts(args, {"steps": 1, "episodes": 2, "seed": 0, "threads": 1})
+    for name, values, most in (("facts", args.facts, KEYS), ("episodes", [args.episodes], MOST_EPISODES)):
+        if wrong := [value for value in values if not 1 <= value <= most]:
+            raise UserError(f"--{name} {wrong[0]}: use 1 to {most}")
     check_out(args.out)
-    for facts in args.facts:
-        if not 1 <= facts <= KEYS:
-            raise UserError(f"--facts {facts}: use 1 to {KEYS}")
-    facts, states = sorted(set(args.facts)), _states(args.states, args.set)
+
+
+def _capacity(args: argparse.Namespace) -> int:
+    _check(args)
+    facts, states = sorted(set(args.facts)), _states(args.states, _settings(args.set))
     import torch
+
+    from megatron_dla.evaluation.capacity import VALUES, Training, exact, measure, train
+    from megatron_dla.study.run import made_here
+    from megatron_dla.tasks.run import versions
 
     torch.set_num_threads(args.threads)
     results: dict[str, Any] = {
         "facts": facts, "values": VALUES, "steps": args.steps, "episodes": args.episodes, "seed": args.seed,
-        "set": args.set, "states": {},
+        "versions": versions(), **made_here(), "states": {},
     }  # fmt: skip
-    for number, (name, config) in enumerate(states.items()):
+    progress = _Progress(len(states) * args.steps)
+    for name, config in states.items():
         started = time.monotonic()
-        model = train(config, facts[-1], Training(steps=args.steps), args.seed, _Progress(name, number, args))
+        model = train(config, facts[-1], Training(steps=args.steps), args.seed, progress.of(name, args.steps))
         right = {n: measure(model, n, args.episodes, args.seed) for n in facts}
-        keys = config.num_states * config.rank
+        limits = [exact(config.rank, n) for n in facts] if config.num_states == 1 else None
         results["states"][name] = {
-            "numbers": keys * config.rank, "seconds": time.monotonic() - started,
-            "exact": [exact(keys, n) for n in facts], "right": [right[n].to_dict() for n in facts],
+            "config": asdict(config), "numbers": config.num_states * config.rank**2,
+            "seconds": time.monotonic() - started, "right": [right[n].to_dict() for n in facts], "exact": limits,
         }  # fmt: skip
-        row = ", ".join(f"{n}: {right[n].text()} ({exact(keys, n):.3f})" for n in facts)
-        print(f"state {name}, right answers by number of facts (exact for {keys} keys): {row}", flush=True)
+        rows = [f"{n}: {right[n].text()}" + (f" ({limits[i]:.3f})" if limits else "") for i, n in enumerate(facts)]
+        about = f" ({config.rank} orthogonal keys exactly)" if limits else ""
+        print(f"state {name}, right answers by number of facts{about}: {', '.join(rows)}", flush=True)
+        if args.out is not None:  # what there is stays where a later state is stopped
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_json(args.out / JSON_NAME, results, indent=1)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / JSON_NAME).write_text(json.dumps(results, indent=1) + "\n")
         print(args.out / JSON_NAME)
         print(draw(results, args.out / PICTURE_NAME))
     return 0
 
 
 class _Progress:
-    """A line to stderr every tenth of the steps of one state, with the time left for all."""
+    """Lines to stderr, every tenth of the steps of a state, with the time left for all. `total`: of all states."""
 
-    started = 0.0
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.started = total, 0, time.monotonic()
 
-    def __init__(self, name: str, number: int, args: argparse.Namespace) -> None:
-        self.name, self.before, self.steps = name, number * args.steps, args.steps
-        self.total = len(args.states) * args.steps
-        _Progress.started = _Progress.started if number else time.monotonic()
+    def of(self, name: str, steps: int) -> Callable[[int, float], None]:
+        from megatron_dla.metrics.meters import clock
 
-    def __call__(self, step: int, loss: float) -> None:
-        if step % max(1, self.steps // 10) == 0 or step == self.steps:
-            done = self.before + step
-            left = (time.monotonic() - _Progress.started) / done * (self.total - done)
-            line = f"state {self.name}: step {step}/{self.steps} | loss {loss:.3f} | eta {left:.0f}s"
-            print(line, file=sys.stderr, flush=True)
+        def show(step: int, loss: float) -> None:
+            self.done += 1
+            if step % max(1, steps // 10) == 0 or step == steps:
+                left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
+                line = f"state {name}: step {step}/{steps} | loss {loss:.3f} | eta {clock(left)}"
+                print(line, file=sys.stderr, flush=True)
+
+        return show
 
 
 def draw(results: dict[str, Any], path: Path) -> Path:
@@ -132,7 +172,8 @@ def draw(results: dict[str, Any], path: Path) -> Path:
         states, _, rank = name.rpartition("x")
         label = f"{states + ' of ' if states else ''}rank {rank} ({state['numbers']:,} numbers)"
         ax.errorbar(results["facts"], [r["mean"] for r in right], errors, color=color, marker="o", label=label)
-        ax.plot(results["facts"], state["exact"], color=color, linestyle="--", linewidth=1)
+        if state["exact"] is not None:
+            ax.plot(results["facts"], state["exact"], color=color, linestyle="--", linewidth=1)
     ax.axhline(1 / results["values"], color="gray", linestyle=":", linewidth=1, label="chance")
     ax.set_xscale("log", base=2)
     ax.set_xticks(results["facts"], [str(n) for n in results["facts"]])

@@ -39,13 +39,15 @@ def _study(args: argparse.Namespace) -> int:
     from megatron_dla.study.run_synthetic import SyntheticRunner
     from megatron_dla.study.variants import split_task, split_words
 
-    (report_only, path), part = split_words("study", args.words), split_task(args.task)
+    report_only, path = split_words("study", args.words)
+    part = split_task(args.task, report=report_only, out=args.out)
     check_out(args.out)
     if report_only and path.endswith(".json"):
         for file in redraw(Path(path), args.out or Path(path).parent):
             print(f"wrote {file}")
         return 0
-    study, again = load_study(path), f"dla study {shlex.quote(path)}"
+    study = load_study(path)
+    again = f"dla study {shlex.quote(path)}" + ("" if part == (0, 1) else f" --task {args.task}")
     runners: list[StudyRunner | SyntheticRunner] = [StudyRunner(study, part)]
     runners += [SyntheticRunner(study.synthetic, part)] if study.synthetic else []
     for runner in [] if report_only else runners:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, to_dict
+from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_config, to_dict
 from megatron_dla.errors import BAD_INPUT, STOPPED, ConfigError, UserError
 from megatron_dla.files import parse_json, write_json
 from megatron_dla.machine import machine
@@ -24,7 +24,7 @@ from megatron_dla.model.counts import count_parameters
 from megatron_dla.processes import PARENT, StopSignals
 from megatron_dla.study.plan import Cell, Study
 from megatron_dla.study.record import TEXT, Keys, check_record, damaged
-from megatron_dla.study.variants import of_part
+from megatron_dla.study.variants import named, of_part
 from megatron_dla.tasks.run import check_run, make_task, versions
 from megatron_dla.training.control import EXITS
 
@@ -39,10 +39,10 @@ Launch = Callable[[RunConfig, int, Path], int]
 
 
 class Progress:
-    """The lines of the cells of a study that have ended. `total`: cells in all."""
+    """The lines of the cells of a study that have ended. `total`: cells in all. `word`: what they are called."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
+    def __init__(self, total: int, word: str = "cell") -> None:
+        self.total, self.done, self.word = total, 0, word
         self.seconds: list[float] = []  # of the cells that this process ran
 
     def skip(self, cells: int) -> None:
@@ -53,7 +53,7 @@ class Progress:
         """The line of a cell; `seconds`: None where its result was there."""
         self.done += 1
         self.seconds += [] if seconds is None else [seconds]
-        words = [f"cell {self.done}/{self.total}", cell, value, "found" if seconds is None else clock(seconds)]
+        words = [f"{self.word} {self.done}/{self.total}", cell, value, "found" if seconds is None else clock(seconds)]
         if self.seconds:
             words.append(f"eta {clock(statistics.mean(self.seconds) * (self.total - self.done))}")
         print(" | ".join(words), flush=True)
@@ -80,7 +80,8 @@ class StudyRunner:
         for arm in self.arms:
             if not self.study.arms[arm].training.eval_every:
                 raise ConfigError("training.eval_every = 0: a study compares the held-out loss; set it")
-            check_run(self.study.run_config(self.study.first_cells(arm)[0]), self.study.config.nproc)
+            with named(f"arms.{arm}"):
+                check_run(self.study.run_config(self.study.first_cells(arm)[0]), self.study.config.nproc)
         for arm in self.arms:
             for cell in self.study.first_cells(arm):
                 if not self._cell(cell):
@@ -221,9 +222,17 @@ def log_path(place: Path) -> Path:
 
 
 def launch_run(config: RunConfig | AdapterRunConfig, nproc: int, place: Path) -> int:
-    """Train in processes of their own; a signal to stop is passed on, and the run saves. 75 where one ended it."""
+    """Train in processes of their own; a signal to stop is passed on, and the run saves. 75 where one ended it.
+
+    Raises UserError where the run was refused, ConfigError where one of another config was begun there.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     path, log = place.with_name(f"{place.name}.yaml"), log_path(place)
+    if place.is_dir() and path.exists() and (changed := different_keys(plain(load_config(path)), plain(config))):
+        raise ConfigError(
+            f"{str(place)!r} is a run of another config ({', '.join(changed)} changed): give another name, or delete "
+            "the run to begin again"
+        )
     dump_config(config, path)
     before = log.stat().st_size if log.exists() else 0
     code = run_process([sys.executable, "-m", "megatron_dla.cli", "run", str(path), "--nproc", str(nproc)], log)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,12 +117,24 @@ def split_words(command: str, words: Sequence[str]) -> tuple[bool, str]:
     return bool(before), path
 
 
-def split_task(text: str) -> tuple[int, int]:
-    """(I, N) of --task I/N. Raises UserError."""
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+def split_task(text: str, *, report: bool, out: Path | None) -> tuple[int, int]:
+    """(I, N) of --task I/N. Raises UserError, also where an option would not count: a part makes no report."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    part = (int(match[1]), int(match[2])) if match else (0, 0)
+    if part[0] >= part[1]:
         raise UserError(f"--task {text}: write I/N with 0 <= I < N")
-    return int(number), int(count)
+    if part != (0, 1) and (report or out is not None):
+        raise UserError(f"--task {text}: a report is of all tasks; leave out {'--task' if report else '--out'}")
+    return part
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Puts the key of a variant before the message of a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def of_part(names: Iterable[Name], part: tuple[int, int]) -> list[Name]:

@@ -143,6 +143,37 @@ def test_tasks_share_the_recipes_and_the_last_word_is_the_report(write, monkeypa
     assert main(["ablate", str(path), "--task", "2/2"]) == 2 and "--task 2/2" in capsys.readouterr().err
 
 
+def test_a_run_that_was_stopped_goes_on_with_its_own_config_only(write, monkeypatch) -> None:
+    """Real `launch_run`, commands at once: the place of the run is there, as a stop would leave it."""
+    monkeypatch.setattr("megatron_dla.study.run.run_process", lambda command, log: -15)
+    path = write()
+    assert AblationRunner(load_ablation(path)).run() == STOPPED
+    load_ablation(path).place("plain", 1).mkdir()
+    assert AblationRunner(load_ablation(path)).run() == STOPPED
+    with pytest.raises(ConfigError, match=r"plain/seed_1.*optimizer\.lr changed"):
+        AblationRunner(load_ablation(write(overrides={"optimizer.lr": 0.5}))).run()
+
+
+def test_an_adapter_of_before_a_stop_is_exported_anew(write, monkeypatch) -> None:
+    Fake(monkeypatch)
+    ablation = load_ablation(write(recipes={"plain": {}}))
+    old = [ablation.place("plain", seed).with_name(f"seed_{seed}_adapter") for seed in (1, 2)]
+    for directory in old:
+        directory.mkdir(parents=True)
+        (directory / "old").touch()
+    AblationRunner(ablation).run()
+    assert [directory.is_dir() and not list(directory.iterdir()) for directory in old] == [True, True]
+
+
+def test_a_task_that_was_stopped_names_itself(write, monkeypatch, capsys) -> None:
+    Fake(monkeypatch, stop_at=0)
+    path = write()
+    assert main(["ablate", str(path), "--task", "1/2"]) == STOPPED
+    assert f"`dla ablate {path} --task 1/2` goes on" in capsys.readouterr().out
+    for words in (["report", str(path), "--task", "1/2"], [str(path), "--task", "1/2", "--out", "x"]):
+        assert main(["ablate", *words]) == 2 and "--task 1/2" in capsys.readouterr().err
+
+
 def test_results_of_other_configs_and_damaged_ones_are_refused(write, monkeypatch, capsys) -> None:
     Fake(monkeypatch)
     ablation = load_ablation(write())
@@ -203,6 +234,9 @@ def main_report(ablation) -> None:
         ({"recipes": {"a": {"delta_mem.rank": 3}}}, ("recipes.a", "delta_mem.rank", "3")),
         ({"base": "demo_cpu"}, ("base = 'demo_cpu'", "dla study")), ({"nproc": 0}, ("nproc", "0")),
         ({"evaluate": {"episodes": 1}}, ("evaluate.episodes", "1")),
+        ({"evaluate": {"recall_task": "fact"}}, ("'fact'",)), ({"evaluate": {"text": ["none.txt"]}}, ("'none.txt'",)),
+        ({"evaluate": {"recall_task": "facts", "set": {"peple": 1}}}, ("'peple'",)),
+        ({"recipes": {"a": {"optimizer.warmup_steps": 99}}}, ("recipes.a", "optimizer.warmup_steps")),
         ({"evaluate": {"tasks": "x"}}, ("evaluate.tasks",)), ({"recipes": {"ablation.json": {}}}, ("'ablation.json'",)),
         ({"recipes": {"a": {"training.steps": b"x"}}}, ("recipes.a.training.steps", "bytes")),
         ({"recipes": {"a": {"training.steps": {"x"}}}}, ("recipes.a.training.steps", "set")),

@@ -54,28 +54,53 @@ def test_the_same_seed_gives_the_same_memory() -> None:
 
 
 def test_the_command_writes_table_json_and_picture(tmp_path: Path, capsys) -> None:
-    words = ["--states", "8", "2x8", "--facts", "4", "1", "4", "--steps", "5", "--episodes", "4"]
-    assert main(["eval", "capacity", *words, "--set", "beta_bias=-3", "--out", str(tmp_path / "out")]) == 0
-    results = json.loads((tmp_path / "out" / JSON_NAME).read_text())
-    assert results["facts"] == [1, 4] and results["set"] == ["beta_bias=-3"]
-    assert [(name, s["numbers"]) for name, s in results["states"].items()] == [("8", 64), ("2x8", 128)]
+    words = ["--states", "08", "2x8", "--facts", "4", "1", "4", "--steps", "5", "--episodes", "4"]
+    out = tmp_path / "new" / "out"
+    assert main(["eval", "capacity", *words, "--set", "delta_mem.beta_bias=-3", "--out", str(out)]) == 0
+    results = json.loads((out / JSON_NAME).read_text())
+    assert results["facts"] == [1, 4] and results["machine"] and results["versions"]["torch"] == torch.__version__
+    found = [(name, s["numbers"], s["exact"], s["config"]["beta_bias"]) for name, s in results["states"].items()]
+    assert found == [("8", 64, [1, 1], -3), ("2x8", 128, None, -3)]
     for state in results["states"].values():
-        assert state["exact"] == [1, 1] and [r["count"] for r in state["right"]] == [4, 4]
+        assert [r["count"] for r in state["right"]] == [4, 4]
         assert all(0 <= r["low"] <= r["mean"] <= r["high"] <= 1 for r in state["right"])
-    assert (tmp_path / "out" / PICTURE_NAME).read_bytes()[:4] == b"\x89PNG"
+    assert (out / PICTURE_NAME).read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr()
     assert "state 2x8" in printed.out and "state 2x8: step 5/5" in printed.err
+
+
+def test_a_state_that_has_ended_stays_where_the_next_one_is_stopped(tmp_path: Path, monkeypatch) -> None:
+    trained = []
+
+    def stopped(*arguments):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(arguments)
+        return train(*arguments)
+
+    monkeypatch.setattr("megatron_dla.evaluation.capacity.train", stopped)
+    words = ["--states", "8", "16", "--facts", "1", "--steps", "1", "--episodes", "2", "--out", str(tmp_path)]
+    assert main(["eval", "capacity", *words]) == 130
+    assert list(json.loads((tmp_path / JSON_NAME).read_text())["states"]) == ["8"]
+
+
+def test_many_episodes_are_asked_in_parts() -> None:
+    found = measure(Recall(CONFIG, 0), 2, 450, 0)
+    assert found.count == 450 and found.low < 1 / VALUES + 0.05
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--states", "8y"], ("--states", "8y")), (["--states", "999"], ("delta_mem.rank", "999")),
-        (["--states", "9x8"], ("delta_mem.num_states", "9")), (["--facts", "0"], ("--facts", "0")),
+        (["--states", "8y"], ("--states", "8y")), (["--states", "999"], ("--states", "999", "8 to 64")),
+        (["--states", "9x8"], ("--states", "9x8")), (["--states", "\u0668"], ("--states",)),
+        (["--states", "8", "1x08"], ("--states", "1x08", "twice")), (["--facts", "0"], ("--facts", "0")),
         (["--facts", str(KEYS + 1)], ("--facts", str(KEYS + 1))), (["--set", "rank=9"], ("--set", "rank")),
-        (["--set", "bta=1"], ("delta_mem.bta",)), (["--set", "write=message"], ("--set", "delta_mem.write")),
-        (["--set", "x"], ("'x'",)), (["--steps", "0"], ("--steps", "0")), (["--episodes", "1"], ("--episodes", "1")),
-        (["--out", __file__], ("--out", __file__)),
+        (["--set", "bta=1"], ("delta_mem.bta",)), (["--set", "write=message"], ("--set", "write")),
+        (["--set", "memory=static"], ("--set", "memory")), (["--set", "x"], ("--set", "x")),
+        (["--set", "alpha=1", "alpha=2"], ("--set", "alpha=2", "twice")), (["--steps", "0"], ("--steps", "0")),
+        (["--episodes", "1"], ("--episodes", "1")), (["--episodes", "100001"], ("--episodes", "100001")),
+        (["--out", __file__], ("--out", __file__)), (["--out", f"{__file__}/below"], ("--out", __file__)),
     ],
 )  # fmt: skip
 def test_wrong_options(words, named, capsys) -> None:

@@ -2,12 +2,14 @@
 
 import errno
 import fcntl
+import io
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -343,37 +345,62 @@ def test_dla_run_ends_a_run_whose_output_nobody_reads(tmp_path: Path) -> None:
     code = "import sys; from megatron_dla import cli; from megatron_dla.launch import watchdog; watchdog.FLOOR_S = 8; "
     command = [sys.executable, "-c", code + "sys.exit(cli.main())", "run", str(config), "--nproc", "2"]
     env, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    process = subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT)
     fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
     assert process.wait(LIMIT_S) == 4
     (record,) = run_dir.glob("exits/*/hang.json")
     assert json.loads(record.read_text())["ranks"][0]["at"].startswith("print")
 
 
-@pytest.mark.parametrize("reader", ["stopped", "gone"])
-def test_what_it_tells_waits_for_no_reader(monkeypatch, reader: str) -> None:
+def test_it_tells_without_waiting_for_a_reader() -> None:
     source, sink = os.pipe()
     fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
-    with open(source, "rb") as reading, open(sink, "w") as stdout:
-        monkeypatch.setattr(watchdog.sys, "stdout", stdout)
-        watchdog.tell("a line", patience=0.1)
-        assert os.read(source, 100) == b"a line\n"
-        if reader == "gone":
-            reading.close()
-        watchdog.tell("x" * 10_000, patience=0.1)
-        monkeypatch.undo()
-        if reader == "stopped":
-            assert os.read(source, 100_000) == b"x" * select.PIPE_BUF
+    with open(source, "rb") as reading, open(sink, "w", encoding="ascii") as stream:
+        watchdog.tell("a \u03b4\x1b line", stream, patience=30)
+        assert os.read(source, 100) == b"a \\u03b4\\x1b line\n"
+        begun = time.monotonic()
+        watchdog.tell("x" * 10_000, stream, patience=0.2)
+        assert time.monotonic() - begun < 20
+        assert reading.read(10_001) == b"x" * 10_000 + b"\n"  # a reader who comes back gets all of it
+    watchdog.tell("to nobody", None)
 
 
-def test_a_disk_that_is_full_does_not_keep_the_ranks_of_a_hang_alive(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("stdout", ["closed", "no reader", "in memory", "none"])
+def test_a_hang_ends_the_ranks_whatever_stdout_is(tmp_path: Path, monkeypatch, stdout: str) -> None:
+    source, sink = os.pipe()
+    os.close(source)
+    stream = io.StringIO() if stdout == "in memory" else open(sink, "w")  # noqa: SIM115
+    if stdout == "closed":
+        stream.close()
+    monkeypatch.setattr(sys, "stdout", None if stdout == "none" else stream)
+    target = Ended()
+    assert watchdog.Watchdog(tmp_path, "6.1", 0.1, 0.1, 0, target).watch(lambda: False) == 4
+    monkeypatch.undo()
+    assert target.calls == ["dump", "end"] and hang_record(tmp_path)["ranks"] == []
+    if stdout == "in memory":
+        assert stream.getvalue().startswith("hang: no step for") and "no rank has started" in stream.getvalue()
+
+
+def test_a_full_disk_does_not_keep_the_ranks_of_a_hang_alive(tmp_path: Path, monkeypatch, capfd) -> None:
     def full(*_, **__) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     target = Ended()
     monkeypatch.setattr(watchdog, "write_json", full)
     assert watchdog.Watchdog(tmp_path, "6.1", 0.1, 0.1, 0, target).watch(lambda: False) == 4
-    assert target.calls == ["dump", "end"]
+    assert target.calls == ["dump", "end"] and "hang.json" in capfd.readouterr().out
+
+
+def test_a_directory_that_does_not_respond_does_not_keep_the_ranks_alive(tmp_path: Path, monkeypatch, capfd) -> None:
+    """A file system that hangs: ranks are dumped, and hang.json is never written."""
+    responds = threading.Event()
+    monkeypatch.setattr(watchdog, "write_json", lambda *_, **__: responds.wait(LIMIT_S))
+    monkeypatch.setattr(watchdog, "GRACE_S", 0.1)
+    monkeypatch.setattr(watchdog, "RECORD_S", 0.1)
+    target = Ended()
+    assert watchdog.Watchdog(tmp_path, "6.1", 0.1, 0.1, 0, target).watch(lambda: False) == 4
+    responds.set()
+    assert target.calls == ["dump", "end"] and f"{tmp_path} does not respond" in capfd.readouterr().out
 
 
 def test_what_runs_on_the_host_needs_the_standard_library_only() -> None:
