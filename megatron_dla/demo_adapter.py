@@ -17,7 +17,7 @@ RELOADED = {"fp32": (1e-4, 0.0), "bf16": (0.02, 0.01)}
 def adapter(config: str, name: str, base: Path, *overrides: str, precision: str = "fp32") -> Path:
     """Train an adapter and export it; its held-out loss must come back from the plain model."""
     dla("run", config, "--nproc", "2", f"run.name={name}", f"training.precision={precision}", *overrides)
-    dla("convert", "adapter", str(RUN / name), str(RUN / f"{name}_adapter"))
+    dla("convert", "adapter", str(RUN / name), str(RUN / f"{name}_adapter"), "--overwrite")  # of before a stop
     validated = [m for m in read_metrics(RUN / name / "metrics.jsonl") if "val_loss" in m][-1]
     trained = validated.get("val_answers", validated["val_loss"])
     reloaded = held_out_loss(base, RUN / f"{name}_adapter", RUN / name / "config.yaml")
