@@ -17,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from megatron_dla import files
+from megatron_dla.errors import UserError
 from megatron_dla.files import (
     TensorWriter,
     atomic_path,
+    check_out,
     create_json,
     file_sha256,
     load_tensors,
@@ -249,3 +251,17 @@ def test_files_are_parsed_by_what_names_deep_nesting_a_value_error() -> None:
     for text in ("[" * 100_000, b'{"a":' * 50_000, b"\xff", "9" * 5000):
         with pytest.raises(ValueError):
             files.parse_json(text)
+
+
+def test_where_a_directory_can_be_written_to(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
+    for good in (None, tmp_path, tmp_path / "new" / "below"):
+        check_out(good)
+    assert sorted(os.listdir(tmp_path)) == ["dead", "file"]  # nothing is made
+    for wrong, named in (("file", "file"), ("dead", "dead"), ("file/below", "file")):
+        with pytest.raises(UserError, match=rf"--place .*{named}"):
+            check_out(tmp_path / wrong, "--place")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(UserError, match=str(tmp_path)):
+        check_out(tmp_path / "new")
