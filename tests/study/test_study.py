@@ -132,7 +132,10 @@ def test_a_study_goes_on_where_it_was_stopped(write, capsys) -> None:
 
 def test_what_is_given_is_checked_before_anything_runs(write, tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
-    for options, words in ((["--out", str(tmp_path / "file")], "--out"), (["--task", "2/2"], "--task 2/2")):
+    for options, words in (
+        (["--out", str(tmp_path / "file")], "--out"), (["--task", "2/2"], "--task 2/2"), (["--task", "x"], "--task x"),
+        (["--task", "1/2", "--out", str(tmp_path / "new")], "--task 1/2"),
+    ):  # fmt: skip
         assert main(["study", str(write()), *options]) == 2
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1 and words in error and not (tmp_path / "studies").exists()
