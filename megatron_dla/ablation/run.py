@@ -59,6 +59,7 @@ class AblationRunner:
         """
         seed = self.ablation.config.seeds[0]
         self.ablation.config.evaluate.check()
+        print(f"checking the configs and data of {len(self.names)} recipes", flush=True)
         for name in self.names:
             with named(f"recipes.{name}"):
                 check_run(self.ablation.run_config(name, seed), self.ablation.config.nproc)
