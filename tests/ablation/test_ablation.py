@@ -281,3 +281,17 @@ def test_real_commands(write, tmp_path) -> None:
     recipe = results["recipes"]["text"]
     assert all(point is not None for point in recipe["points"].values()) and min(recipe["seconds"]) > 0
     assert recipe["tables"][0]["settings"]["adapters"] == 2 and recipe["tables"][1]["settings"]["windows"] == 2
+
+
+def test_the_committed_records_are_what_the_docs_say(tmp_path) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    values = yaml.safe_load(next(path for path in shipped.ABLATIONS if path.stem == "ablation_recall").read_text())
+    path = tmp_path / "ablation.yaml"
+    changed = values | {"dir": str(docs / "results" / "ablation")}
+    path.write_text(yaml.safe_dump(changed, sort_keys=False))
+    results = collect(load_ablation(path))
+    assert list(results["recipes"]) == list(values["recipes"])
+    text = (docs / "delta_mem.md").read_text()
+    for row in table_text(results).splitlines()[2:]:
+        name, *cells = row.strip("| ").split(" | ")
+        assert f"| `{name}` | {' | '.join(cells[:4])} |" in text
