@@ -308,17 +308,23 @@ def test_a_dump_without_frames_has_no_place() -> None:
     assert place_of("Thread 0x1 (most recent call first):\n  <no Python frame>\n") == NO_STACKS
 
 
-@pytest.mark.long
-def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
-    data = tiny.build_data(tmp_path / "corpus")
-    config, run_dir = tmp_path / "tiny.yaml", tmp_path / "tiny"
-    config.write_text(yaml.safe_dump(tiny.config_dict(data, tmp_path, training={"steps": 100000})))
+def dla_run(folder: Path, **env: str) -> subprocess.Popen:
+    """`dla run` of a tiny run in folder/tiny on two ranks, with a floor of 8 s and its output in a pipe."""
+    config = folder / "tiny.yaml"
+    data = tiny.build_data(folder / "corpus")
+    config.write_text(yaml.safe_dump(tiny.config_dict(data, folder, training={"steps": 100000})))
     code = "import sys; from megatron_dla import cli; from megatron_dla.launch import watchdog; watchdog.FLOOR_S = 8; "
     command = [sys.executable, "-c", code + "sys.exit(cli.main())", "run", str(config), "--nproc", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.long
+def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
+    run_dir = tmp_path / "tiny"
     (tmp_path / "tmp").mkdir()
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")}
-    env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")  # of all runs of a user, in TMPDIR by default
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    cache = str(tmp_path / "cache")  # of all runs of a user, in TMPDIR by default
+    process = dla_run(tmp_path, TMPDIR=str(tmp_path / "tmp"), TORCHINDUCTOR_CACHE_DIR=cache)
     seen = set()
     while len(seen) < 4:  # the time that a step takes is known
         seen.add(heartbeat(run_dir))
@@ -339,13 +345,7 @@ def test_dla_run_ends_a_run_with_a_frozen_rank(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_dla_run_ends_a_run_whose_output_nobody_reads(tmp_path: Path) -> None:
     """Rank 0 waits in a print; the watchdog prints to the same pipe."""
-    data = tiny.build_data(tmp_path / "corpus")
-    config, run_dir = tmp_path / "tiny.yaml", tmp_path / "tiny"
-    config.write_text(yaml.safe_dump(tiny.config_dict(data, tmp_path, training={"steps": 100000})))
-    code = "import sys; from megatron_dla import cli; from megatron_dla.launch import watchdog; watchdog.FLOOR_S = 8; "
-    command = [sys.executable, "-c", code + "sys.exit(cli.main())", "run", str(config), "--nproc", "2"]
-    env, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    process = subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT)
+    process, run_dir = dla_run(tmp_path), tmp_path / "tiny"
     fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
     assert process.wait(LIMIT_S) == 4
     (record,) = run_dir.glob("exits/*/hang.json")
