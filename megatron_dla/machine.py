@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 from pathlib import Path
@@ -19,3 +20,8 @@ def processor() -> str:
 def machine() -> str:
     """Cores that this process may use, processor, system."""
     return f"{len(os.sched_getaffinity(0))} cores of {processor()}, {platform.platform()}"
+
+
+def made_here() -> dict[str, str]:
+    """Machine and date (UTC) of a measurement."""
+    return {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}

@@ -14,9 +14,10 @@ from megatron_dla.ablation.plan import Ablation
 from megatron_dla.config import AdapterRunConfig
 from megatron_dla.errors import STOPPED, ConfigError, UserError
 from megatron_dla.files import parse_json, write_json
+from megatron_dla.machine import made_here
 from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.study.record import Day, Finite, Keys, Whole, check_record, damaged
-from megatron_dla.study.run import Progress, different_keys, exit_messages, launch_run, log_path, made_here, run_process
+from megatron_dla.study.run import Progress, different_keys, exit_messages, launch_run, log_path, run_process
 from megatron_dla.study.run import plain as plain_run
 from megatron_dla.study.variants import named, of_part
 from megatron_dla.tasks.run import check_run, make_task, versions

@@ -109,13 +109,13 @@ def _capacity(args: argparse.Namespace) -> int:
     import torch
 
     from megatron_dla.evaluation.capacity import VALUES, Training, exact, measure, train
-    from megatron_dla.machine import machine
+    from megatron_dla.machine import made_here
     from megatron_dla.tasks.run import versions
 
     torch.set_num_threads(args.threads)
     results: dict[str, Any] = {
         "facts": facts, "values": VALUES, "steps": args.steps, "episodes": args.episodes, "seed": args.seed,
-        "versions": versions(), "machine": machine(), "states": {},
+        "versions": versions(), **made_here(), "states": {},
     }  # fmt: skip
     progress = _Progress(len(states) * args.steps)
     for name, config in states.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 from megatron_dla.config import AdapterRunConfig, RunConfig, dump_config, load_config, to_dict
 from megatron_dla.errors import BAD_INPUT, STOPPED, ConfigError, UserError
 from megatron_dla.files import parse_json, write_json
-from megatron_dla.machine import machine
+from megatron_dla.machine import made_here
 from megatron_dla.metrics.meters import clock
 from megatron_dla.metrics.sinks import read_metrics
 from megatron_dla.model.counts import count_parameters
@@ -145,11 +144,6 @@ def summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "memory_gb": max(m["memory_gb"] for m in steps),
         "seconds": steps[-1]["tokens"] / statistics.median(m["tokens_per_s"] for m in steps),
     }
-
-
-def made_here() -> dict[str, str]:
-    """Machine and date (UTC) of a cell."""
-    return {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
 
 
 def plain(config: RunConfig | AdapterRunConfig) -> dict[str, Any]:

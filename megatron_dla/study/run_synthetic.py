@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron_dla.errors import STOPPED, UserError
 from megatron_dla.files import parse_json, write_json
+from megatron_dla.machine import made_here
 from megatron_dla.study.record import SYNTHETIC, damaged
-from megatron_dla.study.run import CELL, Progress, log_path, made_here, result_of, run_process
+from megatron_dla.study.run import CELL, Progress, log_path, result_of, run_process
 from megatron_dla.study.synthetic import CellConfig, SyntheticCell, SyntheticStudy
 from megatron_dla.study.variants import of_part
 from megatron_dla.tasks.run import versions

@@ -58,7 +58,8 @@ def test_the_command_writes_table_json_and_picture(tmp_path: Path, capsys) -> No
     out = tmp_path / "new" / "out"
     assert main(["eval", "capacity", *words, "--set", "delta_mem.beta_bias=-3", "--out", str(out)]) == 0
     results = json.loads((out / JSON_NAME).read_text())
-    assert results["facts"] == [1, 4] and results["machine"] and results["versions"]["torch"] == torch.__version__
+    assert results["facts"] == [1, 4] and results["versions"]["torch"] == torch.__version__
+    assert all(results[key] for key in ("machine", "date"))
     found = [(name, s["numbers"], s["exact"], s["config"]["beta_bias"]) for name, s in results["states"].items()]
     assert found == [("8", 64, [1, 1], -3), ("2x8", 128, None, -3)]
     for state in results["states"].values():
