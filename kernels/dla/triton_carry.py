@@ -1,10 +1,11 @@
-"""Mamba-2's states over the blocks of a segment: each block's own sums in parallel, then a scan without products.
+"""States over the blocks of a segment: each block's own sums in parallel, then Mamba-2's scan, without products.
 
-The transition is a number a head, so a state's elements do not mix: `block_states_kernel` writes what the tokens of
-each block add to each slot where the snapshot after the block belongs, and `carry_states_kernel` goes over the blocks
-with a few elements of every slot in registers, [KP, BV], adds what it finds there, and replaces it by the state. The
-gradient goes the same way back (`state_gradient_kernel`, `carry_gradients_kernel`). Slots keep their rows of registers
-as they keep their columns in `triton_slots.py`, whose `slot_columns_kernel` decides who sits where.
+`block_states_kernel` writes what the tokens of each block add to each slot where the snapshot after the block belongs,
+also for Gated DeltaNet's scan (`triton_slots.py`). Mamba-2's transition is a number a head, so a state's elements do
+not mix: `carry_states_kernel` goes over the blocks with a few elements of every slot in registers, [KP, BV], adds what
+it finds there, and replaces it by the state. The gradient goes the same way back (`state_gradient_kernel`,
+`carry_gradients_kernel`). Slots keep their rows of registers as they keep their columns in `triton_slots.py`, whose
+`slot_columns_kernel` decides who sits where.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .triton_tiles import raw_rows
 
 @triton.jit(do_not_specialize=SIZES)
 def block_states_kernel(
-    k,  # [T, G, DK]
+    k,  # [T, G, DK]; Gated DeltaNet: Kh [tokens of the window, H, DK], which has the decay
     v,  # [T, H, DV]
     cg,  # [H, T]
     blocks,  # [n, 4]
@@ -26,9 +27,9 @@ def block_states_kernel(
     live_count,  # [rows, H]
     moves,  # [blocks, H, 4], see `slot_columns_kernel`
     snap,  # [rows of the window, H, K, DK, DV] out: at the row after a block, what it adds to its newest slots
-    T, H, GROUP, K, block_lo, row_lo,
+    T, H, GROUP, K, block_lo, row_lo, token_lo,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    DOT: tl.constexpr, PREC: tl.constexpr,
+    GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One tile of [DK, DV] a program, of every slot that the block opened and of the one that was open before."""
     NV: tl.constexpr = (DV + BV - 1) // BV
@@ -38,6 +39,9 @@ def block_states_kernel(
     first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
     row = (tl.load(blocks + 4 * i_t + 2) + 1).to(tl.int64)
     p_k, p_v, p_g = k + i_h // GROUP * DK, v + i_h * DV, cg + i_h * T
+    stride_k = H // GROUP * DK
+    if GDN:
+        p_k, stride_k = k + (i_h - token_lo.to(tl.int64) * H) * DK, H * DK
     p_pos = live_pos + (row * H + i_h) * K
     p_snap = snap + ((row - row_lo) * H + i_h) * K * DK * DV + o_k[:, None] * DV + o_v[None, :]
     m_tile = (o_k < DK)[:, None] & (o_v < DV)[None, :]
@@ -52,9 +56,11 @@ def block_states_kernel(
         for i_c in range((hi - lo + BT - 1) // BT):
             o_t = lo + i_c * BT + tl.arange(0, BT)
             m_k = (o_t < hi)[None, :] & (o_k < DK)[:, None]
-            p_t = p_k + o_t.to(tl.int64)[None, :] * (H // GROUP * DK) + o_k[:, None]
-            b_decay = tl.exp(g_end - tl.load(p_g + o_t, mask=o_t < hi, other=0.0))
-            b_k = tl.load(p_t, mask=m_k, other=0.0).to(tl.float32) * tl.where(o_t < hi, b_decay, 0.0)[None, :]
+            p_t = p_k + o_t.to(tl.int64)[None, :] * stride_k + o_k[:, None]
+            b_k = tl.load(p_t, mask=m_k, other=0.0).to(tl.float32)
+            if not GDN:
+                b_decay = tl.exp(g_end - tl.load(p_g + o_t, mask=o_t < hi, other=0.0))
+                b_k *= tl.where(o_t < hi, b_decay, 0.0)[None, :]
             b_v = raw_rows(p_v, o_t, o_v, hi, H * DV, DV)
             b_s = tl.dot(b_k.to(DOT), b_v.to(DOT), b_s, input_precision=PREC)  # [BK, BT] @ [BT, BV] -> [BK, BV]
         tl.store(p_snap + tl.cast(i_s, tl.int64) * DK * DV, b_s.to(DOT), mask=m_tile)
@@ -66,14 +72,14 @@ def add_merged(b_s, p_c, merges, b_after, KP: tl.constexpr, REVERSE: tl.constexp
     """b_s [KP, BV] with the slots that died in a block added to those that they were merged into; reverse, the other
     way round. `p_c`: the block's `columns`, of which `b_after` [KP] is the second row."""
     o_s = tl.arange(0, KP)
-    died, into = tl.load(p_c + 4 * KP), tl.load(p_c + 5 * KP)
+    died, into = tl.load(p_c + 3 * KP), tl.load(p_c + 4 * KP)
     for i_m in range(merges):
         m_from, m_to = o_s == died.to(tl.int32), b_after == into.to(tl.int32)
         if REVERSE:
             m_from, m_to = m_to, m_from
         more = i_m + 1 < merges  # one ahead: the load's latency is the loop's
-        died = tl.load(p_c + 4 * KP + i_m + 1, mask=more, other=0)
-        into = tl.load(p_c + 5 * KP + i_m + 1, mask=more, other=0)
+        died = tl.load(p_c + 3 * KP + i_m + 1, mask=more, other=0)
+        into = tl.load(p_c + 4 * KP + i_m + 1, mask=more, other=0)
         b_one = tl.sum(tl.where(m_from[:, None], b_s, 0.0), 0)
         b_s += tl.where(m_to[:, None], b_one[None, :], 0.0)
     return b_s
@@ -100,8 +106,8 @@ def carry_states_kernel(
     o_out = (i_n.to(tl.int64) * H + i_h) * K * D
     row = (tl.load(blocks + 4 * first_block + 2) - row_lo).to(tl.int64)  # a segment's rows follow each other
     i_bh = first_block.to(tl.int64) * H + i_h
-    b_before = tl.load(columns + i_bh * 6 * KP + o_s).to(tl.int32)
-    b_after = tl.load(columns + (i_bh * 6 + 1) * KP + o_s).to(tl.int32)
+    b_before = tl.load(columns + i_bh * 5 * KP + o_s).to(tl.int32)
+    b_after = tl.load(columns + (i_bh * 5 + 1) * KP + o_s).to(tl.int32)
     live, fresh, kept = tl.load(moves + i_bh * 4), tl.load(moves + i_bh * 4 + 1), tl.load(moves + i_bh * 4 + 2)
     m_in = m_d & (o_s < live)[:, None]
     b_s = tl.load(incoming + o_out + o_s[:, None] * D + o_d[None, :], mask=m_in, other=0.0)
@@ -114,13 +120,13 @@ def carry_states_kernel(
         m_old = m_d & (b_before < live)[:, None]
         tl.store(p_snap + (b_before[:, None] * D + o_d[None, :]), b_s.to(snap.dtype.element_ty), mask=m_old)
         b_s *= tl.exp(tl.load(cg + i_h * T + tl.load(blocks + 4 * i_t + 1) - 1))
-        b_s = add_merged(b_s, columns + i_bh * 6 * KP, tl.load(moves + i_bh * 4 + 3), b_after, KP, False)
+        b_s = add_merged(b_s, columns + i_bh * 5 * KP, tl.load(moves + i_bh * 4 + 3), b_after, KP, False)
         m_kept = (b_after >= fresh) & (b_after < kept)
         b_s = tl.where(m_kept[:, None], b_s, 0.0) + b_new.to(tl.float32)
         b_before = b_after
         if i_b + 1 < n_blocks:
             i_bh = (i_t + 1).to(tl.int64) * H + i_h
-            b_after = tl.load(columns + (i_bh * 6 + 1) * KP + o_s).to(tl.int32)
+            b_after = tl.load(columns + (i_bh * 5 + 1) * KP + o_s).to(tl.int32)
             live, fresh, kept = tl.load(moves + i_bh * 4), tl.load(moves + i_bh * 4 + 1), tl.load(moves + i_bh * 4 + 2)
     m_out = m_d & (b_before < tl.minimum(kept, K))[:, None]
     tl.store(final + o_out + (b_before[:, None] * D + o_d[None, :]), b_s, mask=m_out)
@@ -149,7 +155,7 @@ def carry_gradients_kernel(
     last = first_block + n_blocks - 1
     row = (tl.load(blocks + 4 * last + 2) - row_lo).to(tl.int64)  # a segment's rows follow each other
     i_bh = last.to(tl.int64) * H + i_h
-    b_after = tl.load(columns + (i_bh * 6 + 1) * KP + o_s).to(tl.int32)
+    b_after = tl.load(columns + (i_bh * 5 + 1) * KP + o_s).to(tl.int32)
     m_end = m_d & (b_after < tl.minimum(tl.load(moves + i_bh * 4 + 2), K))[:, None]
     o_end = b_after[:, None] * D + o_d[None, :]
     b_ds = tl.zeros([KP, BV], tl.float32)
@@ -159,14 +165,14 @@ def carry_gradients_kernel(
     for i_b in range(n_blocks):
         i_t = last - i_b
         i_bh = i_t.to(tl.int64) * H + i_h
-        b_before = tl.load(columns + i_bh * 6 * KP + o_s).to(tl.int32)
+        b_before = tl.load(columns + i_bh * 5 * KP + o_s).to(tl.int32)
         live, fresh, kept = tl.load(moves + i_bh * 4), tl.load(moves + i_bh * 4 + 1), tl.load(moves + i_bh * 4 + 2)
         o_row = ((row - i_b) * H + i_h) * K * D
         m_row = m_d & (b_before < live)[:, None]
         b_own = tl.load(grad_states + o_row + (b_before[:, None] * D + o_d[None, :]), mask=m_row, other=0.0)
         m_kept = (b_after >= fresh) & (b_after < kept)
         b_ds = tl.where(m_kept[:, None], b_ds, 0.0)
-        b_ds = add_merged(b_ds, columns + i_bh * 6 * KP, tl.load(moves + i_bh * 4 + 3), b_after, KP, True)
+        b_ds = add_merged(b_ds, columns + i_bh * 5 * KP, tl.load(moves + i_bh * 4 + 3), b_after, KP, True)
         b_s = tl.load(snap + o_row + (b_before[:, None] * D + o_d[None, :]), mask=m_row, other=0.0)
         keep = tl.exp(tl.load(cg + i_h * T + tl.load(blocks + 4 * i_t + 1) - 1))
         part = keep * tl.sum(tl.sum(b_s.to(tl.float32) * b_ds, 1), 0)

@@ -72,19 +72,21 @@ class Tables:
     pos: Tensor  # int32 [rows, H, K]
     death: Tensor
     live: Tensor  # int32 [rows, H]
-    columns: Tensor  # int16 [blocks, H, 6, KP], see `triton_slots.py`
+    columns: Tensor  # int16 [blocks, H, 5, KP], see `triton_slots.py`
     moves: Tensor  # int32 [blocks, H, 4]
 
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
 
-def block_decay(g: Tensor, blocks: Tensor, block: int) -> Tensor:
-    """Cumulative log-decay inside each of `blocks` (int32 [n, 4]: first token, end, ..): fp32 [H, T] from [T, H]."""
+def block_decay(g: Tensor, blocks: Tensor, block: int, tiles: int = 1) -> tuple[Tensor, Tensor]:
+    """Cumulative log-decay inside each of `blocks` (int32 [n, 4]: first token, end, ..), and inside each of their
+    `tiles` tiles: fp32 [H, T] from [T, H]."""
     T, H = g.shape
     cg = torch.empty(H, T, dtype=torch.float32, device=g.device)
-    decay_cumsum_kernel[(len(blocks), H)](g, cg, blocks, T, H, BLOCK=block, num_warps=4)
-    return cg
+    cg_tile = torch.empty_like(cg) if tiles > 1 else cg
+    decay_cumsum_kernel[(len(blocks), H)](g, cg, cg_tile, blocks, T, H, BLOCK=block, TILES=tiles, num_warps=4)
+    return cg, cg_tile
 
 
 def make_tables(
@@ -97,12 +99,11 @@ def make_tables(
         return torch.empty(*shape, dtype=dtype, device=g.device)
 
     rows, blocks = len(layout.rows), len(layout.blocks)
-    cg = block_decay(g, layout.blocks, plan.block)
+    cg, cg_tile = block_decay(g, layout.blocks, plan.block, plan.tiles if plan.gdn else 1)
     tables = Tables(
-        life=life, cg=cg, cg_tile=block_decay(g, layout.tiles, plan.tile) if plan.gdn else cg,
-        counts=new(H, plan.tiles, T),
+        life=life, cg=cg, cg_tile=cg_tile, counts=new(H, plan.tiles, T),
         pos=new(rows, H, K), death=new(rows, H, K), live=new(rows, H),
-        columns=new(blocks, H, 6, plan.slots_padded, dtype=torch.int16), moves=new(blocks, H, 4),
+        columns=new(blocks, H, 5, plan.slots_padded, dtype=torch.int16), moves=new(blocks, H, 4),
     )  # fmt: skip
     cache_live, cache_death = cache if cache is not None else (life, life)
     live = (tables.pos, tables.death, tables.live, T, H, K)
@@ -196,40 +197,42 @@ class WindowPass:
 
         `incoming`: `carry`, filled where a segment begins with slots; its scratch is overwritten.
         """
-        plan, tables, segments = self.plan, self.tables, self.window.segments
-        snap, final = self.states(), self.states(torch.float32, len(segments))
-        if not plan.gdn:
-            self._carry_states(incoming, snap, final)
-            return snap, final
-        dims, grid = self.scan_launch()
-        inputs = (self.kh, self.x.v, tables.cg, self.r_matrix, self.layout.blocks, segments)
-        sizes = (plan.K, self.window.block_lo, self.window.row_lo, self.token_lo)
-        tokens = min(plan.tile, 16) if dims["BK"] > 128 else plan.tile  # a step: registers of that many key dims
-        meta = dict(BT=tokens, KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
+        plan, tables, window = self.plan, self.tables, self.window
+        snap, final = self.states(), self.states(torch.float32, len(window.segments))
         if plan.staged:
-            state_scan_kernel[grid](
-                *inputs, tables.pos, tables.death, tables.live, incoming, snap, final, self.layout.tokens, plan.H,
-                *sizes, **meta,
+            self._staged_scan(incoming, snap, final)
+            return snap, final
+        self._block_states(snap)
+        slots = (tables.columns, tables.moves, incoming, snap, final, self.layout.tokens, plan.H, plan.K)
+        if plan.gdn:
+            dims, grid = self.scan_launch()
+            slot_scan_kernel[grid](
+                tables.cg, self.r_matrix, self.layout.blocks, window.segments, *slots, window.block_lo, window.row_lo,
+                KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims,
             )  # fmt: skip
         else:
-            slot_scan_kernel[grid](
-                *inputs, tables.columns, tables.moves, incoming, snap, final, self.layout.tokens, plan.H, *sizes, **meta
-            )
+            dims, programs = self.carry_launch()
+            carry_states_kernel[programs](tables.cg, self.layout.blocks, window.segments, *slots, window.row_lo, **dims)
         return snap, final
 
-    def _carry_states(self, incoming: Tensor, snap: Tensor, final: Tensor) -> None:
-        """`scan` of Mamba-2."""
-        plan, tables, window, blocks = self.plan, self.tables, self.window, self.layout.blocks
+    def _staged_scan(self, incoming: Tensor, snap: Tensor, final: Tensor) -> None:
+        plan, tables, window = self.plan, self.tables, self.window
+        dims, grid = self.scan_launch()
+        state_scan_kernel[grid](
+            self.kh, self.x.v, tables.cg, self.r_matrix, self.layout.blocks, window.segments, tables.pos, tables.death,
+            tables.live, incoming, snap, final, self.layout.tokens, plan.H, plan.K, window.block_lo, window.row_lo,
+            self.token_lo, BT=plan.tile, KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims,
+        )  # fmt: skip
+
+    def _block_states(self, snap: Tensor) -> None:
+        """What each block adds to its newest slots, at the row after it."""
+        plan, tables, window = self.plan, self.tables, self.window
         dims = plan.launch("block_states", snap.device)
         tiles = ceil_div(plan.DK, dims["BK"]) * ceil_div(plan.DV, dims["BV"])
         block_states_kernel[(self.blocks, plan.H, tiles)](
-            self.x.k, self.x.v, tables.cg, blocks, tables.pos, tables.live, tables.moves, snap, *self._sizes(), plan.K,
-            window.block_lo, window.row_lo, BT=plan.tile, DOT=plan.dot, PREC=PRECISION, **dims, **ALL_REGISTERS,
-        )  # fmt: skip
-        dims, programs = self.carry_launch()
-        carry_states_kernel[programs](
-            tables.cg, blocks, window.segments, tables.columns, tables.moves, incoming, snap, final,
-            self.layout.tokens, plan.H, plan.K, window.row_lo, **dims,
+            self.kh if plan.gdn else self.x.k, self.x.v, tables.cg, self.layout.blocks, tables.pos, tables.live,
+            tables.moves, snap, *self._sizes(), plan.K, window.block_lo, window.row_lo, self.token_lo, BT=plan.tile,
+            **plan.math(), **dims, **ALL_REGISTERS,
         )  # fmt: skip
 
     def reverse_scan(self, snap: Tensor, dstates: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -250,7 +253,7 @@ class WindowPass:
                 HAS_INCOMING=carry is not None, **dims,
             )  # fmt: skip
             return initial, dkeep
-        dims, grid = self.scan_launch()
+        dims, grid = self.scan_launch(reverse=True)
         inputs = (tables.cg, self.r_matrix, self.layout.blocks, window.segments)
         meta = dict(KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
         if plan.staged:
@@ -260,8 +263,8 @@ class WindowPass:
             )  # fmt: skip
         else:
             slot_reverse_kernel[grid](
-                *inputs, tables.columns, tables.moves, dstates, carry, initial, *sizes, window.block_lo, window.row_lo,
-                **meta,
+                *inputs, tables.columns, tables.moves, dstates, initial if carry is None else carry, initial, *sizes,
+                window.block_lo, window.row_lo, HAS_INCOMING=carry is not None, **meta,
             )  # fmt: skip
         return initial, None
 
@@ -270,10 +273,10 @@ class WindowPass:
         plan = self.plan
         return self.new(len(self.window.segments), 2 if plan.staged else 1, plan.H, plan.K, plan.DK, plan.DV)
 
-    def scan_launch(self) -> tuple[dict[str, int], tuple[int, int, int]]:
+    def scan_launch(self, reverse: bool = False) -> tuple[dict[str, int], tuple[int, int, int]]:
         """Launch and grid of a scan of Gated DeltaNet."""
         plan = self.plan
-        dims = plan.scan(self.x.v.device)
+        dims = plan.scan(self.x.v.device, reverse)
         return dims, (len(self.window.segments) * plan.H, 1, ceil_div(plan.DV, dims["BV"]))
 
     def carry_launch(self) -> tuple[dict[str, int], tuple[int, int]]:
@@ -295,7 +298,7 @@ class WindowPass:
 def local_launch(plan: LaunchPlan, device: torch.device, kernel: str = "local") -> dict:
     """Launch of the chunk-local kernels, which know no value dims: BV is the width of a slab of a C x C matrix."""
     found = plan.launch(kernel, device)
-    slab = {} if kernel in ("inverse", "transition") else {"SLAB": min(found["BV"], plan.tile)}
+    slab = {} if kernel in ("inverse", "transition", "transition_backward") else {"SLAB": min(found["BV"], plan.tile)}
     return {**{k: x for k, x in found.items() if k not in ("DV", "BV")}, **slab, "BT": plan.tile, "PREC": PRECISION}
 
 
@@ -328,7 +331,7 @@ def _incoming(work: WindowPass, states: Tensor | None, resumed: Tensor | None) -
 
 def _incoming_gradient(work: WindowPass, final: Tensor | None, resumed: Tensor | None) -> Tensor | None:
     """Scan scratch with the gradients of the states that the window's segments end with; None where all are zero."""
-    if final is None and resumed is None and not work.plan.gdn:
+    if final is None and resumed is None and not work.plan.staged:
         return None
     carry = work.carry()
     if final is None:
@@ -574,7 +577,7 @@ def _compose_backward(
     """From a block's gradients dAt, dQt and dKh of its tiles, dk from ek, and each tile's last cg's [tiles, H, 1]."""
     plan, x, tables = work.plan, work.x, work.tables
     device, tiles, lo = x.k.device, plan.tiles, work.window.block_lo
-    meta = local_launch(plan, device, "compose_backward")
+    meta = local_launch(plan, device, "transition_backward")
     parts = ceil_div(plan.DK, meta["BK"])
     zeros = torch.zeros(parts + 2 * plan.levels, work.blocks, tiles, plan.H, device=device)
     block_sums, sums = zeros[:parts], zeros[parts:]
@@ -583,6 +586,7 @@ def _compose_backward(
     transition_backward_kernel[(*work.tile_grid, parts)](
         x.k, tables.cg, work.kh, dphi, dkh, dke, block_sums, *where, lo, work.token_lo, *sizes, TILES=tiles, **meta
     )
+    meta = local_launch(plan, device, "compose_backward")
     dat_tile = dat if tiles == 1 else torch.empty_like(work.at_tile)
     scratch = torch.empty_like(dat) if tiles > 1 else dat
     for level in reversed(range(plan.levels)):

@@ -256,7 +256,7 @@ def transition_backward_kernel(
     tiles, tile_lo, block_lo, token_lo,
     T, H, GROUP,
     N_BLOCKS,  # of the window
-    TILES: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+    TILES: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Through Phi = exp(cg_C) I - Kh^T ek of a block, but for exp(cg_C)."""
     i_t, i_h = tile_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)

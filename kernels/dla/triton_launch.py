@@ -27,6 +27,10 @@ LAUNCH = {
     "carry": ((1, 2048, 1, 1), (1, 1024, 1, 1), "forward"),  # BV: for all slots together, here and in the next lines
     "slots_gdn": ((128, 128, 8, 2), (32, 64, 4, 1), "forward"),
     "slots_gdn.256": ((256, 64, 8, 1), (32, 64, 4, 1), "forward"),
+    "slots_gdn_reverse": ((128, 128, 8, 2), (32, 64, 4, 1), "backward"),
+    "slots_gdn_reverse.sm80": ((128, 64, 8, 1), (32, 64, 4, 1), "backward"),
+    "slots_gdn_reverse.256": ((128, 128, 8, 1), (32, 64, 4, 1), "backward"),
+    "slots_gdn_reverse.256.sm80": ((128, 32, 8, 1), (32, 64, 4, 1), "backward"),
     "scan_gdn": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "output": ((128, 64, 4, 2), (64, 64, 8, 1), "forward"),
     "output.256": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
@@ -55,10 +59,14 @@ LAUNCH = {
     "dphi": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
     "dphi.sm80": ((64, 64, 8, 2), (32, 32, 8, 1), "backward"),
     "inverse": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
-    "local": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
+    "local": ((32, 32, 4, 1), (32, 32, 8, 1), "forward"),
+    "local.sm100": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "local.sm80": ((32, 16, 8, 1), (32, 16, 8, 1), "forward"),
     "compose": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
-    "compose_backward": ((16, 32, 8, 1), (16, 32, 8, 1), "backward"),
+    "compose_backward": ((16, 16, 8, 2), (16, 32, 8, 1), "backward"),
+    "compose_backward.256": ((16, 32, 8, 1), (16, 32, 8, 1), "backward"),
+    "compose_backward.odd": ((16, 32, 8, 1), (16, 32, 8, 1), "backward"),
+    "transition_backward": ((32, 32, 4, 1), (32, 32, 8, 1), "backward"),
     "transition": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
     "transition.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "detect_pairs": ((64, 64, 4, 1), (64, 64, 8, 1), "partition"),
@@ -171,14 +179,16 @@ class LaunchPlan:
         """Whether scans go slot by slot: all slots do not fit in one program, which has all key dims."""
         return self.gdn and self.wide and self.DK > 32
 
-    def scan(self, device: torch.device) -> dict[str, int]:
-        """`launch` of a scan of Gated DeltaNet."""
+    def scan(self, device: torch.device, reverse: bool = False) -> dict[str, int]:
+        """`launch` of a scan of Gated DeltaNet; BH of the reverse one: key dims after the first BK."""
         if self.staged:
             return self.launch("scan_gdn", device)
-        found = self.found("slots_gdn", device)
+        found = self.found("slots_gdn_reverse" if reverse else "slots_gdn", device)
         columns = found["BV"] // (2 if self.K > 32 else 1)
         found["BK"] = min(found["BK"], power_of_two(self.DK))
         found["BV"] = max(1, min(columns // self.slots_padded, 8))
+        if reverse:
+            found["BH"] = power_of_two(self.DK - found["BK"]) if found["BK"] < self.DK else 0
         return {"DK": self.DK, "DV": self.DV, **found, **ALL_REGISTERS}
 
     def carry(self, device: torch.device) -> dict[str, int]:

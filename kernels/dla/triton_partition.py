@@ -77,7 +77,7 @@ def triton_partition(
         k, v, g = (x.contiguous().flatten(0, 1) for x in (k, v, g))
         beta = None if beta is None else beta.contiguous().flatten(0, 1)
         gdn = beta is not None
-        cg = block_decay(g, layout.blocks, tile)
+        cg, _ = block_decay(g, layout.blocks, tile)
         inv = cg
         if beta is not None:
             inv = chunk_inverse(plan, k, beta, cg, (layout.blocks, 0, 0), B * T, len(layout.blocks))

@@ -55,10 +55,12 @@ def to_line(death: Tensor, start: Tensor) -> Tensor:
 def decay_cumsum_kernel(
     g,  # [T, H] log decay
     cg,  # [H, T] fp32 out: inclusive cumsum inside each block
+    cg_tile,  # [H, T] fp32 out: inside each of its TILES tiles, if there are several
     blocks,  # [n, 4]
     T,
     H,
     BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
@@ -66,6 +68,9 @@ def decay_cumsum_kernel(
     b_g = tl.load(g + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
     b_g = tl.maximum(b_g, FORGOTTEN)  # a larger sum would only have coarser differences
     tl.store(cg + i_h.to(tl.int64) * T + o_t, tl.cumsum(b_g, 0), mask=o_t < end)
+    if TILES > 1:
+        b_tile = tl.cumsum(tl.reshape(b_g, [TILES, BLOCK // TILES]), 1)
+        tl.store(cg_tile + i_h.to(tl.int64) * T + o_t, tl.reshape(b_tile, [BLOCK]), mask=o_t < end)
 
 
 @triton.jit

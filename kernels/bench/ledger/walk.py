@@ -273,7 +273,11 @@ class Walk:
             busy, late = self._dot(op, types)
         elif name in ("tt.load", "tt.store") or name.startswith(("tt.atomic", "tt.descriptor")):
             busy, late = self._memory(op, types)
-        elif name in ("tt.reduce", "tt.scan", "tt.gather"):
+        elif name == "tt.gather":  # through shared memory
+            size = 2 * elements * BYTES.get(types[-1][1], 4) if types else 0
+            self.cost.issued += self.weight * size
+            busy, late = size / self.latency.l1_bytes, self.latency.reduce
+        elif name in ("tt.reduce", "tt.scan"):
             self.cost.alu += self.weight * elements
             busy, late = elements / self.lanes, self.latency.reduce
         elif name == "gpu.barrier":
