@@ -99,6 +99,11 @@ def test_head_dims_over_several_tiles(small_tiles: None, case: Case, dtype: torc
     compare(case, dtype)
 
 
+def test_key_dims_in_two_tiles_of_the_scans(small_tiles: None) -> None:
+    """States and their gradients over several blocks, merges and a window's border, with more than 128 key dims."""
+    compare(replace(BASE, T=140, H=1, Dk=136, Dv=8, delta=True), BF16)
+
+
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
 def test_real_tiles(delta: bool) -> None:
     compare(replace(BASE, T=264 if delta else 300, H=1, Dk=64, Dv=64, delta=delta, topic=25, tau=1.2), BF16)
