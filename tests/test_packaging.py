@@ -183,7 +183,7 @@ def test_pages_name_only_what_exists(page: Path) -> None:
         assert path.exists(), target
         if anchor:
             assert anchor in {_anchor(line) for line in path.read_text().splitlines() if line.startswith("#")}, anchor
-    for target in re.findall(r"`make ([a-z-]+)", text):
+    for target in re.findall(r"`make ([a-z0-9-]+)", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
     for path in re.findall(r"configs/[a-z0-9_]+\.yaml", text):
         assert (ROOT / path).exists(), path
