@@ -31,6 +31,7 @@ LAUNCH = {
     "slots_gdn_reverse.sm80": ((128, 64, 8, 1), (32, 64, 4, 1), "backward"),
     "slots_gdn_reverse.256": ((128, 128, 8, 1), (32, 64, 4, 1), "backward"),
     "slots_gdn_reverse.256.sm80": ((128, 32, 8, 1), (32, 64, 4, 1), "backward"),
+    "slots_gdn_reverse.256.sm100": ((128, 64, 8, 1), (32, 64, 4, 1), "backward"),
     "scan_gdn": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "output": ((128, 64, 4, 2), (64, 64, 8, 1), "forward"),
     "output.256": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
