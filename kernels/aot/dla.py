@@ -64,7 +64,7 @@ OTHERS = (
     Config("gdn-fp32-128", FP32, 128, 128, True, archs=HOPPER),
     Config("gdn-fp32-64", FP32, 64, 64, True, quick=True),
     Config("mamba2-bf16-96x160-odd", BF16, 96, 160, False, tokens=250, archs=HOPPER),
-    Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, cached=True, tokens=2048, archs=HOPPER),
+    Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, groups=4, cached=True, tokens=2048, archs=HOPPER),
     Config("gdn-mixed-128-K1", BF16, 128, 128, True, capacity=1, tau=3.0, mixed=True, tokens=2048),  # letter G
     Config("mamba2-bf16-64-K15", BF16, 64, 64, False, capacity=15),
     Config("mamba2-bf16-128x64-K1", BF16, 128, 64, False, capacity=1, tau=3.0, tokens=2048),  # letter M
@@ -84,8 +84,7 @@ def _kind(heads: int) -> str:
 def kernels_of(one: Config) -> tuple[Any, ...]:
     """What decides which kernels a shipped config launches: equal for two configs, all kernels are."""
     group = one.heads // (one.groups or 1)
-    added_up = 1 if one.delta else group  # by one program of dk
-    shape = one.delta, one.key_dim, one.value_dim, one.capacity, one.learned, added_up
+    shape = one.delta, one.key_dim, one.value_dim, one.capacity, one.learned
     return *shape, _kind(one.heads), _kind(group)
 
 

@@ -65,7 +65,9 @@ def triton_attention(
     B, T, H, Dv = v.shape
     G, Dk, K = k.shape[2], k.shape[3], slot_weights.shape[-1]
     tile = tile or (triton_launch.TILE if v.dtype == torch.bfloat16 else triton_launch.WIDE_TILE)
-    plan = LaunchPlan(v.dtype, Dk, Dv, H, G, K, beta is not None, tile=tile, tiles=tiles or triton_launch.TILES)
+    long = beta is None and v.dtype == torch.bfloat16
+    tiles = tiles or (triton_launch.MAMBA2_TILES if long else triton_launch.TILES)
+    plan = LaunchPlan(v.dtype, Dk, Dv, H, G, K, beta is not None, tile=tile, tiles=tiles)
     layout = make_layout(B, T, cu_seqlens, plan.block, window_rows or plan.window_rows, v.device, tile)
     incoming = None
     if cache is not None:

@@ -95,6 +95,8 @@ def carry_states_kernel(
     snap,  # [rows of the window, H, K, D]: in, the blocks' own sums; out, states at each row before a block
     final,  # [segments of the window, H, K, D] fp32 out: states after the last block
     T, H, K, row_lo,
+    HAS_INCOMING: tl.constexpr,  # else no slots
+    WANTS_FINAL: tl.constexpr,
     D: tl.constexpr,  # elements of a state
     BV: tl.constexpr,  # of them, a program's
     KP: tl.constexpr,
@@ -109,8 +111,10 @@ def carry_states_kernel(
     b_before = tl.load(columns + i_bh * 5 * KP + o_s).to(tl.int32)
     b_after = tl.load(columns + (i_bh * 5 + 1) * KP + o_s).to(tl.int32)
     live, fresh, kept = tl.load(moves + i_bh * 4), tl.load(moves + i_bh * 4 + 1), tl.load(moves + i_bh * 4 + 2)
-    m_in = m_d & (o_s < live)[:, None]
-    b_s = tl.load(incoming + o_out + o_s[:, None] * D + o_d[None, :], mask=m_in, other=0.0)
+    b_s = tl.zeros([KP, BV], tl.float32)
+    if HAS_INCOMING:
+        m_in = m_d & (o_s < live)[:, None]
+        b_s = tl.load(incoming + o_out + o_s[:, None] * D + o_d[None, :], mask=m_in, other=0.0)
     for i_b in range(n_blocks):
         i_t = first_block + i_b
         i_bh = i_t.to(tl.int64) * H + i_h
@@ -128,8 +132,9 @@ def carry_states_kernel(
             i_bh = (i_t + 1).to(tl.int64) * H + i_h
             b_after = tl.load(columns + (i_bh * 5 + 1) * KP + o_s).to(tl.int32)
             live, fresh, kept = tl.load(moves + i_bh * 4), tl.load(moves + i_bh * 4 + 1), tl.load(moves + i_bh * 4 + 2)
-    m_out = m_d & (b_before < tl.minimum(kept, K))[:, None]
-    tl.store(final + o_out + (b_before[:, None] * D + o_d[None, :]), b_s, mask=m_out)
+    if WANTS_FINAL:
+        m_out = m_d & (b_before < tl.minimum(kept, K))[:, None]
+        tl.store(final + o_out + (b_before[:, None] * D + o_d[None, :]), b_s, mask=m_out)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -145,6 +150,7 @@ def carry_gradients_kernel(
     dkeep,  # [blocks of the window, H, programs] fp32 out: parts of keep <gradient, state>
     T, H, K, block_lo, row_lo,
     HAS_INCOMING: tl.constexpr,  # else zero
+    WANTS_INITIAL: tl.constexpr,
     D: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
@@ -182,5 +188,6 @@ def carry_gradients_kernel(
         p_row = grad_states + o_row + (b_before[:, None] * D + o_d[None, :])
         tl.store(p_row, b_ds.to(grad_states.dtype.element_ty), mask=m_row)
         b_after = b_before
-    m_start = m_d & (b_after < tl.load(moves + (first_block.to(tl.int64) * H + i_h) * 4))[:, None]
-    tl.store(initial + o_out + (b_after[:, None] * D + o_d[None, :]), b_ds, mask=m_start)
+    if WANTS_INITIAL:
+        m_start = m_d & (b_after < tl.load(moves + (first_block.to(tl.int64) * H + i_h) * 4))[:, None]
+        tl.store(initial + o_out + (b_after[:, None] * D + o_d[None, :]), b_ds, mask=m_start)

@@ -17,8 +17,9 @@ from . import triton_tables
 from .autocast import without_autocast
 from .triton_backward import (
     decay_gradient_kernel,
+    group_gradient_kernel,
     key_gradient_kernel,
-    query_gradient_kernel,
+    pairs_backward_kernel,
     slot_query_gradient_kernel,
     state_gradient_kernel,
     value_gradient_kernel,
@@ -31,8 +32,8 @@ from .triton_compose import (
     transition_backward_kernel,
     transition_kernel,
 )
-from .triton_forward import output_kernel
-from .triton_launch import ALL_REGISTERS, PRECISION, LaunchPlan
+from .triton_forward import output_kernel, read_slots_kernel
+from .triton_launch import ALL_REGISTERS, PRECISION, THREE_PROGRAMS, LaunchPlan
 from .triton_layout import BlockLayout, Window
 from .triton_local import (
     dphi_kernel,
@@ -45,8 +46,10 @@ from .triton_local import (
 )
 from .triton_scan import reverse_scan_kernel, state_scan_kernel
 from .triton_slots import slot_columns_kernel, slot_reverse_kernel, slot_scan_kernel
-from .triton_sums import add_heads
+from .triton_sums import add_parts
 from .triton_tables import decay_cumsum_kernel, live_anchor_kernel, live_table_kernel, tile_counts_kernel
+
+ENOUGH_PROGRAMS = 1056  # eight for each processor of an H100
 
 
 @dataclass
@@ -192,27 +195,34 @@ class WindowPass:
             *self._sizes(), **meta,
         )  # fmt: skip
 
-    def scan(self, incoming: Tensor) -> tuple[Tensor, Tensor]:
-        """Snapshots [rows, H, K, DK, DV] and final states [segments, H, K, DK, DV] fp32.
+    def scan(self, incoming: Tensor | None, want_final: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Snapshots [rows, H, K, DK, DV], and if wanted final states [segments, H, K, DK, DV] fp32.
 
         `incoming`: `carry`, filled where a segment begins with slots; its scratch is overwritten.
         """
         plan, tables, window = self.plan, self.tables, self.window
-        snap, final = self.states(), self.states(torch.float32, len(window.segments))
+        snap, final = self.states(), None
+        if want_final or plan.staged:
+            final = self.states(torch.float32, len(window.segments))
         if plan.staged:
+            assert incoming is not None and final is not None
             self._staged_scan(incoming, snap, final)
             return snap, final
         self._block_states(snap)
-        slots = (tables.columns, tables.moves, incoming, snap, final, self.layout.tokens, plan.H, plan.K)
+        ends = (snap if incoming is None else incoming, snap, snap if final is None else final)
+        slots = (tables.columns, tables.moves, *ends, self.layout.tokens, plan.H, plan.K)
+        flags = dict(HAS_INCOMING=incoming is not None, WANTS_FINAL=final is not None)
         if plan.gdn:
             dims, grid = self.scan_launch()
             slot_scan_kernel[grid](
                 tables.cg, self.r_matrix, self.layout.blocks, window.segments, *slots, window.block_lo, window.row_lo,
-                KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims,
+                KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **flags, **dims,
             )  # fmt: skip
         else:
             dims, programs = self.carry_launch()
-            carry_states_kernel[programs](tables.cg, self.layout.blocks, window.segments, *slots, window.row_lo, **dims)
+            carry_states_kernel[programs](
+                tables.cg, self.layout.blocks, window.segments, *slots, window.row_lo, **flags, **dims
+            )
         return snap, final
 
     def _staged_scan(self, incoming: Tensor, snap: Tensor, final: Tensor) -> None:
@@ -232,25 +242,28 @@ class WindowPass:
         block_states_kernel[(self.blocks, plan.H, tiles)](
             self.kh if plan.gdn else self.x.k, self.x.v, tables.cg, self.layout.blocks, tables.pos, tables.live,
             tables.moves, snap, *self._sizes(), plan.K, window.block_lo, window.row_lo, self.token_lo, BT=plan.tile,
-            **plan.math(), **dims, **ALL_REGISTERS,
+            **plan.math(), **dims,
         )  # fmt: skip
 
-    def reverse_scan(self, snap: Tensor, dstates: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`dstates` from each block's own part to D, in place; the gradients of the states that the segments began
-        with [segments, H, K, DK, DV] fp32, and of cg_C of each block [blocks, H, programs] fp32 (Mamba-2).
+    def reverse_scan(
+        self, snap: Tensor, dstates: Tensor, carry: Tensor | None, want_initial: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`dstates` from each block's own part to D, in place; if wanted the gradients of the states that the segments
+        began with [segments, H, K, DK, DV] fp32; and of cg_C of each block [blocks, H, programs] fp32 (Mamba-2).
 
         `carry`: see `_incoming_gradient`.
         """
         plan, tables, window = self.plan, self.tables, self.window
-        initial = self.states(torch.float32, len(window.segments))
+        initial = self.states(torch.float32, len(window.segments)) if want_initial or plan.staged else None
+        ends = (dstates if carry is None else carry, dstates if initial is None else initial)
         sizes = (self.layout.tokens, plan.H, plan.K)
+        flags = dict(HAS_INCOMING=carry is not None, WANTS_INITIAL=initial is not None)
         if not plan.gdn:
             dims, programs = self.carry_launch()
             dkeep = self.new(self.blocks, plan.H, programs[1])
             carry_gradients_kernel[programs](
-                tables.cg, self.layout.blocks, window.segments, tables.columns, tables.moves, snap, dstates,
-                initial if carry is None else carry, initial, dkeep, *sizes, window.block_lo, window.row_lo,
-                HAS_INCOMING=carry is not None, **dims,
+                tables.cg, self.layout.blocks, window.segments, tables.columns, tables.moves, snap, dstates, *ends,
+                dkeep, *sizes, window.block_lo, window.row_lo, **flags, **dims,
             )  # fmt: skip
             return initial, dkeep
         dims, grid = self.scan_launch(reverse=True)
@@ -258,13 +271,13 @@ class WindowPass:
         meta = dict(KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims)
         if plan.staged:
             reverse_scan_kernel[grid](
-                *inputs, tables.pos, tables.death, tables.live, dstates, carry, initial, *sizes, window.block_lo,
-                window.row_lo, **meta,
+                *inputs, tables.pos, tables.death, tables.live, dstates, *ends, *sizes, window.block_lo, window.row_lo,
+                **meta,
             )  # fmt: skip
         else:
             slot_reverse_kernel[grid](
-                *inputs, tables.columns, tables.moves, dstates, initial if carry is None else carry, initial, *sizes,
-                window.block_lo, window.row_lo, HAS_INCOMING=carry is not None, **meta,
+                *inputs, tables.columns, tables.moves, dstates, *ends, *sizes, window.block_lo, window.row_lo, **flags,
+                **meta,
             )  # fmt: skip
         return initial, None
 
@@ -287,11 +300,17 @@ class WindowPass:
 
     def output(self, snap: Tensor, o: Tensor) -> None:
         plan, x, tables = self.plan, self.x, self.tables
+        sizes = (*self._sizes(), plan.K, self.window.block_lo, self.window.row_lo, self.token_lo)
+        blocks, math, read = self.layout.blocks, plan.math(), self.new(self.tokens, plan.H, plan.DV)
+        dims = plan.read_slots(o.device)
+        read_slots_kernel[(self.blocks * plan.block // dims["BQ"], plan.H, ceil_div(plan.DV, dims["BV"]))](
+            self.qt, tables.cg, x.lam, tables.counts, blocks, tables.death, tables.live, snap, read, *sizes, **dims,
+            **plan.tiled(), **math,
+        )  # fmt: skip
         dims = plan.launch("output", o.device) | (ALL_REGISTERS if plan.wide else {})
         output_kernel[(self.tiles, plan.H, ceil_div(plan.DV, dims["BV"]))](
-            self.qt, x.k, x.v, tables.cg, self.at, x.lam, tables.life, tables.counts, self.layout.blocks, tables.death,
-            tables.live, snap, o, *self._sizes(), plan.K, self.window.block_lo, self.window.row_lo, self.token_lo,
-            **dims, **plan.tiled(), **plan.math(),
+            x.q, x.k, x.v, tables.cg, self.at, x.lam, tables.life, blocks, read, o, *sizes, **dims,
+            **plan.tiled(), **math,
         )  # fmt: skip
 
 
@@ -318,8 +337,10 @@ def chunk_inverse(
     return inv
 
 
-def _incoming(work: WindowPass, states: Tensor | None, resumed: Tensor | None) -> Tensor:
-    """Scan scratch with the states that the window's segments begin with."""
+def _incoming(work: WindowPass, states: Tensor | None, resumed: Tensor | None) -> Tensor | None:
+    """Scan scratch with the states that the window's segments begin with; None where none begins with slots."""
+    if states is None and resumed is None and not work.plan.staged:
+        return None
     window, carry = work.window, work.carry()
     n = len(window.segments)
     if states is not None:
@@ -372,11 +393,13 @@ class TritonDLA(torch.autograd.Function):
         resumed = None
         for window in layout.windows:
             work = WindowPass(plan, layout, window, x, tables)
-            snap, final = work.scan(_incoming(work, states, resumed))
+            snap, final = work.scan(_incoming(work, states, resumed), want_final or window.continues)
             work.output(snap, o)
             if want_final:
+                assert final is not None
                 finals.append(final[: -1 if window.continues else None])
             if window.continues:
+                assert final is not None
                 resumed = final[-1].clone()
                 carries.append(resumed)
             else:
@@ -396,7 +419,7 @@ class TritonDLA(torch.autograd.Function):
         count = len(fields(Tables))
         tables, carries = Tables(*rest[:count]), rest[count:]
         learned = ctx.needs_input_grad[7]
-        grads = Gradients.empty(plan, x, len(layout.windows), learned)
+        grads = Gradients.empty(plan, x, learned)
         do = torch.zeros_like(v) if do is None else do.contiguous()
         carried = list(carries)
         resumed_grad: Tensor | None = None
@@ -407,9 +430,10 @@ class TritonDLA(torch.autograd.Function):
             n = len(window.segments)
             ends = dfinal if dfinal is None else dfinal[window.segment_lo : window.segment_lo + n]
             carry = _incoming_gradient(work, ends, resumed_grad if window.continues else None)
-            initial = backward_window(work, snap, carry, do, grads)
-            resumed_grad = initial[0] if window.resumes else None
+            initial = backward_window(work, snap, carry, do, grads, window.resumes or dstates is not None)
+            resumed_grad = initial[0] if window.resumes and initial is not None else None
             if dstates is not None:
+                assert initial is not None
                 own = slice(1 if window.resumes else 0, None)
                 dstates[window.segment_lo : window.segment_lo + n][own] = initial[own]
         if dstates is not None:  # slots that were never live were never written
@@ -429,117 +453,138 @@ class Gradients:
     dq: Tensor  # [T, G, DK]
     dk: Tensor
     dq_parts: Tensor  # each head's, fp32 [T, H, DK] (Gated DeltaNet with fewer groups), or dq
-    dk_parts: Tensor  # fp32 [T, H / heads, DK], or dk
+    dk_parts: Tensor
     dv: Tensor
     dg: Tensor
     dlam: Tensor  # [T, H, K]; fp32 where tau is learned: its gradient is made of differences of these
     dbeta: Tensor | None
-    heads: int  # heads of one group whose dk one program adds up
 
     @classmethod
-    def empty(cls, plan: LaunchPlan, x: Inputs, windows: int, learned: bool) -> Gradients:
-        T, dev = x.v.shape[0], x.v.device
-        heads = 1 if plan.gdn else heads_per_program(plan, T // max(windows, 1))
+    def empty(cls, plan: LaunchPlan, x: Inputs, learned: bool) -> Gradients:
         dq, dk = torch.empty_like(x.q), torch.empty_like(x.k)
-
-        def parts(n: int, whole: Tensor) -> Tensor:
-            return whole if n == plan.G else torch.empty(T, n, plan.DK, dtype=torch.float32, device=dev)
-
+        shape = (len(x.v), plan.H, plan.DK)
+        apart = plan.gdn and plan.G < plan.H
         return cls(
             dq=dq,
             dk=dk,
-            dq_parts=parts(plan.H, dq) if plan.gdn else dq,
-            dk_parts=parts(plan.H // heads, dk),
+            dq_parts=dq.new_empty(shape, dtype=torch.float32) if apart else dq,
+            dk_parts=dk.new_empty(shape, dtype=torch.float32) if apart else dk,
             dv=torch.empty_like(x.v),
             dg=torch.empty_like(x.g),
             dlam=torch.empty_like(x.lam, dtype=torch.float32 if learned else x.lam.dtype),
             dbeta=None if x.beta is None else torch.empty_like(x.beta),
-            heads=heads,
         )
 
-    def add_heads(self, at: slice, dq: Tensor | None) -> None:
-        """The sums over heads at the tokens `at`; dq: fp32 [tokens, H, DK] where a window has each head's (Mamba-2)."""
-        parts = [] if dq is None else [(dq, self.dq[at])]
-        both = ((self.dq_parts, self.dq), (self.dk_parts, self.dk))
-        parts += [(x[at], whole[at]) for x, whole in both if x is not whole]
-        if parts:
-            add_heads(parts)
 
-
-def heads_per_program(plan: LaunchPlan, tokens: int) -> int:
-    """Heads whose dk one program adds up: all of a group if that leaves enough programs for a GPU."""
-    heads = plan.group
-    while heads > 1 and heads % 2 == 0 and ceil_div(tokens, plan.tile) * (plan.H // heads) < 264:
+def heads_per_program(plan: LaunchPlan, programs: int) -> int:
+    """Heads whose dq or dk one program adds up: all of a group if that leaves enough programs for a GPU; `programs`: of
+    one head. Gated DeltaNet: 1."""
+    heads = 1 if plan.gdn else plan.group
+    while heads % 2 == 0 and programs * (plan.H // heads) < ENOUGH_PROGRAMS:
         heads //= 2
     return heads
 
 
-def backward_window(work: WindowPass, snap: Tensor, carry: Tensor | None, do: Tensor, grads: Gradients) -> Tensor:
-    """Gradients of one window's tokens; returns the gradient of the states its segments began with."""
+def backward_window(
+    work: WindowPass, snap: Tensor, carry: Tensor | None, do: Tensor, grads: Gradients, want_initial: bool
+) -> Tensor | None:
+    """Gradients of one window's tokens; returns, if wanted, that of the states its segments began with."""
     plan, x, tables, window = work.plan, work.x, work.tables, work.window
     T, H, K = work.layout.tokens, plan.H, plan.K
     sizes = (*work._sizes(), K, window.block_lo, window.row_lo, work.token_lo)
     blocks, math = work.layout.blocks, plan.math()
     dstates = work.states()
-    few = not plan.gdn and plan.K <= 32
-    dims = plan.launch("state_gradient_few" if few else "state_gradient", do.device)
-    state_gradient_kernel[(work.blocks, H * K, ceil_div(plan.DK, dims["BK"]) * ceil_div(plan.DV, dims["BV"]))](
-        work.qt, do, tables.cg, x.lam, tables.counts, blocks, tables.death, tables.live, dstates, *sizes, **dims,
-        **plan.tiled(), KP=plan.slots_padded, **math,
-    )  # fmt: skip
-    initial, dkeep = work.reverse_scan(snap, dstates, carry)
-    dat = torch.empty_like(work.at) if plan.gdn else x.v
-    dqt, rows = _query_gradient(work, snap, do, grads, dat)
-    dims = plan.launch("key_gradient_gdn" if plan.gdn else "key_gradient", do.device)
-    splits = H // grads.heads
-    dkh = work.new(work.tokens, H, plan.DK) if plan.gdn else grads.dk_parts
+    dq, dlam, oldest, weights = _slot_query_gradient(work, snap, do)
+    dims = plan.state_gradient(do.device)
+    tiles = ceil_div(plan.DK, dims["BK"]) * ceil_div(plan.DV, dims["BV"])
+    state_gradient_kernel[(work.blocks, H * ceil_div(K, dims["SLOTS"]), tiles)](
+        work.qt, do, weights, blocks, tables.live, dstates, *sizes, work.tokens, **dims, BT=plan.tile, **math
+    )
+    initial, dkeep = work.reverse_scan(snap, dstates, carry, want_initial)
+    dat, weighted, rows, cols = _pairs_backward(work, do, dlam, oldest, grads)
+    dims = plan.launch("key_gradient", do.device)
     parts = ceil_div(plan.DK, dims["BK"])
-    cols, ends = (work.new(parts, H, T) for _ in range(2))
-    key_gradient_kernel[(work.tiles, splits, parts)](
-        x.q, x.k, x.v, do, tables.cg, x.lam, tables.life, tables.counts, blocks, dstates, dkh, cols, ends, *sizes,
-        HEADS=grads.heads, **dims, **plan.tiled(), **math,
-    )  # fmt: skip
-    dims = plan.launch("value_gradient_gdn" if plan.gdn else "value_gradient", do.device)
+    heads = heads_per_program(plan, work.tiles * parts)
+    dk, ends = work.new(work.tokens, H // heads, plan.DK), work.new(parts, H, T)
+    key_gradient_kernel[(work.tiles, H // heads, parts)](
+        x.k, x.v, tables.cg, tables.life, blocks, dstates, dk, ends, *sizes, heads, **dims, **plan.tiled(), **math
+    )
+    dims = plan.launch("value_gradient", do.device)
     value_gradient_kernel[(work.tiles, H, ceil_div(plan.DV, dims["BV"]))](
-        x.q, work.kh, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, dstates, grads.dv, *sizes,
-        **dims, **plan.tiled(), **math,
-    )  # fmt: skip
+        work.kh, do, tables.cg, tables.life, blocks, weighted, dstates, grads.dv, *sizes, **dims, **plan.tiled(), **math
+    )
+    grid, table, lo, tile = (work.blocks, H), blocks, window.block_lo, plan.tile
     if plan.gdn:
-        rows, cols, ends, dkeep = _local_backward(work, snap, dstates, dat, dqt, dkh, grads)
+        rows, cols, ends, dkeep = _local_backward(work, snap, dstates, dat, dq, dk, grads)
+        grid, table, lo, tile = work.tile_grid, work.layout.tiles, work.tile_lo, 0
+        add_heads(grads, slice(work.token_lo, work.token_lo + work.tokens))
+    else:
+        _group_gradient(work, dat, dq, dk, grads)
     assert dkeep is not None
-    grads.add_heads(slice(work.token_lo, work.token_lo + work.tokens), None if plan.gdn else dqt)
-    grid, table, lo = (work.blocks, H), blocks, window.block_lo
-    if plan.gdn:
-        grid, table, lo = work.tile_grid, work.layout.tiles, work.tile_lo
     decay_gradient_kernel[grid](
         rows, cols, ends, dkeep, grads.dg, table, lo, T, H, KEEPS=dkeep.shape[-1], KP=power_of_two(dkeep.shape[-1], 1),
-        ROWS=len(rows), PARTS=len(cols), BLOCK=plan.tile if plan.gdn else plan.block, num_warps=4,
+        ROWS=len(rows), COLS=len(cols), PARTS=len(ends), TILE=tile, BLOCK=plan.tile if plan.gdn else plan.block,
+        num_warps=4,
     )  # fmt: skip
     return initial
 
 
-def _query_gradient(work: WindowPass, snap: Tensor, do: Tensor, grads: Gradients, dat: Tensor) -> tuple[Tensor, Tensor]:
-    """dlam, and into `dat` dAt; returns dq of each head, or dQt, and the queries' parts of the decay gradient."""
+def _slot_query_gradient(work: WindowPass, snap: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What reading slots adds to dq (or dQt) and to dlam, in parts; and the weights that they were read with."""
     plan, x, tables, window = work.plan, work.x, work.tables, work.window
-    T, H, K = work.layout.tokens, plan.H, plan.K
-    sizes = (*work._sizes(), K, window.block_lo, window.row_lo, work.token_lo, work.tokens)
-    meta = dict(KP=plan.slots_padded, **plan.tiled(), **plan.math(), **ALL_REGISTERS)
-    blocks = work.layout.blocks
+    H, K = plan.H, plan.K
     dims = plan.launch("slot_query_gradient", do.device)
     parts = ceil_div(plan.DK, dims["BK"])
-    dqt, dlam = work.new(work.tokens, H, plan.DK), work.new(parts, work.tokens, H, K)
-    rows = work.new(parts + 1, H, T)
-    slot_query_gradient_kernel[(work.tiles, H, parts)](
-        work.qt, do, tables.cg, x.lam, tables.counts, blocks, tables.death, tables.live, snap, dqt, dlam, rows, *sizes,
-        **dims, **meta,
+    heads = heads_per_program(plan, work.tiles * parts)
+    registers = THREE_PROGRAMS if dims["num_warps"] == 4 and plan.DV <= 64 else ALL_REGISTERS
+    dq, dlam = work.new(work.tokens, H // heads, plan.DK), work.new(parts, K, H, work.tokens)
+    weights, oldest = work.new(K, H, work.tokens), work.new(H, work.tokens, dtype=torch.int32)
+    slot_query_gradient_kernel[(work.tiles, H // heads, parts)](
+        work.qt, do, tables.cg, x.lam, tables.counts, work.layout.blocks, tables.death, tables.live, snap, dq, dlam,
+        oldest, weights, *work._sizes(), K, window.block_lo, window.row_lo, work.token_lo, work.tokens, heads,
+        **dims, **plan.tiled(), **plan.math(), **registers,
     )  # fmt: skip
+    return dq, dlam, oldest, weights
+
+
+def _pairs_backward(
+    work: WindowPass, do: Tensor, dlam: Tensor, oldest: Tensor, grads: Gradients
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dlam of the window; returns dAt, At .* M, and parts of the decay gradient."""
+    plan, x, tables, window = work.plan, work.x, work.tables, work.window
+    T, H, K = work.layout.tokens, plan.H, plan.K
+    own, shape = work.new(K, H, work.tokens), (work.tokens, H, plan.block)
+    weighted = work.new(*shape, dtype=plan.state_dtype)
+    dat = work.new(*shape, dtype=torch.float32 if plan.gdn else plan.state_dtype)
+    rows, cols = work.new(1, H, T), work.new(1 if plan.gdn else plan.tiles, H, T)
     mine = grads.dlam[work.token_lo : work.token_lo + work.tokens]
-    dims = plan.launch("query_gradient_gdn" if plan.gdn else "query_gradient", do.device)
-    query_gradient_kernel[(work.tiles, H, 1 if plan.gdn else ceil_div(plan.DK, dims["BK"]))](
-        x.q, x.k, x.v, do, tables.cg, work.at, x.lam, tables.life, tables.counts, blocks, dlam, dqt, dat, mine,
-        rows[parts], *sizes, PARTS=parts, **dims, **meta,
+    pairs_backward_kernel[(work.tiles, H)](
+        x.q, x.k, x.v, do, tables.cg, work.at, x.lam, tables.life, work.layout.blocks, dlam, oldest, own, weighted, dat,
+        mine, rows, cols, *work._sizes(), K, window.block_lo, window.row_lo, work.token_lo, work.tokens,
+        PARTS=len(dlam), BP=min(32, plan.tile), KP=plan.slots_padded, **plan.launch("pairs_backward", do.device),
+        **plan.tiled(), **plan.math(), **ALL_REGISTERS,
     )  # fmt: skip
-    return dqt, rows
+    return dat, weighted, rows, cols
+
+
+def _group_gradient(work: WindowPass, dat: Tensor, dq: Tensor, dk: Tensor, grads: Gradients) -> None:
+    """dq and dk of Mamba-2 from those of the slots in parts, and the pairs' dAt of each head."""
+    plan, x, window = work.plan, work.x, work.window
+    dims = plan.launch("group_gradient", dq.device)
+    parts = ceil_div(plan.DK, dims["BK"])
+    del dims["DV"], dims["BV"]
+    group_gradient_kernel[(work.tiles, plan.G, 2 * parts)](
+        x.q, x.k, dat, work.layout.blocks, dq, dk, grads.dq, grads.dk, plan.H, plan.group,
+        dq.shape[1] // plan.G, dk.shape[1] // plan.G, window.block_lo, work.token_lo, **dims, **plan.tiled(),
+        DOT=plan.dot, PREC=PRECISION, **ALL_REGISTERS,
+    )  # fmt: skip
+
+
+def add_heads(grads: Gradients, at: slice) -> None:
+    """The sums over heads at the tokens `at` (Gated DeltaNet with fewer groups than heads)."""
+    both = ((grads.dq_parts, grads.dq), (grads.dk_parts, grads.dk))
+    if parts := [(x[at], whole[at]) for x, whole in both if x is not whole]:
+        add_parts(parts)
 
 
 def _local_backward(
@@ -579,8 +624,8 @@ def _compose_backward(
     device, tiles, lo = x.k.device, plan.tiles, work.window.block_lo
     meta = local_launch(plan, device, "transition_backward")
     parts = ceil_div(plan.DK, meta["BK"])
-    zeros = torch.zeros(parts + 2 * plan.levels, work.blocks, tiles, plan.H, device=device)
-    block_sums, sums = zeros[:parts], zeros[parts:]
+    both = work.new(parts + 2 * plan.levels, work.blocks, tiles, plan.H)
+    block_sums, sums = both[:parts], both[parts:]
     dke, where = torch.empty_like(dkh), (work.layout.tiles, work.tile_lo)
     sizes = (*work._sizes(), work.blocks)
     transition_backward_kernel[(*work.tile_grid, parts)](
@@ -600,7 +645,7 @@ def _compose_backward(
     dkeep = work.new(*work.tile_grid, 1)
     tile_decay_kernel[work.tile_grid](
         tables.cg, dphi, block_sums, sums, dkeep, *where, work.layout.blocks, lo, work.layout.tokens, plan.H,
-        work.blocks, PARTS=parts, LEVELS=plan.levels, TILES=tiles, DK=plan.DK,
+        work.blocks, PARTS=parts, LEVELS=plan.levels, TILES=tiles, BT=plan.tile, DK=plan.DK,
         BK=power_of_two(plan.DK), num_warps=1,
     )  # fmt: skip
     return dat_tile, dqt, dkh, dke, dkeep

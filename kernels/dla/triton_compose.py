@@ -291,15 +291,17 @@ def tile_decay_kernel(
     sums,  # [LEVELS, 2, blocks of the window, TILES, H] fp32, see `compose_backward_kernel`
     dkeep,  # [tiles of the window, H] fp32 out: gradient of the log of a tile's whole decay
     tiles, tile_lo, blocks, block_lo, T, H, N_BLOCKS,
-    PARTS: tl.constexpr, LEVELS: tl.constexpr, TILES: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr, LEVELS: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, DK: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """What a tile's decay gets: from its block's, from halves joined with its own, and from ek of later tiles."""
     i_t, i_h = tile_lo + tl.program_id(0), tl.program_id(1)
     i_b, place = tl.load(tiles + 4 * i_t + 2), tl.load(tiles + 4 * i_t + 3)
-    stop = tl.load(blocks + 4 * i_b + 1)
+    begin, stop = tl.load(blocks + 4 * i_b), tl.load(blocks + 4 * i_b + 1)
     i_b -= block_lo
     size = N_BLOCKS.to(tl.int64) * TILES * H
     o_x = tl.arange(0, TILES)
+    there = begin + o_x * BT < stop  # nothing was written for tiles without tokens
     o_sum = (i_b.to(tl.int64) * TILES + o_x) * H + i_h
     o_k = tl.arange(0, BK)
     p_diagonal = dphi + (i_b.to(tl.int64) * H + i_h) * DK * DK + o_k * (DK + 1)
@@ -307,10 +309,10 @@ def tile_decay_kernel(
         tl.load(cg + i_h.to(tl.int64) * T + stop - 1)
     )
     for part in tl.static_range(PARTS):
-        total += tl.sum(tl.load(block_sums + part * size + o_sum, mask=o_x > place, other=0.0), 0)
+        total += tl.sum(tl.load(block_sums + part * size + o_sum, mask=there & (o_x > place), other=0.0), 0)
     for level in tl.static_range(LEVELS):
         b_half, mine = o_x >> level, place >> level
         p_sum = sums + 2 * level * size + o_sum
-        total += tl.sum(tl.load(p_sum, mask=(b_half == mine) & (o_x > place), other=0.0), 0)
-        total += tl.sum(tl.load(p_sum + size, mask=b_half == (mine ^ 1), other=0.0), 0)
+        total += tl.sum(tl.load(p_sum, mask=there & (b_half == mine) & (o_x > place), other=0.0), 0)
+        total += tl.sum(tl.load(p_sum + size, mask=there & (b_half == (mine ^ 1)), other=0.0), 0)
     tl.store(dkeep + tl.program_id(0) * H + i_h, total)

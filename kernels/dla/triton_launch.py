@@ -15,6 +15,9 @@ TILE = 64  # tokens a tile
 PRECISION = "tf32x3"  # of products of fp32 operands: as good as fp32
 WIDE_TILE = 32  # with operands of 4 bytes
 TILES = 4  # tiles a block
+MAMBA2_TILES = (
+    8  # in bf16: half the snapshots (more than that for Gated DeltaNet's transitions; fp32 would lose digits)
+)
 DETECT_TILE = 32  # tokens a chunk of the detection pass: its C x C arrays stay in registers
 WINDOW_ROWS = 64  # at least so many blocks (and segment ends) have their slot states in memory at once,
 WINDOW_BYTES = 4 << 30  # and as many as take so many bytes
@@ -24,45 +27,44 @@ WINDOW_BYTES = 4 << 30  # and as many as take so many bytes
 # from Blackwell on): (BK, BV, warps, stages) for bf16 and for operands of 4 bytes, and its operation
 LAUNCH = {
     "block_states": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
+    "block_states.v64": ((128, 64, 8, 1), (64, 64, 8, 1), "forward"),
     "carry": ((1, 2048, 1, 1), (1, 1024, 1, 1), "forward"),  # BV: for all slots together, here and in the next lines
     "slots_gdn": ((128, 128, 8, 2), (32, 64, 4, 1), "forward"),
     "slots_gdn.256": ((256, 64, 8, 1), (32, 64, 4, 1), "forward"),
+    "slots_gdn.256.sm80": ((256, 32, 8, 1), (32, 64, 4, 1), "forward"),
     "slots_gdn_reverse": ((128, 128, 8, 2), (32, 64, 4, 1), "backward"),
     "slots_gdn_reverse.sm80": ((128, 64, 8, 1), (32, 64, 4, 1), "backward"),
     "slots_gdn_reverse.256": ((128, 128, 8, 1), (32, 64, 4, 1), "backward"),
     "slots_gdn_reverse.256.sm80": ((128, 32, 8, 1), (32, 64, 4, 1), "backward"),
     "slots_gdn_reverse.256.sm100": ((128, 64, 8, 1), (32, 64, 4, 1), "backward"),
     "scan_gdn": ((128, 32, 8, 1), (32, 32, 8, 1), "forward"),
+    "read_slots": ((128, 64, 8, 2), (64, 64, 8, 1), "forward"),
+    "read_slots.256": ((256, 64, 8, 2), (64, 64, 8, 1), "forward"),
+    "read_slots.256.sm80": ((64, 64, 8, 2), (64, 64, 8, 1), "forward"),
     "output": ((128, 64, 4, 2), (64, 64, 8, 1), "forward"),
-    "output.256": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
-    "output.sm80": ((128, 128, 8, 2), (64, 64, 8, 1), "forward"),
-    "output.v64": ((128, 64, 8, 2), (64, 64, 8, 1), "forward"),
-    "output.v64.sm80": ((64, 64, 8, 2), (64, 64, 8, 1), "forward"),
-    "state_gradient": ((128, 128, 8, 2), (64, 64, 8, 1), "backward"),
-    "state_gradient_few": ((128, 128, 4, 2), (64, 64, 8, 1), "backward"),  # Mamba-2 with at most 32 slots
-    "state_gradient_few.sm80": ((128, 128, 8, 2), (64, 64, 8, 1), "backward"),
+    "output.256": ((64, 64, 8, 2), (64, 64, 8, 1), "forward"),
+    "output.sm80": ((128, 64, 8, 2), (64, 64, 8, 1), "forward"),
+    "state_gradient": ((64, 256, 4, 2), (32, 64, 8, 1), "backward"),  # BV: for all slots of a program together
+    "state_gradient.sm80": ((64, 128, 8, 2), (32, 64, 8, 1), "backward"),
     "slot_query_gradient": ((64, 128, 4, 2), (32, 32, 8, 1), "backward"),
     "slot_query_gradient.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "backward"),
     "slot_query_gradient.256": ((64, 64, 4, 2), (32, 32, 8, 1), "backward"),
-    "query_gradient": ((128, 32, 8, 1), (32, 32, 8, 1), "backward"),
-    "query_gradient_gdn": ((32, 64, 8, 1), (32, 32, 8, 1), "backward"),
-    "query_gradient.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "backward"),
-    "query_gradient.256": ((32, 64, 8, 1), (32, 64, 8, 1), "backward"),
-    "key_gradient": ((64, 64, 4, 2), (64, 32, 8, 1), "backward"),
-    "key_gradient.sm80": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
-    "key_gradient.256": ((64, 64, 8, 1), (64, 64, 8, 1), "backward"),
-    "key_gradient.odd": ((64, 64, 8, 1), (64, 32, 8, 1), "backward"),
-    "key_gradient.v64": ((64, 64, 4, 1), (64, 64, 8, 1), "backward"),
-    "key_gradient.v64.sm80": ((32, 32, 8, 1), (64, 64, 8, 1), "backward"),
-    "key_gradient_gdn": ((64, 64, 4, 1), (64, 64, 8, 1), "backward"),
+    "pairs_backward": ((128, 128, 4, 2), (32, 32, 8, 1), "backward"),
+    "pairs_backward.sm80": ((32, 64, 4, 1), (32, 32, 8, 1), "backward"),
+    "pairs_backward.sm100": ((128, 64, 8, 2), (32, 32, 8, 1), "backward"),
+    "group_gradient": ((128, 64, 8, 2), (64, 64, 8, 1), "backward"),
+    "key_gradient": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
+    "key_gradient.sm80": ((64, 64, 8, 2), (64, 64, 8, 1), "backward"),
     "value_gradient": ((64, 128, 4, 2), (64, 64, 8, 1), "backward"),
-    "value_gradient_gdn": ((64, 128, 8, 2), (64, 64, 8, 1), "backward"),
+    "value_gradient.sm80": ((32, 64, 8, 2), (64, 64, 8, 1), "backward"),
     "dphi": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
     "dphi.sm80": ((64, 64, 8, 2), (32, 32, 8, 1), "backward"),
     "inverse": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
     "local": ((32, 32, 4, 1), (32, 32, 8, 1), "forward"),
     "local.sm100": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "local.sm80": ((32, 16, 8, 1), (32, 16, 8, 1), "forward"),
+    "local.v64": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
+    "local.v64.sm80": ((32, 16, 8, 1), (32, 16, 8, 1), "forward"),
     "compose": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "compose_backward": ((16, 16, 8, 2), (16, 32, 8, 1), "backward"),
     "compose_backward.256": ((16, 32, 8, 1), (16, 32, 8, 1), "backward"),
@@ -73,11 +75,13 @@ LAUNCH = {
     "detect_pairs": ((64, 64, 4, 1), (64, 64, 8, 1), "partition"),
     "detect": ((32, 128, 4, 1), (32, 32, 8, 1), "partition"),
     "detect_gdn": ((64, 64, 4, 1), (32, 32, 8, 1), "partition"),
+    "detect_gdn.v64": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
     "detect_gdn.sm80": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
     "detect_gdn.sm100": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
     "repair_rest": ((32, 16, 8, 1), (32, 16, 8, 1), "partition"),
     "detect_gdn.256": ((32, 64, 8, 1), (32, 16, 8, 1), "partition"),
 }
+THREE_PROGRAMS = {"maxnreg": 168}  # of four warps on a multiprocessor, for a kernel that waits more than it multiplies
 ALL_REGISTERS = {"maxnreg": 255}  # told so, the assembler does not spill to fit more programs on a multiprocessor
 
 
@@ -146,9 +150,11 @@ class LaunchPlan:
     @property
     def window_rows(self) -> int:
         """Rows whose slot states are in memory at once; their gradients take as much again."""
-        row = self.H * self.K * self.DK * self.DV * self.state_dtype.itemsize
-        if self.gdn:  # half of the block's chunk-local arrays and their gradients
-            row += self.H * self.block * (22 * self.DK + 8 * self.block)
+        element = self.state_dtype.itemsize
+        row = self.H * self.K * self.DK * self.DV * element
+        # half of a block's pairs and parts of dlam, and of Gated DeltaNet's chunk-local arrays and their gradients
+        token = 10 * self.K + (22 * self.DK + 9 * self.block if self.gdn else element * self.block)
+        row += self.H * self.block * token
         return max(WINDOW_ROWS, WINDOW_BYTES // row)
 
     def found(self, kernel: str, device: torch.device) -> dict[str, int]:
@@ -174,6 +180,18 @@ class LaunchPlan:
         found["BK"] = min(found["BK"], power_of_two(self.DK))
         found["BV"] = min(found["BV"], power_of_two(self.DV))
         return {"DK": self.DK, "DV": self.DV, **found}
+
+    def read_slots(self, device: torch.device) -> dict[str, int]:
+        """`launch` of that kernel; BQ queries in a program, as many as are read with one load of the slots."""
+        tiles = 2 if self.tiles % 2 == 0 and not self.wide else 1
+        return {"BQ": tiles * self.tile, **self.launch("read_slots", device)}
+
+    def state_gradient(self, device: torch.device) -> dict[str, int]:
+        """`launch` of that kernel; SLOTS of them in a program."""
+        found = self.found("state_gradient", device)
+        columns, dims = found["BV"], self.launch("state_gradient", device)
+        dims["SLOTS"] = max(1, min(columns // dims["BV"], self.slots_padded))
+        return dims
 
     @property
     def staged(self) -> bool:

@@ -19,7 +19,7 @@ from ..common.launch import ceil_div
 from .documents import document_borders
 
 # arguments whose value must not compile another kernel
-SIZES = ["T", "ROW", "N_TOKENS", "N_BLOCKS", "block_lo", "row_lo", "tile_lo", "token_lo"]
+SIZES = ["T", "ROW", "N_TOKENS", "N_BLOCKS", "DQ", "DKS", "block_lo", "row_lo", "tile_lo", "token_lo"]
 NEVER = 2**30  # death of a start that lives to the end, in line coordinates
 
 

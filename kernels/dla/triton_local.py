@@ -364,7 +364,7 @@ def local_key_kernel(
     dke,  # [T, H, DK] fp32: gradient of k from ek, but for At and Qt
     dk,  # [T, H, DK] out
     dcg,  # [NK, H, T] fp32 out: part of the decay gradient
-    ends,  # [NK, H, T] fp32 out: what the block's last decay gets
+    ends,  # [NK, H, T] fp32 out: what the block's last decay gets and the token's own loses
     blocks, block_lo,
     token_lo,  # first token of the window: window-local arrays begin there
     T, H, GROUP,
@@ -405,7 +405,7 @@ def local_key_kernel(
     b_dek = rows_of(dke + i_h * DK, o_t, o_k, end, H * DK, DK) - tl.exp(b_g)[:, None] * b_dek
     o_dg = (i_k * H + i_h) * T + o_t
     tl.store(ends + o_dg, b_last, mask=o_t < end)
-    tl.store(dcg + o_dg, tl.sum(b_dek * rows_of(k + i_g * DK, o_t, o_k, end, stride, DK), 1) - b_last, mask=o_t < end)
+    tl.store(dcg + o_dg, tl.sum(b_dek * rows_of(k + i_g * DK, o_t, o_k, end, stride, DK), 1), mask=o_t < end)
     b_dk += b_dek
     for i_y in range(0, BT, SLAB):
         o_j = i_y + tl.arange(0, SLAB)

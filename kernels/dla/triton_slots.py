@@ -114,6 +114,8 @@ def slot_scan_kernel(
     snap,  # [rows of the window, H, K, DK, DV]: in, the blocks' own sums; out, states at each row before a block
     final,  # [segments of the window, H, K, DK, DV] fp32 out: states after the last block
     T, H, K, block_lo, row_lo,
+    HAS_INCOMING: tl.constexpr,  # else no slots
+    WANTS_FINAL: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr,
     DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -123,9 +125,11 @@ def slot_scan_kernel(
     o_v = tl.program_id(2) * BV + tl.arange(0, KP * BV) % BV
     first_block, n_blocks = tl.load(segments + 4 * i_n), tl.load(segments + 4 * i_n + 1)
     o_out = (i_n.to(tl.int64) * H + i_h) * K * DK * DV
-    live = tl.load(moves + (first_block.to(tl.int64) * H + i_h) * 4)
-    p_in, m_in = slot_tile(incoming + o_out, o_c, o_k, o_v, live, DK, DV)
-    b_s = tl.load(p_in, mask=m_in, other=0.0)
+    b_s = tl.zeros([BK, KP * BV], tl.float32)
+    if HAS_INCOMING:
+        live = tl.load(moves + (first_block.to(tl.int64) * H + i_h) * 4)
+        p_in, m_in = slot_tile(incoming + o_out, o_c, o_k, o_v, live, DK, DV)
+        b_s = tl.load(p_in, mask=m_in, other=0.0)
     for i_b in range(n_blocks):
         i_t = first_block + i_b
         end, row = tl.load(blocks + 4 * i_t + 1), tl.load(blocks + 4 * i_t + 2)
@@ -156,11 +160,12 @@ def slot_scan_kernel(
                 b_s = tl.dot(load_tile(p_r, o_k, o_x, DK, DK), b_x, b_s, input_precision=PREC)
         b_s = add_merged_columns(-b_s, p_c, merges, BK, KP, BV)
         b_s = tl.where(((b_there >= fresh) & (b_there < kept))[None, :], b_s, 0.0) + b_new.to(tl.float32)
-    last = first_block + n_blocks - 1
-    live = tl.minimum(tl.load(moves + (last.to(tl.int64) * H + i_h) * 4 + 2), K)
-    b_there = tl.load(columns + ((last.to(tl.int64) * H + i_h) * 5 + 1) * KP + o_c).to(tl.int32)
-    p_out, m_out = slot_tile(final + o_out, b_there, o_k, o_v, live, DK, DV)
-    tl.store(p_out, b_s, mask=m_out)
+    if WANTS_FINAL:
+        last = first_block + n_blocks - 1
+        live = tl.minimum(tl.load(moves + (last.to(tl.int64) * H + i_h) * 4 + 2), K)
+        b_there = tl.load(columns + ((last.to(tl.int64) * H + i_h) * 5 + 1) * KP + o_c).to(tl.int32)
+        p_out, m_out = slot_tile(final + o_out, b_there, o_k, o_v, live, DK, DV)
+        tl.store(p_out, b_s, mask=m_out)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -175,6 +180,7 @@ def slot_reverse_kernel(
     initial,  # same shape, out: gradient of the states at the start
     T, H, K, block_lo, row_lo,
     HAS_INCOMING: tl.constexpr,  # else zero
+    WANTS_INITIAL: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr,
     DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -229,10 +235,11 @@ def slot_reverse_kernel(
             tl.store(p_row_h, b_dh.to(DOT), mask=m_row_h)
         b_ds = tl.load(p_row, mask=m_row, other=0.0).to(tl.float32) - b_ds
         tl.store(p_row, b_ds.to(DOT), mask=m_row)
-    i_bh = first_block.to(tl.int64) * H + i_h
-    live, b_there = tl.load(moves + i_bh * 4), tl.load(columns + i_bh * 5 * KP + o_c).to(tl.int32)
-    p_out, m_out = slot_tile(initial + o_out, b_there, o_k, o_v, live, DK, DV)
-    tl.store(p_out, b_ds, mask=m_out)
-    if BH > 0:
-        p_out, m_out = slot_tile(initial + o_out, b_there, o_h, o_v, live, DK, DV)
-        tl.store(p_out, b_dh, mask=m_out)
+    if WANTS_INITIAL:
+        i_bh = first_block.to(tl.int64) * H + i_h
+        live, b_there = tl.load(moves + i_bh * 4), tl.load(columns + i_bh * 5 * KP + o_c).to(tl.int32)
+        p_out, m_out = slot_tile(initial + o_out, b_there, o_k, o_v, live, DK, DV)
+        tl.store(p_out, b_ds, mask=m_out)
+        if BH > 0:
+            p_out, m_out = slot_tile(initial + o_out, b_there, o_h, o_v, live, DK, DV)
+            tl.store(p_out, b_dh, mask=m_out)

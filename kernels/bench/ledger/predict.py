@@ -22,6 +22,7 @@ from .constants import (
     LAUNCH,
     MATRIX_SHARE,
     MEMORY_SHARE,
+    MERGED_FROM_BEFORE,
     PARTLY,
     STOPS_AFTER,
     SYNC,
@@ -84,9 +85,12 @@ def _assumptions(launch: Launch) -> Assumptions:
     if launch.kernel.__name__ in OVER_SEGMENTS:
         tokens = launch.arguments["T"] // launch.grid[0]
     stop = STOPS_AFTER.get(launch.kernel.__name__)
-    rounds, opened = 1 + tokens / BOUNDARY_EVERY, 0
+    rounds, opened, merged = 1 + tokens / BOUNDARY_EVERY, 0, 0
     if {"moves", "T"} <= launch.arguments.keys():
-        opened = round(launch.arguments["T"] / len(launch.arguments["blocks"]) / BOUNDARY_EVERY)
+        block = launch.arguments["T"] / len(launch.arguments["blocks"])
+        opened = round(block / BOUNDARY_EVERY)
+        nearest = min(MERGED_FROM_BEFORE, key=lambda size: abs(size - block))
+        merged = round(block / BOUNDARY_EVERY * MERGED_FROM_BEFORE[nearest])
     if launch.kernel.__name__ in TILES_OF_A_SLOT:  # lengths with that mean, without memory
         rounds = 1 / -math.expm1(-tokens / BOUNDARY_EVERY)
     return Assumptions(
@@ -94,6 +98,7 @@ def _assumptions(launch: Launch) -> Assumptions:
         until=None if stop is None else 1 + stop * BOUNDARY_EVERY / tokens,
         equal=launch.kernel.__name__ in FULL,
         opened=opened,
+        merged=merged,
         partly=PARTLY.get(launch.kernel.__name__, ()),
     )
 

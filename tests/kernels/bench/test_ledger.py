@@ -15,8 +15,15 @@ import torch.nn.functional as F
 from megatron_dla.cli import build_parser
 from megatron_dla.errors import UserError
 from megatron_dla.gpus import GPUS
+from megatron_dla.kernels.bench.inputs import TAU, Problem, make_inputs
 from megatron_dla.kernels.bench.ledger import components
-from megatron_dla.kernels.bench.ledger.constants import LAUNCH, Assumptions, Latencies, fingerprint
+from megatron_dla.kernels.bench.ledger.constants import (
+    LAUNCH,
+    MERGED_FROM_BEFORE,
+    Assumptions,
+    Latencies,
+    fingerprint,
+)
 from megatron_dla.kernels.bench.ledger.peers import PUBLISHED, Published
 from megatron_dla.kernels.bench.ledger.predict import memory_bytes, predict_launch, resident
 from megatron_dla.kernels.bench.ledger.record import Launch, Recording, record
@@ -24,6 +31,7 @@ from megatron_dla.kernels.bench.ledger.run import bench_ledger, ledger_config
 from megatron_dla.kernels.bench.ledger.summary import rows
 from megatron_dla.kernels.bench.ledger.ttir import parse
 from megatron_dla.kernels.bench.ledger.walk import Cost, Pointer, Walk
+from megatron_dla.kernels.dla import partition
 from megatron_dla.mixers import functional
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -210,6 +218,20 @@ def test_no_tensor_is_read_from_memory_twice_in_a_launch() -> None:
     launch, cost = toy_launch(), Cost()
     cost.loads["x"], cost.stores["x"] = 10.0, 1e9
     assert memory_bytes(launch, cost) == 4 * 10 + 200_000
+
+
+@pytest.mark.parametrize("block", sorted(MERGED_FROM_BEFORE))
+def test_merges_of_a_block_are_those_of_the_inputs_of_the_bench(block: int) -> None:
+    """Slots from before a block that die in it, over slots that it opens, once the cache is full."""
+    tokens, heads = 8192, 8
+    q, k, v, g, _, beta = make_inputs(Problem("mamba2", tokens, 64, 30, heads), 0, dtype=torch.float32).arguments()
+    part = partition(k, v, g, beta, tau=TAU, capacity=30, backend="torch")
+    start, death = part.start[0], part.death[0].long()
+    place = torch.arange(tokens)[:, None].expand_as(start)
+    late = tokens // 2
+    merged = start & (death >= late) & (death < tokens) & (death // block > place // block)
+    opened = start & (place >= late)
+    assert MERGED_FROM_BEFORE[block] == pytest.approx((merged.sum() / opened.sum()).item(), rel=0.1)
 
 
 def test_kernels_that_others_measured_are_predicted() -> None:
