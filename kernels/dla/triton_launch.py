@@ -30,8 +30,7 @@ LAUNCH = {
     "block_states.v64": ((128, 64, 8, 1), (64, 64, 8, 1), "forward"),
     "carry": ((1, 2048, 1, 1), (1, 1024, 1, 1), "forward"),  # BV: for all slots together, here and in the next lines
     "slots_gdn": ((128, 128, 8, 2), (32, 64, 4, 1), "forward"),
-    "slots_gdn.256": ((256, 64, 8, 1), (32, 64, 4, 1), "forward"),
-    "slots_gdn.256.sm80": ((256, 32, 8, 1), (32, 64, 4, 1), "forward"),
+    "slots_gdn.256": ((256, 64, 8, 2), (32, 64, 4, 1), "forward"),
     "slots_gdn_reverse": ((128, 128, 8, 2), (32, 64, 4, 1), "backward"),
     "slots_gdn_reverse.sm80": ((128, 64, 8, 1), (32, 64, 4, 1), "backward"),
     "slots_gdn_reverse.256": ((128, 128, 8, 1), (32, 64, 4, 1), "backward"),

@@ -152,11 +152,11 @@ def slot_scan_kernel(
             b_s = tl.dot(b_r, b_dot, b_s, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
         else:  # R does not fit in registers beside the columns: go over it with the snapshot just stored
             tl.debug_barrier()
-            for i_x in range(0, DK, 32):
-                o_x = i_x + tl.arange(0, 32)
+            for i_x in range(0, DK, 64):
+                o_x = i_x + tl.arange(0, 64)
                 p_x, m_x = slot_tile(p_snap, b_before, o_x, o_v, live, DK, DV)
                 b_x = tl.load(p_x, mask=m_x, other=0.0)
-                # [BK, 32] @ [32, KP * BV]
+                # [BK, 64] @ [64, KP * BV]
                 b_s = tl.dot(load_tile(p_r, o_k, o_x, DK, DK), b_x, b_s, input_precision=PREC)
         b_s = add_merged_columns(-b_s, p_c, merges, BK, KP, BV)
         b_s = tl.where(((b_there >= fresh) & (b_there < kept))[None, :], b_s, 0.0) + b_new.to(tl.float32)
