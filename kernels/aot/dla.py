@@ -100,7 +100,7 @@ def shipped() -> tuple[Config, ...]:
         one = Config(
             path.stem, BF16, m.key_dim, m.value_dim, delta, capacity, heads, groups,
             learned=m.tau_mode == "learned" and letter == "D", quick=letter == "D",
-            # enough blocks for shards of the partition, and as many heads a program of dk as at full length
+            # enough blocks for shards of the partition
             tokens=2048 if delta else 4352,
         )  # fmt: skip
         for tensor in (n for n in RANKS if heads % n == 0 and (groups % n == 0 or n % groups == 0)):

@@ -265,20 +265,11 @@ def value_gradient_kernel(
 
 
 @triton.jit
-def add_tile_of_heads(p_x, m_x, HEADS, W: tl.constexpr, BT: tl.constexpr):
-    """Sum over the heads of a group of a tile [BT, BT] of their dAt, whose `W` columns follow each other: fp32."""
-    b_x = tl.zeros([BT, BT], tl.float32)
-    for head in tl.range(0, HEADS, num_stages=3):
-        b_x += tl.load(p_x + head * W, mask=m_x, other=0.0).to(tl.float32)
-    return b_x
-
-
-@triton.jit
-def add_parts(p_x, m_x, PARTS, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Sum of `PARTS` tiles [ROWS, COLS] that lie `D` elements apart: fp32."""
+def add_tiles(p_x, m_x, n, STRIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Sum of `n` tiles [ROWS, COLS] that lie STRIDE elements apart: fp32."""
     b_x = tl.zeros([ROWS, COLS], tl.float32)
-    for part in range(PARTS):
-        b_x += tl.load(p_x + part * D, mask=m_x, other=0.0)
+    for i in tl.range(0, n, num_stages=3):
+        b_x += tl.load(p_x + i * STRIDE, mask=m_x, other=0.0).to(tl.float32)
     return b_x
 
 
@@ -310,21 +301,21 @@ def group_gradient_kernel(
         p_pair = dat + i_g * GROUP * W
         if tl.program_id(2) % 2 == 0:
             p_part = dq_parts + (o_w * G + i_g)[:, None] * (DQ * DK) + o_k[None, :]
-            b_dx = add_parts(p_part, m_own, DQ, DK, BT, BK)
+            b_dx = add_tiles(p_part, m_own, DQ, DK, BT, BK)
             for i_x in range(i_c + 1):
                 o_p = first + i_x * BT + tl.arange(0, BT)
                 p_tile = p_pair + (o_w * (H * W))[:, None] + (o_p - first)[None, :]
-                b_pair = add_tile_of_heads(p_tile, (o_own < end)[:, None], GROUP, W, BT)
+                b_pair = add_tiles(p_tile, (o_own < end)[:, None], GROUP, W, BT, BT)
                 b_k = raw_rows(k + i_g * DK, o_p, o_k, end, G * DK, DK)
                 b_dx = tl.dot(b_pair.to(DOT), b_k.to(DOT), b_dx, input_precision=PREC)  # [BT, BT] @ [BT, BK]
             tl.store(dq + o_out, b_dx.to(dq.dtype.element_ty), mask=m_own)
         else:
             p_part = dk_parts + (o_w * G + i_g)[:, None] * (DKS * DK) + o_k[None, :]
-            b_dx = add_parts(p_part, m_own, DKS, DK, BT, BK)
+            b_dx = add_tiles(p_part, m_own, DKS, DK, BT, BK)
             for i_x in range(i_c, (end - first + BT - 1) // BT):
                 o_t = first + i_x * BT + tl.arange(0, BT)
                 p_tile = p_pair + ((o_t - token_lo).to(tl.int64) * (H * W))[None, :] + (o_own - first)[:, None]
-                b_pair = add_tile_of_heads(p_tile, (o_t < end)[None, :], GROUP, W, BT)
+                b_pair = add_tiles(p_tile, (o_t < end)[None, :], GROUP, W, BT, BT)
                 b_q = raw_rows(q + i_g * DK, o_t, o_k, end, G * DK, DK)
                 b_dx = tl.dot(b_pair.to(DOT), b_q.to(DOT), b_dx, input_precision=PREC)  # [BT, BT] @ [BT, BK]
             tl.store(dk + o_out, b_dx.to(dk.dtype.element_ty), mask=m_own)

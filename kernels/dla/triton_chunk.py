@@ -46,7 +46,7 @@ from .triton_local import (
 )
 from .triton_scan import reverse_scan_kernel, state_scan_kernel
 from .triton_slots import slot_columns_kernel, slot_reverse_kernel, slot_scan_kernel
-from .triton_sums import add_parts
+from .triton_sums import add_heads
 from .triton_tables import decay_cumsum_kernel, live_anchor_kernel, live_table_kernel, tile_counts_kernel
 
 ENOUGH_PROGRAMS = 1056  # eight for each processor of an H100
@@ -475,6 +475,12 @@ class Gradients:
             dbeta=None if x.beta is None else torch.empty_like(x.beta),
         )
 
+    def add_heads(self, at: slice) -> None:
+        """The sums over heads at the tokens `at` (Gated DeltaNet with fewer groups than heads)."""
+        both = ((self.dq_parts, self.dq), (self.dk_parts, self.dk))
+        if parts := [(x[at], whole[at]) for x, whole in both if x is not whole]:
+            add_heads(parts)
+
 
 def heads_per_program(plan: LaunchPlan, programs: int) -> int:
     """Heads whose dq or dk one program adds up: all of a group if that leaves enough programs for a GPU; `programs`: of
@@ -517,7 +523,7 @@ def backward_window(
     if plan.gdn:
         rows, cols, ends, dkeep = _local_backward(work, snap, dstates, dat, dq, dk, grads)
         grid, table, lo, tile = work.tile_grid, work.layout.tiles, work.tile_lo, 0
-        add_heads(grads, slice(work.token_lo, work.token_lo + work.tokens))
+        grads.add_heads(slice(work.token_lo, work.token_lo + work.tokens))
     else:
         _group_gradient(work, dat, dq, dk, grads)
     assert dkeep is not None
@@ -578,13 +584,6 @@ def _group_gradient(work: WindowPass, dat: Tensor, dq: Tensor, dk: Tensor, grads
         dq.shape[1] // plan.G, dk.shape[1] // plan.G, window.block_lo, work.token_lo, **dims, **plan.tiled(),
         DOT=plan.dot, PREC=PRECISION, **ALL_REGISTERS,
     )  # fmt: skip
-
-
-def add_heads(grads: Gradients, at: slice) -> None:
-    """The sums over heads at the tokens `at` (Gated DeltaNet with fewer groups than heads)."""
-    both = ((grads.dq_parts, grads.dq), (grads.dk_parts, grads.dk))
-    if parts := [(x[at], whole[at]) for x, whole in both if x is not whole]:
-        add_parts(parts)
 
 
 def _local_backward(

@@ -168,6 +168,21 @@ def slot_scan_kernel(
         tl.store(p_out, b_s, mask=m_out)
 
 
+@triton.jit
+def end_gradient(
+    p_in, p_end, b_there, o_k, o_v, live, HAS_INCOMING: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Key dims o_k of the gradient of the states at a segment's end, stored at its last row as well."""
+    b_ds = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
+    if HAS_INCOMING:
+        p_from, m_from = slot_tile(p_in, b_there, o_k, o_v, live, DK, DV)
+        b_ds = tl.load(p_from, mask=m_from, other=0.0)
+    p_to, m_to = slot_tile(p_end, b_there, o_k, o_v, live, DK, DV)
+    tl.store(p_to, b_ds.to(DOT), mask=m_to)
+    return b_ds
+
+
 @triton.jit(do_not_specialize=SIZES)
 def slot_reverse_kernel(
     cg,
@@ -194,20 +209,11 @@ def slot_reverse_kernel(
     b_there = tl.load(columns + ((last.to(tl.int64) * H + i_h) * 5 + 1) * KP + o_c).to(tl.int32)
     row = tl.load(blocks + 4 * last + 2) + 1
     o_row = ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
-    b_ds = tl.zeros([BK, KP * BV], tl.float32)
-    if HAS_INCOMING:
-        p_in, m_in = slot_tile(incoming + o_out, b_there, o_k, o_v, live, DK, DV)
-        b_ds = tl.load(p_in, mask=m_in, other=0.0)
-    p_end, m_end = slot_tile(grad_states + o_row, b_there, o_k, o_v, live, DK, DV)
-    tl.store(p_end, b_ds.to(DOT), mask=m_end)
+    p_in, p_end = incoming + o_out, grad_states + o_row
+    b_ds = end_gradient(p_in, p_end, b_there, o_k, o_v, live, HAS_INCOMING, DK, DV, DOT)
     if BH > 0:
         o_h = BK + tl.arange(0, BH)
-        b_dh = tl.zeros([BH, KP * BV], tl.float32)
-        if HAS_INCOMING:
-            p_in, m_in = slot_tile(incoming + o_out, b_there, o_h, o_v, live, DK, DV)
-            b_dh = tl.load(p_in, mask=m_in, other=0.0)
-        p_end, m_end = slot_tile(grad_states + o_row, b_there, o_h, o_v, live, DK, DV)
-        tl.store(p_end, b_dh.to(DOT), mask=m_end)
+        b_dh = end_gradient(p_in, p_end, b_there, o_h, o_v, live, HAS_INCOMING, DK, DV, DOT)
     for i_b in range(n_blocks):
         i_t = last - i_b
         end, row = tl.load(blocks + 4 * i_t + 1), tl.load(blocks + 4 * i_t + 2)

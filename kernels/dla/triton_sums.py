@@ -37,7 +37,7 @@ def add_heads_kernel(
         add_one(y, y_sum, o_t, i_g, T, G, D, NY, BD)
 
 
-def add_parts(parts: list[tuple[Tensor, Tensor]]) -> None:
+def add_heads(parts: list[tuple[Tensor, Tensor]]) -> None:
     """Each `out` [T, G, D] of one or two pairs (x, out) from x fp32 [T, heads, D], G dividing heads: one launch."""
     (x, x_sum), (y, y_sum) = parts[0], parts[-1]
     T, G, D = x_sum.shape
