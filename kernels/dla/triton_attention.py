@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.launch import on_device
+from ..common.launch import compute_capability, on_device
 from . import triton_launch
 from .cache import Partition, SlotCache, beyond_kernels
 from .documents import document_starts
@@ -64,9 +64,9 @@ def triton_attention(
     """
     B, T, H, Dv = v.shape
     G, Dk, K = k.shape[2], k.shape[3], slot_weights.shape[-1]
-    tile = tile or (triton_launch.TILE if v.dtype == torch.bfloat16 else triton_launch.WIDE_TILE)
-    long = beta is None and v.dtype == torch.bfloat16
-    tiles = tiles or (triton_launch.MAMBA2_TILES if long else triton_launch.TILES)
+    small = v.dtype != torch.bfloat16 or (beta is not None and compute_capability(v.device) < 90)
+    tile = tile or (triton_launch.WIDE_TILE if small else triton_launch.TILE)
+    tiles = tiles or (triton_launch.TILES if v.dtype == torch.bfloat16 else triton_launch.WIDE_TILES)
     plan = LaunchPlan(v.dtype, Dk, Dv, H, G, K, beta is not None, tile=tile, tiles=tiles)
     layout = make_layout(B, T, cu_seqlens, plan.block, window_rows or plan.window_rows, v.device, tile)
     incoming = None

@@ -116,7 +116,7 @@ def slot_query_gradient_kernel(
             if i_k == 0:
                 tl.store(oldest + i_h * N_TOKENS + o_w, b_oldest, mask=o_t < end)
         p_dq = dq + (o_w.to(tl.int64) * (H // HEADS) + i_g)[:, None] * DK + o_k[None, :]
-        tl.store(p_dq, b_dq, mask=(o_t < end)[:, None] & (o_k < DK)[None, :])
+        tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=(o_t < end)[:, None] & (o_k < DK)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -133,7 +133,8 @@ def pairs_backward_kernel(
     read_dlam, oldest,  # what `slot_query_gradient_kernel` found, in PARTS parts
     own_dlam,  # [K, H, tokens of the window] fp32 scratch: of the slots up to the oldest that has a token of the block
     weighted,  # [tokens of the window, H, TILES * BT] out: At .* M
-    dat,  # same shape, out: dAt in fp32 (Gated DeltaNet), or dAt times the decay
+    dat,  # same shape, out: dAt (Mamba-2: times the decay)
+    dat_tile,  # [tokens of the window, H, BT] fp32 out: inside each tile, and not in `dat` (Gated DeltaNet only)
     dlam,  # [tokens of the window, H, K] out
     rows,  # [H, T] fp32 out: the queries' part of the decay gradient (Mamba-2 only)
     cols,  # [TILES, H, T] fp32 out: the keys' part, by the tile of the queries (Mamba-2 only)
@@ -178,7 +179,12 @@ def pairs_backward_kernel(
                 p_cols = cols + (i_c * H + i_h) * T + o_p
                 tl.store(p_cols, -tl.sum(b_dat * b_at, 0), mask=o_p < end)
                 b_dat *= b_decay
-            tl.store(dat + p_block + o_tile, b_dat.to(dat.dtype.element_ty), mask=(o_t < end)[:, None])
+            if GDN and back < BT // BP:
+                p_own_dat = dat_tile + ((first - token_lo).to(tl.int64) * H + i_h) * BT
+                o_own = (o_pair // TILES) + (o_c - i_c * BT)[None, :]
+                tl.store(p_own_dat + o_own, b_dat, mask=(o_t < end)[:, None])
+            else:
+                tl.store(dat + p_block + o_tile, b_dat.to(dat.dtype.element_ty), mask=(o_t < end)[:, None])
             b_sum, b_last = pair_weight_gradient(
                 p_own, stride, b_x * b_at, b_sum, b_last, p_life, b_newer, o_t, o_p, end, K
             )
@@ -374,7 +380,7 @@ def key_gradient_kernel(
                 tl.store(ends + (i_k * H + i_h) * T + o_p, b_last, mask=o_p < end)
         o_line = (o_p64 - token_lo) * (H // HEADS) + tl.program_id(1)
         p_dk = dk + o_line[:, None] * DK + o_k[None, :]
-        tl.store(p_dk, b_dk, mask=(o_p < end)[:, None] & (o_k < DK)[None, :])
+        tl.store(p_dk, b_dk.to(dk.dtype.element_ty), mask=(o_p < end)[:, None] & (o_k < DK)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -39,16 +39,17 @@ from .triton_local import (
     dphi_kernel,
     inverse_kernel,
     local_forward_kernel,
+    local_gradient_kernel,
     local_inverse_backward_kernel,
-    local_key_kernel,
     local_pairs_kernel,
-    local_query_kernel,
 )
 from .triton_scan import reverse_scan_kernel, state_scan_kernel
 from .triton_slots import slot_columns_kernel, slot_reverse_kernel, slot_scan_kernel
 from .triton_sums import add_heads
 from .triton_tables import decay_cumsum_kernel, live_anchor_kernel, live_table_kernel, tile_counts_kernel
 
+# chunk-local kernels that know a tile's place in its block
+TILED = ("local", "local_gradient", "compose", "compose_backward", "compose_backward_keys", "transition_backward")
 ENOUGH_PROGRAMS = 1056  # eight for each processor of an H100
 
 
@@ -127,7 +128,9 @@ def make_tables(
 class WindowPass:
     """One window: its chunk-local arrays and state snapshots, and the kernels over them."""
 
-    def __init__(self, plan: LaunchPlan, layout: BlockLayout, window: Window, x: Inputs, tables: Tables) -> None:
+    def __init__(
+        self, plan: LaunchPlan, layout: BlockLayout, window: Window, x: Inputs, tables: Tables, backward: bool = False
+    ) -> None:
         self.plan, self.layout, self.window, self.x, self.tables = plan, layout, window, x, tables
         self.blocks = window.block_hi - window.block_lo
         self.token_lo = layout.firsts[window.block_lo]
@@ -136,10 +139,9 @@ class WindowPass:
         self.at: Tensor = x.v
         self.qt, self.kh, self.r_matrix = x.q, x.k, x.v
         self.inv: Tensor = x.v
-        self.at_tile: Tensor = x.v
-        self.levels: list[tuple[Tensor, Tensor]] = []  # Qt and Kh of 1, 2, .. tiles, but the last
+        self.kh_tile, self.passing = x.k, x.k  # see `compose_kernel`
         if plan.gdn:
-            self._local()
+            self._local(save_passing=backward)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.x.v.device)
@@ -165,30 +167,28 @@ class WindowPass:
     def _sizes(self) -> tuple[int, int, int]:
         return self.layout.tokens, self.plan.H, self.plan.group
 
-    def _local(self) -> None:
+    def _local(self, save_passing: bool) -> None:
         plan, x, tables = self.plan, self.x, self.tables
         assert x.beta is not None
-        shape = (self.tokens, plan.H)
-        self.at = self.at_tile = self.new(*shape, plan.tile)
-        self.qt, self.kh = self.new(*shape, plan.DK), self.new(*shape, plan.DK)
+        shape, low = (self.tokens, plan.H), plan.state_dtype
+        self.at = self.new(*shape, plan.block, dtype=low)
+        qt, kh = self.new(*shape, plan.DK, dtype=low), self.new(*shape, plan.DK, dtype=low)
         self.inv = chunk_inverse(plan, x.k, x.beta, tables.cg_tile, self._where(), self.tokens, self.tile_grid[0])
-        meta = local_launch(plan, x.k.device)
         local_forward_kernel[self.tile_grid](
-            x.q, x.k, x.beta, tables.cg_tile, self.inv, self.at, self.qt, self.kh, *self._where(), *self._sizes(),
-            **meta,
+            x.q, x.k, x.beta, tables.cg_tile, self.inv, self.at, qt, kh, *self._where(), *self._sizes(),
+            **local_launch(plan, x.k.device, "local"),
         )  # fmt: skip
-        if plan.tiles > 1:
-            self.at = self.new(*shape, plan.block)
-        meta = local_launch(plan, x.k.device, "compose")
-        for level in range(plan.levels):
-            before = (self.qt, self.kh)
-            self.levels.append(before)
-            self.qt, self.kh = torch.empty_like(self.qt), torch.empty_like(self.kh)
+        self.kh_tile, self.qt, self.kh = kh, torch.empty_like(qt), torch.empty_like(kh)
+        if save_passing:
+            self.passing = self.new(*shape, plan.tiles - 1, plan.DK, dtype=low)
+        for keys in (False, True):
+            own, out = (kh, self.kh) if keys else (qt, self.qt)
             compose_kernel[self.tile_grid](
-                x.k, tables.cg, self.at_tile, *before, self.at, self.qt, self.kh, *self._where()[:2],
-                self.layout.blocks, self.token_lo, *self._sizes(), HALF=1 << level, TILES=plan.tiles, **meta,
+                x.k, tables.cg_tile, own, kh, self.at, out, self.passing, *self._where()[:2],
+                self.layout.blocks, self.token_lo, *self._sizes(), KEYS=keys, SAVE=save_passing,
+                **local_launch(plan, x.k.device, "compose"), **ALL_REGISTERS,
             )  # fmt: skip
-        self.r_matrix = self.new(self.blocks, plan.H, plan.DK, plan.DK, dtype=plan.state_dtype)
+        self.r_matrix = self.new(self.blocks, plan.H, plan.DK, plan.DK, dtype=low)
         meta = local_launch(plan, x.k.device, "transition")
         transition_kernel[(self.blocks, plan.H, ceil_div(plan.DK, meta["BK"]) ** 2)](
             x.k, self.kh, tables.cg, self.r_matrix, self.layout.blocks, self.window.block_lo, self.token_lo,
@@ -314,11 +314,16 @@ class WindowPass:
         )  # fmt: skip
 
 
-def local_launch(plan: LaunchPlan, device: torch.device, kernel: str = "local") -> dict:
-    """Launch of the chunk-local kernels, which know no value dims: BV is the width of a slab of a C x C matrix."""
+def local_launch(plan: LaunchPlan, device: torch.device, kernel: str) -> dict:
+    """Launch of the chunk-local kernels, which know no value dims."""
     found = plan.launch(kernel, device)
-    slab = {} if kernel in ("inverse", "transition", "transition_backward") else {"SLAB": min(found["BV"], plan.tile)}
-    return {**{k: x for k, x in found.items() if k not in ("DV", "BV")}, **slab, "BT": plan.tile, "PREC": PRECISION}
+    del found["DV"], found["BV"]
+    if kernel == "compose":  # BK of the key dims, and the BH others
+        found["BK"] = min(128, power_of_two(plan.DK, 16))
+        found["BH"] = power_of_two(plan.DK - 128, 16) if plan.DK > 128 else 0
+    tiled = {"TILES": plan.tiles} if kernel in TILED else {}
+    dot = {} if kernel == "inverse" else {"DOT": plan.dot}
+    return {**found, **tiled, **dot, "BT": plan.tile, "PREC": PRECISION}
 
 
 def chunk_inverse(
@@ -425,7 +430,7 @@ class TritonDLA(torch.autograd.Function):
         resumed_grad: Tensor | None = None
         dstates = None if states is None else torch.zeros_like(states)
         for window in reversed(layout.windows):
-            work = WindowPass(plan, layout, window, x, tables)
+            work = WindowPass(plan, layout, window, x, tables, backward=True)
             snap, _ = work.scan(_incoming(work, states, carried.pop() if window.resumes else None))
             n = len(window.segments)
             ends = dfinal if dfinal is None else dfinal[window.segment_lo : window.segment_lo + n]
@@ -507,7 +512,7 @@ def backward_window(
         work.qt, do, weights, blocks, tables.live, dstates, *sizes, work.tokens, **dims, BT=plan.tile, **math
     )
     initial, dkeep = work.reverse_scan(snap, dstates, carry, want_initial)
-    dat, weighted, rows, cols = _pairs_backward(work, do, dlam, oldest, grads)
+    dat, dat_tile, weighted, rows, cols = _pairs_backward(work, do, dlam, oldest, grads)
     dims = plan.launch("key_gradient", do.device)
     parts = ceil_div(plan.DK, dims["BK"])
     heads = heads_per_program(plan, work.tiles * parts)
@@ -517,11 +522,12 @@ def backward_window(
     )
     dims = plan.launch("value_gradient", do.device)
     value_gradient_kernel[(work.tiles, H, ceil_div(plan.DV, dims["BV"]))](
-        work.kh, do, tables.cg, tables.life, blocks, weighted, dstates, grads.dv, *sizes, **dims, **plan.tiled(), **math
-    )
+        work.kh, do, tables.cg, tables.life, blocks, weighted, dstates, grads.dv, *sizes, **dims, **plan.tiled(),
+        **math, **ALL_REGISTERS,
+    )  # fmt: skip
     grid, table, lo, tile = (work.blocks, H), blocks, window.block_lo, plan.tile
     if plan.gdn:
-        rows, cols, ends, dkeep = _local_backward(work, snap, dstates, dat, dq, dk, grads)
+        rows, cols, ends, dkeep = _local_backward(work, snap, dstates, dat, dat_tile, dq, dk, grads)
         grid, table, lo, tile = work.tile_grid, work.layout.tiles, work.tile_lo, 0
         grads.add_heads(slice(work.token_lo, work.token_lo + work.tokens))
     else:
@@ -543,7 +549,8 @@ def _slot_query_gradient(work: WindowPass, snap: Tensor, do: Tensor) -> tuple[Te
     parts = ceil_div(plan.DK, dims["BK"])
     heads = heads_per_program(plan, work.tiles * parts)
     registers = THREE_PROGRAMS if dims["num_warps"] == 4 and plan.DV <= 64 else ALL_REGISTERS
-    dq, dlam = work.new(work.tokens, H // heads, plan.DK), work.new(parts, K, H, work.tokens)
+    dq = work.new(work.tokens, H // heads, plan.DK, dtype=plan.gradient_dtype)
+    dlam = work.new(parts, K, H, work.tokens)
     weights, oldest = work.new(K, H, work.tokens), work.new(H, work.tokens, dtype=torch.int32)
     slot_query_gradient_kernel[(work.tiles, H // heads, parts)](
         work.qt, do, tables.cg, x.lam, tables.counts, work.layout.blocks, tables.death, tables.live, snap, dq, dlam,
@@ -555,22 +562,23 @@ def _slot_query_gradient(work: WindowPass, snap: Tensor, do: Tensor) -> tuple[Te
 
 def _pairs_backward(
     work: WindowPass, do: Tensor, dlam: Tensor, oldest: Tensor, grads: Gradients
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dlam of the window; returns dAt, At .* M, and parts of the decay gradient."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dlam of the window; returns dAt (Gated DeltaNet: inside tiles apart), At .* M, parts of the decay gradient."""
     plan, x, tables, window = work.plan, work.x, work.tables, work.window
     T, H, K = work.layout.tokens, plan.H, plan.K
     own, shape = work.new(K, H, work.tokens), (work.tokens, H, plan.block)
     weighted = work.new(*shape, dtype=plan.state_dtype)
-    dat = work.new(*shape, dtype=torch.float32 if plan.gdn else plan.state_dtype)
+    dat = work.new(*shape, dtype=plan.state_dtype)
+    dat_tile = work.new(work.tokens, H, plan.tile) if plan.gdn else dat
     rows, cols = work.new(1, H, T), work.new(1 if plan.gdn else plan.tiles, H, T)
     mine = grads.dlam[work.token_lo : work.token_lo + work.tokens]
     pairs_backward_kernel[(work.tiles, H)](
         x.q, x.k, x.v, do, tables.cg, work.at, x.lam, tables.life, work.layout.blocks, dlam, oldest, own, weighted, dat,
-        mine, rows, cols, *work._sizes(), K, window.block_lo, window.row_lo, work.token_lo, work.tokens,
+        dat_tile, mine, rows, cols, *work._sizes(), K, window.block_lo, window.row_lo, work.token_lo, work.tokens,
         PARTS=len(dlam), BP=min(32, plan.tile), KP=plan.slots_padded, **plan.launch("pairs_backward", do.device),
         **plan.tiled(), **plan.math(), **ALL_REGISTERS,
     )  # fmt: skip
-    return dat, weighted, rows, cols
+    return dat, dat_tile, weighted, rows, cols
 
 
 def _group_gradient(work: WindowPass, dat: Tensor, dq: Tensor, dk: Tensor, grads: Gradients) -> None:
@@ -587,7 +595,14 @@ def _group_gradient(work: WindowPass, dat: Tensor, dq: Tensor, dk: Tensor, grads
 
 
 def _local_backward(
-    work: WindowPass, snap: Tensor, dstates: Tensor, dat: Tensor, dqt: Tensor, dkh: Tensor, grads: Gradients
+    work: WindowPass,
+    snap: Tensor,
+    dstates: Tensor,
+    dat: Tensor,
+    dat_tile: Tensor,
+    dqt: Tensor,
+    dkh: Tensor,
+    grads: Gradients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From dAt, dQt, dKh and dPhi of Gated DeltaNet to dq, dk, dbeta; returns what the decay gradient is made of."""
     plan, x, tables, window = work.plan, work.x, work.tables, work.window
@@ -597,54 +612,49 @@ def _local_backward(
         snap, dstates, tables.pos, tables.death, tables.live, work.layout.blocks, dphi, H, plan.K, window.block_lo,
         window.row_lo, **dims, KP=plan.slots_padded, PREC=PRECISION,
     )  # fmt: skip
-    dat, dqt, dkh, dke, dkeep = _compose_backward(work, dphi, dat, dqt, dkh)
-    meta = local_launch(plan, snap.device)
-    parts = ceil_div(plan.DK, meta["BK"])
-    where = (*work._where(), *work._sizes())
-    db = torch.empty_like(dat)
-    rows = work.new(2 + parts, H, work.layout.tokens)
-    cols, ends = (work.new(parts, H, work.layout.tokens) for _ in range(2))
+    dke, dkeep = _compose_backward(work, dphi, dat, dqt, dkh)
+    where, dqk = (*work._where(), *work._sizes()), torch.empty_like(dat_tile)
+    db, rows = torch.empty_like(dqk), work.new(2, H, work.layout.tokens)
     inputs = (x.q, x.k, x.beta, tables.cg_tile, work.inv)
-    grid = work.tile_grid
-    local_pairs_kernel[grid](*inputs, dat, dqt, dkh, db, rows[0], *where, **meta)
-    local_inverse_backward_kernel[grid](*inputs[1:], db, rows[1], grads.dbeta, *where, **meta)
-    local_query_kernel[(*grid, parts)](x.q, x.k, tables.cg_tile, dat, dqt, grads.dq_parts, rows[2:], *where, **meta)
-    local_key_kernel[(*grid, parts)](
-        *inputs, work.at_tile, dat, db, dqt, dkh, dke, grads.dk_parts, cols, ends, *where, **meta
+    local_pairs_kernel[work.tile_grid](
+        *inputs, dat_tile, dqt, dkh, dqk, db, rows[0], *where, **local_launch(plan, snap.device, "local_pairs")
+    )
+    local_inverse_backward_kernel[work.tile_grid](
+        *inputs[1:], db, rows[1], grads.dbeta, *where, **local_launch(plan, snap.device, "local_inverse_backward")
+    )
+    meta = local_launch(plan, snap.device, "local_gradient")
+    parts = ceil_div(plan.DK, meta["BK"])
+    cols, ends = (work.new(parts, H, work.layout.tokens) for _ in range(2))
+    local_gradient_kernel[(*work.tile_grid, parts)](
+        *inputs, work.at, dqk, db, dqt, dkh, dke, grads.dq_parts, grads.dk_parts, cols, ends, *where, **meta
     )
     return rows, cols, ends, dkeep
 
 
-def _compose_backward(
-    work: WindowPass, dphi: Tensor, dat: Tensor, dqt: Tensor, dkh: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From a block's gradients dAt, dQt and dKh of its tiles, dk from ek, and each tile's last cg's [tiles, H, 1]."""
+def _compose_backward(work: WindowPass, dphi: Tensor, dat: Tensor, dqt: Tensor, dkh: Tensor) -> tuple[Tensor, Tensor]:
+    """From a block's dQt and dKh to those of its tiles, in place; returns dk from ek, and each tile's last cg's
+    [tiles, H, 1]."""
     plan, x, tables = work.plan, work.x, work.tables
     device, tiles, lo = x.k.device, plan.tiles, work.window.block_lo
     meta = local_launch(plan, device, "transition_backward")
     parts = ceil_div(plan.DK, meta["BK"])
-    both = work.new(parts + 2 * plan.levels, work.blocks, tiles, plan.H)
+    both = work.new(parts + 2, work.blocks, tiles, plan.H)
     block_sums, sums = both[:parts], both[parts:]
-    dke, where = torch.empty_like(dkh), (work.layout.tiles, work.tile_lo)
+    dke, where = torch.empty_like(dqt), (work.layout.tiles, work.tile_lo)
     sizes = (*work._sizes(), work.blocks)
     transition_backward_kernel[(*work.tile_grid, parts)](
-        x.k, tables.cg, work.kh, dphi, dkh, dke, block_sums, *where, lo, work.token_lo, *sizes, TILES=tiles, **meta
-    )
-    meta = local_launch(plan, device, "compose_backward")
-    dat_tile = dat if tiles == 1 else torch.empty_like(work.at_tile)
-    scratch = torch.empty_like(dat) if tiles > 1 else dat
-    for level in reversed(range(plan.levels)):
-        dqt_out, dkh_out = torch.empty_like(dqt), torch.empty_like(dkh)
-        compose_backward_kernel[work.tile_grid](
-            x.k, tables.cg, *work.levels[level], work.at, dat, dqt, dkh, dqt_out, dkh_out, dke, sums[2 * level :],
-            dat_tile, scratch, *where, work.layout.blocks, lo, work.token_lo, *sizes, HALF=1 << level, TILES=tiles,
-            **meta,
+        x.k, tables.cg, work.kh, dphi, dkh, dke, block_sums, *where, lo, work.token_lo, *sizes, **meta,
+    )  # fmt: skip
+    pairs = work.new(work.tokens, plan.H, plan.tile, dtype=plan.state_dtype)
+    for keys in (True, False):
+        compose_backward_kernel[(work.blocks, plan.H)](
+            x.k, tables.cg_tile, work.kh_tile, work.at, dat, pairs, work.passing, dkh if keys else dqt, dkh, dke,
+            sums[int(keys)], work.layout.blocks, lo, work.token_lo, *work._sizes(), KEYS=keys,
+            **local_launch(plan, device, "compose_backward_keys" if keys else "compose_backward"), **ALL_REGISTERS,
         )  # fmt: skip
-        dqt, dkh = dqt_out, dkh_out
     dkeep = work.new(*work.tile_grid, 1)
     tile_decay_kernel[work.tile_grid](
         tables.cg, dphi, block_sums, sums, dkeep, *where, work.layout.blocks, lo, work.layout.tokens, plan.H,
-        work.blocks, PARTS=parts, LEVELS=plan.levels, TILES=tiles, BT=plan.tile, DK=plan.DK,
-        BK=power_of_two(plan.DK), num_warps=1,
+        work.blocks, PARTS=parts, TILES=tiles, BT=plan.tile, DK=plan.DK, BK=power_of_two(plan.DK), num_warps=1,
     )  # fmt: skip
-    return dat_tile, dqt, dkh, dke, dkeep
+    return dke, dkeep

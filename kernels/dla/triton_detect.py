@@ -16,31 +16,7 @@ import triton
 import triton.language as tl
 
 from .triton_layout import SIZES
-from .triton_tiles import columns_of, decays_of, load_tile, products, raw_rows, rows_of
-
-
-@triton.jit
-def exact_dot(b_x, b_y, b_xy, PREC: tl.constexpr):
-    """b_xy + b_x @ b_y to fp32 accuracy. An operand in bf16 is exact: the other one is cut into three bf16 terms."""
-    if b_x.dtype == tl.bfloat16:
-        b_high = b_y.to(tl.bfloat16)
-        b_rest = b_y - b_high.to(tl.float32)
-        b_middle = b_rest.to(tl.bfloat16)
-        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
-        b_xy = tl.dot(b_x, b_low, b_xy)
-        b_xy = tl.dot(b_x, b_middle, b_xy)
-        b_xy = tl.dot(b_x, b_high, b_xy)
-    elif b_y.dtype == tl.bfloat16:
-        b_high = b_x.to(tl.bfloat16)
-        b_rest = b_x - b_high.to(tl.float32)
-        b_middle = b_rest.to(tl.bfloat16)
-        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
-        b_xy = tl.dot(b_low, b_y, b_xy)
-        b_xy = tl.dot(b_middle, b_y, b_xy)
-        b_xy = tl.dot(b_high, b_y, b_xy)
-    else:
-        b_xy = tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_xy, input_precision=PREC)
-    return b_xy
+from .triton_tiles import columns_of, decays_of, exact_dot, load_tile, products, raw_rows, rows_of
 
 
 @triton.jit

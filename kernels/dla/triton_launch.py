@@ -13,11 +13,9 @@ from ..common.tuned import launch_config, register
 
 TILE = 64  # tokens a tile
 PRECISION = "tf32x3"  # of products of fp32 operands: as good as fp32
-WIDE_TILE = 32  # with operands of 4 bytes
-TILES = 4  # tiles a block
-MAMBA2_TILES = (
-    8  # in bf16: half the snapshots (more than that for Gated DeltaNet's transitions; fp32 would lose digits)
-)
+WIDE_TILE = 32  # with operands of 4 bytes, and for Gated DeltaNet before Hopper: it has them inside a tile
+TILES = 8  # tiles a block
+WIDE_TILES = 4  # with operands of 4 bytes: decays inside a block cost digits
 DETECT_TILE = 32  # tokens a chunk of the detection pass: its C x C arrays stay in registers
 WINDOW_ROWS = 64  # at least so many blocks (and segment ends) have their slot states in memory at once,
 WINDOW_BYTES = 4 << 30  # and as many as take so many bytes
@@ -59,16 +57,22 @@ LAUNCH = {
     "dphi": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
     "dphi.sm80": ((64, 64, 8, 2), (32, 32, 8, 1), "backward"),
     "inverse": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
-    "local": ((32, 32, 4, 1), (32, 32, 8, 1), "forward"),
-    "local.sm100": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
-    "local.sm80": ((32, 16, 8, 1), (32, 16, 8, 1), "forward"),
-    "local.v64": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
-    "local.v64.sm80": ((32, 16, 8, 1), (32, 16, 8, 1), "forward"),
-    "compose": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
-    "compose_backward": ((16, 16, 8, 2), (16, 32, 8, 1), "backward"),
-    "compose_backward.256": ((16, 32, 8, 1), (16, 32, 8, 1), "backward"),
-    "compose_backward.odd": ((16, 32, 8, 1), (16, 32, 8, 1), "backward"),
-    "transition_backward": ((32, 32, 4, 1), (32, 32, 8, 1), "backward"),
+    "local": ((64, 64, 4, 1), (32, 32, 8, 1), "forward"),
+    "local_pairs": ((64, 64, 8, 2), (32, 32, 8, 1), "backward"),
+    "local_pairs.sm80": ((32, 64, 8, 1), (32, 32, 8, 1), "backward"),
+    "local_inverse_backward": ((64, 64, 8, 2), (32, 32, 8, 1), "backward"),
+    "local_gradient": ((64, 64, 4, 1), (64, 64, 8, 1), "backward"),
+    "compose": ((128, 64, 8, 2), (64, 64, 8, 2), "forward"),
+    "compose_backward": ((128, 64, 8, 2), (16, 64, 8, 1), "backward"),
+    "compose_backward_keys": ((128, 64, 8, 1), (32, 64, 8, 1), "backward"),
+    "compose_backward.sm80": ((64, 64, 8, 1), (16, 64, 8, 1), "backward"),
+    "compose_backward_keys.sm80": ((64, 64, 8, 1), (32, 64, 8, 1), "backward"),
+    "compose_backward.sm100": ((64, 64, 8, 1), (16, 64, 8, 1), "backward"),
+    "compose_backward_keys.sm100": ((64, 64, 8, 1), (32, 64, 8, 1), "backward"),
+    "compose_backward.256": ((64, 64, 8, 1), (16, 64, 8, 1), "backward"),
+    "compose_backward_keys.256": ((64, 64, 8, 1), (32, 64, 8, 1), "backward"),
+    "compose.256": ((128, 64, 8, 1), (64, 64, 8, 2), "forward"),
+    "transition_backward": ((64, 64, 4, 1), (32, 32, 8, 1), "backward"),
     "transition": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
     "transition.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "detect_pairs": ((64, 64, 4, 1), (64, 64, 8, 1), "partition"),
@@ -123,11 +127,6 @@ class LaunchPlan:
         return self.tile * self.tiles
 
     @property
-    def levels(self) -> int:
-        """Times that neighbouring halves are joined until they are a block (`triton_compose.py`)."""
-        return (self.tiles - 1).bit_length()
-
-    @property
     def dot(self):
         """Operand type of the matrix units."""
         return tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32
@@ -136,6 +135,11 @@ class LaunchPlan:
     def state_dtype(self) -> torch.dtype:
         """Type of the state snapshots."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Type of dq (Gated DeltaNet: dQt) on its way between kernels; heads are added up in fp32."""
+        return self.state_dtype if self.gdn else torch.float32
 
     @property
     def wide(self) -> bool:
@@ -151,8 +155,12 @@ class LaunchPlan:
         """Rows whose slot states are in memory at once; their gradients take as much again."""
         element = self.state_dtype.itemsize
         row = self.H * self.K * self.DK * self.DV * element
-        # half of a block's pairs and parts of dlam, and of Gated DeltaNet's chunk-local arrays and their gradients
-        token = 10 * self.K + (22 * self.DK + 9 * self.block if self.gdn else element * self.block)
+        # of a token half of the parts of dlam and of At .* M and dAt; Gated DeltaNet's At; Qt and Kh of tiles, of the
+        # block, where they pass each tile, and their gradients; what is as large as a tile
+        token = 10 * self.K + element * self.block
+        if self.gdn:
+            local = element * self.block + ((self.tiles + 5) * element + 4) * self.DK + (16 + element) * self.tile
+            token += local // 2
         row += self.H * self.block * token
         return max(WINDOW_ROWS, WINDOW_BYTES // row)
 
@@ -189,6 +197,7 @@ class LaunchPlan:
         """`launch` of that kernel; SLOTS of them in a program."""
         found = self.found("state_gradient", device)
         columns, dims = found["BV"], self.launch("state_gradient", device)
+        dims["BV"] = min(dims["BV"], 32)  # of more slots: they share what is read
         dims["SLOTS"] = max(1, min(columns // dims["BV"], self.slots_padded))
         return dims
 

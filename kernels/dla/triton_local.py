@@ -5,10 +5,10 @@ QK = tril(Q K^T .* D), ek = exp(cg) K, ck = exp(cg_C - cg) K:
 
     At = QK B    Qt = exp(cg) Q - At ek    Kh = B^T ck    Phi = exp(cg_C) I - R,  R = Kh^T ek
 
-`triton_compose.py` makes those of a block of several tiles from them. `blocks` is here the table of tiles.
+`triton_compose.py` makes those of a block of several tiles from them.
 
-This stage is a few percent of the FLOPs and everything else builds on it, so it is computed as in fp32. Where the
-gradient needs a transposed product it is formed transposed from the start: storing the transpose of a matrix-unit
+This stage is a few percent of the FLOPs and everything else builds on it, so it is computed as in fp32; what leaves it,
+At, Qt and Kh, has the dtype of the operands that it becomes. Where the gradient needs a transposed product it is formed transposed from the start: storing the transpose of a matrix-unit
 result is miscompiled on Hopper by Triton 3.4 - 3.6.
 """
 
@@ -19,7 +19,18 @@ import triton.language as tl
 
 from .triton_layout import SIZES
 from .triton_scan import slots_opened
-from .triton_tiles import columns_of, decays_of, load_tile, load_tile_t, products, rows_of
+from .triton_tiles import (
+    columns_of,
+    decays_of,
+    exact_dot,
+    load_tile,
+    load_tile_t,
+    products,
+    raw_columns,
+    raw_rows,
+    rows_of,
+    store_rows,
+)
 
 
 @triton.jit
@@ -102,64 +113,39 @@ def local_forward_kernel(
     beta,  # [T, H]
     cg,  # [H, T]
     inv,  # [T, H, BT]
-    at,  # [T, H, BT] fp32 out
+    at,  # [T, H, TILES * BT] out: At of each tile, on the diagonal of its block's
     qt,  # [T, H, DK] out
     kh,  # [T, H, DK] out
-    blocks, block_lo,
+    tiles, tile_lo,
     token_lo,  # first token of the window: window-local arrays begin there
     T, H, GROUP,
-    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+    TILES: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    i_t, i_h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    skip = token_lo.to(tl.int64) * H
-    inv -= skip * BT
-    at -= skip * BT
-    qt -= skip * DK
-    kh -= skip * DK
-    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    W: tl.constexpr = TILES * BT
+    i_t, i_h = tile_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_w, i_g, stride = i_h - token_lo.to(tl.int64) * H, i_h // GROUP, (H // GROUP) * DK
+    p_q, p_k, p_inv = q + i_g * DK, k + i_g * DK, inv + i_w * BT
+    first, end, place = tl.load(tiles + 4 * i_t), tl.load(tiles + 4 * i_t + 1), tl.load(tiles + 4 * i_t + 3)
     o_i = tl.arange(0, BT)
     o_t = first + o_i
-    i_g = i_h // GROUP
-    stride = (H // GROUP) * DK
     b_g = decays_of(cg + i_h * T, o_t, end)
-    g_end = tl.load(cg + i_h * T + end - 1)
+    b_gain = tl.exp(b_g)
+    b_to_end = tl.where(o_t < end, tl.exp(tl.load(cg + i_h * T + end - 1) - b_g), 0.0)
     b_beta = tl.load(beta + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
-    b_qk = products(q + i_g * DK, k + i_g * DK, o_t, end, stride, DK, BK, BT, PREC)
-    b_qk = b_qk * decay_tile(b_g, b_g, o_t, o_t, False)
-    o_at = o_t.to(tl.int64)[:, None] * H * BT + i_h * BT + o_i[None, :]
-    m_at = (o_t < end)[:, None] & (o_i >= 0)[None, :]
-    p_at, p_inv = at + i_h * BT, inv + i_h * BT
-    tl.store(at + o_at, b_qk, mask=m_at)
-    tl.debug_barrier()
-    b_at = tl.zeros([BT, BT], tl.float32)
-    for i_y in range(0, BT, SLAB):
-        o_j = i_y + tl.arange(0, SLAB)
-        b_b = rows_of(p_inv, first + o_j, o_i, end, H * BT, BT) * b_beta[None, :]
-        b_a = rows_of(p_at, o_t, o_j, end, H * BT, BT)
-        b_at = tl.dot(b_a, b_b, b_at, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BT] -> [BT, BT]
-    tl.debug_barrier()
-    tl.store(at + o_at, b_at, mask=m_at)
-    tl.debug_barrier()
+    b_qk = products(p_q, p_k, o_t, end, stride, DK, BK, BT, PREC) * decay_tile(b_g, b_g, o_t, o_t, False)
+    b_b = rows_of(p_inv, o_t, o_i, end, H * BT, BT) * b_beta[None, :]
+    b_at = tl.dot(b_qk, b_b, input_precision=PREC)  # [BT, BT] @ [BT, BT] -> [BT, BT]
+    store_rows(at + i_w * W, b_at, o_t, place * BT + o_i, end, H * W, W)
+    b_at *= -b_gain[None, :]
+    b_inv = columns_of(p_inv, o_t, o_i, end, H * BT, BT) * b_to_end[None, :]
     for i_k in range(0, DK, BK):
         o_k = i_k + tl.arange(0, BK)
-        o_cell = o_t.to(tl.int64)[:, None] * H * DK + i_h * DK + o_k[None, :]
-        m_k = (o_t < end)[:, None] & (o_k < DK)[None, :]
-        b_q = tl.exp(b_g)[:, None] * rows_of(q + i_g * DK, o_t, o_k, end, stride, DK)
-        for i_y in range(0, BT, SLAB):
-            o_j = i_y + tl.arange(0, SLAB)
-            b_k = rows_of(k + i_g * DK, first + o_j, o_k, end, stride, DK)
-            b_k *= tl.exp(decays_of(cg + i_h * T, first + o_j, end))[:, None]
-            b_a = rows_of(p_at, o_t, o_j, end, H * BT, BT)
-            b_q -= tl.dot(b_a, b_k, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
-        tl.store(qt + o_cell, b_q.to(qt.dtype.element_ty), mask=m_k)
-        b_kh = tl.zeros([BT, BK], tl.float32)
-        for i_y in range(0, BT, SLAB):
-            o_j = i_y + tl.arange(0, SLAB)
-            b_k = rows_of(k + i_g * DK, first + o_j, o_k, end, stride, DK)
-            b_k *= tl.exp(g_end - decays_of(cg + i_h * T, first + o_j, end))[:, None]
-            b_inv = columns_of(p_inv, first + o_j, o_i, end, H * BT, BT)
-            b_kh = tl.dot(b_inv, b_k, b_kh, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
-        tl.store(kh + o_cell, (b_beta[:, None] * b_kh).to(kh.dtype.element_ty), mask=m_k)
+        b_k = raw_rows(p_k, o_t, o_k, end, stride, DK).to(DOT)
+        b_kh = exact_dot(b_inv, b_k, tl.zeros([BT, BK], tl.float32), PREC)  # [BT, BT] @ [BT, BK] -> [BT, BK]
+        store_rows(kh + i_w * DK, b_beta[:, None] * b_kh, o_t, o_k, end, H * DK, DK)
+        b_q = b_gain[:, None] * rows_of(p_q, o_t, o_k, end, stride, DK)
+        b_q = exact_dot(b_at, b_k, b_q, PREC)  # [BT, BT] @ [BT, BK] -> [BT, BK]
+        store_rows(qt + i_w * DK, b_q, o_t, o_k, end, H * DK, DK)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -197,73 +183,47 @@ def dphi_kernel(
 def local_pairs_kernel(
     q, k, beta, cg,
     inv,  # [T, H, BT]
-    dat,  # [T, H, BT] fp32 in: dAt; out: (dQK .* D)^T, row = key
-    dqt,  # [T, H, DK] fp32
+    dat,  # [T, H, BT] fp32: dAt of each tile
+    dqt,  # [T, H, DK]
     dkh,  # [T, H, DK] fp32
+    dqk,  # [T, H, BT] fp32 out: (dQK .* D)^T, row = key
     db,  # [T, H, BT] fp32 out: dB^T
     dcg,  # [H, T] fp32 out: part of the decay gradient
-    blocks, block_lo,
+    tiles, tile_lo,
     token_lo,  # first token of the window: window-local arrays begin there
     T, H, GROUP,
-    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dQK and dB from dAt, dQt and dKh."""
-    i_t, i_h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    skip = token_lo.to(tl.int64) * H
-    inv -= skip * BT
-    dat -= skip * BT
-    dqt -= skip * DK
-    dkh -= skip * DK
-    db -= skip * BT
-    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    """dQK and dB from dAt, dQt and dKh, transposed."""
+    i_t, i_h = tile_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_w, i_g, stride = i_h - token_lo.to(tl.int64) * H, i_h // GROUP, (H // GROUP) * DK
+    p_q, p_k = q + i_g * DK, k + i_g * DK
+    first, end = tl.load(tiles + 4 * i_t), tl.load(tiles + 4 * i_t + 1)
     o_i = tl.arange(0, BT)
     o_t = first + o_i
-    i_g = i_h // GROUP
-    stride = (H // GROUP) * DK
     b_g = decays_of(cg + i_h * T, o_t, end)
-    g_end = tl.load(cg + i_h * T + end - 1)
+    b_to_end = tl.where(o_t < end, tl.exp(tl.load(cg + i_h * T + end - 1) - b_g), 0.0)
+    b_beta = tl.load(beta + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
     upper = (o_i[:, None] <= o_i[None, :]) & (o_t < end)[None, :]
-    b_to_end = tl.where(o_t < end, tl.exp(g_end - b_g), 0.0)
-    o_cell = o_t.to(tl.int64)[:, None] * H * BT + i_h * BT + o_i[None, :]
-    m_cell = (o_t < end)[:, None] & (o_i >= 0)[None, :]
-    b_dat = columns_of(dat + i_h * BT, o_t, o_i, end, H * BT, BT)  # [l, s]
-    for i_k in range(0, DK, BK):
+    b_dat, b_db = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)  # [l, s], [l, t]
+    for i_k in range(0, DK, BK):  # [BT, BK] @ [BK, BT] -> [BT, BT]
         o_k = i_k + tl.arange(0, BK)
-        b_k = tl.exp(b_g)[:, None] * rows_of(k + i_g * DK, o_t, o_k, end, stride, DK)
-        b_dqt = columns_of(dqt + i_h * DK, o_t, o_k, end, H * DK, DK)
-        b_dat -= tl.dot(b_k, b_dqt, input_precision=PREC)  # [BT, BK] @ [BK, BT] -> [BT, BT]
-    tl.debug_barrier()  # every thread has read dAt
-    tl.store(dat + o_cell, tl.where(upper, b_dat, 0.0), mask=m_cell)
-    b_qk = products(q + i_g * DK, k + i_g * DK, o_t, end, stride, DK, BK, BT, PREC)
-    b_qk = b_qk * decay_tile(b_g, b_g, o_t, o_t, False)
-    tl.store(db + o_cell, b_qk, mask=m_cell)  # both are read again, a slab at a time
-    tl.debug_barrier()
-    b_db = tl.zeros([BT, BT], tl.float32)  # [l, t]
-    for i_y in range(0, BT, SLAB):
-        o_j = i_y + tl.arange(0, SLAB)
-        b_part = rows_of(db + i_h * BT, first + o_j, o_i, end, H * BT, BT)
-        b_slab = rows_of(dat + i_h * BT, o_t, o_j, end, H * BT, BT)
-        b_db = tl.dot(b_slab, b_part, b_db, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BT] -> [BT, BT]
-    for i_k in range(0, DK, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_kt = columns_of(k + i_g * DK, o_t, o_k, end, stride, DK) * b_to_end[None, :]
-        b_dkh = rows_of(dkh + i_h * DK, o_t, o_k, end, H * DK, DK)
-        b_db += tl.dot(b_dkh, b_kt, input_precision=PREC)  # [BT, BK] @ [BK, BT] -> [BT, BT]
-    tl.debug_barrier()
-    tl.store(db + o_cell, tl.where(upper, b_db, 0.0), mask=m_cell)
-    b_dqk = tl.zeros([BT, BT], tl.float32)
-    for i_y in range(0, BT, SLAB):
-        o_j = i_y + tl.arange(0, SLAB)
-        b_beta = tl.load(beta + (first + o_j).to(tl.int64) * H + i_h, mask=first + o_j < end, other=0.0).to(tl.float32)
-        b_b = rows_of(inv + i_h * BT, o_t, o_j, end, H * BT, BT) * b_beta[None, :]
-        b_slab = rows_of(dat + i_h * BT, first + o_j, o_i, end, H * BT, BT)
-        b_dqk = tl.dot(b_b, b_slab, b_dqk, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BT] -> [BT, BT]
-    # decays of the transposed pair (row = key, column = query)
-    b_g = decays_of(cg + i_h * T, o_t, end)
-    b_dqk *= tl.exp(tl.where(o_i[:, None] <= o_i[None, :], b_g[None, :] - b_g[:, None], float("-inf")))
-    tl.debug_barrier()
-    tl.store(dat + o_cell, b_dqk, mask=m_cell)
-    b_pairs = b_dqk * products(k + i_g * DK, q + i_g * DK, o_t, end, stride, DK, BK, BT, PREC)
+        b_k = raw_rows(p_k, o_t, o_k, end, stride, DK).to(DOT)
+        b_dqt = raw_columns(dqt + i_w * DK, o_t, o_k, end, H * DK, DK)
+        b_dat = tl.dot(b_k, b_dqt, b_dat, input_precision=PREC)
+        b_k = raw_columns(p_k, o_t, o_k, end, stride, DK).to(DOT)
+        b_db = exact_dot(raw_rows(dkh + i_w * DK, o_t, o_k, end, H * DK, DK), b_k, b_db, PREC)
+    b_dat = columns_of(dat + i_w * BT, o_t, o_i, end, H * BT, BT) - tl.exp(b_g)[:, None] * b_dat
+    b_dat = tl.where(upper, b_dat, 0.0)
+    b_qk = products(p_q, p_k, o_t, end, stride, DK, BK, BT, PREC) * decay_tile(b_g, b_g, o_t, o_t, False)
+    # [BT, BT] @ [BT, BT] -> [BT, BT], here and below
+    b_db = tl.dot(b_dat, b_qk, b_db * b_to_end[None, :], input_precision=PREC)
+    store_rows(db + i_w * BT, tl.where(upper, b_db, 0.0), o_t, o_i, end, H * BT, BT)
+    b_b = rows_of(inv + i_w * BT, o_t, o_i, end, H * BT, BT) * b_beta[None, :]
+    b_dqk = tl.dot(b_b, b_dat, input_precision=PREC)
+    b_dqk *= tl.exp(tl.where(upper, b_g[None, :] - b_g[:, None], float("-inf")))  # the transposed pair's decay
+    store_rows(dqk + i_w * BT, b_dqk, o_t, o_i, end, H * BT, BT)
+    b_pairs = b_dqk * products(p_k, p_q, o_t, end, stride, DK, BK, BT, PREC)
     tl.store(dcg + i_h * T + o_t, tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1), mask=o_t < end)
 
 
@@ -274,147 +234,80 @@ def local_inverse_backward_kernel(
     db,  # [T, H, BT] fp32 in: dB^T; out: dgram^T, row = key
     dcg,  # [H, T] fp32 out: part of the decay gradient
     dbeta,  # [T, H] out
-    blocks, block_lo,
+    tiles, tile_lo,
     token_lo,  # first token of the window: window-local arrays begin there
     T, H, GROUP,
-    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Through B = inv diag(beta): dL = -stril(inv^T (dB diag(beta)) inv^T), transposed throughout."""
-    i_t, i_h = block_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    skip = token_lo.to(tl.int64) * H
-    inv -= skip * BT
-    db -= skip * BT
-    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    i_t, i_h = tile_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_w, stride = i_h - token_lo.to(tl.int64) * H, (H // GROUP) * DK
+    p_k, p_inv, p_db = k + i_h // GROUP * DK, inv + i_w * BT, db + i_w * BT
+    first, end = tl.load(tiles + 4 * i_t), tl.load(tiles + 4 * i_t + 1)
     o_i = tl.arange(0, BT)
     o_t = first + o_i
-    i_g = i_h // GROUP
     b_g = decays_of(cg + i_h * T, o_t, end)
     b_beta = tl.load(beta + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
-    b_db = rows_of(db + i_h * BT, o_t, o_i, end, H * BT, BT)
-    b_dbeta = tl.sum(b_db * columns_of(inv + i_h * BT, o_t, o_i, end, H * BT, BT), 1)
-    b_step = tl.zeros([BT, BT], tl.float32)
-    for i_y in range(0, BT, SLAB):
-        o_j = i_y + tl.arange(0, SLAB)
-        b_w = tl.load(beta + (first + o_j).to(tl.int64) * H + i_h, mask=first + o_j < end, other=0.0).to(tl.float32)
-        b_scaled = b_w[:, None] * rows_of(db + i_h * BT, first + o_j, o_i, end, H * BT, BT)
-        b_inv = rows_of(inv + i_h * BT, o_t, o_j, end, H * BT, BT)
-        b_step = tl.dot(b_inv, b_scaled, b_step, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BT] -> [BT, BT]
-    o_cell = o_t.to(tl.int64)[:, None] * H * BT + i_h * BT + o_i[None, :]
-    m_cell = (o_t < end)[:, None] & (o_i >= 0)[None, :]
-    tl.debug_barrier()  # every thread has read dB
-    tl.store(db + o_cell, b_step, mask=m_cell)
-    tl.debug_barrier()
-    b_dl = tl.zeros([BT, BT], tl.float32)
-    for i_y in range(0, BT, SLAB):
-        o_j = i_y + tl.arange(0, SLAB)
-        b_inv = rows_of(inv + i_h * BT, first + o_j, o_i, end, H * BT, BT)
-        b_slab = rows_of(db + i_h * BT, o_t, o_j, end, H * BT, BT)
-        b_dl = tl.dot(b_slab, b_inv, b_dl, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BT] -> [BT, BT]
-    b_decay = tl.exp(tl.where(o_i[:, None] < o_i[None, :], b_g[None, :] - b_g[:, None], float("-inf")))
-    b_dl = tl.where((o_t < end)[:, None] & (o_t < end)[None, :], -b_dl * b_decay, 0.0)
-    b_pairs = b_dl * products(k + i_g * DK, k + i_g * DK, o_t, end, (H // GROUP) * DK, DK, BK, BT, PREC)
+    b_db = rows_of(p_db, o_t, o_i, end, H * BT, BT)
+    b_dbeta = tl.sum(b_db * columns_of(p_inv, o_t, o_i, end, H * BT, BT), 1)
+    b_inv = rows_of(p_inv, o_t, o_i, end, H * BT, BT)
+    b_step = tl.dot(b_inv, b_beta[:, None] * b_db, input_precision=PREC)  # [BT, BT] @ [BT, BT] -> [BT, BT]
+    b_dl = -tl.dot(b_step, b_inv, input_precision=PREC)  # [BT, BT] @ [BT, BT] -> [BT, BT]
+    later = (o_i[:, None] < o_i[None, :]) & (o_t < end)[None, :]
+    b_dl *= tl.exp(tl.where(later, b_g[None, :] - b_g[:, None], float("-inf")))
+    b_pairs = b_dl * products(p_k, p_k, o_t, end, stride, DK, BK, BT, PREC)
     b_dbeta += tl.sum(b_pairs, 0)
     b_pairs *= b_beta[None, :]
-    tl.debug_barrier()
-    tl.store(db + o_cell, b_dl * b_beta[None, :], mask=m_cell)
+    tl.debug_barrier()  # every thread has read dB
+    store_rows(p_db, b_dl * b_beta[None, :], o_t, o_i, end, H * BT, BT)
     tl.store(dcg + i_h * T + o_t, tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1), mask=o_t < end)
     tl.store(dbeta + o_t.to(tl.int64) * H + i_h, b_dbeta.to(dbeta.dtype.element_ty), mask=o_t < end)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def local_query_kernel(
-    q, k, cg,
-    dqk,  # [T, H, BT]: (dQK .* D)^T
-    dqt,  # [T, H, DK] fp32
-    dq,  # [T, H, DK] out
-    dcg,  # [NK, H, T] fp32 out: part of the decay gradient
-    blocks, block_lo,
-    token_lo,  # first token of the window: window-local arrays begin there
-    T, H, GROUP,
-    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    i_b, i_h, i_k = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    skip = token_lo.to(tl.int64) * H
-    dqk -= skip * BT
-    dqt -= skip * DK
-    first, end = tl.load(blocks + 4 * (block_lo + i_b)), tl.load(blocks + 4 * (block_lo + i_b) + 1)
-    o_i = tl.arange(0, BT)
-    o_t = first + o_i
-    i_g = i_h // GROUP
-    stride = (H // GROUP) * DK
-    o_k = i_k * BK + tl.arange(0, BK)
-    b_dq = tl.exp(decays_of(cg + i_h * T, o_t, end))[:, None] * rows_of(dqt + i_h * DK, o_t, o_k, end, H * DK, DK)
-    b_dg = tl.sum(b_dq * rows_of(q + i_g * DK, o_t, o_k, end, stride, DK), 1)
-    tl.store(dcg + (i_k * H + i_h) * T + o_t, b_dg, mask=o_t < end)
-    b_dqk = columns_of(dqk + i_h * BT, o_t, o_i, end, H * BT, BT)
-    b_k = rows_of(k + i_g * DK, o_t, o_k, end, stride, DK)
-    b_dq += tl.dot(b_dqk, b_k, input_precision=PREC)  # [BT, BT] @ [BT, BK] -> [BT, BK]
-    o_cell = o_t.to(tl.int64)[:, None] * H * DK + i_h * DK + o_k[None, :]
-    tl.store(dq + o_cell, b_dq.to(dq.dtype.element_ty), mask=(o_t < end)[:, None] & (o_k < DK)[None, :])
-
-
-@triton.jit(do_not_specialize=SIZES)
-def local_key_kernel(
+def local_gradient_kernel(
     q, k, beta, cg, inv,
-    at,  # [T, H, BT]
-    dqk,  # [T, H, BT]: (dQK .* D)^T
-    dgram,  # [T, H, BT]: dgram^T
-    dqt,  # [T, H, DK] fp32
+    at,  # [T, H, TILES * BT]
+    dqk, dgram,  # [T, H, BT] fp32, see the kernels before
+    dqt,  # [T, H, DK]
     dkh,  # [T, H, DK] fp32
-    dke,  # [T, H, DK] fp32: gradient of k from ek, but for At and Qt
-    dk,  # [T, H, DK] out
+    dke,  # [T, H, DK]: gradient of k from ek, but for At and Qt
+    dq, dk,  # [T, H, DK] out
     dcg,  # [NK, H, T] fp32 out: part of the decay gradient
-    ends,  # [NK, H, T] fp32 out: what the block's last decay gets and the token's own loses
-    blocks, block_lo,
+    ends,  # [NK, H, T] fp32 out: what the tile's last decay gets and the token's own loses
+    tiles, tile_lo,
     token_lo,  # first token of the window: window-local arrays begin there
     T, H, GROUP,
-    DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SLAB: tl.constexpr, PREC: tl.constexpr,
+    TILES: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_h, i_k = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    skip = token_lo.to(tl.int64) * H
-    inv -= skip * BT
-    at -= skip * BT
-    dke -= skip * DK
-    dqk -= skip * BT
-    dgram -= skip * BT
-    dqt -= skip * DK
-    dkh -= skip * DK
-    first, end = tl.load(blocks + 4 * (block_lo + i_b)), tl.load(blocks + 4 * (block_lo + i_b) + 1)
+    """dq and dk of each head, BK key dims a program. All products [BT, BT] @ [BT, BK] -> [BT, BK]."""
+    W: tl.constexpr = TILES * BT
+    i_t, i_h, i_k = tile_lo + tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_w, stride = i_h - token_lo.to(tl.int64) * H, (H // GROUP) * DK
+    p_dqk, p_dgram = dqk + i_w * BT, dgram + i_w * BT
+    first, end, place = tl.load(tiles + 4 * i_t), tl.load(tiles + 4 * i_t + 1), tl.load(tiles + 4 * i_t + 3)
     o_i = tl.arange(0, BT)
-    o_t = first + o_i
-    i_g = i_h // GROUP
-    stride = (H // GROUP) * DK
-    o_k = i_k * BK + tl.arange(0, BK)
+    o_t, o_k = first + o_i, i_k * BK + tl.arange(0, BK)
     b_g = decays_of(cg + i_h * T, o_t, end)
+    b_gain = tl.exp(b_g)[:, None]
     b_to_end = tl.where(o_t < end, tl.exp(tl.load(cg + i_h * T + end - 1) - b_g), 0.0)[:, None]
-    b_dk = tl.zeros([BT, BK], tl.float32)  # of ck
-    for i_y in range(0, BT, SLAB):
-        o_j = i_y + tl.arange(0, SLAB)
-        b_beta = tl.load(beta + (first + o_j).to(tl.int64) * H + i_h, mask=first + o_j < end, other=0.0).to(tl.float32)
-        b_b = rows_of(inv + i_h * BT, o_t, o_j, end, H * BT, BT) * b_beta[None, :]
-        b_dkh = rows_of(dkh + i_h * DK, first + o_j, o_k, end, H * DK, DK)
-        b_dk = tl.dot(b_b, b_dkh, b_dk, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
-    b_dk *= b_to_end
-    b_last = tl.sum(b_dk * rows_of(k + i_g * DK, o_t, o_k, end, stride, DK), 1)
-    b_dek = tl.zeros([BT, BK], tl.float32)
-    for i_y in range(0, BT, SLAB):
-        o_s = first + i_y + tl.arange(0, SLAB)
-        b_at = columns_of(at + i_h * BT, o_s, o_i, end, H * BT, BT)
-        b_dqt = rows_of(dqt + i_h * DK, o_s, o_k, end, H * DK, DK)
-        b_dek = tl.dot(b_at, b_dqt, b_dek, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
-    b_dek = rows_of(dke + i_h * DK, o_t, o_k, end, H * DK, DK) - tl.exp(b_g)[:, None] * b_dek
+    b_beta = tl.load(beta + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
+    b_q = raw_rows(q + i_h // GROUP * DK, o_t, o_k, end, stride, DK).to(DOT)
+    b_k = raw_rows(k + i_h // GROUP * DK, o_t, o_k, end, stride, DK).to(DOT)
+    b_dqt = raw_rows(dqt + i_w * DK, o_t, o_k, end, H * DK, DK)
+    b_dq = b_gain * b_dqt.to(tl.float32)
+    b_dcg = tl.sum(b_dq * b_q.to(tl.float32), 1)
+    b_dq = exact_dot(raw_columns(p_dqk, o_t, o_i, end, H * BT, BT), b_k, b_dq, PREC)
+    store_rows(dq + i_h * DK, b_dq, o_t, o_k, end, H * DK, DK)
+    b_b = rows_of(inv + i_w * BT, o_t, o_i, end, H * BT, BT) * b_beta[None, :]
+    b_dkh = raw_rows(dkh + i_w * DK, o_t, o_k, end, H * DK, DK)
+    b_dk = b_to_end * tl.dot(b_b, b_dkh, input_precision=PREC)
     o_dg = (i_k * H + i_h) * T + o_t
-    tl.store(ends + o_dg, b_last, mask=o_t < end)
-    tl.store(dcg + o_dg, tl.sum(b_dek * rows_of(k + i_g * DK, o_t, o_k, end, stride, DK), 1), mask=o_t < end)
-    b_dk += b_dek
-    for i_y in range(0, BT, SLAB):
-        o_j = i_y + tl.arange(0, SLAB)
-        b_dqk = rows_of(dqk + i_h * BT, o_t, o_j, end, H * BT, BT)
-        b_q = rows_of(q + i_g * DK, first + o_j, o_k, end, stride, DK)
-        b_dk = tl.dot(b_dqk, b_q, b_dk, input_precision=PREC)  # [BT, SLAB] @ [SLAB, BK] -> [BT, BK]
-        b_pair = rows_of(dgram + i_h * BT, o_t, o_j, end, H * BT, BT)
-        b_pair = b_pair + columns_of(dgram + i_h * BT, first + o_j, o_i, end, H * BT, BT)
-        b_k = rows_of(k + i_g * DK, first + o_j, o_k, end, stride, DK)
-        b_dk = tl.dot(b_pair, b_k, b_dk, input_precision=PREC)
-    o_cell = o_t.to(tl.int64)[:, None] * H * DK + i_h * DK + o_k[None, :]
-    tl.store(dk + o_cell, b_dk.to(dk.dtype.element_ty), mask=(o_t < end)[:, None] & (o_k < DK)[None, :])
+    tl.store(ends + o_dg, tl.sum(b_dk * b_k.to(tl.float32), 1), mask=o_t < end)
+    b_at = raw_columns(at + i_w * W + place * BT, o_t, o_i, end, H * W, BT)
+    b_dek = rows_of(dke + i_w * DK, o_t, o_k, end, H * DK, DK) - b_gain * tl.dot(b_at, b_dqt, input_precision=PREC)
+    tl.store(dcg + o_dg, b_dcg + tl.sum(b_dek * b_k.to(tl.float32), 1), mask=o_t < end)
+    b_dk = exact_dot(raw_rows(p_dqk, o_t, o_i, end, H * BT, BT), b_q, b_dk + b_dek, PREC)
+    b_pair = raw_rows(p_dgram, o_t, o_i, end, H * BT, BT) + raw_columns(p_dgram, o_t, o_i, end, H * BT, BT)
+    b_dk = exact_dot(b_pair, b_k, b_dk, PREC)
+    store_rows(dk + i_h * DK, b_dk, o_t, o_k, end, H * DK, DK)

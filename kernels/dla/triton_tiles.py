@@ -36,6 +36,13 @@ def raw_columns(x, o_t, o_d, end, stride, D: tl.constexpr):
 
 
 @triton.jit
+def store_rows(p_x, b_x, o_t, o_d, end, stride, D: tl.constexpr):
+    """x[o_t, o_d] = b_x."""
+    p_cell = p_x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
+    tl.store(p_cell, b_x.to(p_x.dtype.element_ty), mask=(o_t < end)[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
 def load_tile(p_x, o_r, o_c, ROWS: tl.constexpr, COLS: tl.constexpr):
     """x[o_r, o_c] of a contiguous [ROWS, COLS] matrix, zero outside: [len(o_r), len(o_c)]."""
     m_x = (o_r < ROWS)[:, None] & (o_c < COLS)[None, :]
@@ -47,6 +54,30 @@ def load_tile_t(p_x, o_r, o_c, ROWS: tl.constexpr, COLS: tl.constexpr):
     """`load_tile` transposed: [len(o_c), len(o_r)]."""
     m_x = (o_r < ROWS)[None, :] & (o_c < COLS)[:, None]
     return tl.load(p_x + o_r[None, :] * COLS + o_c[:, None], mask=m_x, other=0.0)
+
+
+@triton.jit
+def exact_dot(b_x, b_y, b_xy, PREC: tl.constexpr):
+    """b_xy + b_x @ b_y to fp32 accuracy. An operand in bf16 is exact: the other one is cut into three bf16 terms."""
+    if b_x.dtype == tl.bfloat16:
+        b_high = b_y.to(tl.bfloat16)
+        b_rest = b_y - b_high.to(tl.float32)
+        b_middle = b_rest.to(tl.bfloat16)
+        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
+        b_xy = tl.dot(b_x, b_low, b_xy)
+        b_xy = tl.dot(b_x, b_middle, b_xy)
+        b_xy = tl.dot(b_x, b_high, b_xy)
+    elif b_y.dtype == tl.bfloat16:
+        b_high = b_x.to(tl.bfloat16)
+        b_rest = b_x - b_high.to(tl.float32)
+        b_middle = b_rest.to(tl.bfloat16)
+        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
+        b_xy = tl.dot(b_low, b_y, b_xy)
+        b_xy = tl.dot(b_middle, b_y, b_xy)
+        b_xy = tl.dot(b_high, b_y, b_xy)
+    else:
+        b_xy = tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_xy, input_precision=PREC)
+    return b_xy
 
 
 @triton.jit
