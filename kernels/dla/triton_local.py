@@ -8,8 +8,8 @@ QK = tril(Q K^T .* D), ek = exp(cg) K, ck = exp(cg_C - cg) K:
 `triton_compose.py` makes those of a block of several tiles from them.
 
 This stage is a few percent of the FLOPs and everything else builds on it, so it is computed as in fp32; what leaves it,
-At, Qt and Kh, has the dtype of the operands that it becomes. Where the gradient needs a transposed product it is formed transposed from the start: storing the transpose of a matrix-unit
-result is miscompiled on Hopper by Triton 3.4 - 3.6.
+At, Qt and Kh, has the dtype of the operands that it becomes. Where the gradient needs a transposed product it is formed
+transposed from the start: storing the transpose of a matrix-unit result is miscompiled on Hopper by Triton 3.4 - 3.6.
 """
 
 from __future__ import annotations
