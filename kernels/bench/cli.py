@@ -53,6 +53,7 @@ def add_bench_parser(subparsers: Any) -> None:
     )
     ledger = actions.add_parser("ledger", help="a training step, counted without a GPU", description=text)
     ledger.add_argument("config", type=Path, metavar="CONFIG", help="of a pretraining run")
+    ledger.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the config")
     ledger.add_argument("--tokens", type=int, metavar="T", help="tokens a row (default: the config's)")
     ledger.add_argument("--arch", type=int, choices=(80, 90, 100), help="compile for sm_ARCH (default: 90)")
     ledger.add_argument("--gpu", choices=("a100", "h100", "h200", "b200"), help="default: the architecture's")

@@ -249,6 +249,7 @@ def dla_attention(
     chunk_size: int | None = None,
     tau_temperature: float = TAU_TEMPERATURE,
     sharpness: Tensor | None = None,
+    keep_states: bool = False,
 ) -> tuple[Tensor, SlotCache | None]:
     """Dynamic Linear Attention over a sequence (arXiv 2606.10650, eqs 13-18).
 
@@ -273,6 +274,8 @@ def dla_attention(
             where it pays, with states of at least 64 x 64, else 64; 16 for rows as short as that.
         sharpness: [H], multiplies the slot weights by a factor that says how well a slot's keys match the query, see
             `content.py`; None: by none. Caches then hold `keys`.
+        keep_states: the `triton` backend keeps the slot states of the forward pass for the backward one, which then
+            does not compute them again: 2 K Dk Dv bytes (bf16; else 4) a block of tokens and head. The same bits.
 
     Returns:
         out [B, T, H, Dv] in v's dtype (states and decisions are fp32, or float64 for float64 inputs), and the final
@@ -317,7 +320,7 @@ def dla_attention(
             raise ValueError("with cu_seqlens and a cache the partition cannot be given")
         rule: dict[str, Any] = dict(
             tau=tau, capacity=capacity, merge=merge, controls=controls, backend=backend, chunk_size=chunk_size,
-            tau_temperature=tau_temperature, sharpness=sharpness,
+            tau_temperature=tau_temperature, sharpness=sharpness, keep_states=keep_states,
         )  # fmt: skip
         out, last = _by_document([q, k, v, g, slot_weights], beta, cu_seqlens, cache, rule)
         return out, last if return_cache else None
@@ -348,7 +351,7 @@ def dla_attention(
     if backend == "triton":
         attend = partial(
             _kernel("triton_attention", "triton_attention"), q, k, v, g, slot_weights, beta, part=partition,
-            cu_seqlens=cu_seqlens, tau=tau, temperature=tau_temperature,
+            cu_seqlens=cu_seqlens, tau=tau, temperature=tau_temperature, keep_states=keep_states,
         )  # fmt: skip
         if cache is None and not return_cache:
             return attend()[0], None

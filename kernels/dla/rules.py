@@ -150,6 +150,7 @@ class SlotRule:
     controls: Controls = INFORMATION
     backend: str = "auto"
     sharpness: Tensor | None = None
+    keep_states: bool = False
 
     def of_heads(self, first: int, heads: int) -> SlotRule:
         """The same of some of the heads at hand."""

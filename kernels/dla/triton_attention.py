@@ -48,6 +48,7 @@ def triton_attention(
     slot_death: Tensor | None = None,
     states: Tensor | None = None,
     want_final: bool = False,
+    keep_states: bool = False,
     tile: int | None = None,
     tiles: int | None = None,
     window_rows: int | None = None,
@@ -100,6 +101,6 @@ def triton_attention(
     )  # fmt: skip
     with on_device(v):
         out, final = TritonDLA.apply(
-            *inputs, plan, layout, to_line(part.death, part.start), incoming, threshold, want_final
+            *inputs, plan, layout, to_line(part.death, part.start), incoming, threshold, want_final, keep_states
         )
     return out.view(B, T, H, Dv), final[layout.last_segments].flatten(0, 1) if want_final else final

@@ -389,17 +389,21 @@ class TritonDLA(torch.autograd.Function):
         cache: tuple[Tensor, Tensor] | None,
         threshold: Any,
         want_final: bool,
+        keep_states: bool,
     ) -> tuple[Tensor, Tensor]:
         x = Inputs(q, k, v, g, lam, beta)
         tables = make_tables(plan, layout, g, life, cache)
         o = torch.empty_like(v)
         carries: list[Tensor] = []
+        kept: list[Tensor] = []
         finals = []
         resumed = None
         for window in layout.windows:
             work = WindowPass(plan, layout, window, x, tables)
             snap, final = work.scan(_incoming(work, states, resumed), want_final or window.continues)
             work.output(snap, o)
+            if keep_states:
+                kept.append(snap)
             if want_final:
                 assert final is not None
                 finals.append(final[: -1 if window.continues else None])
@@ -409,7 +413,7 @@ class TritonDLA(torch.autograd.Function):
                 carries.append(resumed)
             else:
                 resumed = None
-        ctx.save_for_backward(q, k, v, g, lam, beta, states, tau, *tables.tensors(), *carries)
+        ctx.save_for_backward(q, k, v, g, lam, beta, states, tau, *tables.tensors(), *carries, *kept)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.layout, ctx.cache, ctx.threshold = plan, layout, cache, threshold
         final = torch.cat(finals) if finals else v.new_empty(0, dtype=torch.float32)
@@ -422,16 +426,18 @@ class TritonDLA(torch.autograd.Function):
         plan, layout = ctx.plan, ctx.layout
         x = Inputs(q, k, v, g, lam, beta)
         count = len(fields(Tables))
-        tables, carries = Tables(*rest[:count]), rest[count:]
+        windows = sum(window.continues for window in layout.windows)
+        tables, carries, kept = Tables(*rest[:count]), rest[count : count + windows], rest[count + windows :]
         learned = ctx.needs_input_grad[7]
         grads = Gradients.empty(plan, x, learned)
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        carried = list(carries)
+        carried, states_of = list(carries), list(kept)
         resumed_grad: Tensor | None = None
         dstates = None if states is None else torch.zeros_like(states)
         for window in reversed(layout.windows):
             work = WindowPass(plan, layout, window, x, tables, backward=True)
-            snap, _ = work.scan(_incoming(work, states, carried.pop() if window.resumes else None))
+            before = carried.pop() if window.resumes else None
+            snap = states_of.pop() if states_of else work.scan(_incoming(work, states, before))[0]
             n = len(window.segments)
             ends = dfinal if dfinal is None else dfinal[window.segment_lo : window.segment_lo + n]
             carry = _incoming_gradient(work, ends, resumed_grad if window.continues else None)
@@ -448,7 +454,7 @@ class TritonDLA(torch.autograd.Function):
         if learned:
             dtau = ctx.threshold(grads.dlam, lam, tau)
         given = (grads.dq, grads.dk, grads.dv, grads.dg, grads.dlam.to(lam.dtype), grads.dbeta)
-        return *given, dstates, dtau, *(None,) * 6
+        return *given, dstates, dtau, *(None,) * 7
 
 
 @dataclass

@@ -203,6 +203,7 @@ def build_backbone(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     recompute: str = "none",
+    keep_states: bool = False,
     delta_mem: DeltaMemConfig | None = None,
 ) -> tuple[GPTModel, ModelSection]:
     """The frozen Megatron model of a Hugging Face directory, this rank's part, in eval mode; its section.
@@ -227,7 +228,7 @@ def build_backbone(
 
     model = build_model(
         section, parallel, vocab_size=info.vocab_size, seq_len=seq_len, seed=None, dtype=dtype, device=device,
-        recompute=recompute, delta_mem=delta_mem,
+        recompute=recompute, keep_states=keep_states, delta_mem=delta_mem,
     )  # fmt: skip
     tp = process_groups().tp
     with torch.no_grad():

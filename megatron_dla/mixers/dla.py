@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +100,7 @@ class DLAMixer(MegatronModule):
         self.exchange = HeadExchange(pg_collection.cp) if split and cp_scheme == "heads" else None
         self.chain = Chain(pg_collection.cp) if split and cp_scheme == "chain" else None
         self.selective = config.recompute_granularity == "selective"
+        self.keep_states = False  # see `build_model`
         self.decisions = Decisions()
         self.heads = model.num_heads // size
         self.shared_groups = model.num_groups % size != 0  # fewer groups than ranks: replicated
@@ -270,7 +271,7 @@ class DLAMixer(MegatronModule):
 
     def _mix(self, inputs: Inputs, cu_seqlens: Tensor | None, starts: Tensor | None) -> Tensor:
         """The recurrence: [B, S, H, Dv]."""
-        rule = self._rule()
+        rule = replace(self._rule(), keep_states=self.keep_states)
         if self.statistics is not None and self.training:
             self.statistics.add_weights(inputs.slot_weights, self._first_head())
         if self.chain is not None:

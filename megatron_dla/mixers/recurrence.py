@@ -48,4 +48,5 @@ def attend(
     return dla_attention(
         *inputs, tau=rule.tau, capacity=rule.capacity, merge=rule.merge, controls=rule.controls, partition=decided,
         cu_seqlens=cu_seqlens, cache=cache, return_cache=return_cache, backend=rule.backend, sharpness=rule.sharpness,
+        keep_states=rule.keep_states,
     )  # fmt: skip

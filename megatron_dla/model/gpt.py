@@ -70,6 +70,7 @@ def build_model(
     device: str = "cpu",
     backend: str = "auto",
     recompute: str = "none",
+    keep_states: bool = False,
     delta_mem: DeltaMemConfig | None = None,
 ):
     """A GPTModel with DLA layers, tagged and initialised; Megatron's groups must exist.
@@ -77,10 +78,12 @@ def build_model(
     `forward(input_ids [B, S], position_ids, attention_mask, labels=...)` gives the loss of each token [B, S], or
     logits [B, S, vocab / TP] without labels; under context parallelism S is this rank's part of the row.
     `vocab_size` is the tokenizer's; the model pads it. `seq_len` counts whole rows. Without a `seed` the weights are
-    left as allocated, for a caller that fills them. `delta_mem` puts a memory beside softmax layers; without a seed
-    the caller initialises it too (`adapters.delta_mem.initialise_memories`), after the weights.
+    left as allocated, for a caller that fills them. `recompute`, `keep_states`: as in the config. `delta_mem` puts a
+    memory beside softmax layers; without a seed the caller initialises it too
+    (`adapters.delta_mem.initialise_memories`), after the weights.
     """
     config = transformer_config(section, parallel, dtype, device == "cpu", recompute)
+    from megatron_dla.mixers.dla import DLAMixer
     from megatron_dla.mixers.rotary import rotary_frequencies
     from megatron_dla.mixers.softmax import ContiguousRotary
     from megatron_dla.model.init import initialise, tag_megatron_parameters
@@ -115,6 +118,9 @@ def build_model(
         rotary.inv_freq = frequencies.to(rotary.inv_freq.device)  # Megatron's own knows one llama3 length only
         if groups.cp.size() > 1:
             model.rotary_pos_emb = ContiguousRotary(rotary, groups.cp)
+    for module in model.modules():
+        if isinstance(module, DLAMixer):
+            module.keep_states = keep_states
     tag_megatron_parameters(model, model_parameters(section, vocabulary, groups.tp.size()))
     if seed is not None:
         initialise(model, seed, groups.tp.rank(), groups.tp.size())

@@ -209,7 +209,7 @@ class PretrainTask(Task):
         model = build_model(
             config.model, config.parallel, vocab_size=self.index.vocab_size, seq_len=self.seq_len,
             seed=config.run.seed, dtype=runtime.dtype, device=runtime.device.type,
-            recompute=config.training.recompute,
+            recompute=config.training.recompute, keep_states=config.training.keep_states,
         )  # fmt: skip
         self.mixers = slot_mixers(model)
         self.loader = TokenLoader(

@@ -22,7 +22,8 @@ from megatron_dla.config import (
 from megatron_dla.model.counts import parameters_per_rank, recurrent_states
 from megatron_dla.model.parameters import MIXER_PARAMETERS
 
-CHUNK = 64  # tokens between two kept slot states in the backward pass of one layer
+CHUNK = 64  # tokens between two slot states in the backward pass of one layer
+KEPT = {2: 512, 4: 128}  # bytes of an element -> tokens between two that `training.keep_states` keeps
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,15 @@ def _activations(config: RunConfig, vocab_size: int, element: int) -> dict[str, 
     kept = residual * m.num_layers + max(layers) if training.recompute == "full" else sum(layers)
     chunks = config.data.seq_len / CHUNK / (context if parallel.cp_scheme == "chain" else 1)
     heads = m.num_heads // tensor / (context if parallel.cp_scheme == "heads" else 1)
-    states = max(recurrent_states(m, letter) for letter in letters) * m.key_dim * m.value_dim  # of one layer at a time
+    counts = [recurrent_states(m, letter) for letter in letters]
+    states = max(counts) * 4.0  # of one layer at a time
+    if training.keep_states and training.device == "cuda":
+        states += sum(counts) * CHUNK / KEPT[element] * element
     wide = 0 if training.device == "cuda" else 8  # the torch path keeps them, and their exponentials, in fp32
     return {
         "activations": tokens * kept,
         "logits": tokens * vocab_size / tensor * (element + wide),
-        "slot states": training.micro_batch_size * chunks * heads * states * 4,
+        "slot states": training.micro_batch_size * chunks * heads * states * m.key_dim * m.value_dim,
     }
 
 

@@ -77,6 +77,8 @@ def main() -> None:
     for path in sys.argv[1:]:
         config = ledger_config(ROOT / "configs" / f"{path}.yaml")
         found[path] = facts(config, count(config), None)
+        config = ledger_config(ROOT / "configs" / f"{path}.yaml", overrides=["training.keep_states=true"])
+        found[f"{path}, states kept"] = facts(config, count(config), None)
     print(json.dumps(found))
 
 

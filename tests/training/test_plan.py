@@ -137,6 +137,8 @@ def test_zero_recomputation_and_offload_lower_the_estimate() -> None:
     assert plan(zero_stage=3).memory["weights"] == base.memory["weights"] / 32
     assert plan(recompute="full").memory["activations"] < plan(recompute="selective").memory["activations"]
     assert plan(recompute="selective").memory["activations"] < base.memory["activations"]
+    m, kept = config.model, plan(keep_states=True).memory["slot states"] - base.memory["slot states"]
+    assert kept == 16384 / 512 * m.num_layers * m.num_heads * m.capacity * m.key_dim * m.value_dim * 2
     offloaded = plan(offload_optimizer=True)
     assert offloaded.memory["optimizer"] == 0 and offloaded.host == base.memory["optimizer"]
 

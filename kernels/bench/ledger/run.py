@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from .report import facts, table
 from .step import Step, one_process
 
 
-def ledger_config(path: Path, tokens: int | None = None) -> RunConfig:
-    """The config of a pretraining run on one GPU, with rows of `tokens`.
+def ledger_config(path: Path, tokens: int | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a pretraining run on one GPU, with rows of `tokens` and keys changed ("section.key=value").
 
     Raises:
         UserError: the config is an adapter's, or is cut over several GPUs.
     """
-    config = load_config(path)
+    config = load_config(path, list(overrides))
     if not isinstance(config, RunConfig):
         raise UserError(f"{path}: the ledger counts pretraining steps: give a config with a model section")
     if (size := config.parallel.model_parallel_size) != 1:
@@ -53,7 +54,7 @@ def bench_ledger(args: argparse.Namespace) -> int:
         raise UserError("--measure: no CUDA device on this machine: leave it out")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("TRITON_INTERPRET is set: launches would run in the interpreter and not be counted; unset it")
-    config = ledger_config(args.config, args.tokens)
+    config = ledger_config(args.config, args.tokens, args.overrides)
     name = args.gpu or OF_ARCH[args.arch or 90]
     if args.arch not in (None, ARCH[name]):
         raise UserError(f"--arch {args.arch} --gpu {name}: this GPU is sm_{ARCH[name]}: leave one of the two out")

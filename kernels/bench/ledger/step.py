@@ -155,6 +155,7 @@ class Step:
             config.model, config.parallel, vocab_size=self.vocabulary, seq_len=self.T, dtype=torch.bfloat16,
             seed=None if device.type == "meta" else config.run.seed, device=device.type,
             backend="torch" if device.type == "cpu" else "triton", recompute=config.training.recompute,
+            keep_states=config.training.keep_states,
         )  # fmt: skip
         self.engine = CountedEngine(model.train(), micro_batches, config.optimizer.clip_grad)
         self.batches = [packed_batch(config.training.micro_batch_size, self.T, self.vocabulary)] * micro_batches

@@ -182,7 +182,8 @@ class AdapterTask(Task):
         self.loader = self._make_loader(runtime.groups.dp.rank(), runtime.groups.dp.size())
         model, _ = build_backbone(
             config.backbone.dir, config.parallel, seq_len=self.seq_len, device=runtime.device.type,
-            dtype=runtime.dtype, recompute=config.training.recompute, delta_mem=config.delta_mem,
+            dtype=runtime.dtype, recompute=config.training.recompute,
+            keep_states=config.training.keep_states, delta_mem=config.delta_mem,
         )  # fmt: skip
         initialise_memories(model, config.run.seed)
         freeze_backbone(model)

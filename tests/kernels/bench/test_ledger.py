@@ -279,6 +279,14 @@ def test_every_token_is_the_same_launches_and_nothing_is_read_back(counted: dict
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_states_that_are_kept_are_scanned_once(counted: dict, name: str) -> None:
+    """What each block adds, and the scan over the blocks: two launches less a layer."""
+    layers = ledger_config(ROOT / "configs" / f"{name}.yaml").model.num_layers
+    scans = [counted[key]["components"][components.SCANS]["launches"] for key in (name, f"{name}, states kept")]
+    assert scans[0] - scans[1] == 2 * layers
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_config_does_not_cost_more_than_committed(counted: dict, name: str) -> None:
     """Where it costs less or the growth is wanted: `dla bench ledger configs/NAME.yaml --out docs/results`."""
     committed = json.loads((ROOT / "docs" / "results" / f"ledger_{name}.json").read_text())

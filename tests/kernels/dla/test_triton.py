@@ -247,6 +247,24 @@ def test_same_bits_in_every_run_and_order(small_tiles: None, delta: bool) -> Non
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="launches are counted by the interpreter")
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_states_that_are_kept_are_not_computed_again(small_tiles: None, delta: bool, dtype: torch.dtype) -> None:
+    case = replace(BASE, T=110, B=2, H=1, Dk=32, delta=delta, documents=(20, 150))
+    x = inputs_of(case, dtype)
+    rule = dict(case.rule, partition=partition(**{n: x[n] for n in ("k", "v", "g", "beta") if n in x}, **case.rule))
+    results, counts = [], []
+    for keep in (False, True):
+        with triton_interpreter.loads_counted() as count:
+            results.append(debug.run(x, cotangent(case, dtype), backend="triton", keep_states=keep, **rule))
+        counts.append(count)
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
+    scans = {"block_states_kernel", "slot_scan_kernel" if delta else "carry_states_kernel"}
+    assert all(0 < counts[1][name] < 0.6 * counts[0][name] for name in scans)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 12, 24])
 def test_a_program_adds_up_whole_shares_of_a_group(heads: int) -> None:
     """All of the group where one head gives enough programs, one or an odd share of it where it does not."""
