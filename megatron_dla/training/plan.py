@@ -22,8 +22,9 @@ from megatron_dla.config import (
 from megatron_dla.model.counts import parameters_per_rank, recurrent_states
 from megatron_dla.model.parameters import MIXER_PARAMETERS
 
-CHUNK = 64  # tokens between two slot states in the backward pass of one layer
-KEPT = {2: 512, 4: 128}  # bytes of an element -> tokens between two that `training.keep_states` keeps
+CHUNK = 64  # tokens between two slot states of the torch path
+# of the kernels (`kernels/dla/triton_launch.py`): bytes of an element -> tokens; blocks and bytes in memory at once
+BLOCK, WINDOW_ROWS, WINDOW_BYTES = {2: 512, 4: 128}, 64, 4 << 30
 
 
 @dataclass(frozen=True)
@@ -125,18 +126,27 @@ def _activations(config: RunConfig, vocab_size: int, element: int) -> dict[str, 
     blocks = 2 if m.ffn_hidden_size else 1
     layers = [2 * blocks * residual + mlp + _mixer_bytes(m, x, tensor, selective, element) for x in letters]
     kept = residual * m.num_layers + max(layers) if training.recompute == "full" else sum(layers)
-    chunks = config.data.seq_len / CHUNK / (context if parallel.cp_scheme == "chain" else 1)
-    heads = m.num_heads // tensor / (context if parallel.cp_scheme == "heads" else 1)
-    counts = [recurrent_states(m, letter) for letter in letters]
-    states = max(counts) * 4.0  # of one layer at a time
-    if training.keep_states and training.device == "cuda":
-        states += sum(counts) * CHUNK / KEPT[element] * element
     wide = 0 if training.device == "cuda" else 8  # the torch path keeps them, and their exponentials, in fp32
     return {
         "activations": tokens * kept,
         "logits": tokens * vocab_size / tensor * (element + wide),
-        "slot states": training.micro_batch_size * chunks * heads * states * m.key_dim * m.value_dim,
+        "slot states": _slot_states(config, element),
     }
+
+
+def _slot_states(config: RunConfig, element: int) -> float:
+    """Of one layer at a time with their gradients, as many as are in memory at once; and of all where they are kept."""
+    m, parallel, training = config.model, config.parallel, config.training
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    heads = m.num_heads // tensor / (context if parallel.cp_scheme == "heads" else 1)
+    tokens = training.micro_batch_size * config.data.seq_len / (context if parallel.cp_scheme == "chain" else 1)
+    counts = [recurrent_states(m, letter) for letter in layer_letters(m)]
+    state = heads * m.key_dim * m.value_dim
+    if training.device != "cuda":
+        return tokens / CHUNK * max(counts) * state * 4
+    row, rows = max(counts) * state * element, tokens / BLOCK[element]
+    window = min(rows * row, max(WINDOW_ROWS * row, WINDOW_BYTES))
+    return window + rows * sum(counts) * state * element if training.keep_states else 2 * window
 
 
 def _traffic(config: RunConfig, parameters: int, data: int, element: int) -> dict[str, float]:

@@ -137,10 +137,22 @@ def test_zero_recomputation_and_offload_lower_the_estimate() -> None:
     assert plan(zero_stage=3).memory["weights"] == base.memory["weights"] / 32
     assert plan(recompute="full").memory["activations"] < plan(recompute="selective").memory["activations"]
     assert plan(recompute="selective").memory["activations"] < base.memory["activations"]
-    m, kept = config.model, plan(keep_states=True).memory["slot states"] - base.memory["slot states"]
-    assert kept == 16384 / 512 * m.num_layers * m.num_heads * m.capacity * m.key_dim * m.value_dim * 2
+    m = config.model
+    layer = 16384 / 512 * m.num_heads * m.capacity * m.key_dim * m.value_dim * 2
+    assert base.memory["slot states"] == 2 * layer  # and their gradients
+    assert plan(keep_states=True).memory["slot states"] == (1 + m.num_layers) * layer
     offloaded = plan(offload_optimizer=True)
     assert offloaded.memory["optimizer"] == 0 and offloaded.host == base.memory["optimizer"]
+
+
+def test_slot_states_of_a_long_row_are_those_of_a_window() -> None:
+    from megatron_dla.training.plan import BLOCK, WINDOW_BYTES, WINDOW_ROWS, make_plan
+
+    launch = pytest.importorskip("megatron_dla.kernels.dla.triton_launch")
+    assert (launch.WINDOW_ROWS, launch.WINDOW_BYTES) == (WINDOW_ROWS, WINDOW_BYTES)
+    assert BLOCK == {2: launch.TILE * launch.TILES, 4: launch.WIDE_TILE * launch.WIDE_TILES}
+    config = load_config(CONFIGS / "dla_mamba2_780m.yaml", ["data.seq_len=1048576"])
+    assert make_plan(config, 32, 32_000, True).memory["slot states"] == 2 * WINDOW_BYTES
 
 
 def test_layers_without_mlp_cost_what_the_mixers_do() -> None:
