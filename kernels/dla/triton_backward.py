@@ -380,7 +380,7 @@ def key_gradient_kernel(
                 tl.store(ends + (i_k * H + i_h) * T + o_p, b_last, mask=o_p < end)
         o_line = (o_p64 - token_lo) * (H // HEADS) + tl.program_id(1)
         p_dk = dk + o_line[:, None] * DK + o_k[None, :]
-        tl.store(p_dk, b_dk.to(dk.dtype.element_ty), mask=(o_p < end)[:, None] & (o_k < DK)[None, :])
+        tl.store(p_dk, b_dk, mask=(o_p < end)[:, None] & (o_k < DK)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -20,7 +20,7 @@ DETECT_TILE = 32  # tokens a chunk of the detection pass: its C x C arrays stay 
 WINDOW_ROWS = 64  # at least so many blocks (and segment ends) have their slot states in memory at once,
 WINDOW_BYTES = 4 << 30  # and as many as take so many bytes
 
-# kernel (`.256`: for dk > 128; `.odd`: for dims that 64 does not divide; `.v64`: for dv <= 64, where a loop over value
+# kernel (`.256`: for dk > 128; `.v64`: for dv <= 64, where a loop over value
 # dims that runs once holds more registers; `.sm80`: on GPUs before Hopper, where operands take up registers; `.sm100`:
 # from Blackwell on): (BK, BV, warps, stages) for bf16 and for operands of 4 bytes, and its operation
 LAUNCH = {
@@ -169,7 +169,6 @@ class LaunchPlan:
         name = kernel
         for variant, holds in (
             (".256", self.DK > 128),
-            (".odd", self.DK % 64 or self.DV % 64),
             (".v64", self.DV <= 64),
         ):
             if holds and name + variant in LAUNCH:

@@ -57,24 +57,23 @@ def load_tile_t(p_x, o_r, o_c, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def bf16_terms(b_x):
+    """An fp32 tile as three bf16 terms, the largest first."""
+    b_high = b_x.to(tl.bfloat16)
+    b_rest = b_x - b_high.to(tl.float32)
+    b_middle = b_rest.to(tl.bfloat16)
+    return b_high, b_middle, (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def exact_dot(b_x, b_y, b_xy, PREC: tl.constexpr):
     """b_xy + b_x @ b_y to fp32 accuracy. An operand in bf16 is exact: the other one is cut into three bf16 terms."""
     if b_x.dtype == tl.bfloat16:
-        b_high = b_y.to(tl.bfloat16)
-        b_rest = b_y - b_high.to(tl.float32)
-        b_middle = b_rest.to(tl.bfloat16)
-        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
-        b_xy = tl.dot(b_x, b_low, b_xy)
-        b_xy = tl.dot(b_x, b_middle, b_xy)
-        b_xy = tl.dot(b_x, b_high, b_xy)
+        b_high, b_middle, b_low = bf16_terms(b_y)
+        b_xy = tl.dot(b_x, b_high, tl.dot(b_x, b_middle, tl.dot(b_x, b_low, b_xy)))
     elif b_y.dtype == tl.bfloat16:
-        b_high = b_x.to(tl.bfloat16)
-        b_rest = b_x - b_high.to(tl.float32)
-        b_middle = b_rest.to(tl.bfloat16)
-        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
-        b_xy = tl.dot(b_low, b_y, b_xy)
-        b_xy = tl.dot(b_middle, b_y, b_xy)
-        b_xy = tl.dot(b_high, b_y, b_xy)
+        b_high, b_middle, b_low = bf16_terms(b_x)
+        b_xy = tl.dot(b_high, b_y, tl.dot(b_middle, b_y, tl.dot(b_low, b_y, b_xy)))
     else:
         b_xy = tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_xy, input_precision=PREC)
     return b_xy

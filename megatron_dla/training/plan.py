@@ -146,7 +146,11 @@ def _slot_states(config: RunConfig, element: int) -> float:
         return tokens / CHUNK * max(counts) * state * 4
     row, rows = max(counts) * state * element, tokens / BLOCK[element]
     window = min(rows * row, max(WINDOW_ROWS * row, WINDOW_BYTES))
-    return window + rows * sum(counts) * state * element if training.keep_states else 2 * window
+    if not training.keep_states:
+        return 2 * window
+    # recomputed layers keep theirs from the second forward pass on, one layer at a time
+    layers = sum(counts) if training.recompute == "none" else max(counts)
+    return window + rows * layers * state * element
 
 
 def _traffic(config: RunConfig, parameters: int, data: int, element: int) -> dict[str, float]:

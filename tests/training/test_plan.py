@@ -141,6 +141,7 @@ def test_zero_recomputation_and_offload_lower_the_estimate() -> None:
     layer = 16384 / 512 * m.num_heads * m.capacity * m.key_dim * m.value_dim * 2
     assert base.memory["slot states"] == 2 * layer  # and their gradients
     assert plan(keep_states=True).memory["slot states"] == (1 + m.num_layers) * layer
+    assert plan(keep_states=True, recompute="full").memory["slot states"] == 2 * layer
     offloaded = plan(offload_optimizer=True)
     assert offloaded.memory["optimizer"] == 0 and offloaded.host == base.memory["optimizer"]
 
