@@ -62,7 +62,7 @@ OTHERS = (
     Config("gdn-mixed-128", BF16, 128, 128, True, mixed=True, tokens=2048),
     Config("mamba2-bf16-128", BF16, 128, 128, False, learned=True, tokens=4352, quick=True),
     Config("gdn-fp32-128", FP32, 128, 128, True, archs=HOPPER),
-    Config("gdn-fp32-64", FP32, 64, 64, True, quick=True),
+    Config("gdn-fp32-64", FP32, 64, 64, True, groups=4, quick=True),
     Config("mamba2-bf16-96x160-odd", BF16, 96, 160, False, tokens=250, archs=HOPPER),
     Config("gdn-bf16-64-K15-cache", BF16, 64, 64, True, capacity=15, groups=4, cached=True, tokens=2048, archs=HOPPER),
     Config("gdn-mixed-128-K1", BF16, 128, 128, True, capacity=1, tau=3.0, mixed=True, tokens=2048),  # letter G
