@@ -15,10 +15,10 @@ from .sums import sum_rows
 from .triton_inputs import convolution_backward_kernel, inputs_backward_kernel, inputs_forward_kernel
 
 TILE = 4096  # elements of a forward tile
-BACKWARD_TILE, WIDE_TILE = 4096, 2048  # of the backward pass: Mamba-2's up to head dims of 128, and any other
+BACKWARD_TILE = 2048  # of the backward pass
 SPAN = 256  # tokens a program of the backward pass
 VALUE_COLUMNS = 128  # of a program, where a head's values need not be in one
-SLOT_COLUMNS = 64
+SLOT_COLUMNS = 32
 COLUMNS = 128  # of a program of the convolutions' backward pass
 
 
@@ -50,17 +50,18 @@ class Shape:
         gates = [self.heads] * 2 + [self.heads * self.capacity] * 2
         return gates + [n * self.width for n in channels] + (channels if biased else [])
 
-    def blocks(self, elements: int) -> dict[str, int]:
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Columns of a program: of values, of keys or queries, of slot weights."""
         bv = power_of_two(self.value_dim)
         if self.gdn:  # else a head's values are one program's, which sums the gradient of dt
             bv = min(bv, VALUE_COLUMNS)
-        bk = power_of_two(self.key_dim)
-        tokens = max(elements // max(bv, bk, SLOT_COLUMNS), 4)
-        return {"BT": min(tokens, SPAN), "BV": bv, "BK": bk, "BS": SLOT_COLUMNS}
+        return {"BV": bv, "BK": power_of_two(self.key_dim), "BS": SLOT_COLUMNS}
 
-    def units(self, blocks: dict[str, int]) -> int:
-        values = self.heads * ceil_div(self.value_dim, blocks["BV"])
-        return values + 2 * self.groups + ceil_div(self.heads * self.capacity, blocks["BS"])
+    @property
+    def units(self) -> int:
+        values = self.heads * ceil_div(self.value_dim, self.blocks["BV"])
+        return values + 2 * self.groups + ceil_div(self.heads * self.capacity, SLOT_COLUMNS)
 
     def constants(self) -> dict[str, int]:
         return {
@@ -104,13 +105,13 @@ class _RecurrenceInputs(torch.autograd.Function):
         query, key = (new(shape.groups, shape.key_dim, dtype=low) for _ in range(2))
         g, weights = new(H), new(H, shape.capacity)
         beta = new(H) if shape.gdn else g
-        blocks = shape.blocks(TILE)
-        grid = shape.units(blocks), ceil_div(T, blocks["BT"]), B
+        block = max(TILE // max(shape.blocks.values()), 4)
+        grid = shape.units, ceil_div(T, block), B
         with on_device(value):
             inputs_forward_kernel[grid](
                 *arguments, out, write, query, key, g, beta, weights, T, *_strides(arguments[:6]), _scale(shape),
                 **shape.constants(), W=shape.width, HALO=shape.halo, HAS_STARTS=starts is not None,
-                HAS_BIAS=len(parameters) > 7, **blocks, num_warps=4,
+                HAS_BIAS=len(parameters) > 7, **shape.blocks, BT=block, num_warps=4,
             )  # fmt: skip
         return (query, key, write, g, weights, beta) if shape.gdn else (query, key, write, g, weights, out)
 
@@ -148,18 +149,17 @@ class _RecurrenceInputs(torch.autograd.Function):
         partial = torch.empty(B * programs, sum(sizes), dtype=torch.float32, device=value.device)
         # rows that do not begin at a multiple of 16 elements are read element by element, with an address for each
         aligned = all(n % 16 == 0 for n in _strides([*arguments[:3], dxs[0]]))
-        narrow = not shape.gdn and max(shape.value_dim, shape.key_dim) <= 128
-        elements = BACKWARD_TILE if narrow else WIDE_TILE
-        blocks = shape.blocks(elements if aligned else elements // 2)
+        elements = BACKWARD_TILE if aligned and value.dtype.itemsize == 2 else BACKWARD_TILE // 2
+        tokens = {f"T{name[1]}": min(max(elements // n, 4), SPAN) for name, n in shape.blocks.items()}
         common = dict(W=shape.width, HALO=halo, HAS_STARTS=starts is not None, num_warps=4)
         block, units = TILE // COLUMNS, sum(ceil_div(n, COLUMNS) for n in shape.columns[:3])
         with on_device(value):
-            inputs_backward_kernel[(shape.units(blocks), programs, B)](
+            inputs_backward_kernel[(shape.units, programs, B)](
                 *arguments, last, d_write, d_query, d_key, d_g, last, d_weights, dpre, dxs[3], dxs[-2], dxs[-1],
                 partial, T, *_strides(arguments[:6]), *inner[0].stride()[:2], _scale(shape), HAS_OUT=has_out,
-                HAS_BIAS=biased, TOTAL=sum(sizes), TILES=SPAN // blocks["BT"], BW=power_of_two(shape.width, 2),
+                HAS_BIAS=biased, TOTAL=sum(sizes), SPAN=SPAN,
                 maxnreg=255,  # told so, the assembler does not spill to fit more programs on a multiprocessor
-                **shape.constants(), **common, **blocks,
+                **shape.constants(), **common, **shape.blocks, **tokens,
             )  # fmt: skip
             convolution_backward_kernel[(units, ceil_div(halo + T, block), B)](
                 *arguments[6:9], arguments[-1], dpre, *inner, T, *inner[0].stride()[:2], CV=shape.columns[0],

@@ -4,7 +4,7 @@ A program owns some tokens of one unit: a head of the values, a query/key group,
 Everything is fp32 between a load and a store. The backward pass computes the convolutions anew, and has two kernels:
 one back to the SiLU, token by token, and one through the convolutions. Gradients of parameters are summed over a
 program's tokens, and over the programs afterwards, in an order that does not change. Names: BT = tokens a tile,
-TILES = tiles a program, HALO = tokens before the first, whose outputs are not wanted.
+SPAN = tokens a program of the backward pass, HALO = tokens before the first, whose outputs are not wanted.
 """
 
 from __future__ import annotations
@@ -27,9 +27,14 @@ def softplus(x):
 
 
 @triton.jit
+def load_rows(x, o_t, stride, o_c, m):
+    """[BT, BD] of rows o_t that are `stride` apart, zero where masked."""
+    return tl.load(x + o_t.to(tl.int64)[:, None] * stride + o_c[None, :], mask=m, other=0.0)
+
+
+@triton.jit
 def load_wide(x, o_t, stride, o_c, m):
-    """[BT, BD] in fp32 of rows o_t that are `stride` apart, zero where masked."""
-    return tl.load(x + o_t.to(tl.int64)[:, None] * stride + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    return load_rows(x, o_t, stride, o_c, m).to(tl.float32)
 
 
 @triton.jit
@@ -45,31 +50,49 @@ def appended(items, x):
 
 
 @triton.jit
-def convolved(
-    x, weight, bias, starts, o_t, o_c, m_c, T, stride,
-    W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Causal convolution at tokens o_t of one row, [BT, BD], before the SiLU; tokens of other documents are zero.
+def load_filter(weight, bias, o_c, m_c, W: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """A convolution's weights [BD] of each tap, the current token's first, and its bias."""
+    weights = ()
+    for back in tl.static_range(W):
+        weights = appended(weights, tl.load(weight + o_c * W + (W - 1 - back), mask=m_c, other=0.0).to(tl.float32))
+    b_bias = tl.zeros(o_c.shape, tl.float32)
+    if HAS_BIAS:
+        b_bias += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return weights, b_bias
 
-    Second result: the taps in x's dtype, the current token first.
+
+@triton.jit
+def load_taps(x, starts, o_t, o_c, m_c, T, stride, W: tl.constexpr, HALO: tl.constexpr, HAS_STARTS: tl.constexpr):
+    """[BT, BD] in x's dtype of each tap, the current token's first, at tokens o_t of one row; zero in other documents.
+
+    All loads come before what waits for them.
     """
-    taps = ()
-    b_y = tl.zeros([o_t.shape[0], o_c.shape[0]], tl.float32)
     m_t = o_t < T
+    rows, flags = (), ()
+    for back in tl.static_range(W):
+        m_row = m_t & (o_t - back >= -HALO)
+        p_x = x + (o_t - back).to(tl.int64)[:, None] * stride + o_c[None, :]
+        rows = appended(rows, tl.load(p_x, mask=m_row[:, None] & m_c[None, :], other=0.0))
+        if HAS_STARTS and back > 0:
+            flags = appended(flags, tl.load(starts + o_t - (back - 1), mask=m_row, other=0))
+    taps = ()
     b_cut = o_t < -HALO  # no token: whether a document begins between the tap and here
     for back in tl.static_range(W):
         if HAS_STARTS and back > 0:
-            b_cut = b_cut | (tl.load(starts + o_t - (back - 1), mask=m_t & (o_t - back >= -HALO), other=0) != 0)
-        m = (m_t & (o_t - back >= -HALO))[:, None] & m_c[None, :]
-        b_w = tl.load(weight + o_c * W + (W - 1 - back), mask=m_c, other=0.0).to(tl.float32)
-        # masked after the load, which need not wait for the document starts
-        b_x = tl.load(x + (o_t - back).to(tl.int64)[:, None] * stride + o_c[None, :], mask=m, other=0.0)
-        b_x = tl.where(b_cut[:, None], 0.0, b_x)
-        b_y += b_x.to(tl.float32) * b_w[None, :]
-        taps = appended(taps, b_x)
-    if HAS_BIAS:
-        b_y += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    return b_y, taps
+            b_cut = b_cut | (flags[back - 1] != 0)
+            taps = appended(taps, tl.where(b_cut[:, None], 0.0, rows[back]))
+        else:
+            taps = appended(taps, rows[back])
+    return taps
+
+
+@triton.jit
+def convolved(taps, weights, b_bias, W: tl.constexpr):
+    """Causal convolution before the SiLU, [BT, BD]."""
+    b_y = taps[0].to(tl.float32) * weights[0][None, :]
+    for back in tl.static_range(1, W):
+        b_y += taps[back].to(tl.float32) * weights[back][None, :]
+    return b_y + b_bias[None, :]
 
 
 @triton.jit
@@ -89,9 +112,11 @@ def forward_values(
     """Columns o_v of one head; with its first columns also what has one number a head."""
     m_t, m_c, o_c = o_t < T, o_v < DV, i_h * DV + o_v
     m = m_t[:, None] & m_c[None, :]
-    b_y, _ = convolved(value, weight, bias, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS, HAS_BIAS)
-    b_y = b_y * tl.sigmoid(b_y)
     b_dt = tl.load(step + o_t.to(tl.int64) * step_t + i_h, mask=m_t, other=0.0).to(tl.float32)
+    weights, b_bias = load_filter(weight, bias, o_c, m_c, W, HAS_BIAS)
+    taps = load_taps(value, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS)
+    b_y = convolved(taps, weights, b_bias, W)
+    b_y = b_y * tl.sigmoid(b_y)
     b_dt = softplus(b_dt + tl.load(dt_bias + i_h))
     if GDN:
         store_rows(out_write + row * H * DV, o_t, H * DV, o_c, b_y, m)
@@ -115,7 +140,9 @@ def forward_keys(
     """Queries or keys of one group."""
     o_k = tl.arange(0, BK)
     m_c, o_c = o_k < DK, i_g * DK + o_k
-    b_y, _ = convolved(x, weight, bias, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, HAS_BIAS)
+    weights, b_bias = load_filter(weight, bias, o_c, m_c, W, HAS_BIAS)
+    taps = load_taps(x, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS)
+    b_y = convolved(taps, weights, b_bias, W)
     b_y = b_y * tl.sigmoid(b_y)
     if GDN:
         b_y *= (unit_length(b_y)[0] * scale)[:, None]
@@ -185,23 +212,30 @@ def through_silu(b_dy, b_pre):
 
 
 @triton.jit
-def add_parameters(b_dw, b_db, b_dpre, taps, W: tl.constexpr, BW: tl.constexpr):
-    """The sums for a convolution's weight [BW, BD] and bias [BD] with those over a tile's tokens."""
-    o_w = tl.arange(0, BW)
-    for back in tl.static_range(W):
-        b_sum = tl.sum(b_dpre * taps[back].to(tl.float32), 0)
-        b_dw += tl.where((o_w == W - 1 - back)[:, None], b_sum[None, :], 0.0)
-    return b_dw, b_db + tl.sum(b_dpre, 0)
+def no_sums(COUNT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = appended(sums, tl.zeros([BT, BD], tl.float32))
+    return sums
 
 
 @triton.jit
-def store_parameters(
-    dw, db, b_dw, b_db, o_c, m_c, W: tl.constexpr, BW: tl.constexpr, HAS_BIAS: tl.constexpr
-):  # fmt: skip
-    o_w = tl.arange(0, BW)
-    tl.store(dw + o_c[None, :] * W + o_w[:, None], b_dw, mask=(o_w < W)[:, None] & m_c[None, :])
+def add_parameters(sums, b_dpre, taps, W: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Sums for a convolution's weight and bias, still [BT, BD] each: no tile waits for a sum over its tokens."""
+    added = ()
+    for back in tl.static_range(W):
+        added = appended(added, sums[back] + b_dpre * taps[back].to(tl.float32))
     if HAS_BIAS:
-        tl.store(db + o_c, b_db, mask=m_c)
+        added = appended(added, sums[W] + b_dpre)
+    return added
+
+
+@triton.jit
+def store_parameters(dw, db, sums, o_c, m_c, W: tl.constexpr, HAS_BIAS: tl.constexpr):
+    for back in tl.static_range(W):
+        tl.store(dw + o_c * W + (W - 1 - back), tl.sum(sums[back], 0), mask=m_c)
+    if HAS_BIAS:
+        tl.store(db + o_c, tl.sum(sums[W], 0), mask=m_c)
 
 
 @triton.jit
@@ -209,32 +243,38 @@ def backward_values(
     value, step, strength, weight, bias, A_log, dt_bias, starts, d_out, d_write, d_g, d_beta, dpre, dstep, dstrength,
     partial, dw, db, row, i_h, o_v, first_columns, first, T, value_t, step_t, strength_t, d_t,
     C, H: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
-    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
-    BW: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, SPAN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     m_c, o_c = o_v < DV, i_h * DV + o_v
-    b_dw, b_db = tl.zeros([BW, BV], tl.float32), tl.zeros([BV], tl.float32)
+    sums = no_sums(W + HAS_BIAS, BT, BV)
     b_dA, b_dbias = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
     b_dt_bias, b_A = tl.load(dt_bias + i_h), -tl.exp(tl.load(A_log + i_h))
-    for i in range(TILES):
+    for i in range(SPAN // BT):
         o_t = first + i * BT + tl.arange(0, BT)
         m_t = o_t < T
         m = m_t[:, None] & m_c[None, :]
-        b_pre, taps = convolved(value, weight, bias, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS, HAS_BIAS)
-        b_dy = load_wide(d_write + row * H * DV, o_t, H * DV, o_c, m)
-        b_step = tl.load(step + o_t.to(tl.int64) * step_t + i_h, mask=m_t, other=0.0).to(tl.float32) + b_dt_bias
+        o_h = (row + o_t) * H + i_h
+        b_dy = load_rows(d_write + row * H * DV, o_t, H * DV, o_c, m)
+        b_step = tl.load(step + o_t.to(tl.int64) * step_t + i_h, mask=m_t, other=0.0)
+        if HAS_OUT and not GDN:
+            b_dout = load_rows(d_out + row * H * DV, o_t, H * DV, o_c, m)
+        b_dg = tl.load(d_g + o_h, mask=m_t & first_columns, other=0.0)
+        weights, b_bias = load_filter(weight, bias, o_c, m_c, W, HAS_BIAS)
+        taps = load_taps(value, starts, o_t, o_c, m_c, T, value_t, W, HALO, HAS_STARTS)
+        b_pre = convolved(taps, weights, b_bias, W)
+        b_step, b_dy = b_step.to(tl.float32) + b_dt_bias, b_dy.to(tl.float32)
         b_ddt = tl.zeros([BT], tl.float32)
         if not GDN:  # what is written is dt times the value
             b_ddt += tl.sum(b_dy * b_pre * tl.sigmoid(b_pre), 1)
             b_dy *= softplus(b_step)[:, None]
             if HAS_OUT:
-                b_dy += load_wide(d_out + row * H * DV, o_t, H * DV, o_c, m)
+                b_dy += b_dout.to(tl.float32)
         b_dpre = through_silu(b_dy, b_pre)
         store_rows(dpre, o_t, C, o_c, b_dpre, m)
-        b_dw, b_db = add_parameters(b_dw, b_db, b_dpre, taps, W, BW)
+        sums = add_parameters(sums, b_dpre, taps, W, HAS_BIAS)
         if first_columns:
-            o_h, o_in = (row + o_t) * H + i_h, o_t.to(tl.int64) * d_t + i_h
-            b_dg = tl.load(d_g + o_h, mask=m_t, other=0.0) * b_A
+            o_in = o_t.to(tl.int64) * d_t + i_h
+            b_dg *= b_A
             b_dA += b_dg * softplus(b_step)
             b_dstep = (b_ddt + b_dg) * tl.sigmoid(b_step)
             b_dbias += tl.where(m_t, b_dstep, 0.0)
@@ -244,7 +284,7 @@ def backward_values(
                 b_beta = tl.sigmoid(b_r)
                 b_dr = tl.load(d_beta + o_h, mask=m_t, other=0.0) * b_beta * (1 - b_beta)
                 tl.store(dstrength + o_in, b_dr.to(dstrength.dtype.element_ty), mask=m_t)
-    store_parameters(dw, db, b_dw, b_db, o_c, m_c, W, BW, HAS_BIAS)
+    store_parameters(dw, db, sums, o_c, m_c, W, HAS_BIAS)
     if first_columns:
         tl.store(partial + i_h, tl.sum(b_dA, 0))
         tl.store(partial + H + i_h, tl.sum(b_dbias, 0))
@@ -254,16 +294,18 @@ def backward_values(
 def backward_keys(
     x, weight, bias, starts, dy, dpre, dw, db, i_g, first, T, stride, scale,
     C, G: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr, GDN: tl.constexpr,
-    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, SPAN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     o_k = tl.arange(0, BK)
     m_c, o_c = o_k < DK, i_g * DK + o_k
-    b_dw, b_db = tl.zeros([BW, BK], tl.float32), tl.zeros([BK], tl.float32)
-    for i in range(TILES):
+    sums = no_sums(W + HAS_BIAS, BT, BK)
+    for i in range(SPAN // BT):
         o_t = first + i * BT + tl.arange(0, BT)
         m = (o_t < T)[:, None] & m_c[None, :]
-        b_pre, taps = convolved(x, weight, bias, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS, HAS_BIAS)
-        b_dy = load_wide(dy, o_t, G * DK, o_c, m)
+        b_dy = load_rows(dy, o_t, G * DK, o_c, m)
+        weights, b_bias = load_filter(weight, bias, o_c, m_c, W, HAS_BIAS)
+        taps = load_taps(x, starts, o_t, o_c, m_c, T, stride, W, HALO, HAS_STARTS)
+        b_pre, b_dy = convolved(taps, weights, b_bias, W), b_dy.to(tl.float32)
         if GDN:
             b_y = b_pre * tl.sigmoid(b_pre)
             b_inverse, b_free = unit_length(b_y)
@@ -272,28 +314,29 @@ def backward_keys(
             b_dy = (b_dy - b_unit * b_along[:, None]) * (b_inverse * scale)[:, None]
         b_dpre = through_silu(b_dy, b_pre)
         store_rows(dpre, o_t, C, o_c, b_dpre, m)
-        b_dw, b_db = add_parameters(b_dw, b_db, b_dpre, taps, W, BW)
-    store_parameters(dw, db, b_dw, b_db, o_c, m_c, W, BW, HAS_BIAS)
+        sums = add_parameters(sums, b_dpre, taps, W, HAS_BIAS)
+    store_parameters(dw, db, sums, o_c, m_c, W, HAS_BIAS)
 
 
 @triton.jit
 def backward_slots(
     slot, slot_scale, slot_bias, d_weights, dslot, partial, o_c, first, T, stride, d_t,
-    C: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
+    C: tl.constexpr, BS: tl.constexpr, SPAN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     m_c = o_c < C
     b_scale, b_bias = tl.load(slot_scale + o_c, mask=m_c, other=0.0), tl.load(slot_bias + o_c, mask=m_c, other=0.0)
-    b_dscale, b_dbias = tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32)
-    for i in range(TILES):
+    b_dscale, b_dbias = tl.zeros([BT, BS], tl.float32), tl.zeros([BT, BS], tl.float32)
+    for i in range(SPAN // BT):
         o_t = first + i * BT + tl.arange(0, BT)
         m = (o_t < T)[:, None] & m_c[None, :]
-        b_x = load_wide(slot, o_t, stride, o_c, m)
-        b_d = load_wide(d_weights, o_t, C, o_c, m) * tl.sigmoid(b_scale[None, :] * b_x + b_bias[None, :])
-        b_dscale += tl.sum(b_d * b_x, 0)
-        b_dbias += tl.sum(b_d, 0)
+        b_x, b_d = load_rows(slot, o_t, stride, o_c, m), load_rows(d_weights, o_t, C, o_c, m)
+        b_x = b_x.to(tl.float32)
+        b_d = b_d.to(tl.float32) * tl.sigmoid(b_scale[None, :] * b_x + b_bias[None, :])
+        b_dscale += b_d * b_x
+        b_dbias += b_d
         store_rows(dslot, o_t, d_t, o_c, b_d * b_scale[None, :], m)
-    tl.store(partial + o_c, b_dscale, mask=m_c)
-    tl.store(partial + C + o_c, b_dbias, mask=m_c)
+    tl.store(partial + o_c, tl.sum(b_dscale, 0), mask=m_c)
+    tl.store(partial + C + o_c, tl.sum(b_dbias, 0), mask=m_c)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -309,15 +352,15 @@ def inputs_backward_kernel(
     d_b, d_t, scale,
     H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
     HALO: tl.constexpr, GDN: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr,
-    TOTAL: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
-    BW: tl.constexpr,
+    TOTAL: tl.constexpr, SPAN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
+    TV: tl.constexpr, TK: tl.constexpr, TS: tl.constexpr,  # tokens a tile with BV, BK and BS columns
 ):  # fmt: skip
     SUBS: tl.constexpr = (DV + BV - 1) // BV
     CV: tl.constexpr = H * DV
     CK: tl.constexpr = G * DK
     C: tl.constexpr = CV + 2 * CK
     i_u, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1) * TILES * BT
+    first = tl.program_id(1) * SPAN
     row = i_b * T
     starts += i_b * (HALO + T) + HALO
     partial += (i_b * tl.num_programs(1) + tl.program_id(1)) * TOTAL
@@ -329,24 +372,24 @@ def inputs_backward_kernel(
             value + i_b * value_b, step + i_b * step_b, strength + i_b * strength_b, w_value, b_value, A_log, dt_bias,
             starts, d_out, d_write, d_g, d_beta, dpre, dstep + i_b * d_b, dstrength + i_b * d_b, partial, dw, db,
             row, i_u // SUBS, (i_u % SUBS) * BV + tl.arange(0, BV), i_u % SUBS == 0, first, T, value_t, step_t,
-            strength_t, d_t, C, H, DV, BV, W, HALO, GDN, HAS_STARTS, HAS_BIAS, HAS_OUT, TILES, BT, BW,
+            strength_t, d_t, C, H, DV, BV, W, HALO, GDN, HAS_STARTS, HAS_BIAS, HAS_OUT, SPAN, TV,
         )  # fmt: skip
     elif i_u < H * SUBS + G:
         backward_keys(
             query + i_b * query_b, w_query, b_query, starts, d_query + row * CK, dpre + CV, dw + CV * W, db + CV,
-            i_u - H * SUBS, first, T, query_t, scale, C, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, TILES, BT, BW,
+            i_u - H * SUBS, first, T, query_t, scale, C, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS, SPAN, TK,
         )  # fmt: skip
     elif i_u < H * SUBS + 2 * G:
         backward_keys(
             key + i_b * key_b, w_key, b_key, starts, d_key + row * CK, dpre + CV + CK, dw + (CV + CK) * W,
             db + CV + CK, i_u - H * SUBS - G, first, T, key_t, 1.0, C, G, DK, BK, W, HALO, GDN, HAS_STARTS, HAS_BIAS,
-            TILES, BT, BW,
+            SPAN, TK,
         )  # fmt: skip
     else:
         o_c = (i_u - H * SUBS - 2 * G) * BS + tl.arange(0, BS)
         backward_slots(
             slot + i_b * slot_b, slot_scale, slot_bias, d_weights + row * H * K, dslot + i_b * d_b, partial + 2 * H,
-            o_c, first, T, slot_t, d_t, H * K, BS, TILES, BT,
+            o_c, first, T, slot_t, d_t, H * K, BS, SPAN, TS,
         )  # fmt: skip
 
 
