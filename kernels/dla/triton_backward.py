@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .triton_forward import pair_tile, slot_weights_tile, starts_in_block, token_products
 from .triton_layout import SIZES
-from .triton_tiles import load_tile, load_tile_t, raw_columns, raw_rows
+from .triton_tiles import load_tile, load_tile_t, raw_columns, raw_rows, slots_wanted
 
 
 @triton.jit
@@ -230,6 +230,7 @@ def value_gradient_kernel(
     grad_states,  # [rows of the window, H, K, DK, DV]: D
     dv,  # [T, H, DV] out
     T, H, GROUP, K, block_lo, row_lo, token_lo,
+    HAS_INCOMING: tl.constexpr,  # else D is zero after a segment's last block, and not there
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
     GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -257,7 +258,8 @@ def value_gradient_kernel(
         if not GDN:
             b_scale = tl.exp(tl.load(p_g + end - 1) - tl.load(p_g + o_p, mask=o_p < end, other=0.0))
         p_ds = grad_states + ((row + 1 - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
-        for i_s in range(newest, tl.minimum(oldest, K - 1) + 1):
+        slots = slots_wanted(blocks, i_t, tl.minimum(oldest, K - 1) + 1, HAS_INCOMING)
+        for i_s in range(newest, slots):
             mine = (b_slot == i_s) & (o_p < end)
             for i_k in range(0, DK, BK):
                 o_k = i_k + tl.arange(0, BK)
@@ -339,6 +341,7 @@ def key_gradient_kernel(
     ends,  # [NK, H, T] fp32 out: what the block's last decay gets and the key's own loses (Mamba-2 only)
     T, H, GROUP, K, block_lo, row_lo, token_lo,
     HEADS,  # whose dk a program adds up
+    HAS_INCOMING: tl.constexpr,  # else D is zero after a segment's last block, and not there
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
     GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -362,7 +365,7 @@ def key_gradient_kernel(
                 b_scale = tl.exp(tl.load(p_g + end - 1) - tl.load(p_g + o_p, mask=o_p < end, other=0.0))
             b_scale = tl.where(o_p < end, b_scale, 0.0)
             b_last = tl.zeros([BT], tl.float32)
-            for i_s in range(newest, tl.minimum(oldest, K - 1) + 1):
+            for i_s in range(newest, slots_wanted(blocks, i_t, tl.minimum(oldest, K - 1) + 1, HAS_INCOMING)):
                 mine = (b_slot == i_s) & (o_p < end)
                 b_y = tl.zeros([BT, BK], tl.float32)
                 for i_v in range(0, DV, BV):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .triton_layout import SIZES
-from .triton_tiles import raw_rows
+from .triton_tiles import raw_rows, slots_wanted
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -28,6 +28,7 @@ def block_states_kernel(
     moves,  # [blocks, H, 4], see `slot_columns_kernel`
     snap,  # [rows of the window, H, K, DK, DV] out: at the row after a block, what it adds to its newest slots
     T, H, GROUP, K, block_lo, row_lo, token_lo,
+    WANTS_FINAL: tl.constexpr,  # else nothing of a segment's last block
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -47,8 +48,9 @@ def block_states_kernel(
     m_tile = (o_k < DK)[:, None] & (o_v < DV)[None, :]
     g_end = tl.load(p_g + end - 1)
     fresh = tl.load(moves + (i_t * H + i_h) * 4 + 1)
+    slots = tl.minimum(fresh + 1, tl.load(live_count + row * H + i_h))
     hi = end
-    for i_s in range(tl.minimum(fresh + 1, tl.load(live_count + row * H + i_h))):
+    for i_s in range(slots_wanted(blocks, i_t, slots, WANTS_FINAL)):
         lo = first  # the tokens before the first live start belong to the slot that was open
         if i_s < fresh:
             lo = tl.load(p_pos + i_s)
@@ -111,11 +113,19 @@ def carry_states_kernel(
     b_before = tl.load(columns + i_bh * 5 * KP + o_s).to(tl.int32)
     b_after = tl.load(columns + (i_bh * 5 + 1) * KP + o_s).to(tl.int32)
     live, fresh, kept = tl.load(moves + i_bh * 4), tl.load(moves + i_bh * 4 + 1), tl.load(moves + i_bh * 4 + 2)
-    b_s = tl.zeros([KP, BV], tl.float32)
     if HAS_INCOMING:
         m_in = m_d & (o_s < live)[:, None]
         b_s = tl.load(incoming + o_out + o_s[:, None] * D + o_d[None, :], mask=m_in, other=0.0)
-    for i_b in range(n_blocks):
+    else:  # after the first block are the slots that it opened
+        p_new = snap + ((row + 1) * H + i_h) * K * D + (b_after[:, None] * D + o_d[None, :])
+        m_new = m_d & (b_after < tl.minimum(kept, K))[:, None]
+        b_s = tl.load(p_new, mask=m_new, other=0.0).to(tl.float32)
+        b_before = b_after
+        if n_blocks > 1:
+            i_bh = (first_block + 1).to(tl.int64) * H + i_h
+            b_after = tl.load(columns + (i_bh * 5 + 1) * KP + o_s).to(tl.int32)
+            live, fresh, kept = tl.load(moves + i_bh * 4), tl.load(moves + i_bh * 4 + 1), tl.load(moves + i_bh * 4 + 2)
+    for i_b in range(0 if HAS_INCOMING else 1, n_blocks if WANTS_FINAL else n_blocks - 1):
         i_t = first_block + i_b
         i_bh = i_t.to(tl.int64) * H + i_h
         p_snap = snap + ((row + i_b) * H + i_h) * K * D
@@ -135,6 +145,10 @@ def carry_states_kernel(
     if WANTS_FINAL:
         m_out = m_d & (b_before < tl.minimum(kept, K))[:, None]
         tl.store(final + o_out + (b_before[:, None] * D + o_d[None, :]), b_s, mask=m_out)
+    else:
+        p_snap = snap + ((row + n_blocks - 1) * H + i_h) * K * D
+        m_old = m_d & (b_before < live)[:, None]
+        tl.store(p_snap + (b_before[:, None] * D + o_d[None, :]), b_s.to(snap.dtype.element_ty), mask=m_old)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -162,13 +176,21 @@ def carry_gradients_kernel(
     row = (tl.load(blocks + 4 * last + 2) - row_lo).to(tl.int64)  # a segment's rows follow each other
     i_bh = last.to(tl.int64) * H + i_h
     b_after = tl.load(columns + (i_bh * 5 + 1) * KP + o_s).to(tl.int32)
-    m_end = m_d & (b_after < tl.minimum(tl.load(moves + i_bh * 4 + 2), K))[:, None]
-    o_end = b_after[:, None] * D + o_d[None, :]
-    b_ds = tl.zeros([KP, BV], tl.float32)
+    p_keep = dkeep + ((last - block_lo).to(tl.int64) * H + i_h) * tl.num_programs(1) + tl.program_id(1)
     if HAS_INCOMING:
+        m_end = m_d & (b_after < tl.minimum(tl.load(moves + i_bh * 4 + 2), K))[:, None]
+        o_end = b_after[:, None] * D + o_d[None, :]
         b_ds = tl.load(incoming + o_out + o_end, mask=m_end, other=0.0)
-    tl.store(grad_states + ((row + 1) * H + i_h) * K * D + o_end, b_ds.to(grad_states.dtype.element_ty), mask=m_end)
-    for i_b in range(n_blocks):
+        tl.store(grad_states + ((row + 1) * H + i_h) * K * D + o_end, b_ds.to(grad_states.dtype.element_ty), mask=m_end)
+    else:  # before the last block are its own parts
+        b_after = tl.load(columns + i_bh * 5 * KP + o_s).to(tl.int32)
+        m_own = m_d & (b_after < tl.load(moves + i_bh * 4))[:, None]
+        p_own = grad_states + (row * H + i_h) * K * D + (b_after[:, None] * D + o_d[None, :])
+        b_ds = tl.load(p_own, mask=m_own, other=0.0).to(tl.float32)
+        tl.store(p_keep, 0.0)
+    if not WANTS_INITIAL:  # no segment began with slots
+        tl.store(p_keep - (n_blocks - 1) * H * tl.num_programs(1), 0.0)
+    for i_b in range(0 if HAS_INCOMING else 1, n_blocks if WANTS_INITIAL else n_blocks - 1):
         i_t = last - i_b
         i_bh = i_t.to(tl.int64) * H + i_h
         b_before = tl.load(columns + i_bh * 5 * KP + o_s).to(tl.int32)

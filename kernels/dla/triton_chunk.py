@@ -208,7 +208,7 @@ class WindowPass:
             assert incoming is not None and final is not None
             self._staged_scan(incoming, snap, final)
             return snap, final
-        self._block_states(snap)
+        self._block_states(snap, final is not None)
         ends = (snap if incoming is None else incoming, snap, snap if final is None else final)
         slots = (tables.columns, tables.moves, *ends, self.layout.tokens, plan.H, plan.K)
         flags = dict(HAS_INCOMING=incoming is not None, WANTS_FINAL=final is not None)
@@ -234,15 +234,15 @@ class WindowPass:
             self.token_lo, BT=plan.tile, KP=plan.slots_padded, DOT=plan.dot, PREC=PRECISION, **dims,
         )  # fmt: skip
 
-    def _block_states(self, snap: Tensor) -> None:
-        """What each block adds to its newest slots, at the row after it."""
+    def _block_states(self, snap: Tensor, want_final: bool) -> None:
+        """What each block adds to its newest slots, at the row after it; unless wanted not of a segment's last."""
         plan, tables, window = self.plan, self.tables, self.window
         dims = plan.launch("block_states", snap.device)
         tiles = ceil_div(plan.DK, dims["BK"]) * ceil_div(plan.DV, dims["BV"])
         block_states_kernel[(self.blocks, plan.H, tiles)](
             self.kh if plan.gdn else self.x.k, self.x.v, tables.cg, self.layout.blocks, tables.pos, tables.live,
             tables.moves, snap, *self._sizes(), plan.K, window.block_lo, window.row_lo, self.token_lo, BT=plan.tile,
-            **plan.math(), **dims,
+            WANTS_FINAL=want_final, **plan.math(), **dims,
         )  # fmt: skip
 
     def reverse_scan(
@@ -524,16 +524,18 @@ def backward_window(
     heads = heads_per_program(plan, work.tiles * parts)
     dk, ends = work.new(work.tokens, H // heads, plan.DK), work.new(parts, H, T)
     key_gradient_kernel[(work.tiles, H // heads, parts)](
-        x.k, x.v, tables.cg, tables.life, blocks, dstates, dk, ends, *sizes, heads, **dims, **plan.tiled(), **math
-    )
+        x.k, x.v, tables.cg, tables.life, blocks, dstates, dk, ends, *sizes, heads, HAS_INCOMING=carry is not None,
+        **dims, **plan.tiled(), **math,
+    )  # fmt: skip
     dims = plan.launch("value_gradient", do.device)
     value_gradient_kernel[(work.tiles, H, ceil_div(plan.DV, dims["BV"]))](
-        work.kh, do, tables.cg, tables.life, blocks, weighted, dstates, grads.dv, *sizes, **dims, **plan.tiled(),
-        **math, **ALL_REGISTERS,
+        work.kh, do, tables.cg, tables.life, blocks, weighted, dstates, grads.dv, *sizes,
+        HAS_INCOMING=carry is not None, **dims, **plan.tiled(), **math, **ALL_REGISTERS,
     )  # fmt: skip
     grid, table, lo, tile = (work.blocks, H), blocks, window.block_lo, plan.tile
     if plan.gdn:
-        rows, cols, ends, dkeep = _local_backward(work, snap, dstates, dat, dat_tile, dq, dk, grads)
+        dphi = _transition_gradient(work, snap, dstates, carry is not None)
+        rows, cols, ends, dkeep = _local_backward(work, dphi, dat, dat_tile, dq, dk, grads)
         grid, table, lo, tile = work.tile_grid, work.layout.tiles, work.tile_lo, 0
         grads.add_heads(slice(work.token_lo, work.token_lo + work.tokens))
     else:
@@ -600,35 +602,35 @@ def _group_gradient(work: WindowPass, dat: Tensor, dq: Tensor, dk: Tensor, grads
     )  # fmt: skip
 
 
+def _transition_gradient(work: WindowPass, snap: Tensor, dstates: Tensor, has_incoming: bool) -> Tensor:
+    """dPhi of Gated DeltaNet's blocks [blocks, H, DK, DK]."""
+    plan, tables, window = work.plan, work.tables, work.window
+    dims = plan.launch("dphi", snap.device)
+    dphi = work.new(work.blocks, plan.H, plan.DK, plan.DK)
+    dphi_kernel[(work.blocks, plan.H, ceil_div(plan.DK, dims["BK"]) ** 2)](
+        snap, dstates, tables.pos, tables.death, tables.live, work.layout.blocks, dphi, plan.H, plan.K, window.block_lo,
+        window.row_lo, HAS_INCOMING=has_incoming, **dims, KP=plan.slots_padded, PREC=PRECISION,
+    )  # fmt: skip
+    return dphi
+
+
 def _local_backward(
-    work: WindowPass,
-    snap: Tensor,
-    dstates: Tensor,
-    dat: Tensor,
-    dat_tile: Tensor,
-    dqt: Tensor,
-    dkh: Tensor,
-    grads: Gradients,
+    work: WindowPass, dphi: Tensor, dat: Tensor, dat_tile: Tensor, dqt: Tensor, dkh: Tensor, grads: Gradients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From dAt, dQt, dKh and dPhi of Gated DeltaNet to dq, dk, dbeta; returns what the decay gradient is made of."""
-    plan, x, tables, window = work.plan, work.x, work.tables, work.window
-    H, dims = plan.H, plan.launch("dphi", snap.device)
-    dphi = work.new(work.blocks, H, plan.DK, plan.DK)
-    dphi_kernel[(work.blocks, H, ceil_div(plan.DK, dims["BK"]) ** 2)](
-        snap, dstates, tables.pos, tables.death, tables.live, work.layout.blocks, dphi, H, plan.K, window.block_lo,
-        window.row_lo, **dims, KP=plan.slots_padded, PREC=PRECISION,
-    )  # fmt: skip
+    plan, x, tables, device = work.plan, work.x, work.tables, dphi.device
+    H = plan.H
     dke, dkeep = _compose_backward(work, dphi, dat, dqt, dkh)
     where, dqk = (*work._where(), *work._sizes()), torch.empty_like(dat_tile)
     db, rows = torch.empty_like(dqk), work.new(2, H, work.layout.tokens)
     inputs = (x.q, x.k, x.beta, tables.cg_tile, work.inv)
     local_pairs_kernel[work.tile_grid](
-        *inputs, dat_tile, dqt, dkh, dqk, db, rows[0], *where, **local_launch(plan, snap.device, "local_pairs")
+        *inputs, dat_tile, dqt, dkh, dqk, db, rows[0], *where, **local_launch(plan, device, "local_pairs")
     )
     local_inverse_backward_kernel[work.tile_grid](
-        *inputs[1:], db, rows[1], grads.dbeta, *where, **local_launch(plan, snap.device, "local_inverse_backward")
+        *inputs[1:], db, rows[1], grads.dbeta, *where, **local_launch(plan, device, "local_inverse_backward")
     )
-    meta = local_launch(plan, snap.device, "local_gradient")
+    meta = local_launch(plan, device, "local_gradient")
     parts = ceil_div(plan.DK, meta["BK"])
     cols, ends = (work.new(parts, H, work.layout.tokens) for _ in range(2))
     local_gradient_kernel[(*work.tile_grid, parts)](

@@ -51,9 +51,9 @@ class BlockLayout:
     """Tables on the device (int32), and the windows.
 
     Attributes:
-        blocks: [n, 4]: first token, end, row before it, segment. rows: [n, 3]: token it precedes, first token of
-            the segment, segment. segments: [n, 3]: first token, end, first row. tiles: [n, 4]: first token, end, block,
-            place in the block.
+        blocks: [n, 4]: first token, end, row before it, and whether it is its segment's last. rows: [n, 3]: token it
+            precedes, first token of the segment, segment. segments: [n, 3]: first token, end, first row. tiles: [n, 4]:
+            first token, end, block, place in the block.
     """
 
     tokens: int
@@ -111,12 +111,14 @@ def _layout(
     def table(x: list) -> Tensor:
         return torch.tensor(x, dtype=torch.int32, device=device)
 
+    ends = {b - 1 for b in first_block[1:]}
+    block_table = table([(*x[:3], int(b in ends)) for b, x in enumerate(blocks)])
     last = tuple(s for s, (_, end) in enumerate(segments) if end % length == 0)
     last_segments = torch.tensor(last, device=device)
     counts = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))
     firsts = (*(x[0] for x in blocks), cuts[-1])
     return BlockLayout(
-        cuts[-1], block, firsts, table(blocks), table(rows), table(spans), table(tiles), before, counts,
+        cuts[-1], block, firsts, block_table, table(rows), table(spans), table(tiles), before, counts,
         last_segments, windows, window_segments,
     )  # fmt: skip
 

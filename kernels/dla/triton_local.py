@@ -29,6 +29,7 @@ from .triton_tiles import (
     raw_columns,
     raw_rows,
     rows_of,
+    slots_wanted,
     store_rows,
 )
 
@@ -155,6 +156,7 @@ def dphi_kernel(
     live_pos, live_death, live_count, blocks,
     dphi,  # [blocks of the window, H, DK, DK] fp32 out
     H, K, block_lo, row_lo,
+    HAS_INCOMING: tl.constexpr,  # else D is zero after a segment's last block, and not there
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dPhi = sum_i D_{map(i)} S_i^T over the slots inherited by the block."""
@@ -168,7 +170,7 @@ def dphi_kernel(
     p_s = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
     p_ds = grad + ((row + 1 - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
     b_dphi = tl.zeros([BK, BK], tl.float32)
-    for i_s in range(m):
+    for i_s in range(slots_wanted(blocks, i_t, m, HAS_INCOMING)):
         for i_v in range(0, DV, BV):
             o_v = i_v + tl.arange(0, BV)
             b_ds = load_tile(p_ds + tl.minimum(i_to, K - 1).to(tl.int64) * DK * DV, o_a, o_v, DK, DV)

@@ -125,12 +125,17 @@ def slot_scan_kernel(
     o_v = tl.program_id(2) * BV + tl.arange(0, KP * BV) % BV
     first_block, n_blocks = tl.load(segments + 4 * i_n), tl.load(segments + 4 * i_n + 1)
     o_out = (i_n.to(tl.int64) * H + i_h) * K * DK * DV
-    b_s = tl.zeros([BK, KP * BV], tl.float32)
+    i_bh = first_block.to(tl.int64) * H + i_h
     if HAS_INCOMING:
-        live = tl.load(moves + (first_block.to(tl.int64) * H + i_h) * 4)
-        p_in, m_in = slot_tile(incoming + o_out, o_c, o_k, o_v, live, DK, DV)
+        p_in, m_in = slot_tile(incoming + o_out, o_c, o_k, o_v, tl.load(moves + i_bh * 4), DK, DV)
         b_s = tl.load(p_in, mask=m_in, other=0.0)
-    for i_b in range(n_blocks):
+    else:  # after the first block are the slots that it opened
+        row = tl.load(blocks + 4 * first_block + 2) + 1
+        b_there = tl.load(columns + (i_bh * 5 + 1) * KP + o_c).to(tl.int32)
+        p_new = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+        p_new, m_new = slot_tile(p_new, b_there, o_k, o_v, tl.minimum(tl.load(moves + i_bh * 4 + 2), K), DK, DV)
+        b_s = tl.load(p_new, mask=m_new, other=0.0).to(tl.float32)
+    for i_b in range(0 if HAS_INCOMING else 1, n_blocks if WANTS_FINAL else n_blocks - 1):
         i_t = first_block + i_b
         end, row = tl.load(blocks + 4 * i_t + 1), tl.load(blocks + 4 * i_t + 2)
         p_c = columns + (i_t.to(tl.int64) * H + i_h) * 5 * KP
@@ -160,26 +165,31 @@ def slot_scan_kernel(
                 b_s = tl.dot(load_tile(p_r, o_k, o_x, DK, DK), b_x, b_s, input_precision=PREC)
         b_s = add_merged_columns(-b_s, p_c, merges, BK, KP, BV)
         b_s = tl.where(((b_there >= fresh) & (b_there < kept))[None, :], b_s, 0.0) + b_new.to(tl.float32)
+    last = first_block + n_blocks - 1
     if WANTS_FINAL:
-        last = first_block + n_blocks - 1
         live = tl.minimum(tl.load(moves + (last.to(tl.int64) * H + i_h) * 4 + 2), K)
         b_there = tl.load(columns + ((last.to(tl.int64) * H + i_h) * 5 + 1) * KP + o_c).to(tl.int32)
         p_out, m_out = slot_tile(final + o_out, b_there, o_k, o_v, live, DK, DV)
         tl.store(p_out, b_s, mask=m_out)
+    else:
+        i_bh = last.to(tl.int64) * H + i_h
+        b_before = tl.load(columns + i_bh * 5 * KP + o_c).to(tl.int32)
+        p_snap = snap + ((tl.load(blocks + 4 * last + 2) - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+        p_old, m_old = slot_tile(p_snap, b_before, o_k, o_v, tl.load(moves + i_bh * 4), DK, DV)
+        tl.store(p_old, b_s.to(DOT), mask=m_old)
 
 
 @triton.jit
 def end_gradient(
-    p_in, p_end, b_there, o_k, o_v, live, HAS_INCOMING: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    p_in, p_row, b_slot, o_k, o_v, live, HAS_INCOMING: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """Key dims o_k of the gradient of the states at a segment's end, stored at its last row as well."""
-    b_ds = tl.zeros([o_k.shape[0], o_v.shape[0]], tl.float32)
+    """Key dims o_k of the gradient that a reverse scan begins with: `p_in`, stored at `p_row`; or what is there."""
+    p_from, m_from = slot_tile(p_in if HAS_INCOMING else p_row, b_slot, o_k, o_v, live, DK, DV)
+    b_ds = tl.load(p_from, mask=m_from, other=0.0).to(tl.float32)
     if HAS_INCOMING:
-        p_from, m_from = slot_tile(p_in, b_there, o_k, o_v, live, DK, DV)
-        b_ds = tl.load(p_from, mask=m_from, other=0.0)
-    p_to, m_to = slot_tile(p_end, b_there, o_k, o_v, live, DK, DV)
-    tl.store(p_to, b_ds.to(DOT), mask=m_to)
+        p_to, m_to = slot_tile(p_row, b_slot, o_k, o_v, live, DK, DV)
+        tl.store(p_to, b_ds.to(DOT), mask=m_to)
     return b_ds
 
 
@@ -205,16 +215,19 @@ def slot_reverse_kernel(
     first_block, n_blocks = tl.load(segments + 4 * i_n), tl.load(segments + 4 * i_n + 1)
     o_out = (i_n.to(tl.int64) * H + i_h) * K * DK * DV
     last = first_block + n_blocks - 1
-    live = tl.minimum(tl.load(moves + (last.to(tl.int64) * H + i_h) * 4 + 2), K)
-    b_there = tl.load(columns + ((last.to(tl.int64) * H + i_h) * 5 + 1) * KP + o_c).to(tl.int32)
-    row = tl.load(blocks + 4 * last + 2) + 1
-    o_row = ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
-    p_in, p_end = incoming + o_out, grad_states + o_row
-    b_ds = end_gradient(p_in, p_end, b_there, o_k, o_v, live, HAS_INCOMING, DK, DV, DOT)
+    i_bh, row = last.to(tl.int64) * H + i_h, tl.load(blocks + 4 * last + 2)
+    p_c = columns + i_bh * 5 * KP
+    if HAS_INCOMING:
+        row, p_c, live = row + 1, p_c + KP, tl.minimum(tl.load(moves + i_bh * 4 + 2), K)
+    else:  # before the last block are its own parts
+        live = tl.load(moves + i_bh * 4)
+    b_slot = tl.load(p_c + o_c).to(tl.int32)
+    p_in, p_last = incoming + o_out, grad_states + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+    b_ds = end_gradient(p_in, p_last, b_slot, o_k, o_v, live, HAS_INCOMING, DK, DV, DOT)
     if BH > 0:
         o_h = BK + tl.arange(0, BH)
-        b_dh = end_gradient(p_in, p_end, b_there, o_h, o_v, live, HAS_INCOMING, DK, DV, DOT)
-    for i_b in range(n_blocks):
+        b_dh = end_gradient(p_in, p_last, b_slot, o_h, o_v, live, HAS_INCOMING, DK, DV, DOT)
+    for i_b in range(0 if HAS_INCOMING else 1, n_blocks if WANTS_INITIAL else n_blocks - 1):
         i_t = last - i_b
         end, row = tl.load(blocks + 4 * i_t + 1), tl.load(blocks + 4 * i_t + 2)
         p_c = columns + (i_t.to(tl.int64) * H + i_h) * 5 * KP

@@ -43,6 +43,14 @@ def store_rows(p_x, b_x, o_t, o_d, end, stride, D: tl.constexpr):
 
 
 @triton.jit
+def slots_wanted(blocks, i_t, slots, ENDS: tl.constexpr):
+    """`slots` after block i_t; without ENDS none after a segment's last block."""
+    if not ENDS:
+        slots = tl.where(tl.load(blocks + 4 * i_t + 3) != 0, 0, slots)
+    return slots
+
+
+@triton.jit
 def load_tile(p_x, o_r, o_c, ROWS: tl.constexpr, COLS: tl.constexpr):
     """x[o_r, o_c] of a contiguous [ROWS, COLS] matrix, zero outside: [len(o_r), len(o_c)]."""
     m_x = (o_r < ROWS)[:, None] & (o_c < COLS)[None, :]

@@ -53,12 +53,14 @@ class Latencies:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the data decides: the inputs of `dla bench kernels` have a boundary every 34 tokens (docs/bench.md).
+    """What the data decides: the inputs of `dla bench kernels` have a boundary every 34 tokens (docs/bench.md). Slots
+    are all in use but where a document begins, which has none: nothing in the ledger starts from a cache.
 
     rounds: iterations of a loop whose length the data decides (boundaries of a tile, and one). until: iterations of one
     that has a bound but may end before, None: it runs to its bound. equal: whether two numbers are the same. opened:
     slots that a block opens. merged: slots from before a block that are merged in it. partly: arguments of which a
-    program loads only the slots that a block opened, and the one that was open.
+    program loads only the slots that a block opened, and the one that was open. first_rows, first_blocks: rows and
+    blocks that documents begin with.
     """
 
     rounds: float
@@ -67,17 +69,21 @@ class Assumptions:
     opened: int = 0
     merged: int = 0
     partly: tuple[str, ...] = ()
+    first_rows: frozenset[int] = frozenset()
+    first_blocks: frozenset[int] = frozenset()
 
     def loaded(self, argument: str, offset: int | None, env: dict[str, Any]) -> Any:
         """The number that a scalar load of this argument gives, where the ledger assumes one."""
         if argument == "live_count":
-            return env.get("%K")
+            return 0 if offset is not None and offset // env["%H"] in self.first_rows else env.get("%K")
         if argument == "live_death":
             return NEVER
         if argument == "agreed":  # a shard that is run again meets its first run
             return 1
         if argument == "moves" and offset is not None:  # see `slot_columns_kernel`
-            return (env.get("%K"), self.opened, env.get("%K"), self.merged)[offset % 4]
+            first = offset // (4 * env["%H"]) in self.first_blocks
+            found = (0, self.opened, self.opened, 0) if first else (env["%K"], self.opened, env["%K"], self.merged)
+            return found[offset % 4]
         return None
 
     def share(self, argument: str, env: dict[str, Any]) -> float:

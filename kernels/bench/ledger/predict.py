@@ -34,7 +34,7 @@ from .record import Event, Launch, known_values, nbytes
 from .ttir import Function, parse
 from .walk import Cost, Pointer, Walk
 
-PROGRAMS = 12  # of a grid that are walked; all of a grid that has no more
+PROGRAMS = 48  # of a grid that are walked; all of a grid that has no more
 OVER_SEGMENTS = ("capacity_kernel",)  # kernels with a loop over the boundaries of a segment, not of a tile
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a processor: CUDA C programming guide, compute capability 8.0 - 10.0
 
@@ -91,6 +91,7 @@ def _assumptions(launch: Launch) -> Assumptions:
         opened = round(block / BOUNDARY_EVERY)
         nearest = min(MERGED_FROM_BEFORE, key=lambda size: abs(size - block))
         merged = round(block / BOUNDARY_EVERY * MERGED_FROM_BEFORE[nearest])
+    first_rows, first_blocks = _beginnings(launch)
     if launch.kernel.__name__ in TILES_OF_A_SLOT:  # lengths with that mean, without memory
         rounds = 1 / -math.expm1(-tokens / BOUNDARY_EVERY)
     return Assumptions(
@@ -100,7 +101,19 @@ def _assumptions(launch: Launch) -> Assumptions:
         opened=opened,
         merged=merged,
         partly=PARTLY.get(launch.kernel.__name__, ()),
+        first_rows=first_rows,
+        first_blocks=first_blocks,
     )
+
+
+def _beginnings(launch: Launch) -> tuple[frozenset[int], frozenset[int]]:
+    """Rows and blocks that documents begin with, for kernels over blocks of documents."""
+    table = known_values(launch.arguments["blocks"]) if "blocks" in launch.arguments else None
+    if table is None:
+        return frozenset(), frozenset()
+    rows, last = table[:, 2].tolist(), table[:, 3].tolist()  # see `BlockLayout`
+    first = [b for b in range(len(rows)) if b == 0 or last[b - 1]]
+    return frozenset(rows[b] for b in first), frozenset(first)
 
 
 def cost_of(launch: Launch, gpu: Gpu, latency: Latencies) -> Cost:
