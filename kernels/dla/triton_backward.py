@@ -272,6 +272,60 @@ def value_gradient_kernel(
         tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=(o_p < end)[:, None] & (o_v < DV)[None, :])
 
 
+@triton.jit(do_not_specialize=SIZES)
+def token_gradient_kernel(
+    kh,  # [T, H, DK]
+    v,  # [T, H, DV]
+    do,
+    life,
+    blocks,
+    weighted,  # [tokens of the window, H, TILES * BT], see `pairs_backward_kernel`
+    grad_states,  # [rows of the window, H, K, DK, DV]: D
+    dkh,  # [tokens of the window, H, DK] fp32 out
+    dv,  # [T, H, DV] out
+    T, H, K, block_lo, row_lo, token_lo,
+    HAS_INCOMING: tl.constexpr,  # else D is zero after a segment's last block, and not there
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dKh and dV of Gated DeltaNet from one reading of D, for head dims that are one tile."""
+    i_t, i_c = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_h = tl.program_id(1).to(tl.int64)
+    first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
+    row = tl.load(blocks + 4 * i_t + 2)
+    W: tl.constexpr = TILES * BT
+    skip = token_lo.to(tl.int64) * H
+    if first + i_c * BT < end:
+        o_i = tl.arange(0, BT)
+        o_p = first + i_c * BT + o_i
+        o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
+        p_life = life + i_h * T
+        p_pair = weighted + (i_h - skip) * W + (o_p - first)[:, None]
+        b_dv = tl.zeros([BT, BV], tl.float32)
+        for i_x in range(i_c, (end - first + BT - 1) // BT):
+            o_t = first + i_x * BT + tl.arange(0, BT)
+            b_pair = tl.load(p_pair + (o_t.to(tl.int64) * (H * W))[None, :], mask=(o_t < end)[None, :], other=0.0)
+            b_do = raw_rows(do + i_h * DV, o_t, o_v, end, H * DV, DV)
+            b_dv = tl.dot(b_pair, b_do.to(DOT), b_dv, input_precision=PREC)  # [BT, BT] @ [BT, BV] -> [BT, BV]
+        b_slot, newest, oldest = slots_at_end(p_life, first, end, i_c, BT, TILES)
+        b_dkh = tl.zeros([BT, BK], tl.float32)
+        p_ds = grad_states + ((row + 1 - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+        p_kh = kh + ((first - token_lo).to(tl.int64) * H + i_h) * DK
+        p_v = v + (first.to(tl.int64) * H + i_h) * DV
+        o_r = i_c * BT + o_i
+        for i_s in range(newest, slots_wanted(blocks, i_t, tl.minimum(oldest, K - 1) + 1, HAS_INCOMING)):
+            mine = ((b_slot == i_s) & (o_p < end))[:, None]
+            b_ds = load_tile(p_ds + tl.cast(i_s, tl.int64) * DK * DV, o_k, o_v, DK, DV)
+            b_k = tl.load(p_kh + ((o_r * (H * DK))[:, None] + o_k[None, :]), mask=mine & (o_k < DK)[None, :], other=0.0)
+            b_dv = tl.dot(b_k.to(DOT), b_ds, b_dv, input_precision=PREC)  # [BT, BK] @ [BK, BV] -> [BT, BV]
+            b_v = tl.load(p_v + ((o_r * (H * DV))[:, None] + o_v[None, :]), mask=mine & (o_v < DV)[None, :], other=0.0)
+            b_dkh = tl.dot(b_v.to(DOT), tl.trans(b_ds), b_dkh, input_precision=PREC)  # [BT, BV] @ [BV, BK] -> [BT, BK]
+        p_dv = dv + o_p.to(tl.int64)[:, None] * (H * DV) + i_h * DV + o_v[None, :]
+        tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=(o_p < end)[:, None] & (o_v < DV)[None, :])
+        p_dkh = dkh + (o_p - token_lo).to(tl.int64)[:, None] * (H * DK) + i_h * DK + o_k[None, :]
+        tl.store(p_dkh, b_dkh, mask=(o_p < end)[:, None] & (o_k < DK)[None, :])
+
+
 @triton.jit
 def add_tiles(p_x, m_x, n, STRIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Sum of `n` tiles [ROWS, COLS] that lie STRIDE elements apart: fp32."""

@@ -22,6 +22,7 @@ from .triton_backward import (
     pairs_backward_kernel,
     slot_query_gradient_kernel,
     state_gradient_kernel,
+    token_gradient_kernel,
     value_gradient_kernel,
 )
 from .triton_carry import block_states_kernel, carry_gradients_kernel, carry_states_kernel
@@ -506,7 +507,7 @@ def backward_window(
     work: WindowPass, snap: Tensor, carry: Tensor | None, do: Tensor, grads: Gradients, want_initial: bool
 ) -> Tensor | None:
     """Gradients of one window's tokens; returns, if wanted, that of the states its segments began with."""
-    plan, x, tables, window = work.plan, work.x, work.tables, work.window
+    plan, _x, tables, window = work.plan, work.x, work.tables, work.window
     T, H, K = work.layout.tokens, plan.H, plan.K
     sizes = (*work._sizes(), K, window.block_lo, window.row_lo, work.token_lo)
     blocks, math = work.layout.blocks, plan.math()
@@ -519,19 +520,7 @@ def backward_window(
     )
     initial, dkeep = work.reverse_scan(snap, dstates, carry, want_initial)
     dat, dat_tile, weighted, rows, cols = _pairs_backward(work, do, dlam, oldest, grads)
-    dims = plan.launch("key_gradient", do.device)
-    parts = ceil_div(plan.DK, dims["BK"])
-    heads = heads_per_program(plan, work.tiles * parts)
-    dk, ends = work.new(work.tokens, H // heads, plan.DK), work.new(parts, H, T)
-    key_gradient_kernel[(work.tiles, H // heads, parts)](
-        x.k, x.v, tables.cg, tables.life, blocks, dstates, dk, ends, *sizes, heads, HAS_INCOMING=carry is not None,
-        **dims, **plan.tiled(), **math,
-    )  # fmt: skip
-    dims = plan.launch("value_gradient", do.device)
-    value_gradient_kernel[(work.tiles, H, ceil_div(plan.DV, dims["BV"]))](
-        work.kh, do, tables.cg, tables.life, blocks, weighted, dstates, grads.dv, *sizes,
-        HAS_INCOMING=carry is not None, **dims, **plan.tiled(), **math, **ALL_REGISTERS,
-    )  # fmt: skip
+    dk, ends = _token_gradients(work, do, weighted, dstates, carry is not None, grads)
     grid, table, lo, tile = (work.blocks, H), blocks, window.block_lo, plan.tile
     if plan.gdn:
         dphi = _transition_gradient(work, snap, dstates, carry is not None)
@@ -587,6 +576,37 @@ def _pairs_backward(
         **plan.tiled(), **plan.math(), **ALL_REGISTERS,
     )  # fmt: skip
     return dat, dat_tile, weighted, rows, cols
+
+
+def _token_gradients(
+    work: WindowPass, do: Tensor, weighted: Tensor, dstates: Tensor, has_incoming: bool, grads: Gradients
+) -> tuple[Tensor, Tensor]:
+    """dV; returns dKh, or of Mamba-2 what writing slots adds to dk and to the decay gradient, both in parts."""
+    plan, x, tables, window = work.plan, work.x, work.tables, work.window
+    T, H, K = work.layout.tokens, plan.H, plan.K
+    where = (window.block_lo, window.row_lo, work.token_lo)
+    blocks, flags = work.layout.blocks, dict(HAS_INCOMING=has_incoming, **plan.tiled())
+    if plan.gdn and not plan.wide and max(plan.DK, plan.DV) <= 128:
+        dkh = work.new(work.tokens, H, plan.DK)
+        token_gradient_kernel[(work.tiles, H)](
+            work.kh, x.v, do, tables.life, blocks, weighted, dstates, dkh, grads.dv, T, H, K, *where, **flags,
+            **plan.launch("token_gradient", do.device), DOT=plan.dot, PREC=PRECISION,
+        )  # fmt: skip
+        return dkh, dkh.new_empty(0)
+    sizes = (*work._sizes(), K, *where)
+    dims = plan.launch("key_gradient", do.device)
+    parts = ceil_div(plan.DK, dims["BK"])
+    heads = heads_per_program(plan, work.tiles * parts)
+    dk, ends = work.new(work.tokens, H // heads, plan.DK), work.new(parts, H, T)
+    key_gradient_kernel[(work.tiles, H // heads, parts)](
+        x.k, x.v, tables.cg, tables.life, blocks, dstates, dk, ends, *sizes, heads, **flags, **dims, **plan.math()
+    )
+    dims = plan.launch("value_gradient", do.device)
+    value_gradient_kernel[(work.tiles, H, ceil_div(plan.DV, dims["BV"]))](
+        work.kh, do, tables.cg, tables.life, blocks, weighted, dstates, grads.dv, *sizes, **flags, **dims,
+        **plan.math(), **ALL_REGISTERS,
+    )  # fmt: skip
+    return dk, ends
 
 
 def _group_gradient(work: WindowPass, dat: Tensor, dq: Tensor, dk: Tensor, grads: Gradients) -> None:

@@ -52,6 +52,7 @@ LAUNCH = {
     "group_gradient": ((128, 64, 8, 2), (64, 64, 8, 1), "backward"),
     "key_gradient": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
     "key_gradient.sm80": ((64, 64, 8, 2), (64, 64, 8, 1), "backward"),
+    "token_gradient": ((128, 128, 8, 2), (64, 64, 8, 1), "backward"),
     "value_gradient": ((64, 128, 4, 2), (64, 64, 8, 1), "backward"),
     "value_gradient.sm80": ((32, 64, 8, 2), (64, 64, 8, 1), "backward"),
     "dphi": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
@@ -76,13 +77,15 @@ LAUNCH = {
     "transition": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
     "transition.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
     "detect_pairs": ((64, 64, 4, 1), (64, 64, 8, 1), "partition"),
-    "detect": ((32, 128, 4, 1), (32, 32, 8, 1), "partition"),
-    "detect_gdn": ((64, 64, 4, 1), (32, 32, 8, 1), "partition"),
+    "detect": ((32, 128, 4, 2), (32, 32, 8, 1), "partition"),
+    "detect_gdn": ((32, 64, 4, 2), (32, 32, 8, 1), "partition"),
     "detect_gdn.v64": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
     "detect_gdn.sm80": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
     "detect_gdn.sm100": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
     "repair_rest": ((32, 16, 8, 1), (32, 16, 8, 1), "partition"),
-    "detect_gdn.256": ((32, 64, 8, 1), (32, 16, 8, 1), "partition"),
+    "detect_gdn.256": ((64, 64, 4, 1), (32, 16, 8, 1), "partition"),
+    "detect_gdn.256.sm80": ((32, 64, 8, 1), (32, 16, 8, 1), "partition"),
+    "detect_gdn.256.sm100": ((32, 64, 8, 1), (32, 16, 8, 1), "partition"),
 }
 THREE_PROGRAMS = {"maxnreg": 168}  # of four warps on a multiprocessor, for a kernel that waits more than it multiplies
 ALL_REGISTERS = {"maxnreg": 255}  # told so, the assembler does not spill to fit more programs on a multiprocessor
@@ -206,7 +209,7 @@ class LaunchPlan:
         return self.gdn and self.wide and self.DK > 32
 
     def scan(self, device: torch.device, reverse: bool = False) -> dict[str, int]:
-        """`launch` of a scan of Gated DeltaNet; BH of the reverse one: key dims after the first BK."""
+        """`launch` of a scan of Gated DeltaNet; BH of the reverse one: key dims after the first BK; BX of the other."""
         if self.staged:
             return self.launch("scan_gdn", device)
         found = self.found("slots_gdn_reverse" if reverse else "slots_gdn", device)
@@ -215,6 +218,8 @@ class LaunchPlan:
         found["BV"] = max(1, min(columns // self.slots_padded, 8))
         if reverse:
             found["BH"] = power_of_two(self.DK - found["BK"]) if found["BK"] < self.DK else 0
+        else:  # before Hopper operands take registers
+            found["BX"] = 64 if compute_capability(device) >= 90 else 32
         return {"DK": self.DK, "DV": self.DV, **found, **ALL_REGISTERS}
 
     def carry(self, device: torch.device) -> dict[str, int]:

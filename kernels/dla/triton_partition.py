@@ -119,7 +119,7 @@ def triton_partition(
         if len(shards) > len(of_segment):
             agreed, ends = torch.empty_like(infos, dtype=torch.int32), torch.empty_like(infos)
             again = (*args, starts, scores, sums, layout.blocks, shards, agreed, ends)
-            meta |= ALL_REGISTERS
+            meta |= ALL_REGISTERS | {"num_stages": 1}  # it holds more than `detect_kernel`
             repair_kernel[(len(shards), H)](*again, *sizes, **meta)
             meta |= plan.launch("repair_rest", device)
             repair_rest_kernel[(len(of_segment), H)](*again, of_segment, *sizes, **meta)

@@ -117,6 +117,7 @@ def slot_scan_kernel(
     HAS_INCOMING: tl.constexpr,  # else no slots
     WANTS_FINAL: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr,
+    BX: tl.constexpr,  # columns of R at a time, with more than 128 key dims
     DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
@@ -157,11 +158,11 @@ def slot_scan_kernel(
             b_s = tl.dot(b_r, b_dot, b_s, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
         else:  # R does not fit in registers beside the columns: go over it with the snapshot just stored
             tl.debug_barrier()
-            for i_x in range(0, DK, 64):
-                o_x = i_x + tl.arange(0, 64)
+            for i_x in range(0, DK, BX):
+                o_x = i_x + tl.arange(0, BX)
                 p_x, m_x = slot_tile(p_snap, b_before, o_x, o_v, live, DK, DV)
                 b_x = tl.load(p_x, mask=m_x, other=0.0)
-                # [BK, 64] @ [64, KP * BV]
+                # [BK, BX] @ [BX, KP * BV]
                 b_s = tl.dot(load_tile(p_r, o_k, o_x, DK, DK), b_x, b_s, input_precision=PREC)
         b_s = add_merged_columns(-b_s, p_c, merges, BK, KP, BV)
         b_s = tl.where(((b_there >= fresh) & (b_there < kept))[None, :], b_s, 0.0) + b_new.to(tl.float32)

@@ -77,8 +77,9 @@ def main() -> None:
     for path in sys.argv[1:]:
         config = ledger_config(ROOT / "configs" / f"{path}.yaml")
         found[path] = facts(config, count(config), None)
-        config = ledger_config(ROOT / "configs" / f"{path}.yaml", overrides=["training.keep_states=true"])
-        found[f"{path}, states kept"] = facts(config, count(config), None)
+        for kept in ("true", "false"):
+            config = ledger_config(ROOT / "configs" / f"{path}.yaml", overrides=[f"training.keep_states={kept}"])
+            found[f"{path}, keep_states={kept}"] = facts(config, count(config), None)
     print(json.dumps(found))
 
 

@@ -125,7 +125,7 @@ def test_world_size_is_for_plans_only(capsys) -> None:
 def test_zero_recomputation_and_offload_lower_the_estimate() -> None:
     from megatron_dla.training.plan import make_plan
 
-    config = load_config(CONFIGS / "dla_mamba2_780m.yaml")
+    config = load_config(CONFIGS / "dla_mamba2_780m.yaml", ["training.keep_states=false"])
 
     def plan(**training):
         changed = dataclasses.replace(config.training, **training)
@@ -152,7 +152,7 @@ def test_slot_states_of_a_long_row_are_those_of_a_window() -> None:
     launch = pytest.importorskip("megatron_dla.kernels.dla.triton_launch")
     assert (launch.WINDOW_ROWS, launch.WINDOW_BYTES) == (WINDOW_ROWS, WINDOW_BYTES)
     assert BLOCK == {2: launch.TILE * launch.TILES, 4: launch.WIDE_TILE * launch.WIDE_TILES}
-    config = load_config(CONFIGS / "dla_mamba2_780m.yaml", ["data.seq_len=1048576"])
+    config = load_config(CONFIGS / "dla_mamba2_780m.yaml", ["data.seq_len=1048576", "training.keep_states=false"])
     assert make_plan(config, 32, 32_000, True).memory["slot states"] == 2 * WINDOW_BYTES
 
 

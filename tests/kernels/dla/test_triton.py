@@ -78,6 +78,33 @@ def test_blocks_of_four_tiles(small_tiles: None, monkeypatch: pytest.MonkeyPatch
     compare(replace(BASE, T=108, H=1, delta=delta, documents=(3, 40)), FP32)
 
 
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_documents_of_one_to_four_blocks_in_a_window(
+    small_tiles: None, monkeypatch: pytest.MonkeyPatch, delta: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(triton_launch, "WINDOW_ROWS", 64)
+    compare(replace(BASE, T=200, H=1, Dk=32, Dv=32, delta=delta, documents=(20, 84, 110)), dtype)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counted by the interpreter")
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_states_after_the_last_block_are_computed_only_if_wanted(small_tiles: None, delta: bool) -> None:
+    case = replace(BASE, T=32, B=3, H=1, Dk=32, Dv=32, delta=delta)  # a block each
+    x = inputs_of(case, BF16)
+    decided = partition(**{n: x[n] for n in ("k", "v", "g", "beta") if n in x}, **case.rule)
+    counts = []
+    for states in (None, torch.ones(case.B, case.H, case.capacity, case.Dk, case.Dv)):
+        with triton_interpreter.loads_counted() as count:
+            debug.run(
+                x, cotangent(case, BF16), partition=decided, backend="triton", states_cotangent=states, **case.rule
+            )
+        counts.append(count)
+    without, wanted = counts
+    for name in ("block_states_kernel", *(["token_gradient_kernel"] if delta else ["key_gradient_kernel"])):
+        assert 0 < without[name] < 0.6 * wanted[name], name
+
+
 LOW = [*both(replace(BASE, Dk=32, Dv=32)), *both(replace(BASE, name="documents", documents=(20, 37), Dk=32, Dv=24))]
 
 
