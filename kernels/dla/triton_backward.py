@@ -219,6 +219,24 @@ def slots_at_end(p_life, first, end, i_c, BT: tl.constexpr, TILES: tl.constexpr)
     return b_slot, newer, tl.max(b_slot, 0)
 
 
+@triton.jit
+def pair_values(
+    p_pair,  # [tokens, H, TILES * BT], at the head
+    p_do,  # [T, H, DV], at the head
+    first, end, i_c, o_v, stride_pair, stride_v,
+    DV: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """(At .* M)^T dO [BT, len(o_v)] of the keys in tile i_c of a block: what its queries from there on give dV."""
+    b_dv = tl.zeros([BT, o_v.shape[0]], tl.float32)
+    p_pair += (i_c * BT + tl.arange(0, BT))[:, None]
+    for i_x in range(i_c, (end - first + BT - 1) // BT):
+        o_t = first + i_x * BT + tl.arange(0, BT)
+        b_pair = tl.load(p_pair + (o_t.to(tl.int64) * stride_pair)[None, :], mask=(o_t < end)[None, :], other=0.0)
+        b_do = raw_rows(p_do, o_t, o_v, end, stride_v, DV)
+        b_dv = tl.dot(b_pair, b_do.to(DOT), b_dv, input_precision=PREC)  # [BT, BT] @ [BT, BV] -> [BT, BV]
+    return b_dv
+
+
 @triton.jit(do_not_specialize=SIZES)
 def value_gradient_kernel(
     k,  # [T, G, DK] or Kh [T, H, DK]
@@ -246,13 +264,8 @@ def value_gradient_kernel(
         stride_k, stride_v = (H if GDN else H // GROUP) * DK, H * DV
         p_k = k + (i_h - skip if GDN else i_h // GROUP) * DK
         p_g, p_life = cg + i_h * T, life + i_h * T
-        p_pair = weighted + (i_h - skip) * W + (o_p - first)[:, None]
-        b_dv = tl.zeros([BT, BV], tl.float32)
-        for i_x in range(i_c, (end - first + BT - 1) // BT):
-            o_t = first + i_x * BT + tl.arange(0, BT)
-            b_pair = tl.load(p_pair + (o_t.to(tl.int64) * (H * W))[None, :], mask=(o_t < end)[None, :], other=0.0)
-            b_do = raw_rows(do + i_h * DV, o_t, o_v, end, stride_v, DV)
-            b_dv = tl.dot(b_pair, b_do.to(DOT), b_dv, input_precision=PREC)  # [BT, BT] @ [BT, BV] -> [BT, BV]
+        p_pair = weighted + (i_h - skip) * W
+        b_dv = pair_values(p_pair, do + i_h * DV, first, end, i_c, o_v, H * W, stride_v, DV, BT, DOT, PREC)
         b_slot, newest, oldest = slots_at_end(p_life, first, end, i_c, BT, TILES)
         b_scale = tl.full([BT], 1.0, tl.float32)
         if not GDN:
@@ -300,13 +313,8 @@ def token_gradient_kernel(
         o_p = first + i_c * BT + o_i
         o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
         p_life = life + i_h * T
-        p_pair = weighted + (i_h - skip) * W + (o_p - first)[:, None]
-        b_dv = tl.zeros([BT, BV], tl.float32)
-        for i_x in range(i_c, (end - first + BT - 1) // BT):
-            o_t = first + i_x * BT + tl.arange(0, BT)
-            b_pair = tl.load(p_pair + (o_t.to(tl.int64) * (H * W))[None, :], mask=(o_t < end)[None, :], other=0.0)
-            b_do = raw_rows(do + i_h * DV, o_t, o_v, end, H * DV, DV)
-            b_dv = tl.dot(b_pair, b_do.to(DOT), b_dv, input_precision=PREC)  # [BT, BT] @ [BT, BV] -> [BT, BV]
+        p_pair = weighted + (i_h - skip) * W
+        b_dv = pair_values(p_pair, do + i_h * DV, first, end, i_c, o_v, H * W, H * DV, DV, BT, DOT, PREC)
         b_slot, newest, oldest = slots_at_end(p_life, first, end, i_c, BT, TILES)
         b_dkh = tl.zeros([BT, BK], tl.float32)
         p_ds = grad_states + ((row + 1 - row_lo).to(tl.int64) * H + i_h) * K * DK * DV

@@ -507,7 +507,7 @@ def backward_window(
     work: WindowPass, snap: Tensor, carry: Tensor | None, do: Tensor, grads: Gradients, want_initial: bool
 ) -> Tensor | None:
     """Gradients of one window's tokens; returns, if wanted, that of the states its segments began with."""
-    plan, _x, tables, window = work.plan, work.x, work.tables, work.window
+    plan, tables, window = work.plan, work.tables, work.window
     T, H, K = work.layout.tokens, plan.H, plan.K
     sizes = (*work._sizes(), K, window.block_lo, window.row_lo, work.token_lo)
     blocks, math = work.layout.blocks, plan.math()

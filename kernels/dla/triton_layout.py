@@ -111,8 +111,7 @@ def _layout(
     def table(x: list) -> Tensor:
         return torch.tensor(x, dtype=torch.int32, device=device)
 
-    ends = {b - 1 for b in first_block[1:]}
-    block_table = table([(*x[:3], int(b in ends)) for b, x in enumerate(blocks)])
+    block_table = table([(first, end, row, int(end == segments[s][1])) for first, end, row, s in blocks])
     last = tuple(s for s, (_, end) in enumerate(segments) if end % length == 0)
     last_segments = torch.tensor(last, device=device)
     counts = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))

@@ -150,7 +150,7 @@ class _RecurrenceInputs(torch.autograd.Function):
         # rows that do not begin at a multiple of 16 elements are read element by element, with an address for each
         aligned = all(n % 16 == 0 for n in _strides([*arguments[:3], dxs[0]]))
         elements = BACKWARD_TILE if aligned and value.dtype.itemsize == 2 else BACKWARD_TILE // 2
-        tokens = {f"T{name[1]}": min(max(elements // n, 4), SPAN) for name, n in shape.blocks.items()}
+        tokens = {name.replace("B", "T"): min(max(elements // n, 4), SPAN) for name, n in shape.blocks.items()}
         common = dict(W=shape.width, HALO=halo, HAS_STARTS=starts is not None, num_warps=4)
         block, units = TILE // COLUMNS, sum(ceil_div(n, COLUMNS) for n in shape.columns[:3])
         with on_device(value):

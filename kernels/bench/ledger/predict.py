@@ -79,7 +79,7 @@ def _sampled(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     return [(i % grid[0], i // grid[0] % grid[1], i // (grid[0] * grid[1])) for i in picked]
 
 
-def _assumptions(launch: Launch) -> Assumptions:
+def assumptions_of(launch: Launch) -> Assumptions:
     """How long loops are whose length the data decides: by the boundaries of a tile of tokens."""
     tokens = next((launch.arguments[name] for name in ("BT", "TILE", "BLOCK") if name in launch.arguments), 64)
     if launch.kernel.__name__ in OVER_SEGMENTS:
@@ -131,7 +131,7 @@ def cost_of(launch: Launch, gpu: Gpu, latency: Latencies) -> Cost:
         for t in [known_values(x)]
         if t is not None
     }
-    assumed = _assumptions(launch)
+    assumed = assumptions_of(launch)
     large = frozenset(n for n, x in given.items() if isinstance(x, Tensor) and nbytes(x) > gpu.l2 / 8)
     average, programs = Cost(), _sampled(launch.grid)
     for program in programs:

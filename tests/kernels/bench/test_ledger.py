@@ -25,13 +25,14 @@ from megatron_dla.kernels.bench.ledger.constants import (
     fingerprint,
 )
 from megatron_dla.kernels.bench.ledger.peers import PUBLISHED, Published
-from megatron_dla.kernels.bench.ledger.predict import memory_bytes, predict_launch, resident
+from megatron_dla.kernels.bench.ledger.predict import assumptions_of, memory_bytes, predict_launch, resident
 from megatron_dla.kernels.bench.ledger.record import Launch, Recording, record
 from megatron_dla.kernels.bench.ledger.run import bench_ledger, ledger_config
 from megatron_dla.kernels.bench.ledger.summary import rows
 from megatron_dla.kernels.bench.ledger.ttir import parse
 from megatron_dla.kernels.bench.ledger.walk import Cost, Pointer, Walk
 from megatron_dla.kernels.dla import partition
+from megatron_dla.kernels.dla.triton_layout import make_layout
 from megatron_dla.mixers import functional
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -180,6 +181,27 @@ def test_a_walk_takes_the_branch_it_knows_and_assumes_what_it_does_not() -> None
     assert not nothing.flops and not nothing.stores and nothing.clock < 100
     assumed = walk(0, table=())
     assert assumed.assumed == 1 and assumed.special == 2.5 * 32 * 32
+
+
+def test_a_document_begins_without_slots() -> None:
+    with record():
+        cuts = torch.tensor([0, 100, 300, 512], dtype=torch.int32)
+        layout = make_layout(
+            2, 256, cuts, 64, 64, "meta"
+        )  # documents of 100, 156 (to the row's end), 44 and 212 tokens
+    heads, slots = 3, 7
+    launch = Launch(SimpleNamespace(__name__="some_kernel"), (1, 1, 1), {"blocks": layout.blocks, "BT": 64})
+    found = assumptions_of(launch)
+    blocks = [first for first, _ in layout.blocks_of_segment]
+    rows = [0, 3, 7, 9]  # a row before each block and one after the last: documents have 2, 3, 1 and 4 blocks
+    assert (found.first_blocks, found.first_rows) == (set(blocks), set(rows)) and blocks == [0, 2, 5, 6]
+    sizes = {"%H": heads, "%K": slots}
+    for row in range(14):
+        live = found.loaded("live_count", row * heads + 1, sizes)
+        assert live == (0 if row in rows else slots), row
+    for block in range(10):
+        before, opened, kept, merged = (found.loaded("moves", 4 * (block * heads + 2) + i, sizes) for i in range(4))
+        assert (before, kept, merged) == ((0, opened, 0) if block in blocks else (slots, slots, found.merged)), block
 
 
 def test_the_clock_of_a_walk_grows_with_the_chain() -> None:

@@ -101,7 +101,8 @@ def test_states_after_the_last_block_are_computed_only_if_wanted(small_tiles: No
             )
         counts.append(count)
     without, wanted = counts
-    for name in ("block_states_kernel", *(["token_gradient_kernel"] if delta else ["key_gradient_kernel"])):
+    of_tokens = ("token_gradient_kernel",) if delta else ("key_gradient_kernel", "value_gradient_kernel")
+    for name in ("block_states_kernel", *of_tokens):
         assert 0 < without[name] < 0.6 * wanted[name], name
 
 
