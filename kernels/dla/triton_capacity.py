@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .triton_layout import SIZES
 
+NONE = tl.constexpr(1 << 20)  # no pair merges: after every slot
+
 
 def merge_rule(merge: str, pairs: Tensor | None) -> dict[str, bool]:
     """How a kernel finds the pair that merges: it is given, else it has the fewest tokens (COUNTS), else by density."""
@@ -26,6 +28,60 @@ def merge_rule(merge: str, pairs: Tensor | None) -> dict[str, bool]:
 def shifted(b_x, o_s, KP: tl.constexpr):
     """x[i + 1] (the last one stays)."""
     return tl.gather(b_x, tl.minimum(o_s + 1, KP - 1), 0)
+
+
+@triton.jit
+def pair_cost(b_info, b_count, COUNTS: tl.constexpr):
+    """Of slots with that summed score and so many tokens."""
+    return b_count if COUNTS else b_info / tl.maximum(b_count, 1.0)
+
+
+@triton.jit
+def merge_and_open(
+    pair,  # GIVEN: the older slot of the pair
+    full,  # whether a pair merges
+    live,  # slots, with the one that opens
+    at, tokens, total,  # of the one that opens: first token, tokens, summed scores
+    b_cost,  # [KP] of each slot and the next one, infinite where there is none; kept from step to step
+    b_start, b_count, b_info, KP: tl.constexpr, GIVEN: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    """One step; returns the pair (NONE: nothing merges), the starts before, and the slots after.
+
+    In the order in which results arrive: while a warp finds the cheapest pair it computes what the pairs will cost
+    wherever that may be, so that only choices wait for it, and no division.
+    """
+    o_s = tl.arange(0, KP)
+    b_bits = b_cost.to(tl.int32, bitcast=True)  # in the order of the costs, none of which is below zero
+    least = tl.min(b_bits, 0)
+    b_next, b_next_count = shifted(b_info, o_s, KP), shifted(b_count, o_s, KP)
+    b_next_cost, b_next_start = shifted(b_cost, o_s, KP), shifted(b_start, o_s, KP)
+    b_both, b_both_count = b_info + b_next, b_count + b_next_count
+    # with a slot: the pair that merges before it (`front`), after it (`back`), and the slot that opens (`last`)
+    b_front, b_back = shifted(b_next, o_s, KP), shifted(b_both, o_s, KP)
+    b_front_count, b_back_count = shifted(b_next_count, o_s, KP), shifted(b_both_count, o_s, KP)
+    if not GIVEN:
+        pair = tl.min(tl.where(b_bits == least, o_s, KP), 0)
+    m_last = o_s == live - 2
+    b_last, b_last_count = tl.where(full, b_next, b_info), tl.where(full, b_next_count, b_count)
+    b_front, b_front_count = tl.where(m_last, total, b_front), tl.where(m_last, tokens, b_front_count)
+    b_back, b_back_count = b_info + b_back, b_count + b_back_count
+    b_last, b_last_count = b_last + total, b_last_count + tokens
+    b_front, b_front_count = b_both + b_front, b_both_count + b_front_count
+    if COUNTS:
+        b_back, b_last, b_front = b_back_count, b_last_count, b_front_count
+    else:
+        b_back_count, b_last_count = tl.maximum(b_back_count, 1.0), tl.maximum(b_last_count, 1.0)
+        b_front_count = tl.maximum(b_front_count, 1.0)
+        b_back, b_last, b_front = b_back / b_back_count, b_last / b_last_count, b_front / b_front_count
+    pair = tl.where(full, pair, NONE)
+    m_new, m_pair, m_moved = o_s == live - 1, o_s == pair, o_s > pair
+    b_cost = tl.where(m_moved, b_next_cost, b_cost)
+    b_after, b_info = tl.where(m_moved, b_next_start, b_start), tl.where(m_moved, b_next, b_info)
+    b_cost, b_count = tl.where(m_last, b_last, b_cost), tl.where(m_moved, b_next_count, b_count)
+    b_cost, b_info = tl.where(m_pair, b_front, b_cost), tl.where(m_pair, b_both, b_info)
+    b_cost, b_count = tl.where(o_s == pair - 1, b_back, b_cost), tl.where(m_pair, b_both_count, b_count)
+    b_after, b_info = tl.where(m_new, at, b_after), tl.where(m_new, total, b_info)
+    return pair, b_start, b_cost, b_after, tl.where(m_new, tokens, b_count), b_info
 
 
 @triton.jit
@@ -113,32 +169,25 @@ def capacity_kernel(
         b_count = tl.where(m_joins, b_count + (at - begin).to(tl.float32), b_count)
         b_info = tl.where(m_joins, tl.load(sums + at - 1, mask=at > begin, other=0.0), b_info)
     total = tl.load(sums + end - 1)
+    b_cost = pair_cost(b_info + shifted(b_info, o_s, KP), b_count + shifted(b_count, o_s, KP), COUNTS)
+    b_cost = tl.where(o_s < live - 1, b_cost, float("inf"))
     for i in range(n):
         # of the next steps: their latency is not this one's
         next_total = tl.load(sums + after - 1)
         later = tl.load(listed + i + 3, mask=i + 3 < n, other=finish)
-        if live == K:
-            b_merged, b_added = b_info + shifted(b_info, o_s, KP), b_count + shifted(b_count, o_s, KP)
-            if GIVEN:
-                pair = tl.load(pairs + i_h * T + at)
-            else:
-                b_cost = b_added if COUNTS else b_merged / tl.maximum(b_added, 1.0)
-                b_cost = tl.where(o_s < K - 1, b_cost, float("inf"))
-                pair = tl.argmin(b_cost, 0, tie_break_left=True)
-            m_moved = o_s > pair
-            m_dies = o_s == pair + 1
-            tl.store(death + b_start, at - offset + o_s * 0, mask=m_dies & (b_start >= 0))
-            if HAS_CACHE:
-                tl.store(cache_death + o_table - 1 - b_start, at - offset + o_s * 0, mask=m_dies & (b_start < 0))
-            b_info = tl.where(o_s == pair, b_merged, tl.where(m_moved, shifted(b_info, o_s, KP), b_info))
-            b_count = tl.where(o_s == pair, b_added, tl.where(m_moved, shifted(b_count, o_s, KP), b_count))
-            b_start = tl.where(m_moved, shifted(b_start, o_s, KP), b_start)
-            live -= 1
-        m_new = o_s == live
-        b_start = tl.where(m_new, at, b_start)
-        b_count = tl.where(m_new, (end - at).to(tl.float32), b_count)
-        b_info = tl.where(m_new, total, b_info)
-        live += 1
+        tokens = (end - at).to(tl.float32)
+        full = live == K
+        live = tl.minimum(live + 1, K)
+        pair = live
+        if GIVEN:
+            pair = tl.load(pairs + i_h * T + at)
+        pair, b_dying, b_cost, b_start, b_count, b_info = merge_and_open(
+            pair, full, live, at, tokens, total, b_cost, b_start, b_count, b_info, KP, GIVEN, COUNTS
+        )
+        m_dies = o_s == pair + 1
+        tl.store(death + b_dying, at - offset + o_s * 0, mask=m_dies & (b_dying >= 0))
+        if HAS_CACHE:
+            tl.store(cache_death + o_table - 1 - b_dying, at - offset + o_s * 0, mask=m_dies & (b_dying < 0))
         if WANT_LO:
             last = tl.minimum(end, finish - 1)
             store_lo(lo, sums, b_start, b_count, b_info, live, K, at, 0.0, at + 1, last, begin, offset, 64, KP)

@@ -335,12 +335,17 @@ def chunk_inverse(
     `where`: the table of tiles, the first of them, and its first token; `tokens`: of the tiles.
     """
     inv = torch.empty(tokens, plan.H, plan.tile, dtype=torch.float32, device=k.device)
-    sub = min(16, plan.tile)
     inverse_kernel[(tiles, plan.H)](
-        k, beta, cg, inv, *where, cg.shape[1], plan.H, plan.group, SUB=sub,
-        LEVELS=(plan.tile // sub).bit_length() - 1, **local_launch(plan, k.device, "inverse"),
+        k, beta, cg, inv, *where, cg.shape[1], plan.H, plan.group, **elimination(plan.tile),
+        **local_launch(plan, k.device, "inverse"),
     )  # fmt: skip
     return inv
+
+
+def elimination(tile: int) -> dict[str, int]:
+    """Of the inverse of a tile: rows by substitution, then doublings."""
+    sub = min(16, tile)
+    return {"SUB": sub, "LEVELS": (tile // sub).bit_length() - 1}
 
 
 def _incoming(work: WindowPass, states: Tensor | None, resumed: Tensor | None) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 The score of token t needs x_t = v_t . S^T k_t, |S^T k_t|^2 and ||S||^2 of the open state S before t. In a chunk of
 BT tokens all of them come from BT x BT products that do not depend on where slots open: a restart of the open
-state at token s is column masking (l >= s). So a chunk costs one vectorised round a boundary, not one step a token.
+state at token s is column masking (l >= s). So a chunk costs one vectorised round a boundary, not one step a token,
+and what its tokens read of the slot that was open before it, once: see `triton_open_slot.py`.
 
 Shards of a segment may be run at the same time from an empty state (`detect_kernel`) and corrected afterwards
 (`repair_kernel`): runs that share one boundary have the same open state from there on, and the same summed scores from
@@ -16,21 +17,20 @@ import triton
 import triton.language as tl
 
 from .triton_layout import SIZES
-from .triton_tiles import columns_of, decays_of, exact_dot, load_tile, products, raw_rows, rows_of
+from .triton_local import invert
+from .triton_open_slot import delta_products, keep_state, past_products, ring_size, state_products, write_chunk
+from .triton_tiles import decays_of, raw_rows, rows_of, store_rows
 
 
 @triton.jit
-def read_state(
-    p_k, p_s, o_t, o_v, end, stride_k, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BT: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """K S of one tile of value dims: fp32 [BT, BV]."""
-    b_ks = tl.zeros([BT, BV], tl.float32)
-    for i_k in range(0, DK, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_s = load_tile(p_s, o_k, o_v, DK, DV)
-        b_ks = exact_dot(raw_rows(p_k, o_t, o_k, end, stride_k, DK), b_s, b_ks, PREC)  # [BT, BK] @ [BK, BV] -> [BT, BV]
-    return b_ks
+def gram_of(x, o_t, end, stride, D: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, PREC: tl.constexpr):
+    """x[t] . x[p] over all dims: fp32 [BT, BT], and its diagonal."""
+    o_i = tl.arange(0, BT)
+    b_xx = tl.zeros([BT, BT], tl.float32)
+    for i_d in range(0, D, BK):
+        b_x = raw_rows(x, o_t, i_d + tl.arange(0, BK), end, stride, D)
+        b_xx = tl.dot(b_x, tl.trans(b_x), b_xx, input_precision=PREC)  # [BT, BK] @ [BK, BT] -> [BT, BT]
+    return b_xx, tl.sum(tl.where(o_i[None, :] == o_i[:, None], b_xx, 0.0), 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -39,159 +39,74 @@ def detect_pairs_kernel(
     v,  # [T, H, DV]
     beta,  # [T, H] (Gated DeltaNet only)
     cg,  # [H, T]
-    inv,  # [T, H, BT] (Gated DeltaNet only)
-    effect,  # [T, H, BT] fp32 out: E (Gated DeltaNet), or E .* V V^T
-    pairs,  # [T, H, BT] fp32 out: V V^T (Gated DeltaNet only)
-    k2,  # [H, T] fp32 out: |k|^2
+    inv,  # [T, H, BT] fp32 out: as in `triton_local.py` (Gated DeltaNet only)
+    effect,  # [T, H, BT] fp32 out: E (Gated DeltaNet only)
+    inner,  # [T, H, BT] fp32 out: E .* V V^T
+    square,  # [T, H, BT] fp32 out: what token l adds to |sum_l E[t, l] v_l|^2 once those after it are in the sum, too
+    k2,  # [H, T] fp32 out: |k|^2 (Gated DeltaNet only, as `square`)
     written,  # [H, T] fp32 out: |s_t|^2
     blocks, T, H, GROUP,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, SUB: tl.constexpr,
+    LEVELS: tl.constexpr, GDN: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """What does not depend on where slots open, for all chunks at once."""
     i_t, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
     o_i = tl.arange(0, BT)
     o_t = first + o_i
-    k += i_h // GROUP * DK
-    stride_k = (H // GROUP) * DK
-    b_k2 = tl.zeros([BT], tl.float32)
-    for i_k in range(0, DK, BK):
-        b_k = rows_of(k, o_t, i_k + tl.arange(0, BK), end, stride_k, DK)
-        b_k2 += tl.sum(b_k * b_k, 1)
-    b_v2 = tl.zeros([BT], tl.float32)
-    for i_v in range(0, DV, BV):
-        b_v = rows_of(v + i_h * DV, o_t, i_v + tl.arange(0, BV), end, H * DV, DV)
-        b_v2 += tl.sum(b_v * b_v, 1)
+    cg += i_h * T
+    b_g = decays_of(cg, o_t, end)
+    b_before = tl.load(cg + tl.maximum(tl.minimum(o_t, end) - 1, 0))
     b_write = tl.full([BT], 1.0, tl.float32)
     if GDN:
         b_write = tl.load(beta + o_t.to(tl.int64) * H + i_h, mask=o_t < end, other=0.0).to(tl.float32)
-    tl.store(k2 + i_h * T + o_t, b_k2, mask=o_t < end)
+    b_effect, b_k2 = gram_of(k + i_h // GROUP * DK, o_t, end, (H // GROUP) * DK, DK, BK, BT, PREC)
+    b_values, b_v2 = gram_of(v + i_h * DV, o_t, end, H * DV, DV, BV, BT, PREC)
     tl.store(written + i_h * T + o_t, b_write * b_write * b_k2 * b_v2, mask=o_t < end)
-    b_pairs = products(v + i_h * DV, v + i_h * DV, o_t, end, H * DV, DV, BV, BT, PREC)
-    o_pairs = o_t.to(tl.int64)[:, None] * H * BT + i_h * BT + o_i[None, :]
-    m_pairs = (o_t < end)[:, None] & (o_i >= 0)[None, :]
+    b_before = tl.where(o_i > 0, b_before, 0.0)
+    m_past = o_i[None, :] < o_i[:, None]
+    b_effect *= tl.exp(tl.where(m_past, b_before[:, None] - b_g[None, :], float("-inf")))
     if GDN:
-        tl.store(pairs + o_pairs, b_pairs, mask=m_pairs)
-    b_g = decays_of(cg + i_h * T, o_t, end)
-    b_before = tl.where(o_i > 0, tl.load(cg + i_h * T + tl.maximum(tl.minimum(o_t, end) - 1, 0)), 0.0)
-    b_gap = tl.exp(tl.where(o_i[None, :] < o_i[:, None], b_before[:, None] - b_g[None, :], float("-inf")))
-    b_gram = products(k, k, o_t, end, stride_k, DK, BK, BT, PREC) * b_gap
-    if GDN:
-        b_inv = rows_of(inv + i_h * BT, o_t, o_i, end, H * BT, BT) * b_write[None, :]
-        b_gram = tl.dot(b_gram, b_inv, input_precision=PREC)  # [BT, BT] @ [BT, BT] -> [BT, BT]
-        tl.store(effect + o_pairs, b_gram, mask=m_pairs)
-    else:
-        tl.store(effect + o_pairs, b_gram * b_pairs, mask=m_pairs)
-
-
-@triton.jit
-def open_state_products(
-    p_k, p_v, p_effect, p_s, b_g, b_before, o_t, end, stride_k, stride_v, stride_e,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr,
-):  # fmt: skip
-    """Of the slot that is open as the chunk begins, S, without the chunk's own writes: |S|^2, v_t . S^T k_t [BT].
-
-    The third result [BT] (Gated DeltaNet) is |S^T k_t|^2 but for what the chunk's writes alone contribute.
-    """
-    o_i = tl.arange(0, BT)
-    norm = tl.zeros([], tl.float32)
-    b_inner = tl.zeros([BT], tl.float32)
-    b_read2 = tl.zeros([BT], tl.float32)
-    for i_v in range(0, DV, BV):
-        o_v = i_v + tl.arange(0, BV)
-        b_read = read_state(p_k, p_s, o_t, o_v, end, stride_k, DK, DV, BK, BV, BT, PREC)
-        if GDN:
-            b_start = tl.exp(b_g)[:, None] * b_read
-            b_read = tl.exp(b_before)[:, None] * b_read
-            b_effect = rows_of(p_effect, o_t, o_i, end, stride_e, BT)
-            b_read -= tl.dot(b_effect, b_start, input_precision=PREC)  # [BT, BT] @ [BT, BV] -> [BT, BV]
-            # p = read + E v: |p|^2 but for |E v|^2
-            b_effect = rows_of(p_effect, o_t, o_i, end, stride_e, BT)
-            b_v = raw_rows(p_v, o_t, o_v, end, stride_v, DV)
-            b_ev = exact_dot(b_effect, b_v, tl.zeros([BT, BV], tl.float32), PREC)
-            b_read2 += tl.sum(b_read * (b_read + 2 * b_ev), 1)
-        else:
-            b_read = tl.exp(b_before)[:, None] * b_read
-        b_inner += tl.sum(b_read * rows_of(p_v, o_t, o_v, end, stride_v, DV), 1)
-        for i_k in range(0, DK, BK):
-            b_s = load_tile(p_s, i_k + tl.arange(0, BK), o_v, DK, DV)
-            norm += tl.sum(tl.sum(b_s * b_s, 1), 0)
-    return norm, b_inner, b_read2
+        tl.store(k2 + i_h * T + o_t, b_k2, mask=o_t < end)
+        p_inv = inv + (first.to(tl.int64) * H + i_h) * BT
+        b_lower = (b_write * tl.exp(b_g - b_before))[:, None] * b_effect
+        invert(p_inv, b_lower, end - first, H * BT, BT, SUB, LEVELS, PREC)
+        b_inv = rows_of(p_inv, o_i, o_i, end - first, H * BT, BT) * b_write[None, :]
+        b_effect = tl.dot(b_effect, b_inv, input_precision=PREC)  # [BT, BT] @ [BT, BT] -> [BT, BT]
+        store_rows(effect + i_h * BT, b_effect, o_t, o_i, end, H * BT, BT)
+        b_later = tl.dot(b_effect, tl.where(m_past, b_values, 0.0), input_precision=PREC)
+        store_rows(square + i_h * BT, b_effect * (2 * b_later + b_effect * b_v2[None, :]), o_t, o_i, end, H * BT, BT)
+    store_rows(inner + i_h * BT, b_effect * b_values, o_t, o_i, end, H * BT, BT)
 
 
 @triton.jit
 def scores_of(
-    p_effect, p_pairs, b_inner, b_read2, b_g, b_before, b_gain, b_write, b_shrink, b_write2, norm, carried, since, at,
-    at_decay, first, end, stride_e, BT: tl.constexpr, GDN: tl.constexpr, PREC: tl.constexpr,
+    p_inner, p_square, b_inner, b_read2, b_g, b_before, b_gain, b_write, b_shrink, b_write2, norm, carried, since, at,
+    at_decay, first, end, stride_e, BT: tl.constexpr, GDN: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BT] of the tokens from `at` on against the slot that is open there and began at token `since`.
+    """Scores [BT] of the tokens from `at` on against the slot that is open there and began at token `since`, and
+    |S|^2 [BT] after each of them if it opens none.
 
     `norm` is |S|^2 at the last boundary, whose cumulative decay is `at_decay`.
     """
     o_i = tl.arange(0, BT)
     o_t = first + o_i
-    b_square = tl.zeros([BT, BT], tl.float32)
+    m_part = o_i[None, :] >= since
+    b_part = tl.where(m_part, rows_of(p_inner, o_t, o_i, end, stride_e, BT), 0.0)
+    b_dot = carried * b_inner + tl.sum(b_part, 1)
     if GDN:
-        for i_y in range(0, BT, 16):  # a slab at a time: whole operands take more registers than sm_80 has
-            o_y = i_y + tl.arange(0, 16)
-            b_left = tl.where(o_y[None, :] >= since, rows_of(p_effect, o_t, o_y, end, stride_e, BT), 0.0)
-            b_right = rows_of(p_pairs, first + o_y, o_i, end, stride_e, BT)
-            b_square = tl.dot(b_left, b_right, b_square, input_precision=PREC)  # [BT, 16] @ [16, BT] -> [BT, BT]
-    b_part = rows_of(p_effect, o_t, o_i, end, stride_e, BT)
-    b_part = tl.where(o_i[None, :] >= since, b_part, 0.0)
-    if GDN:
-        b_pairs = rows_of(p_pairs, o_t, o_i, end, stride_e, BT)
-        b_dot = b_write * (carried * b_inner + tl.sum(b_part * b_pairs, 1))
-        b_p2 = carried * b_read2 + tl.sum(b_square * b_part, 1)
+        b_dot = b_write * b_dot
+        b_part = tl.where(m_part, rows_of(p_square, o_t, o_i, end, stride_e, BT), 0.0)
+        b_p2 = tl.where(carried > 0, b_read2, tl.sum(b_part, 1))
         b_grow = 2 * b_gain * b_shrink * b_dot + b_write2 - b_gain * b_gain * b_write * (1 + b_shrink) * b_p2
     else:
-        b_dot = carried * b_inner + tl.sum(b_part, 1)
         b_grow = 2 * b_gain * b_dot + b_write2
     b_spread = (o_i[None, :] < o_i[:, None]) & (o_i[None, :] >= at)
     b_spread = tl.exp(tl.where(b_spread, 2 * (b_before[:, None] - b_g[None, :]), float("-inf")))
     b_state2 = tl.sum(b_spread * b_grow[None, :], 1) + norm * tl.exp(2 * tl.minimum(b_before - at_decay, 0.0))
     b_size = tl.sqrt(b_write2) * tl.sqrt(tl.maximum(b_state2, 0.0))  # the product could underflow
     b_cosine = tl.where(b_size > 0, b_dot / tl.where(b_size > 0, b_size, 1.0), 0.0)
-    return tl.sqrt(tl.maximum(2 - 2 * b_cosine, 0.0))
-
-
-@triton.jit
-def advance_open_state(
-    p_k, p_v, p_g, p_inv, p_s, b_g, b_write, carried, since, first, end, stride_k, stride_v, stride_e,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr,
-):  # fmt: skip
-    """The open state at the chunk's end, in place: the tokens from `since` on, and S where carried > 0."""
-    o_i = tl.arange(0, BT)
-    o_t = first + o_i
-    m_t = o_t < end
-    g_end = tl.load(p_g + end - 1)
-    keep = tl.exp(g_end)
-    mine = (o_i >= since) & m_t
-    b_to_end = tl.where(m_t, tl.exp(g_end - b_g), 0.0)
-    for i_v in range(0, DV, BV):
-        o_v = i_v + tl.arange(0, BV)
-        b_v = tl.where(mine[:, None], raw_rows(p_v, o_t, o_v, end, stride_v, DV), 0.0)
-        if GDN:
-            b_v = b_v.to(tl.float32)
-            if carried > 0:
-                b_read = read_state(p_k, p_s, o_t, o_v, end, stride_k, DK, DV, BK, BV, BT, PREC)
-                b_v -= tl.where(m_t, tl.exp(b_g), 0.0)[:, None] * b_read
-            tl.debug_barrier()
-            # Kh^T V = ck^T (B V): B V first, [BT, BT] @ [BT, BV] -> [BT, BV], then the keys
-            b_inv = rows_of(p_inv, o_t, o_i, end, stride_e, BT)
-            b_v = tl.dot(b_inv, b_write[:, None] * b_v, input_precision=PREC)
-        for i_k in range(0, DK, BK):
-            o_k = i_k + tl.arange(0, BK)
-            b_k = columns_of(p_k, o_t, o_k, end, stride_k, DK) * b_to_end[None, :]
-            p_tile = p_s + o_k[:, None] * DV + o_v[None, :]
-            m_s = (o_k < DK)[:, None] & (o_v < DV)[None, :]
-            b_s = tl.zeros([BK, BV], tl.float32)
-            if carried > 0:
-                b_s += keep * tl.load(p_tile, mask=m_s, other=0.0)
-            tl.store(p_tile, exact_dot(b_k, b_v, b_s, PREC), mask=m_s)  # [BK, BT] @ [BT, BV] -> [BK, BV]
+    return tl.sqrt(tl.maximum(2 - 2 * b_cosine, 0.0)), b_grow + b_gain * b_gain * b_state2
 
 
 @triton.jit
@@ -208,52 +123,68 @@ def detect_chunk(
     p_g,  # cg [H, T]
     p_inv,  # [T, H, BT] (Gated DeltaNet only)
     p_effect,  # [T, H, BT], see `detect_pairs_kernel`
-    p_pairs,
+    p_inner,
+    p_square,
     p_k2,  # [H, T]
     p_written,
-    p_s,  # [DK, DV] fp32, in place: the open state
+    p_u,  # [`ring_size`] fp32, in place: U of the last chunks (Gated DeltaNet only), see `triton_open_slot.py`
+    p_s,  # [DK, DV] fp32, in place: the state of the open slot, once that began before the last NEAR chunks
     p_starts,  # [H, T] int8, out
     p_scores,  # [H, T] fp32, out
     p_sums,  # [H, T] fp32, out: summed scores of the open slot
     first, end,
     tau,  # threshold; BY_TOKEN: pointer [H, T] at the head, to one of each token
-    info,  # summed scores of the open slot so far
+    opened,  # first token of the open slot
+    info,  # its summed scores so far
+    norm,  # its |S|^2
     fresh,  # 1: nothing is open, the first token opens a slot
-    stride_k, stride_v, H, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    GDN: tl.constexpr, PREC: tl.constexpr, BY_TOKEN: tl.constexpr,
+    stride_k, stride_v, H, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PK: tl.constexpr,
+    PV: tl.constexpr, BT: tl.constexpr, NEAR: tl.constexpr, GDN: tl.constexpr, PREC: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """One chunk; returns (info, boundaries that the arrays in memory had too and every one after the first of them)."""
+    """One chunk; returns (opened, info, norm, boundaries that the arrays in memory had too and every one after the
+    first of them)."""
     o_i = tl.arange(0, BT)
     o_t = first + o_i
     n = end - first
     m_t = o_t < end
+    # all loads before anything waits for one
+    b_known = tl.load(p_starts + o_t, mask=m_t, other=0)
     b_g = decays_of(p_g, o_t, end)
-    b_before = tl.where(o_i > 0, tl.load(p_g + tl.maximum(tl.minimum(o_t, end) - 1, 0)), 0.0)
-    b_gain = tl.exp(b_g - b_before)  # alpha
-    norm = tl.zeros([], tl.float32)
-    b_inner = tl.zeros([BT], tl.float32)
-    b_read2 = tl.zeros([BT], tl.float32)
-    if fresh == 0:
-        norm, b_inner, b_read2 = open_state_products(
-            p_k, p_v, p_effect, p_s, b_g, b_before, o_t, end, stride_k, stride_v, H * BT, DK, DV, BK, BV, BT, GDN, PREC
-        )
+    b_before = tl.load(p_g + tl.maximum(tl.minimum(o_t, end) - 1, 0))
     b_write2 = tl.load(p_written + o_t, mask=m_t, other=0.0)
     b_write = tl.where(m_t, 1.0, 0.0)
     b_shrink = b_write
     if GDN:
         b_write = tl.load(p_beta + o_t.to(tl.int64) * H, mask=m_t, other=0.0).to(tl.float32)
         b_shrink = 1 - b_write * tl.load(p_k2 + o_t, mask=m_t, other=0.0)
-    b_known = tl.load(p_starts + o_t, mask=m_t, other=0).to(tl.int32)
+    b_before = tl.where(o_i > 0, b_before, 0.0)
+    b_gain = tl.exp(b_g - b_before)  # alpha
+    since = tl.where(fresh > 0, 0, opened - first)  # first token of the open slot, from this chunk's first one
+    carried = (since < 0).to(tl.float32)  # 1 while the open slot began before this chunk
+    held = (since < -NEAR * BT).to(tl.float32)  # 1: it has a state
+    back = (BT - 1 - since) // BT  # else the chunks before this one that have its tokens
+    b_inner = tl.zeros([BT], tl.float32)
+    b_read2 = tl.zeros([BT], tl.float32)
+    if GDN:
+        b_inner, b_read2 = delta_products(
+            p_k, p_v, p_effect, p_g, p_u, p_s, b_g, b_before, o_t, held, first, end, back, stride_k, stride_v, H * BT,
+            DK, DV, BK, BV, PK, BT, NEAR, PREC,
+        )  # fmt: skip
+    elif held > 0:
+        b_inner = state_products(p_k, p_v, p_s, b_before, o_t, end, stride_k, stride_v, DK, DV, BK, BV, BT, PREC)
+    else:
+        b_inner = past_products(
+            p_k, p_v, p_g, b_before, o_t, since, first, end, back, stride_k, stride_v, DK, DV, PK, PV, BT, PREC
+        )
     tl.debug_barrier()  # all have read `p_starts` and the state before either is overwritten
-    since = 0  # first token of the open slot in this chunk
-    carried = (1 - fresh).to(tl.float32)  # 1 while the open slot began before this chunk
     at = 0  # first undecided token
     at_decay = tl.zeros([], tl.float32)
     shared = 0
     while at < n:
-        b_score = scores_of(
-            p_effect, p_pairs, b_inner, b_read2, b_g, b_before, b_gain, b_write, b_shrink, b_write2, norm, carried,
-            since, at, at_decay, first, end, H * BT, BT, GDN, PREC,
+        b_score, b_after2 = scores_of(
+            p_inner, p_square, b_inner, b_read2, b_g, b_before, b_gain, b_write, b_shrink, b_write2, norm, carried,
+            since, at, at_decay, first, end, H * BT, BT, GDN,
         )  # fmt: skip
         b_tau = tau
         if BY_TOKEN:  # again each round: held over the loop they would take registers
@@ -268,7 +199,7 @@ def detect_chunk(
         opening = tl.sum(tl.where(o_i == e, b_score, 0.0), 0)
         tl.store(p_sums + o_t, tl.where(o_i == e, opening, info + tl.cumsum(b_total, 0)), mask=decided)
         # not in the branch: an integer sum there may run under a wrong predicate, see `predicated_reductions`
-        same = tl.sum(tl.where(o_i == e, b_known, 0), 0)
+        same = tl.sum(tl.where(o_i == e, b_known.to(tl.int32), 0), 0)
         if e < BT:
             if shared > 0:
                 shared += 1
@@ -282,143 +213,168 @@ def detect_chunk(
             at = e + 1
         else:
             info += tl.sum(b_total, 0)
+            norm = tl.sum(tl.where(o_i == n - 1, b_after2, 0.0), 0)
             at = n
-    advance_open_state(
-        p_k, p_v, p_g, p_inv, p_s, b_g, b_write, carried, since, first, end, stride_k, stride_v, H * BT, DK, DV, BK, BV,
-        BT, GDN, PREC,
-    )  # fmt: skip
-    tl.debug_barrier()  # the next chunk reads the state in another arrangement
-    return info, shared
+    opened = first + since
+    if GDN:
+        write_chunk(p_v, p_inv, p_u, b_g, b_write, carried, since, first, end, stride_v, H * BT, DV, BV, BT, NEAR, PREC)
+    tl.debug_barrier()  # U is read in another arrangement
+    if first - opened > (NEAR - 1) * BT:
+        norm = keep_state(
+            p_k, p_v, p_g, p_u, p_s, opened, carried * held, first, end, stride_k, stride_v, DK, DV, BK, BV, BT, NEAR,
+            GDN, PREC,
+        )  # fmt: skip
+    return opened, info, norm, shared
+
+
+@triton.jit
+def open_slot(opens, infos, norms, i_nh):
+    """(first token, summed scores, |S|^2) of the slot that a shard ends with."""
+    return tl.load(opens + i_nh), tl.load(infos + i_nh), tl.load(norms + i_nh)
+
+
+@triton.jit
+def store_open_slot(opens, infos, norms, i_nh, opened, info, norm):
+    tl.store(opens + i_nh, opened)
+    tl.store(infos + i_nh, info)
+    tl.store(norms + i_nh, norm)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "H"])  # with H = 1 known, more is held in registers
 def detect_kernel(
-    k, v, beta, cg, inv, effect, pairs, k2, written,
+    k, v, beta, cg, inv, effect, inner, square, k2, written,
     tau,  # [H] fp32; BY_TOKEN: [H, T]
+    ring,  # [shards, H, `ring_size`] fp32 scratch: U of a shard's last chunks (Gated DeltaNet only)
     state,  # [shards, H, DK, DV] fp32: in for a segment's first shard with a cache, out: the open state at the end
-    infos,  # [shards, H] fp32: likewise, summed scores of the open slot
+    opens,  # [shards, H] int32: likewise, first token of the open slot
+    infos,  # [shards, H] fp32: likewise, its summed scores
+    norms,  # [shards, H] fp32: likewise, its |S|^2
     fresh,  # [shards, H] int32: 1 where nothing is open at the start; without a cache unused
-    starts, scores, sums, blocks,
-    shards,  # [n, 3]: first block, blocks, whether the shard before is of the same segment
+    starts, scores, sums,
+    shards,  # [n, 3]: first token, end, whether the shard before is of the same segment
     T, H, GROUP,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr, HAS_CACHE: tl.constexpr, BY_TOKEN: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PK: tl.constexpr,
+    PV: tl.constexpr, BT: tl.constexpr, NEAR: tl.constexpr, GDN: tl.constexpr, PREC: tl.constexpr,
+    HAS_CACHE: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first_block, n_blocks = tl.load(shards + 3 * i_n), tl.load(shards + 3 * i_n + 1)
+    begin, finish = tl.load(shards + 3 * i_n), tl.load(shards + 3 * i_n + 1)
     i_nh = i_n.to(tl.int64) * H + i_h
-    empty = n_blocks * 0 + 1
-    info = tl.zeros([], tl.float32)
+    empty = begin * 0 + 1
+    opened, info, norm = begin, tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     if HAS_CACHE:
         empty = tl.load(fresh + i_nh)
-        info = tl.load(infos + i_nh)
+        opened, info, norm = open_slot(opens, infos, norms, i_nh)
     threshold = threshold_of(tau, T, i_h, BY_TOKEN)
-    for i_b in range(n_blocks):
-        first, end = tl.load(blocks + 4 * (first_block + i_b)), tl.load(blocks + 4 * (first_block + i_b) + 1)
-        info, _ = detect_chunk(
+    for first in range(begin, finish, BT):
+        opened, info, norm, _ = detect_chunk(
             k + i_h // GROUP * DK, v + i_h * DV, beta + i_h, cg + i_h * T, inv + i_h * BT, effect + i_h * BT,
-            pairs + i_h * BT, k2 + i_h * T, written + i_h * T, state + i_nh * DK * DV, starts + i_h * T,
-            scores + i_h * T, sums + i_h * T, first, end, threshold, info, empty, (H // GROUP) * DK, H * DV, H, DK, DV,
-            BK, BV, BT, GDN, PREC, BY_TOKEN,
+            inner + i_h * BT, square + i_h * BT, k2 + i_h * T, written + i_h * T, ring + i_nh * ring_size(DV, BT, NEAR),
+            state + i_nh * DK * DV, starts + i_h * T, scores + i_h * T, sums + i_h * T, first,
+            tl.minimum(first + BT, finish), threshold, opened, info, norm, empty, (H // GROUP) * DK, H * DV, H, DK, DV,
+            BK, BV, PK, PV, BT, NEAR, GDN, PREC, BY_TOKEN,
         )  # fmt: skip
         empty = empty * 0
-    tl.store(infos + i_nh, info)
+    store_open_slot(opens, infos, norms, i_nh, opened, info, norm)
 
 
 @triton.jit
 def run_again(
-    k, v, beta, cg, inv, effect, pairs, k2, written, tau, p_s, starts, scores, sums, blocks, first_block, n_blocks,
+    k, v, beta, cg, inv, effect, inner, square, k2, written, tau, p_u, p_s, starts, scores, sums, begin, finish,
     enough,  # shared boundaries after which to stop
-    info, T, H, GROUP, i_h,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr, BY_TOKEN: tl.constexpr,
+    opened, info, norm, T, H, GROUP, i_h,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PK: tl.constexpr,
+    PV: tl.constexpr, BT: tl.constexpr, NEAR: tl.constexpr, GDN: tl.constexpr, PREC: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of a shard from the state in `p_s`, in place; returns (summed scores at the end, boundaries shared)."""
+    """A shard from an open slot, its state in place; returns (opened, info, norm, boundaries shared)."""
     threshold = threshold_of(tau, T, i_h, BY_TOKEN)
-    i_b = first_block * 0
-    shared = i_b
-    while (i_b < n_blocks) & (shared < enough):
-        first, end = tl.load(blocks + 4 * (first_block + i_b)), tl.load(blocks + 4 * (first_block + i_b) + 1)
-        info, now = detect_chunk(
+    first = begin
+    shared = begin * 0
+    while (first < finish) & (shared < enough):
+        end = tl.minimum(first + BT, finish)
+        opened, info, norm, now = detect_chunk(
             k + i_h // GROUP * DK, v + i_h * DV, beta + i_h, cg + i_h * T, inv + i_h * BT, effect + i_h * BT,
-            pairs + i_h * BT, k2 + i_h * T, written + i_h * T, p_s, starts + i_h * T, scores + i_h * T, sums + i_h * T,
-            first, end, threshold, info, i_b * 0, (H // GROUP) * DK, H * DV, H, DK, DV, BK, BV, BT, GDN, PREC, BY_TOKEN,
+            inner + i_h * BT, square + i_h * BT, k2 + i_h * T, written + i_h * T, p_u, p_s,
+            starts + i_h * T, scores + i_h * T, sums + i_h * T, first, end, threshold, opened, info, norm, first * 0,
+            (H // GROUP) * DK, H * DV, H, DK, DV, BK, BV, PK, PV, BT, NEAR, GDN, PREC, BY_TOKEN,
         )  # fmt: skip
         # a first shared boundary in an earlier chunk: any boundary since is the second
         o_t = first + tl.arange(0, BT)
-        opened = tl.sum(tl.load(starts + i_h * T + o_t, mask=o_t < end, other=0).to(tl.int32), 0)
-        shared = tl.where(shared > 0, shared + opened, now)
-        i_b += 1
-    return info, shared
+        found = tl.sum(tl.load(starts + i_h * T + o_t, mask=o_t < end, other=0).to(tl.int32), 0)
+        shared = tl.where(shared > 0, shared + found, now)
+        first += BT
+    return opened, info, norm, shared
 
 
 @triton.jit(do_not_specialize=[*SIZES, "H"])  # with H = 1 known, more is held in registers
 def repair_kernel(
-    k, v, beta, cg, inv, effect, pairs, k2, written, tau,
-    state,  # [shards, H, DK, DV] fp32: the open state at each shard's end; out: at the next one's, where they disagree
-    infos,  # [shards, H] fp32: likewise, summed scores of the open slot
-    starts, scores, sums, blocks, shards,
+    k, v, beta, cg, inv, effect, inner, square, k2, written, tau,
+    ring,  # see `detect_kernel`; out: of the next shard, where they disagree
+    state,  # [shards, H, DK, DV] fp32: the open state at each shard's end; out: likewise
+    opens, infos, norms,  # [shards, H]: of the slot that is open there
+    starts, scores, sums, shards,
     agreed,  # [shards, H] int32 out: whether the shard ends as in its first run
-    ends,  # [shards, H] fp32 out: where it does not, its summed scores
+    opens_again, infos_again, norms_again,  # [shards, H] out: where it does not, the slot that is open at its end
     T, H, GROUP,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr, BY_TOKEN: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PK: tl.constexpr,
+    PV: tl.constexpr, BT: tl.constexpr, NEAR: tl.constexpr, GDN: tl.constexpr, PREC: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Run every shard but a segment's first again, from the end of the one before, until it agrees with itself."""
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first_block, n_blocks = tl.load(shards + 3 * i_n), tl.load(shards + 3 * i_n + 1)
+    begin, finish = tl.load(shards + 3 * i_n), tl.load(shards + 3 * i_n + 1)
     i_nh = i_n.to(tl.int64) * H + i_h
     agrees = 1 - tl.load(shards + 3 * i_n + 2)
     if agrees == 0:
         i_last = i_nh - H
-        info, shared = run_again(
-            k, v, beta, cg, inv, effect, pairs, k2, written, tau, state + i_last * DK * DV, starts, scores, sums,
-            blocks, first_block, n_blocks, 2, tl.load(infos + i_last), T, H, GROUP, i_h, DK, DV, BK, BV, BT, GDN, PREC,
-            BY_TOKEN,
+        opened, info, norm = open_slot(opens, infos, norms, i_last)
+        opened, info, norm, shared = run_again(
+            k, v, beta, cg, inv, effect, inner, square, k2, written, tau, ring + i_last * ring_size(DV, BT, NEAR),
+            state + i_last * DK * DV, starts, scores, sums, begin, finish, 2, opened, info, norm, T, H, GROUP, i_h, DK,
+            DV, BK, BV, PK, PV, BT, NEAR, GDN, PREC, BY_TOKEN,
         )  # fmt: skip
-        tl.store(ends + i_nh, info)
+        store_open_slot(opens_again, infos_again, norms_again, i_nh, opened, info, norm)
         agrees = (shared >= 2).to(tl.int32)
     tl.store(agreed + i_nh, agrees)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "H"])  # with H = 1 known, more is held in registers
 def repair_rest_kernel(
-    k, v, beta, cg, inv, effect, pairs, k2, written, tau, state, infos, starts, scores, sums, blocks, shards,
+    k, v, beta, cg, inv, effect, inner, square, k2, written, tau, ring, state, opens, infos, norms, starts, scores,
+    sums, shards,
     agreed,  # [shards, H] int32, see `repair_kernel`; out: whether the next shard began with the right state
-    ends,
+    opens_again, infos_again, norms_again,
     segment_shards,  # [n, 2]: first shard, shards of each segment
     T, H, GROUP,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GDN: tl.constexpr,
-    PREC: tl.constexpr, BY_TOKEN: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PK: tl.constexpr,
+    PV: tl.constexpr, BT: tl.constexpr, NEAR: tl.constexpr, GDN: tl.constexpr, PREC: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Run those shards once more, one after another, that `repair_kernel` did not begin with their true state."""
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first_shard, n_shards = tl.load(segment_shards + 2 * i_n), tl.load(segment_shards + 2 * i_n + 1)
+    home = first_shard.to(tl.int64) * H + i_h  # of which shard the state and the ring are those at this one's true end
     for s in range(1, n_shards):
         shard = first_shard + s
         i_nh = shard.to(tl.int64) * H + i_h
-        i_last = i_nh - H
-        before, mine = tl.load(agreed + i_last), tl.load(agreed + i_nh)
+        before, mine = tl.load(agreed + i_nh - H), tl.load(agreed + i_nh)
         if (before == 0) | (mine == 0):
-            info = tl.load(ends + i_nh)
+            opened, info, norm = open_slot(opens_again, infos_again, norms_again, i_nh)
             if before == 0:
                 # where the second run ended on its own, its end is lost: go on to the shard's
                 enough = tl.where(mine > 0, 2, 2**30)
-                info, shared = run_again(
-                    k, v, beta, cg, inv, effect, pairs, k2, written, tau, state + i_last * DK * DV, starts, scores,
-                    sums, blocks, tl.load(shards + 3 * shard), tl.load(shards + 3 * shard + 1), enough,
-                    tl.load(infos + i_last), T, H, GROUP, i_h, DK, DV, BK, BV, BT, GDN, PREC, BY_TOKEN,
+                opened, info, norm = open_slot(opens, infos, norms, i_nh - H)
+                opened, info, norm, shared = run_again(
+                    k, v, beta, cg, inv, effect, inner, square, k2, written, tau, ring + home * ring_size(DV, BT, NEAR),
+                    state + home * DK * DV, starts, scores, sums, tl.load(shards + 3 * shard),
+                    tl.load(shards + 3 * shard + 1), enough, opened, info, norm, T, H, GROUP, i_h, DK, DV, BK, BV, PK,
+                    PV, BT, NEAR, GDN, PREC, BY_TOKEN,
                 )  # fmt: skip
                 mine = (shared >= enough).to(tl.int32)
             if mine == 0:  # its end is what was carried here
-                for i_k in range(0, DK, BK):
-                    for i_v in range(0, DV, BV):
-                        o_k, o_v = i_k + tl.arange(0, BK), i_v + tl.arange(0, BV)
-                        o_tile = o_k[:, None] * DV + o_v[None, :]
-                        m_s = (o_k < DK)[:, None] & (o_v < DV)[None, :]
-                        b_s = tl.load(state + i_last * DK * DV + o_tile, mask=m_s, other=0.0)
-                        tl.store(state + i_nh * DK * DV + o_tile, b_s, mask=m_s)
-                tl.store(infos + i_nh, info)
+                store_open_slot(opens, infos, norms, i_nh, opened, info, norm)
             tl.debug_barrier()  # all have read it
             tl.store(agreed + i_nh, mine)
             tl.debug_barrier()
+        home = tl.where(mine > 0, i_nh, home)

@@ -76,16 +76,18 @@ LAUNCH = {
     "transition_backward": ((64, 64, 4, 1), (32, 32, 8, 1), "backward"),
     "transition": ((64, 64, 4, 1), (64, 64, 4, 1), "forward"),
     "transition.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "forward"),
-    "detect_pairs": ((64, 64, 4, 1), (64, 64, 8, 1), "partition"),
-    "detect": ((32, 128, 4, 2), (32, 32, 8, 1), "partition"),
-    "detect_gdn": ((32, 64, 4, 2), (32, 32, 8, 1), "partition"),
-    "detect_gdn.v64": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
-    "detect_gdn.sm80": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
-    "detect_gdn.sm100": ((32, 64, 4, 1), (32, 32, 8, 1), "partition"),
-    "repair_rest": ((32, 16, 8, 1), (32, 16, 8, 1), "partition"),
-    "detect_gdn.256": ((64, 64, 4, 1), (32, 16, 8, 1), "partition"),
+    "detect_pairs": ((64, 64, 4, 1), (32, 32, 8, 1), "partition"),
+    "detect": ((32, 128, 4, 1), (32, 32, 8, 1), "partition"),
+    "detect.sm80": ((32, 128, 4, 1), (16, 16, 8, 1), "partition"),
+    "detect_gdn": ((32, 64, 4, 1), (32, 64, 8, 1), "partition"),
+    "detect_gdn.v64": ((32, 64, 4, 1), (16, 16, 8, 1), "partition"),
+    "detect_gdn.sm80": ((32, 64, 8, 1), (32, 64, 8, 1), "partition"),
+    "detect_gdn.v64.sm80": ((32, 64, 8, 1), (32, 64, 8, 1), "partition"),
+    "detect_gdn.256": ((32, 64, 4, 1), (32, 16, 8, 1), "partition"),
     "detect_gdn.256.sm80": ((32, 64, 8, 1), (32, 16, 8, 1), "partition"),
-    "detect_gdn.256.sm100": ((32, 64, 8, 1), (32, 16, 8, 1), "partition"),
+    "repair_rest": ((32, 16, 8, 1), (32, 16, 8, 1), "partition"),
+    "repair_rest.sm80": ((32, 32, 8, 1), (32, 16, 8, 1), "partition"),
+    "repair_rest_gdn": ((32, 16, 8, 1), (32, 16, 8, 1), "partition"),
 }
 THREE_PROGRAMS = {"maxnreg": 168}  # of four warps on a multiprocessor, for a kernel that waits more than it multiplies
 ALL_REGISTERS = {"maxnreg": 255}  # told so, the assembler does not spill to fit more programs on a multiprocessor
@@ -202,6 +204,13 @@ class LaunchPlan:
         dims["BV"] = min(dims["BV"], 32)  # of more slots: they share what is read
         dims["SLOTS"] = max(1, min(columns // dims["BV"], self.slots_padded))
         return dims
+
+    def detect(self, gdn: bool, device: torch.device) -> dict[str, int]:
+        """`launch` of detection; PK key (PV value) dims of a product with earlier tokens: as many as fit."""
+        large = max(self.DK, self.DV) > 128
+        most = 16 if self.wide or (large and not gdn) else 32 if gdn or compute_capability(device) < 90 else 128
+        dims = {"PK": min(most, power_of_two(self.DK)), "PV": min(most, power_of_two(self.DV))}
+        return {**self.launch("detect_gdn" if gdn else "detect", device), **dims, **ALL_REGISTERS}
 
     @property
     def staged(self) -> bool:

@@ -64,7 +64,7 @@ class BlockLayout:
     segments: Tensor
     tiles: Tensor
     tiles_before: tuple[int, ...]  # each block, and all of them
-    blocks_of_segment: tuple[tuple[int, int], ...]  # (first block, blocks)
+    spans: tuple[tuple[int, int], ...]  # first token and end of each segment
     last_segments: Tensor  # int64 [B]: of each row of the batch
     windows: tuple[Window, ...]
     window_segments: Tensor  # of all windows, see `Window`
@@ -114,10 +114,9 @@ def _layout(
     block_table = table([(first, end, row, int(end == segments[s][1])) for first, end, row, s in blocks])
     last = tuple(s for s, (_, end) in enumerate(segments) if end % length == 0)
     last_segments = torch.tensor(last, device=device)
-    counts = tuple((a, b - a) for a, b in zip(first_block, first_block[1:], strict=False))
     firsts = (*(x[0] for x in blocks), cuts[-1])
     return BlockLayout(
-        cuts[-1], block, firsts, block_table, table(rows), table(spans), table(tiles), before, counts,
+        cuts[-1], block, firsts, block_table, table(rows), table(spans), table(tiles), before, tuple(segments),
         last_segments, windows, window_segments,
     )  # fmt: skip
 

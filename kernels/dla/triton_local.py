@@ -57,6 +57,31 @@ def eliminate(p_x, n, stride, HALF: tl.constexpr, BT: tl.constexpr, PREC: tl.con
     tl.debug_barrier()
 
 
+@triton.jit
+def invert(p_inv, b_lower, n, stride, BT: tl.constexpr, SUB: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+    """(I + b_lower)^-1 of a strictly lower triangular [BT, BT], to memory: of n rows, `stride` apart."""
+    o_i = tl.arange(0, BT)
+    # diagonal blocks [BT / SUB, SUB, SUB] through memory: registers hold them in the wrong arrangement
+    store_rows(p_inv, b_lower, o_i, o_i, n, stride, BT)
+    tl.debug_barrier()
+    o_r = tl.arange(0, SUB)
+    o_row = (tl.arange(0, BT // SUB) * SUB)[:, None, None] + o_r[None, :, None]
+    o_small = o_row.to(tl.int64) * stride + (tl.arange(0, BT // SUB) * SUB)[:, None, None] + o_r[None, None, :]
+    m_small = (o_row < n) & (o_r >= 0)[None, None, :]
+    b_x = tl.load(p_inv + o_small, mask=m_small, other=0.0)
+    b_solved = tl.where(o_r[None, :, None] == o_r[None, None, :], 1.0, 0.0)
+    b_solved = b_solved + tl.zeros([BT // SUB, SUB, SUB], tl.float32)
+    for i_r in range(1, SUB):
+        b_row = tl.sum(tl.where(o_r[None, :, None] == i_r, b_x, 0.0), 1)  # this row of every block: [BT / SUB, SUB]
+        b_change = tl.sum(b_row[:, :, None] * b_solved, 1)
+        b_solved = tl.where(o_r[None, :, None] == i_r, b_solved - b_change[:, None, :], b_solved)
+    tl.debug_barrier()
+    tl.store(p_inv + o_small, b_solved, mask=m_small)
+    tl.debug_barrier()
+    for level in tl.static_range(LEVELS):
+        eliminate(p_inv, n, stride, SUB << level, BT, PREC)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def inverse_kernel(
     k,  # [T, G, DK]
@@ -83,28 +108,7 @@ def inverse_kernel(
     b_lower = b_beta[:, None] * b_gram * decay_tile(b_g, b_g, o_t, o_t, True)
     b_lower = tl.where((o_t < end)[:, None], b_lower, 0.0)
     p_inv = inv + (first.to(tl.int64) * H + i_h) * BT
-    o_inv = o_i.to(tl.int64)[:, None] * H * BT + o_i[None, :]
-    m_inv = (o_t < end)[:, None] & (o_i >= 0)[None, :]
-    # diagonal blocks [BT / SUB, SUB, SUB] through memory: registers hold them in the wrong arrangement
-    tl.store(p_inv + o_inv, b_lower, mask=m_inv)
-    tl.debug_barrier()
-    o_s = tl.arange(0, BT // SUB)
-    o_r = tl.arange(0, SUB)
-    o_row = o_s[:, None, None] * SUB + o_r[None, :, None]
-    o_small = o_row.to(tl.int64) * H * BT + o_s[:, None, None] * SUB + o_r[None, None, :]
-    m_small = (first + o_row < end) & (o_r >= 0)[None, None, :]
-    b_x = tl.load(p_inv + o_small, mask=m_small, other=0.0)
-    b_solved = tl.where(o_r[None, :, None] == o_r[None, None, :], 1.0, 0.0)
-    b_solved = b_solved + tl.zeros([BT // SUB, SUB, SUB], tl.float32)
-    for n in range(1, SUB):
-        b_row = tl.sum(tl.where(o_r[None, :, None] == n, b_x, 0.0), 1)  # row n of every block: [BT / SUB, SUB]
-        b_change = tl.sum(b_row[:, :, None] * b_solved, 1)
-        b_solved = tl.where(o_r[None, :, None] == n, b_solved - b_change[:, None, :], b_solved)
-    tl.debug_barrier()
-    tl.store(p_inv + o_small, b_solved, mask=m_small)
-    tl.debug_barrier()
-    for level in tl.static_range(LEVELS):
-        eliminate(p_inv, end - first, H * BT, SUB << level, BT, PREC)
+    invert(p_inv, b_lower, end - first, H * BT, BT, SUB, LEVELS, PREC)
 
 
 @triton.jit(do_not_specialize=SIZES)

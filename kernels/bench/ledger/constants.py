@@ -30,8 +30,9 @@ class Latencies:
 
     memory, l2, l1: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (arXiv 2402.13499):
     about 480 cycles to HBM, 260 to L2, 40 to L1. dot: a dependent wgmma (the same paper: 128 cycles for n = 256).
-    barrier, reduce: a barrier and a shuffle tree with its way through shared memory, estimated. alu: dependent
-    instructions, estimated.
+    barrier, reduce: a barrier and a shuffle tree with its way through shared memory, estimated. shuffle, redux: an
+    exchange and a sum or minimum of integers inside one warp, an instruction each in what Triton compiles, estimated.
+    alu: dependent instructions, estimated.
     l1_bytes: bytes a cycle from L1, of 128 at the peak. integer_share: of the elements of an integer tensor operation
     that cost an instruction, as address arithmetic is shared by the elements of a vector.
     """
@@ -42,6 +43,8 @@ class Latencies:
     dot: float = 130.0
     barrier: float = 40.0
     reduce: float = 70.0
+    shuffle: float = 25.0
+    redux: float = 30.0
     alu: float = 10.0
     l1_bytes: float = 64.0
     integer_share: float = 0.2
@@ -60,7 +63,8 @@ class Assumptions:
     that has a bound but may end before, None: it runs to its bound. equal: whether two numbers are the same. opened:
     slots that a block opens. merged: slots from before a block that are merged in it. partly: arguments of which a
     program loads only the slots that a block opened, and the one that was open. first_rows, first_blocks: rows and
-    blocks that documents begin with.
+    blocks that documents begin with. held, past: of detection, in how many chunks the open slot has a state, and how
+    many chunks before them others began in; None: of branches that the data decides, the dearer one is taken.
     """
 
     rounds: float
@@ -69,6 +73,8 @@ class Assumptions:
     opened: int = 0
     merged: int = 0
     partly: tuple[str, ...] = ()
+    held: float | None = None
+    past: float | None = None
     first_rows: frozenset[int] = frozenset()
     first_blocks: frozenset[int] = frozenset()
 

@@ -94,6 +94,10 @@ def assumptions_of(launch: Launch) -> Assumptions:
     first_rows, first_blocks = _beginnings(launch)
     if launch.kernel.__name__ in TILES_OF_A_SLOT:  # lengths with that mean, without memory
         rounds = 1 / -math.expm1(-tokens / BOUNDARY_EVERY)
+    held, past = None, None
+    if (near := launch.arguments.get("NEAR")) is not None:  # chunks without a boundary, if lengths have no memory
+        passed = math.exp(-tokens / BOUNDARY_EVERY)
+        held, past = passed**near, (1 - passed**near) / (1 - passed)
     return Assumptions(
         rounds=rounds,
         until=None if stop is None else 1 + stop * BOUNDARY_EVERY / tokens,
@@ -101,6 +105,8 @@ def assumptions_of(launch: Launch) -> Assumptions:
         opened=opened,
         merged=merged,
         partly=PARTLY.get(launch.kernel.__name__, ()),
+        held=held,
+        past=past,
         first_rows=first_rows,
         first_blocks=first_blocks,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,18 @@ class Cost:
             setattr(self, name, getattr(self, name) + weight * getattr(other, name))
 
 
+def _all_of(op: Op) -> Iterator[Op]:
+    """The operation and those inside of it."""
+    yield op
+    for region in op.regions:
+        for inner in region:
+            yield from _all_of(inner)
+
+
+def _multiplies(op: Op) -> bool:
+    return any(one.name == "tt.dot" for one in _all_of(op))
+
+
 class Walk:
     """One program.
 
@@ -86,6 +98,7 @@ class Walk:
     ) -> None:  # fmt: skip
         self.tables, self.program, self.grid, self.assumptions = tables, program, grid, assumptions
         self.large = large
+        self.one_warp = warps == 1
         self.lanes, self.stages, self.peak, self.latency = 32 * min(4, warps), stages, peak, latency
         self.cost, self.weight, self.now, self.depth, self.pipelined = Cost(), 1.0, 0.0, 0, False
         self.env: dict[str, Any] = {f"%{name}": values.get(name) for name in function.arguments}
@@ -144,7 +157,9 @@ class Walk:
         """One pass of a loop's body; what it hands on goes to `names`."""
         self.depth += 1
         before = self.pipelined
-        self.pipelined = before or (self.stages > 1 and any(o.name == "tt.dot" for o in body))
+        inside = {one.name for op in body for one in _all_of(op)}
+        innermost = "scf.for" not in inside and "scf.while" not in inside  # Triton pipelines no other loops
+        self.pipelined = self.stages > 1 and innermost and any(op.name == "tt.dot" for op in body)
         if variable is not None:
             self.env[variable], self.varies[variable] = value, self.depth
         for name in names:
@@ -181,10 +196,15 @@ class Walk:
             self._bind(op.results, self._passed)
             return
         before = {name: self.env.get(name) for name in names}
+        entered, counted = self.now, Cost()
+        counted, self.cost = self.cost, counted
         self._bind(names, self._iteration(op.regions[1], None, None, []))
+        counted, self.cost = self.cost, counted
         after = {name: self.env.get(name) for name in names}
         known = self._goes_on(op, inner) is not None
         trips = self._length(op, names, before, after, inner, known)
+        self.cost.add(counted, min(trips, 1.0))
+        self.now = entered + (self.now - entered) * min(trips, 1.0)
         if self.depth == 0:
             self.cost.steps += self.weight * trips
         if trips > 1:
@@ -214,6 +234,9 @@ class Walk:
         """Iterations of a while loop whose numbers change evenly; as assumed where its condition is not known."""
         steps = {n: after[n] - before[n] for n in names if isinstance(before[n], int) and isinstance(after[n], int)}
         moving = {n: d for n, d in steps.items() if d}
+        if not moving and self.assumptions.past is not None and _multiplies(op):
+            self.cost.assumed += 1
+            return self.assumptions.past
         if not moving:
             return self._assume()
         saved = self.cost, self.now
@@ -243,6 +266,9 @@ class Walk:
 
     def _if(self, op: Op) -> None:
         condition = self.env.get(op.operands[0])
+        if condition is None and self.assumptions.held is not None and _multiplies(op):
+            self._seldom(op, self.assumptions.held)
+            return
         if condition is None:  # the dearer branch
             costs = []
             for region in op.regions:
@@ -261,6 +287,18 @@ class Walk:
                     value = self.env.get(name)
                     self.env[name] = value if isinstance(value, Pointer) else None
 
+    def _seldom(self, op: Op, share: float) -> None:
+        """The first branch in that share of the cases, and the other one, if there is one, in the rest."""
+        weight, start, took = self.weight, self.now, 0.0
+        for region, part in zip(op.regions, (share, 1 - share), strict=False):
+            self.weight, self.now = weight * part, start
+            self._run(region)
+            took += part * (self.now - start)
+        self.weight, self.now = weight, start + took
+        for name in op.results:
+            self.env[name], self.ready[name] = None, self.now
+        self.cost.assumed += 1
+
     # ---- operations
 
     def _simple(self, op: Op) -> None:
@@ -273,13 +311,8 @@ class Walk:
             busy, late = self._dot(op, types)
         elif name in ("tt.load", "tt.store") or name.startswith(("tt.atomic", "tt.descriptor")):
             busy, late = self._memory(op, types)
-        elif name == "tt.gather":  # through shared memory
-            size = 2 * elements * BYTES.get(types[-1][1], 4) if types else 0
-            self.cost.issued += self.weight * size
-            busy, late = size / self.latency.l1_bytes, self.latency.reduce
-        elif name in ("tt.reduce", "tt.scan"):
-            self.cost.alu += self.weight * elements
-            busy, late = elements / self.lanes, self.latency.reduce
+        elif name in ("tt.gather", "tt.reduce", "tt.scan"):
+            busy, late = self._exchange(op, types)
         elif name == "gpu.barrier":
             busy = self.latency.barrier
         elif types and not name.startswith(_FREE):
@@ -291,6 +324,21 @@ class Walk:
             self.ready[result], self.varies[result] = self.now + late, varies
             self.carried.update([result] if carried else [])
             self.env[result] = self._value(name, short, op, types)
+
+    def _exchange(self, op: Op, types: list[tuple[list[int], str]]) -> tuple[float, float]:
+        """Between threads: through shared memory, unless there is one warp."""
+        elements, kind = (math.prod(types[-1][0]), types[-1][1]) if types else (1, "i32")
+        if op.name == "tt.gather" and not self.one_warp:
+            size = 2 * elements * BYTES.get(kind, 4)
+            self.cost.issued += self.weight * size
+            return size / self.latency.l1_bytes, self.latency.reduce
+        self.cost.alu += self.weight * elements
+        late = self.latency.reduce
+        if self.one_warp and op.name == "tt.gather":
+            late = self.latency.shuffle
+        elif self.one_warp and op.name == "tt.reduce" and types and types[0] == ([32], "i32") and len(op.operands) == 1:
+            late = self.latency.redux
+        return elements / self.lanes, late
 
     def _elementwise(self, name: str, elements: int, kind: str) -> tuple[float, float]:
         if name.startswith(_SPECIAL):

@@ -192,7 +192,7 @@ def test_a_document_begins_without_slots() -> None:
     heads, slots = 3, 7
     launch = Launch(SimpleNamespace(__name__="some_kernel"), (1, 1, 1), {"blocks": layout.blocks, "BT": 64})
     found = assumptions_of(launch)
-    blocks = [first for first, _ in layout.blocks_of_segment]
+    blocks = [0, *(b + 1 for b in range(9) if layout.blocks.known_values[b, 3])]
     rows = [0, 3, 7, 9]  # a row before each block and one after the last: documents have 2, 3, 1 and 4 blocks
     assert (found.first_blocks, found.first_rows) == (set(blocks), set(rows)) and blocks == [0, 2, 5, 6]
     sizes = {"%H": heads, "%K": slots}
@@ -209,6 +209,94 @@ def test_the_clock_of_a_walk_grows_with_the_chain() -> None:
     slower = walk(0, 110, latency=Latencies(dot=1000.0))
     assert long.clock - short.clock == pytest.approx(10 * (walk(0, 20).clock - short.clock), rel=1e-6)
     assert slower.clock > 110 * 1000 > long.clock  # each product waits for the one before
+
+
+EXCHANGE = """module {
+  tt.func public @exchange_kernel(%x: !tt.ptr<i32>) {
+    %a = tt.make_range {end = 32 : i32, start = 0 : i32} : tensor<32xi32>
+    %b = tt.gather %a[%a] {axis = 0 : i32} : (tensor<32xi32>, tensor<32xi32>) -> tensor<32xi32>
+    %c = "tt.reduce"(%b) <{axis = 0 : i32}> ({
+    ^bb0(%y: i32, %z: i32):
+      %d = arith.minsi %y, %z : i32
+      tt.reduce.return %d : i32
+    }) : (tensor<32xi32>) -> i32
+    tt.store %x, %c : !tt.ptr<i32>
+    tt.return
+  }
+}"""
+SQUARE = "tensor<32x32xf32> * tensor<32x32xf32> -> tensor<32x32xf32>"
+BRANCH = f"""module {{
+  tt.func public @branch_kernel(%x: !tt.ptr<i32>, %n: i32) {{
+    %zero = arith.constant 0 : i32
+    %cst = arith.constant dense<0.000000e+00> : tensor<32x32xf32>
+    %at = tt.load %x : !tt.ptr<i32>
+    %0 = arith.cmpi sgt, %at, %zero : i32
+    scf.if %0 {{
+      %acc = tt.dot %cst, %cst, %cst, inputPrecision = tf32 : {SQUARE}
+      %more = tt.dot %cst, %cst, %acc, inputPrecision = tf32 : {SQUARE}
+    }} else {{
+      %l:1 = scf.while (%i = %at) : (i32) -> (i32) {{
+        %1 = arith.cmpi sgt, %i, %zero : i32
+        scf.condition(%1) %i : i32
+      }} do {{
+      ^bb0(%i: i32):
+        %acc = tt.dot %cst, %cst, %cst, inputPrecision = tf32 : {SQUARE}
+        %next = tt.load %x : !tt.ptr<i32>
+        scf.yield %next : i32
+      }}
+    }}
+    tt.return
+  }}
+}}"""
+
+
+def walk_of(text: str, assumed: Assumptions, warps: int = 4, stages: int = 1, **values: int) -> Cost:
+    names = {"x": Pointer("x", 0), "y": Pointer("y", 0), "o": Pointer("o", 0)} | values
+    peak = GPUS["h100"].flops_a_clock
+    return Walk(parse(text), names, {}, (0, 0, 0), (4, 1, 1), warps, stages, assumed, peak, Latencies()).cost
+
+
+def test_one_warp_exchanges_without_shared_memory() -> None:
+    nothing = Assumptions(rounds=1.0)
+    alone, four = (walk_of(EXCHANGE, nothing, warps) for warps in (1, 4))
+    mine = Latencies()
+    assert four.clock - alone.clock == pytest.approx(2 * mine.reduce - mine.shuffle - mine.redux, abs=10)
+    assert four.issued == alone.issued + 2 * 32 * 4  # a gather of four warps is written and read
+    wider = EXCHANGE.replace("32xi32", "64xi32").replace("end = 32", "end = 64")
+    assert walk_of(wider, nothing, 1).clock - alone.clock >= mine.reduce - mine.redux  # no instruction for it
+
+
+def test_branches_with_products_are_taken_as_often_as_assumed() -> None:
+    one = 2 * 32 * 32 * 32
+    cost = walk_of(BRANCH, Assumptions(rounds=9.0, held=0.25, past=1.5), n=1)
+    assert cost.flops == {"tf32": 0.25 * 2 * one + 0.75 * 1.5 * one} and cost.assumed > 0
+    dearer = walk_of(BRANCH, Assumptions(rounds=9.0), n=1)  # the loop takes longer
+    assert dearer.flops == {"tf32": 9 * one} and dearer.clock > 2 * cost.clock
+
+
+def test_only_an_innermost_loop_is_pipelined() -> None:
+    nothing = Assumptions(rounds=1.0)
+    inner = "      scf.for %j = %c0_i32 to %c1_i32 step %c1_i32  : i32 {\n      }\n        %xs = arith.muli %pid"
+    outer = TOY.replace("        %xs = arith.muli %pid", inner, 1)
+    assert outer != TOY
+    clocks = {text: [walk_of(text, nothing, stages=n, n=40).clock for n in (1, 2)] for text in (TOY, outer)}
+    assert clocks[TOY][0] - clocks[TOY][1] > 30 * Latencies().l2
+    assert clocks[outer][0] == clocks[outer][1]
+
+
+def test_open_slots_of_the_bench_began_as_near_as_assumed() -> None:
+    tokens, heads, chunk, near = 8192, 8, 32, 7
+    _, k, v, g, _, beta = make_inputs(Problem("mamba2", tokens, 64, 30, heads), 0, dtype=torch.float32).arguments()
+    start = partition(k, v, g, beta, tau=TAU, capacity=30, backend="torch").start[0]
+    opened = torch.where(start, torch.arange(tokens)[:, None], 0).cummax(0).values
+    first = torch.arange(chunk, tokens, chunk)
+    back = first[:, None] // chunk - opened[first - 1] // chunk  # chunks before, with the slot's first token
+    kernel = SimpleNamespace(__name__="detect_kernel")
+    assumed = assumptions_of(Launch(kernel, (1, 1, 1), {"BT": chunk, "NEAR": near}))
+    assert assumed.past is not None and assumed.held is not None
+    met = back.clamp(max=near).double().mean().item()
+    assert met <= 1.05 * assumed.past and assumed.past < 1.3 * met
+    assert (back > near).double().mean() <= assumed.held
 
 
 def toy_launch(n: int = 6, programs: int = 4) -> Launch:

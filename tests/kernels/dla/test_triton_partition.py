@@ -56,18 +56,34 @@ def test_16_bit_inputs_are_scored_in_fp32(dtype: torch.dtype, delta: bool, dims:
     assert forced_replay(**x, partition=found, **case.rule, score_margin=1e-5) == []
 
 
+@pytest.mark.parametrize("near", [1, triton_partition.NEAR], ids=["states", "tokens"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith(("topics", "packed d"))], ids=lambda c: c.name)
-def test_shards_and_chunks_change_nothing(case: Case) -> None:
+def test_shards_and_chunks_change_nothing(case: Case, near: int) -> None:
     case = small(replace(case, H=1, topic=22, T=260, capacity=3))  # slots that span chunks
     x = inputs_of(case, torch.float32)
-    whole = decide(**x, **case.rule, tile=16, shard_blocks=1000)
+    whole = decide(**x, **case.rule, tile=16, shard_blocks=1000, near=near)
     for shard in (1, 3):
-        parts = decide(**x, **case.rule, tile=16, shard_blocks=shard)
+        parts = decide(**x, **case.rule, tile=16, shard_blocks=shard, near=near)
         for name in ("start", "death", "score", "final_info"):
             assert torch.equal(getattr(whole, name), getattr(parts, name)), (shard, name)
     real = decide(**x, **case.rule)
     assert torch.equal(whole.start, real.start) and torch.equal(whole.death, real.death)
     torch.testing.assert_close(whole.score, real.score, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
+def test_slots_longer_than_what_is_met_token_by_token(delta: bool) -> None:
+    """Slots of up to 12 chunks: met by their tokens and then by a state, in one shard and across shards."""
+    case = Case("long", T=330, B=1, H=1, Dk=24, Dv=40, topic=100, tau=1.3, capacity=3, documents=(37,), delta=delta)
+    x = inputs_of(case, torch.float32)
+    exact = partition(**{name: None if y is None else y.double() for name, y in x.items()}, **case.rule)
+    first = exact.start[0, :, 0].nonzero().flatten()
+    assert int((first[1:] - first[:-1]).max()) > 8 * 16  # a state, and tokens of NEAR chunks
+    for near, shard in ((7, 1000), (7, 3), (2, 1000), (2, 5), (1, 1)):
+        found = decide(**x, **case.rule, tile=16, near=near, shard_blocks=shard)
+        assert forced_replay(**x, partition=found, **case.rule, score_margin=1e-5) == []
+        assert torch.equal(found.start, exact.start) and torch.equal(found.death, exact.death)
+        torch.testing.assert_close(found.score, exact.score.float(), atol=2e-5, rtol=0)
 
 
 @pytest.mark.gpu
@@ -157,3 +173,21 @@ def test_a_wrong_victim_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("topics", T=75, B=1, capacity=4, topic=6)
     x = inputs_of(case, torch.float32)
     assert forced_replay(**x, partition=decide(**x, **case.rule, tile=16), **case.rule) != []
+
+
+@pytest.mark.parametrize(
+    ("chunks", "heads", "shards"),
+    [
+        ([512], 16, 16),  # one wave
+        ([64] * 8, 48, 2),  # three waves of 32 chunks are done before two of 64
+        ([64] * 8, 8, 4),
+        ([8], 1, 1),  # what is run again would cost as much
+        ([1], 1, 1),
+        ([32768], 1, 263),
+        ([64, 8], 256, 4),
+    ],
+    ids=str,
+)
+def test_segments_are_cut_so_that_the_gpu_is_done_first(chunks: list[int], heads: int, shards: int) -> None:
+    size = triton_partition._shard_blocks(chunks, heads)
+    assert -(-max(chunks) // size) == shards
