@@ -207,8 +207,8 @@ class LaunchPlan:
 
     def detect(self, gdn: bool, device: torch.device) -> dict[str, int]:
         """`launch` of detection; PK key (PV value) dims of a product with earlier tokens: as many as fit."""
-        large = max(self.DK, self.DV) > 128
-        most = 16 if self.wide or (large and not gdn) else 32 if gdn or compute_capability(device) < 90 else 128
+        large, hopper = max(self.DK, self.DV) > 128, compute_capability(device) >= 90
+        most = 16 if self.wide else 128 if hopper and not large else 32 if gdn or not large else 16
         dims = {"PK": min(most, power_of_two(self.DK)), "PV": min(most, power_of_two(self.DV))}
         return {**self.launch("detect_gdn" if gdn else "detect", device), **dims, **ALL_REGISTERS}
 

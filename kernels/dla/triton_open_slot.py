@@ -137,8 +137,8 @@ def delta_products(
     own writes before t. K S goes to the chunk's place in the ring, see `write_chunk`.
     """
     p_kk = p_u + (NEAR + 1) * BT * DV
-    if held == 0:
-        store_past_products(p_k, p_g, p_kk, o_t, first, end, back, stride_k, DK, PK, BT, PREC)
+    back = tl.where(held > 0, 0, back)
+    store_past_products(p_k, p_g, p_kk, o_t, first, end, back, stride_k, DK, PK, BT, PREC)
     tl.debug_barrier()
     o_i = tl.arange(0, BT)
     b_effect = rows_of(p_effect, o_t, o_i, end, stride_e, BT)

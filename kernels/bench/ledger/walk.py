@@ -105,6 +105,7 @@ class Walk:
         self.ready: dict[str, float] = {}
         self.varies: dict[str, int] = {}  # depth of the innermost loop that a value changes in
         self.from_memory: set[str] = set()
+        self.supposed: set[str] = set()  # comparisons whose result is assumed
         self.carried: set[str] = set()  # depend on what an iteration hands to the next: cannot be loaded ahead
         self._run(function.body)
         self.cost.clock = self.now
@@ -266,6 +267,8 @@ class Walk:
 
     def _if(self, op: Op) -> None:
         condition = self.env.get(op.operands[0])
+        if op.operands[0] in self.supposed and not condition and _multiplies(op):
+            condition = None  # an assumption must not hide products
         if condition is None and self.assumptions.held is not None and _multiplies(op):
             self._seldom(op, self.assumptions.held)
             return
@@ -429,6 +432,7 @@ class Walk:
             if short == "ori":
                 return known[0] | known[1]
         if short == "cmpi" and op.text.startswith(" eq,"):  # of numbers that the data decides: rarely so
+            self.supposed.update(op.results)
             return self.assumptions.equal
         return None
 

@@ -274,6 +274,16 @@ def test_branches_with_products_are_taken_as_often_as_assumed() -> None:
     assert dearer.flops == {"tf32": 9 * one} and dearer.clock > 2 * cost.clock
 
 
+def test_an_assumed_comparison_does_not_hide_products() -> None:
+    unknown = BRANCH.replace("arith.cmpi sgt, %at, %zero", "arith.cmpi eq, %at, %zero", 1)
+    assert unknown != BRANCH
+    assert walk_of(unknown, Assumptions(rounds=9.0), n=1).flops == walk_of(BRANCH, Assumptions(rounds=9.0), n=1).flops
+    found = walk_of(unknown, Assumptions(rounds=9.0, held=0.25, past=1.5), n=1).flops
+    assert found == walk_of(BRANCH, Assumptions(rounds=9.0, held=0.25, past=1.5), n=1).flops != {}
+    only = unknown.split("    } else {")[0] + "    }\n    tt.return\n  }\n}"
+    assert walk_of(only, Assumptions(rounds=9.0), n=1).flops == {"tf32": 2 * 2 * 32**3}
+
+
 def test_only_an_innermost_loop_is_pipelined() -> None:
     nothing = Assumptions(rounds=1.0)
     inner = "      scf.for %j = %c0_i32 to %c1_i32 step %c1_i32  : i32 {\n      }\n        %xs = arith.muli %pid"

@@ -339,7 +339,7 @@ def test_a_long_wrong_list_is_one_error(address, prompt) -> None:
     begin = time.process_time()
     answer = httpx.post(f"{address}/v1/completions", json={"model": "tiny", "prompt": prompt})
     assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("prompt")
-    assert len(answer.json()["error"]["message"]) < 500 and time.process_time() - begin < 0.5
+    assert len(answer.json()["error"]["message"]) < 500 and time.process_time() - begin < 2
 
 
 def test_a_fault_of_the_engine_ends_every_call(make_service) -> None:
