@@ -8,6 +8,7 @@ arithmetic, special functions and L1 traffic, and of the time that programs alon
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from .constants import (
     Latencies,
 )  # fmt: skip
 from .record import Event, Launch, known_values, nbytes
-from .ttir import Function, parse
+from .ttir import Function, mark_pipelined, parse
 from .walk import Cost, Pointer, Walk
 
 PROGRAMS = 48  # of a grid that are walked; all of a grid that has no more
@@ -67,6 +68,7 @@ def _function(launch: Launch) -> Function:
     key = launch.compiled.hash
     if key not in _parsed:
         _parsed[key] = parse(launch.compiled.asm["ttir"])
+        mark_pipelined(_parsed[key], launch.compiled.asm["ttgir"])
     return _parsed[key]
 
 
@@ -143,8 +145,7 @@ def cost_of(launch: Launch, gpu: Gpu, latency: Latencies) -> Cost:
     for program in programs:
         meta = launch.compiled.metadata
         walk = Walk(
-            function, values, tables, program, launch.grid, meta.num_warps, meta.num_stages, assumed,
-            gpu.flops_a_clock, latency, large,
+            function, values, tables, program, launch.grid, meta.num_warps, assumed, gpu.flops_a_clock, latency, large,
         )  # fmt: skip
         average.add(walk.cost, 1 / len(programs))
     _costs[key] = average
@@ -160,13 +161,17 @@ def resident(launch: Launch, gpu: Gpu) -> int:
 
 
 def memory_bytes(launch: Launch, cost: Cost) -> float:
-    """HBM traffic: what the programs ask for, but no tensor more than once in a launch and direction."""
-    programs, moved = launch.programs, 0.0
+    """HBM traffic: what the programs ask for, but no tensor more than once in a launch and direction, as one
+    argument or several."""
+    moved = 0.0
     for asked in (cost.loads, cost.stores):
+        sizes: dict[int, float] = defaultdict(float)
+        limits: dict[int, float] = {}
         for name, size in asked.items():
             tensor = launch.arguments.get(name)
-            limit = nbytes(tensor) if isinstance(tensor, Tensor) else math.inf
-            moved += min(size * programs, limit)
+            sizes[id(tensor)] += size * launch.programs
+            limits[id(tensor)] = nbytes(tensor) if isinstance(tensor, Tensor) else math.inf
+        moved += sum(min(size, limits[key]) for key, size in sizes.items())
     return moved
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from .constants import Assumptions, Latencies
-from .ttir import BYTES, Function, Op, shapes
+from .ttir import BYTES, Function, Op, inside, shapes
 
 _INTEGER: dict[str, Callable[[int, int], Any]] = {
     "addi": lambda a, b: a + b, "subi": lambda a, b: a - b, "muli": lambda a, b: a * b,
@@ -71,16 +71,8 @@ class Cost:
             setattr(self, name, getattr(self, name) + weight * getattr(other, name))
 
 
-def _all_of(op: Op) -> Iterator[Op]:
-    """The operation and those inside of it."""
-    yield op
-    for region in op.regions:
-        for inner in region:
-            yield from _all_of(inner)
-
-
 def _multiplies(op: Op) -> bool:
-    return any(one.name == "tt.dot" for one in _all_of(op))
+    return any(one.name == "tt.dot" for one in inside(op))
 
 
 class Walk:
@@ -93,13 +85,13 @@ class Walk:
 
     def __init__(
         self, function: Function, values: dict[str, Any], tables: dict[str, Any], program: tuple[int, int, int],
-        grid: tuple[int, int, int], warps: int, stages: int, assumptions: Assumptions, peak: float, latency: Latencies,
+        grid: tuple[int, int, int], warps: int, assumptions: Assumptions, peak: float, latency: Latencies,
         large: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.tables, self.program, self.grid, self.assumptions = tables, program, grid, assumptions
         self.large = large
         self.one_warp = warps == 1
-        self.lanes, self.stages, self.peak, self.latency = 32 * min(4, warps), stages, peak, latency
+        self.lanes, self.peak, self.latency = 32 * min(4, warps), peak, latency
         self.cost, self.weight, self.now, self.depth, self.pipelined = Cost(), 1.0, 0.0, 0, False
         self.env: dict[str, Any] = {f"%{name}": values.get(name) for name in function.arguments}
         self.ready: dict[str, float] = {}
@@ -145,28 +137,26 @@ class Walk:
             self.cost.steps += self.weight * trips
         if trips <= 4:
             for i in range(math.ceil(trips)):
-                self._iteration(op.regions[0], variable, lo + i * by, names)
+                self._iteration(op, variable, lo + i * by, names)
         else:
-            self._repeat(trips, lambda i: self._iteration(op.regions[0], variable, lo + by * i, names), names)
+            self._repeat(trips, lambda i: self._iteration(op, variable, lo + by * i, names), names)
         self._bind(op.results, names)
 
     def _assume(self) -> float:
         self.cost.assumed += 1
         return self.assumptions.rounds
 
-    def _iteration(self, body: list[Op], variable: str | None, value: Any, names: list[str]) -> list[str]:
-        """One pass of a loop's body; what it hands on goes to `names`."""
+    def _iteration(self, loop: Op, variable: str | None, value: Any, names: list[str]) -> list[str]:
+        """One pass of a loop's body, its last region; what it hands on goes to `names`."""
         self.depth += 1
         before = self.pipelined
-        inside = {one.name for op in body for one in _all_of(op)}
-        innermost = "scf.for" not in inside and "scf.while" not in inside  # Triton pipelines no other loops
-        self.pipelined = self.stages > 1 and innermost and any(op.name == "tt.dot" for op in body)
+        self.pipelined = loop.pipelined
         if variable is not None:
             self.env[variable], self.varies[variable] = value, self.depth
         for name in names:
             self.varies[name] = self.depth
         self.carried.update(names)
-        handed = self._run(body)
+        handed = self._run(loop.regions[-1])
         self._bind(names, handed)
         self.pipelined = before
         self.depth -= 1
@@ -199,7 +189,7 @@ class Walk:
         before = {name: self.env.get(name) for name in names}
         entered, counted = self.now, Cost()
         counted, self.cost = self.cost, counted
-        self._bind(names, self._iteration(op.regions[1], None, None, []))
+        self._bind(names, self._iteration(op, None, None, []))
         counted, self.cost = self.cost, counted
         after = {name: self.env.get(name) for name in names}
         known = self._goes_on(op, inner) is not None
@@ -212,7 +202,7 @@ class Walk:
             weight, start = self.weight, self.now
             self.weight *= trips - 1
             self._goes_on(op, inner)
-            self._iteration(op.regions[1], None, None, [])
+            self._iteration(op, None, None, [])
             self.weight = weight
             self.now = start + (self.now - start) * (trips - 1)
         for name in op.results:

@@ -29,7 +29,7 @@ from megatron_dla.kernels.bench.ledger.predict import assumptions_of, memory_byt
 from megatron_dla.kernels.bench.ledger.record import Launch, Recording, record
 from megatron_dla.kernels.bench.ledger.run import bench_ledger, ledger_config
 from megatron_dla.kernels.bench.ledger.summary import rows
-from megatron_dla.kernels.bench.ledger.ttir import parse
+from megatron_dla.kernels.bench.ledger.ttir import Function, mark_pipelined, parse
 from megatron_dla.kernels.bench.ledger.walk import Cost, Pointer, Walk
 from megatron_dla.kernels.dla import partition
 from megatron_dla.kernels.dla.triton_layout import make_layout
@@ -157,13 +157,25 @@ TOY = (ROOT / "tests" / "fixtures" / "ledger" / "toy.mlir").read_text()  # of `t
 #       store acc [32, 32] fp32
 
 
+def copied_ahead(text: str) -> str:
+    """What a compiler makes of a module, in the one respect that `mark_pipelined` looks at."""
+    return text.replace("%xs_17 = tt.load", "%xs_17 = ttg.async_copy_global_to_local")
+
+
+def pipelined(text: str) -> Function:
+    function = parse(text)
+    mark_pipelined(function, copied_ahead(text))
+    return function
+
+
 def walk(program: int, n: int = 6, table: tuple[int, ...] = (4, 5, 6), latency: Latencies | None = None) -> Cost:
     values = {"n": n, **{name: Pointer(name, 0) for name in ("x", "y", "table", "o")}}
     tables = {"table": table} if table else {}
     gpu, assumed = GPUS["h100"], Assumptions(rounds=2.5)
     return Walk(
-        parse(TOY), values, tables, (program, 0, 0), (4, 1, 1), 4, 2, assumed, gpu.flops_a_clock, latency or Latencies()
-    ).cost
+        pipelined(TOY), values, tables, (program, 0, 0), (4, 1, 1), 4, assumed, gpu.flops_a_clock,
+        latency or Latencies(),
+    ).cost  # fmt: skip
 
 
 @pytest.mark.parametrize(("program", "n", "rounds"), ((0, 6, 2), (1, 6, 3), (2, 3, 3), (0, 200, 2)))
@@ -250,10 +262,10 @@ BRANCH = f"""module {{
 }}"""
 
 
-def walk_of(text: str, assumed: Assumptions, warps: int = 4, stages: int = 1, **values: int) -> Cost:
+def walk_of(text: str | Function, assumed: Assumptions, warps: int = 4, **values: int) -> Cost:
     names = {"x": Pointer("x", 0), "y": Pointer("y", 0), "o": Pointer("o", 0)} | values
-    peak = GPUS["h100"].flops_a_clock
-    return Walk(parse(text), names, {}, (0, 0, 0), (4, 1, 1), warps, stages, assumed, peak, Latencies()).cost
+    function, peak = parse(text) if isinstance(text, str) else text, GPUS["h100"].flops_a_clock
+    return Walk(function, names, {}, (0, 0, 0), (4, 1, 1), warps, assumed, peak, Latencies()).cost
 
 
 def test_one_warp_exchanges_without_shared_memory() -> None:
@@ -284,14 +296,33 @@ def test_an_assumed_comparison_does_not_hide_products() -> None:
     assert walk_of(only, Assumptions(rounds=9.0), n=1).flops == {"tf32": 2 * 2 * 32**3}
 
 
-def test_only_an_innermost_loop_is_pipelined() -> None:
+def test_a_loop_is_pipelined_where_the_compiler_copies_ahead() -> None:
     nothing = Assumptions(rounds=1.0)
+    plain, ahead = (walk_of(x, nothing, n=40).clock for x in (TOY, pipelined(TOY)))
+    assert plain - ahead > 30 * Latencies().l2
+    assert copied_ahead(TOY) != TOY
+    same = parse(TOY)
+    mark_pipelined(same, TOY)
+    assert walk_of(same, nothing, n=40).clock == plain
     inner = "      scf.for %j = %c0_i32 to %c1_i32 step %c1_i32  : i32 {\n      }\n        %xs = arith.muli %pid"
-    outer = TOY.replace("        %xs = arith.muli %pid", inner, 1)
+    outer = TOY.replace("        %xs = arith.muli %pid", inner, 1)  # only innermost loops are
     assert outer != TOY
-    clocks = {text: [walk_of(text, nothing, stages=n, n=40).clock for n in (1, 2)] for text in (TOY, outer)}
-    assert clocks[TOY][0] - clocks[TOY][1] > 30 * Latencies().l2
-    assert clocks[outer][0] == clocks[outer][1]
+    assert walk_of(pipelined(outer), nothing, n=40).clock == walk_of(outer, nothing, n=40).clock
+
+
+def test_loops_are_matched_in_order_and_all_where_some_are_dissolved() -> None:
+    begin, end = TOY.index("      %acc = scf.for"), TOY.index("      %at = tt.addptr")
+    loop, rest = TOY[begin:end], (TOY[:begin], TOY[end:])
+
+    def marks(compiled: str) -> list[bool]:
+        function = parse(rest[0] + loop + loop + rest[1])
+        mark_pipelined(function, compiled)
+        return [op.pipelined for op in function.body[-2].regions[0] if op.name == "scf.for"]
+
+    assert marks(rest[0] + copied_ahead(loop) + loop + rest[1]) == [True, False]
+    assert marks(rest[0] + loop + copied_ahead(loop) + rest[1]) == [False, True]
+    assert marks(rest[0] + copied_ahead(loop) + rest[1]) == [True, True]
+    assert marks(rest[0] + loop + rest[1]) == [False, False]
 
 
 def test_open_slots_of_the_bench_began_as_near_as_assumed() -> None:
@@ -316,7 +347,8 @@ def toy_launch(n: int = 6, programs: int = 4) -> Launch:
         "table": torch.empty(4, dtype=torch.int32, device="meta"), "o": torch.empty(4096, device="meta"),
     }  # fmt: skip
     arguments["table"].known_values = torch.tensor([4, 5, 6, 0])
-    compiled = SimpleNamespace(hash="toy", asm={"ttir": TOY}, metadata=SimpleNamespace(num_warps=4, num_stages=2))
+    asm, metadata = {"ttir": TOY, "ttgir": copied_ahead(TOY)}, SimpleNamespace(num_warps=4)
+    compiled = SimpleNamespace(hash="toy", asm=asm, metadata=metadata)
     report = SimpleNamespace(warps=4, registers=64, shared=20 << 10)
     return Launch(SimpleNamespace(__name__="toy_kernel"), (programs, 1, 1), arguments, compiled, report)
 
@@ -338,6 +370,9 @@ def test_no_tensor_is_read_from_memory_twice_in_a_launch() -> None:
     launch, cost = toy_launch(), Cost()
     cost.loads["x"], cost.stores["x"] = 10.0, 1e9
     assert memory_bytes(launch, cost) == 4 * 10 + 200_000
+    launch.arguments["again"] = launch.arguments["x"]
+    cost.loads["again"], cost.stores["again"] = 20.0, 1e9
+    assert memory_bytes(launch, cost) == 4 * 30 + 200_000
 
 
 @pytest.mark.parametrize("block", sorted(MERGED_FROM_BEFORE))
