@@ -275,7 +275,8 @@ def dla_attention(
         sharpness: [H], multiplies the slot weights by a factor that says how well a slot's keys match the query, see
             `content.py`; None: by none. Caches then hold `keys`.
         keep_states: the `triton` backend keeps the slot states of the forward pass for the backward one, which then
-            does not compute them again: 2 K Dk Dv bytes (bf16; else 4) a block of tokens and head. The same bits.
+            does not compute them again: 2 K Dk Dv bytes (bf16; else 4) a block of tokens and head. Of Gated DeltaNet
+            also the inverses of its tiles and its blocks' transitions. The same bits.
 
     Returns:
         out [B, T, H, Dv] in v's dtype (states and decisions are fp32, or float64 for float64 inputs), and the final

@@ -13,20 +13,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_compose import load_near, through_transition
 from .triton_forward import pair_tile, slot_weights_tile, starts_in_block, token_products
 from .triton_layout import SIZES
-from .triton_tiles import load_tile, load_tile_t, raw_columns, raw_rows, slots_wanted
+from .triton_tiles import (
+    decays_of,
+    load_tile,
+    load_tile_t,
+    raw_columns,
+    raw_rows,
+    rows_of,
+    slots_wanted,
+    store_rows,
+)
 
 
 @triton.jit
-def pair_weight_gradient(p_dlam, stride, b_x, b_sum, b_last, p_life, b_newer, o_t, o_p, end, K):
+def pair_weight_gradient(p_dlam, stride, b_x, b_sum, b_last, b_death, b_newer, o_t, o_p, end, K):
     """Sums of b_x [BT, BP] over the keys of each slot, each stored at `p_dlam` [BT] + slot * stride.
 
     From new keys to old ones: tokens between two starts of the tile share a slot, one masked row sum each, and starts
     that are dead at t share theirs with older ones. b_sum, b_last: the last slot's sum and index, which this one or the
     next tile may go on with.
     """
-    b_death = tl.load(p_life + o_p, mask=o_p < end, other=0)
     b_piece = tl.cumsum((b_death > 0).to(tl.int32), 0)
     m_alive = (b_death[None, :] > o_t[:, None]) & (o_p[None, :] <= o_t[:, None])
     pieces = tl.max(b_piece, 0) + 1
@@ -60,62 +69,68 @@ def slot_query_gradient_kernel(
     N_TOKENS,  # of the window
     HEADS,  # whose dq a program adds up
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    BQ: tl.constexpr,  # queries of a program: one tile or two
     GDN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """What reading the slots before the block adds to dQ and dlam."""
-    i_t, i_c = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    PARTS: tl.constexpr = TILES * BT // BQ
+    i_t, i_q = block_lo + tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     i_k = tl.program_id(2)
     first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
     row = tl.load(blocks + 4 * i_t + 2)
-    if first + i_c * BT < end:
-        o_t, o_k = first + i_c * BT + tl.arange(0, BT), i_k * BK + tl.arange(0, BK)
-        o_w = o_t - token_lo
+    if first + i_q * BQ < end:
+        o_t, o_k = first + i_q * BQ + tl.arange(0, BQ), i_k * BK + tl.arange(0, BK)
         stride = (H * N_TOKENS).to(tl.int64)  # from a slot to the next
         o_row = (o_t - first) * (H * K)
         i_g = tl.program_id(1).to(tl.int64)
+        stride_q = (H if GDN else H // GROUP) * DK
         p_q = q + (i_g - token_lo.to(tl.int64) * H if GDN else i_g * HEADS // GROUP) * DK
-        b_q = raw_rows(p_q, o_t, o_k, end, (H if GDN else H // GROUP) * DK, DK)
-        b_dq = tl.zeros([BT, BK], tl.float32)
+        b_dq = tl.zeros([BQ, BK], tl.float32)
         for head in range(HEADS):
             i_h = i_g * HEADS + head
-            p_lam = lam + (first.to(tl.int64) * H + i_h) * K
+            p_lam = lam + i_h * K + first.to(tl.int64) * H * K
             p_death = live_death + (row.to(tl.int64) * H + i_h) * K
             p_s = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
-            b_scale = tl.full([BT], 1.0, tl.float32)
+            b_scale = tl.full([BQ], 1.0, tl.float32)
             if not GDN:
                 b_scale = tl.exp(tl.load(cg + i_h * T + o_t, mask=o_t < end, other=0.0))
-            b_newer = starts_in_block(counts + i_h * TILES * T, o_t, first, end, T, i_c + 1, BT)
+            b_newer = starts_in_block(counts + i_h * TILES * T, o_t, first, end, T, (i_q + 1) * BQ // BT, BT)
             b_slot = tl.minimum(b_newer, K - 1)
-            b_lam = tl.load(p_lam + (o_row + b_slot), mask=o_t < end, other=0.0).to(tl.float32)
-            p_do = do + i_h * DV
-            b_do = raw_rows(p_do, o_t, tl.arange(0, BV), end, H * DV, DV)
-            b_dlam = tl.zeros([BT], tl.float32)
-            p_dlam, p_w = dlam + (i_k * K * H + i_h) * N_TOKENS, weights + i_h * N_TOKENS
+            p_do = do + (first.to(tl.int64) * H + i_h) * DV
+            b_do = load_near(p_do, o_t - first, tl.arange(0, BV), end - first, H * DV, DV)
+            # again for each head: kept over the loop it would take registers
+            b_q = load_near(p_q + first.to(tl.int64) * stride_q, o_t - first, o_k, end - first, stride_q, DK)
+            b_dlam = tl.zeros([BQ], tl.float32)
+            p_dlam, p_w = dlam + (i_k * K * H + i_h) * N_TOKENS - token_lo, weights + i_h * N_TOKENS - token_lo
             m = tl.load(live_count + row * H + i_h)
             death = tl.load(p_death, mask=m > 0, other=0)
-            b_oldest = b_newer - 1
             for i_s in range(m):
                 b_newer += (death > o_t).to(tl.int32)
                 death = tl.load(p_death + i_s + 1, mask=i_s + 1 < m, other=0)  # one ahead, for its latency
                 b_next = tl.minimum(b_newer, K - 1)
-                b_lam_next = tl.load(p_lam + (o_row + b_next), mask=o_t < end, other=0.0).to(tl.float32)
-                b_y = tl.zeros([BT, BK], tl.float32)
+                b_lam = tl.load(p_lam + (o_row + b_slot), mask=o_t < end, other=0.0).to(tl.float32)
+                b_y = tl.zeros([BQ, BK], tl.float32)
                 for i_v in range(0, DV, BV):
                     o_v = i_v + tl.arange(0, BV)
                     if DV > BV:
-                        b_do = raw_rows(p_do, o_t, o_v, end, H * DV, DV)
+                        b_do = load_near(p_do, o_t - first, o_v, end - first, H * DV, DV)
                     b_s = load_tile_t(p_s + tl.cast(i_s, tl.int64) * DK * DV, o_k, o_v, DK, DV)
-                    b_y = tl.dot(b_do.to(DOT), b_s, b_y, input_precision=PREC)  # [BT, BV] @ [BV, BK] -> [BT, BK]
-                if i_k == 0:
-                    tl.store(p_w + i_s * stride + o_w, b_lam * b_scale, mask=o_t < end)
+                    b_y = tl.dot(b_do.to(DOT), b_s, b_y, input_precision=PREC)  # [BQ, BV] @ [BV, BK] -> [BQ, BK]
+                tl.store(p_w + (i_s * stride + o_t), b_lam * b_scale, mask=(o_t < end) & (i_k == 0))
+                # in fp32 here only: for the whole loop it would take too many registers
+                b_wide = tl.where(i_s < m, b_q, 0.0).to(tl.float32)
+                b_dlam += b_scale * tl.sum(b_y * b_wide, 1)
+                tl.store(p_dlam + (b_slot * stride + o_t), b_dlam, mask=o_t < end)
                 b_dq += (b_lam * b_scale)[:, None] * b_y
-                # slots that have been merged at t are one there: the last one's store has the sum
-                b_dlam = tl.where(b_oldest == b_slot, b_dlam, 0.0) + b_scale * tl.sum(b_y * b_q.to(tl.float32), 1)
-                tl.store(p_dlam + (b_slot * stride + o_w), b_dlam, mask=o_t < end)
-                b_oldest, b_slot, b_lam = b_slot, b_next, b_lam_next
+                # slots that have been merged at t are one there: the last one's store has the sum. (Compared now, as
+                # a loop that hands a value on over two iterations is not pipelined.)
+                b_dlam = tl.where(b_next == b_slot, b_dlam, 0.0)
+                b_slot = b_next
             if i_k == 0:
-                tl.store(oldest + i_h * N_TOKENS + o_w, b_oldest, mask=o_t < end)
-        p_dq = dq + (o_w.to(tl.int64) * (H // HEADS) + i_g)[:, None] * DK + o_k[None, :]
+                last = tl.load(p_death + m - 1, mask=m > 0, other=-1)
+                b_oldest = tl.where(m > 0, tl.minimum(b_newer - (last > o_t).to(tl.int32), K - 1), b_newer - 1)
+                tl.store(oldest + (i_h * N_TOKENS - token_lo + o_t), b_oldest, mask=o_t < end)
+        p_dq = dq + ((o_t - token_lo).to(tl.int64) * (H // HEADS) + i_g)[:, None] * DK + o_k[None, :]
         tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=(o_t < end)[:, None] & (o_k < DK)[None, :])
 
 
@@ -168,7 +183,8 @@ def pairs_backward_kernel(
             o_c = (steps - 1 - back) * BP + tl.arange(0, BP)  # and not o_p - first: known to be aligned
             o_p = first + o_c
             b_x = token_products(p_do, p_v, o_t, o_p, end, stride_v, DV, BV, BT, DOT, PREC)
-            b_lam, b_from = slot_weights_tile(p_lam, p_life, b_newer, o_t, o_p, first, end, H * K, K)
+            b_death = tl.load(p_life + o_p, mask=o_p < end, other=0)
+            b_lam, b_from = slot_weights_tile(p_lam, b_death, b_newer, o_t, o_p, first, end, H * K, K)
             b_at, b_decay = pair_tile(
                 p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, H * W, DK, BK, BT, GDN, DOT, PREC
             )
@@ -186,7 +202,7 @@ def pairs_backward_kernel(
             else:
                 tl.store(dat + p_block + o_tile, b_dat.to(dat.dtype.element_ty), mask=(o_t < end)[:, None])
             b_sum, b_last = pair_weight_gradient(
-                p_own, stride, b_x * b_at, b_sum, b_last, p_life, b_newer, o_t, o_p, end, K
+                p_own, stride, b_x * b_at, b_sum, b_last, b_death, b_newer, o_t, o_p, end, K
             )
             b_newer = b_from
         tl.debug_barrier()  # what follows reads what other threads wrote
@@ -287,21 +303,25 @@ def value_gradient_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def token_gradient_kernel(
+    k,  # [T, G, DK]
     kh,  # [T, H, DK]
     v,  # [T, H, DV]
-    do,
+    do, cg,
     life,
     blocks,
     weighted,  # [tokens of the window, H, TILES * BT], see `pairs_backward_kernel`
     grad_states,  # [rows of the window, H, K, DK, DV]: D
+    dphi,  # [blocks of the window, H, DK, DK]
     dkh,  # [tokens of the window, H, DK] fp32 out
+    dke,  # [tokens of the window, H, DK] out: gradient of k from ek
     dv,  # [T, H, DV] out
-    T, H, K, block_lo, row_lo, token_lo,
+    sums,  # [1, blocks of the window, TILES, H] fp32 out: <dek, ek> of each tile
+    T, H, GROUP, K, block_lo, row_lo, token_lo,
     HAS_INCOMING: tl.constexpr,  # else D is zero after a segment's last block, and not there
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
     DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dKh and dV of Gated DeltaNet from one reading of D, for head dims that are one tile."""
+    """dKh, dek and dV of Gated DeltaNet from one reading of D, for head dims that are one tile."""
     i_t, i_c = block_lo + tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_h = tl.program_id(1).to(tl.int64)
     first, end = tl.load(blocks + 4 * i_t), tl.load(blocks + 4 * i_t + 1)
@@ -330,8 +350,19 @@ def token_gradient_kernel(
             b_dkh = tl.dot(b_v.to(DOT), tl.trans(b_ds), b_dkh, input_precision=PREC)  # [BT, BV] @ [BV, BK] -> [BT, BK]
         p_dv = dv + o_p.to(tl.int64)[:, None] * (H * DV) + i_h * DV + o_v[None, :]
         tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=(o_p < end)[:, None] & (o_v < DV)[None, :])
-        p_dkh = dkh + (o_p - token_lo).to(tl.int64)[:, None] * (H * DK) + i_h * DK + o_k[None, :]
-        tl.store(p_dkh, b_dkh, mask=(o_p < end)[:, None] & (o_k < DK)[None, :])
+        b_gain, i_b = tl.exp(decays_of(cg + i_h * T, o_p, end))[:, None], (i_t - block_lo).to(tl.int64)
+        p_k, stride_k = k + i_h // GROUP * DK, (H // GROUP) * DK
+        b_back, b_dek = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
+        b_back, b_dek = through_transition(
+            b_back, b_dek, p_k, kh + (i_h - skip) * DK, dphi + (i_b * H + i_h) * DK * DK, b_gain, o_p, o_k, 0, end,
+            stride_k, H * DK, DK, BK, DOT, PREC,
+        )  # fmt: skip
+        store_rows(dkh + (i_h - skip) * DK, b_dkh + b_back, o_p, o_k, end, H * DK, DK)
+        b_dek *= b_gain
+        store_rows(dke + (i_h - skip) * DK, b_dek, o_p, o_k, end, H * DK, DK)
+        # over both axes at once: one after the other, Triton 3.6 fails to compile it for sm_100
+        total = tl.sum(b_dek * rows_of(p_k, o_p, o_k, end, stride_k, DK))
+        tl.store(sums + (i_b * TILES + i_c) * H + i_h, total)
 
 
 @triton.jit

@@ -126,12 +126,25 @@ def make_tables(
     return tables
 
 
+@dataclass
+class Kept:
+    """What the forward pass leaves of a window for the backward one, which computes it again otherwise."""
+
+    states: Tensor  # snapshots, see `WindowPass.scan`
+    inv: Tensor  # of each tile, see `chunk_inverse` (Gated DeltaNet; else an input)
+    r_matrix: Tensor  # of each block, see `transition_kernel` (likewise)
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
 class WindowPass:
     """One window: its chunk-local arrays and state snapshots, and the kernels over them."""
 
     def __init__(
-        self, plan: LaunchPlan, layout: BlockLayout, window: Window, x: Inputs, tables: Tables, backward: bool = False
-    ) -> None:
+        self, plan: LaunchPlan, layout: BlockLayout, window: Window, x: Inputs, tables: Tables, backward: bool = False,
+        kept: Kept | None = None,
+    ) -> None:  # fmt: skip
         self.plan, self.layout, self.window, self.x, self.tables = plan, layout, window, x, tables
         self.blocks = window.block_hi - window.block_lo
         self.token_lo = layout.firsts[window.block_lo]
@@ -140,9 +153,9 @@ class WindowPass:
         self.at: Tensor = x.v
         self.qt, self.kh, self.r_matrix = x.q, x.k, x.v
         self.inv: Tensor = x.v
-        self.kh_tile, self.passing = x.k, x.k  # see `compose_kernel`
+        self.qt_tile, self.kh_tile, self.passing = x.q, x.k, x.k  # see `compose_kernel`
         if plan.gdn:
-            self._local(save_passing=backward)
+            self._local(backward, kept)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.x.v.device)
@@ -168,20 +181,24 @@ class WindowPass:
     def _sizes(self) -> tuple[int, int, int]:
         return self.layout.tokens, self.plan.H, self.plan.group
 
-    def _local(self, save_passing: bool) -> None:
+    def _local(self, save_passing: bool, kept: Kept | None) -> None:
         plan, x, tables = self.plan, self.x, self.tables
         assert x.beta is not None
         shape, low = (self.tokens, plan.H), plan.state_dtype
         self.at = self.new(*shape, plan.block, dtype=low)
         qt, kh = self.new(*shape, plan.DK, dtype=low), self.new(*shape, plan.DK, dtype=low)
-        self.inv = chunk_inverse(plan, x.k, x.beta, tables.cg_tile, self._where(), self.tokens, self.tile_grid[0])
+        self.inv = (
+            chunk_inverse(plan, x.k, x.beta, tables.cg_tile, self._where(), self.tokens, self.tile_grid[0])
+            if kept is None
+            else kept.inv
+        )
         local_forward_kernel[self.tile_grid](
             x.q, x.k, x.beta, tables.cg_tile, self.inv, self.at, qt, kh, *self._where(), *self._sizes(),
             **local_launch(plan, x.k.device, "local"),
         )  # fmt: skip
-        self.kh_tile, self.qt, self.kh = kh, torch.empty_like(qt), torch.empty_like(kh)
+        self.qt_tile, self.kh_tile, self.qt, self.kh = qt, kh, torch.empty_like(qt), torch.empty_like(kh)
         if save_passing:
-            self.passing = self.new(*shape, plan.tiles - 1, plan.DK, dtype=low)
+            self.passing = self.new(*shape, max(0, plan.tiles - 2), plan.DK, dtype=low)
         for keys in (False, True):
             own, out = (kh, self.kh) if keys else (qt, self.qt)
             compose_kernel[self.tile_grid](
@@ -189,6 +206,9 @@ class WindowPass:
                 self.layout.blocks, self.token_lo, *self._sizes(), KEYS=keys, SAVE=save_passing,
                 **local_launch(plan, x.k.device, "compose"), **ALL_REGISTERS,
             )  # fmt: skip
+        if kept is not None:
+            self.r_matrix = kept.r_matrix
+            return
         self.r_matrix = self.new(self.blocks, plan.H, plan.DK, plan.DK, dtype=low)
         meta = local_launch(plan, x.k.device, "transition")
         transition_kernel[(self.blocks, plan.H, ceil_div(plan.DK, meta["BK"]) ** 2)](
@@ -322,6 +342,8 @@ def local_launch(plan: LaunchPlan, device: torch.device, kernel: str) -> dict:
     if kernel == "compose":  # BK of the key dims, and the BH others
         found["BK"] = min(128, power_of_two(plan.DK, 16))
         found["BH"] = power_of_two(plan.DK - 128, 16) if plan.DK > 128 else 0
+    if kernel == "compose_backward_keys" and power_of_two(plan.DK) > plan.DK:
+        found["num_stages"] = 1  # masks take the registers of the second one
     tiled = {"TILES": plan.tiles} if kernel in TILED else {}
     dot = {} if kernel == "inverse" else {"DOT": plan.dot}
     return {**found, **tiled, **dot, "BT": plan.tile, "PREC": PRECISION}
@@ -409,7 +431,7 @@ class TritonDLA(torch.autograd.Function):
             snap, final = work.scan(_incoming(work, states, resumed), want_final or window.continues)
             work.output(snap, o)
             if keep_states:
-                kept.append(snap)
+                kept += Kept(snap, work.inv, work.r_matrix).tensors()
             if want_final:
                 assert final is not None
                 finals.append(final[: -1 if window.continues else None])
@@ -437,13 +459,15 @@ class TritonDLA(torch.autograd.Function):
         learned = ctx.needs_input_grad[7]
         grads = Gradients.empty(plan, x, learned)
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        carried, states_of = list(carries), list(kept)
+        carried, size = list(carries), len(fields(Kept))
+        kept_of = [Kept(*kept[i : i + size]) for i in range(0, len(kept), size)]
         resumed_grad: Tensor | None = None
         dstates = None if states is None else torch.zeros_like(states)
         for window in reversed(layout.windows):
-            work = WindowPass(plan, layout, window, x, tables, backward=True)
+            mine = kept_of.pop() if kept_of else None
+            work = WindowPass(plan, layout, window, x, tables, True, mine)
             before = carried.pop() if window.resumes else None
-            snap = states_of.pop() if states_of else work.scan(_incoming(work, states, before))[0]
+            snap = mine.states if mine else work.scan(_incoming(work, states, before))[0]
             n = len(window.segments)
             ends = dfinal if dfinal is None else dfinal[window.segment_lo : window.segment_lo + n]
             carry = _incoming_gradient(work, ends, resumed_grad if window.continues else None)
@@ -525,14 +549,14 @@ def backward_window(
     )
     initial, dkeep = work.reverse_scan(snap, dstates, carry, want_initial)
     dat, dat_tile, weighted, rows, cols = _pairs_backward(work, do, dlam, oldest, grads)
-    dk, ends = _token_gradients(work, do, weighted, dstates, carry is not None, grads)
     grid, table, lo, tile = (work.blocks, H), blocks, window.block_lo, plan.tile
     if plan.gdn:
-        dphi = _transition_gradient(work, snap, dstates, carry is not None)
-        rows, cols, ends, dkeep = _local_backward(work, dphi, dat, dat_tile, dq, dk, grads)
+        written = _written_gradients(work, snap, do, weighted, dstates, carry is not None, grads)
+        rows, cols, ends, dkeep = _local_backward(work, written, dat, dat_tile, dq, grads)
         grid, table, lo, tile = work.tile_grid, work.layout.tiles, work.tile_lo, 0
         grads.add_heads(slice(work.token_lo, work.token_lo + work.tokens))
     else:
+        dk, ends = _token_gradients(work, do, weighted, dstates, carry is not None, grads)
         _group_gradient(work, dat, dq, dk, grads)
     assert dkeep is not None
     decay_gradient_kernel[grid](
@@ -547,14 +571,14 @@ def _slot_query_gradient(work: WindowPass, snap: Tensor, do: Tensor) -> tuple[Te
     """What reading slots adds to dq (or dQt) and to dlam, in parts; and the weights that they were read with."""
     plan, x, tables, window = work.plan, work.x, work.tables, work.window
     H, K = plan.H, plan.K
-    dims = plan.launch("slot_query_gradient", do.device)
-    parts = ceil_div(plan.DK, dims["BK"])
-    heads = heads_per_program(plan, work.tiles * parts)
+    dims = plan.slot_query_gradient(do.device)
+    programs, parts = work.blocks * plan.block // dims["BQ"], ceil_div(plan.DK, dims["BK"])
+    heads = heads_per_program(plan, programs * parts)
     registers = THREE_PROGRAMS if dims["num_warps"] == 4 and plan.DV <= 64 else ALL_REGISTERS
     dq = work.new(work.tokens, H // heads, plan.DK, dtype=plan.gradient_dtype)
     dlam = work.new(parts, K, H, work.tokens)
     weights, oldest = work.new(K, H, work.tokens), work.new(H, work.tokens, dtype=torch.int32)
-    slot_query_gradient_kernel[(work.tiles, H // heads, parts)](
+    slot_query_gradient_kernel[(programs, H // heads, parts)](
         work.qt, do, tables.cg, x.lam, tables.counts, work.layout.blocks, tables.death, tables.live, snap, dq, dlam,
         oldest, weights, *work._sizes(), K, window.block_lo, window.row_lo, work.token_lo, work.tokens, heads,
         **dims, **plan.tiled(), **plan.math(), **registers,
@@ -589,16 +613,8 @@ def _token_gradients(
     """dV; returns dKh, or of Mamba-2 what writing slots adds to dk and to the decay gradient, both in parts."""
     plan, x, tables, window = work.plan, work.x, work.tables, work.window
     T, H, K = work.layout.tokens, plan.H, plan.K
-    where = (window.block_lo, window.row_lo, work.token_lo)
     blocks, flags = work.layout.blocks, dict(HAS_INCOMING=has_incoming, **plan.tiled())
-    if plan.gdn and not plan.wide and max(plan.DK, plan.DV) <= 128:
-        dkh = work.new(work.tokens, H, plan.DK)
-        token_gradient_kernel[(work.tiles, H)](
-            work.kh, x.v, do, tables.life, blocks, weighted, dstates, dkh, grads.dv, T, H, K, *where, **flags,
-            **plan.launch("token_gradient", do.device), DOT=plan.dot, PREC=PRECISION,
-        )  # fmt: skip
-        return dkh, dkh.new_empty(0)
-    sizes = (*work._sizes(), K, *where)
+    sizes = (*work._sizes(), K, window.block_lo, window.row_lo, work.token_lo)
     dims = plan.launch("key_gradient", do.device)
     parts = ceil_div(plan.DK, dims["BK"])
     heads = heads_per_program(plan, work.tiles * parts)
@@ -614,6 +630,47 @@ def _token_gradients(
     return dk, ends
 
 
+@dataclass
+class WrittenGradients:
+    """Of what Gated DeltaNet's blocks wrote and of their transitions.
+
+    Attributes:
+        dkh: fp32, dke: gradient of k from ek, [tokens of the window, H, DK].
+        sums: <dek, ek> of each tile, fp32 [parts, blocks, TILES, H]. trace: tr dPhi, fp32 [parts, blocks, H].
+    """
+
+    dkh: Tensor
+    dke: Tensor
+    sums: Tensor
+    trace: Tensor
+
+
+def _written_gradients(
+    work: WindowPass, snap: Tensor, do: Tensor, weighted: Tensor, dstates: Tensor, has_incoming: bool, grads: Gradients
+) -> WrittenGradients:
+    """dV and the gradients of a block's Kh and ek (Gated DeltaNet)."""
+    plan, x, tables, window = work.plan, work.x, work.tables, work.window
+    dphi, trace = _transition_gradient(work, snap, dstates, has_incoming)
+    dke = work.new(work.tokens, plan.H, plan.DK, dtype=plan.gradient_dtype)
+    if not plan.wide and max(plan.DK, plan.DV) <= 128:
+        dkh, sums = work.new(*dke.shape), work.new(1, work.blocks, plan.tiles, plan.H)
+        token_gradient_kernel[(work.tiles, plan.H)](
+            x.k, work.kh, x.v, do, tables.cg, tables.life, work.layout.blocks, weighted, dstates, dphi, dkh, dke,
+            grads.dv, sums, *work._sizes(), plan.K, window.block_lo, window.row_lo, work.token_lo,
+            HAS_INCOMING=has_incoming, **plan.tiled(), **plan.launch("token_gradient", do.device), DOT=plan.dot,
+            PREC=PRECISION,
+        )  # fmt: skip
+        return WrittenGradients(dkh, dke, sums, trace)
+    dkh, _ = _token_gradients(work, do, weighted, dstates, has_incoming, grads)
+    meta = local_launch(plan, do.device, "transition_backward")
+    sums = work.new(ceil_div(plan.DK, meta["BK"]), work.blocks, plan.tiles, plan.H)
+    transition_backward_kernel[(*work.tile_grid, len(sums))](
+        x.k, tables.cg, work.kh, dphi, dkh, dke, sums, work.layout.tiles, work.tile_lo, window.block_lo, work.token_lo,
+        *work._sizes(), work.blocks, **meta,
+    )  # fmt: skip
+    return WrittenGradients(dkh, dke, sums, trace)
+
+
 def _group_gradient(work: WindowPass, dat: Tensor, dq: Tensor, dk: Tensor, grads: Gradients) -> None:
     """dq and dk of Mamba-2 from those of the slots in parts, and the pairs' dAt of each head."""
     plan, x, window = work.plan, work.x, work.window
@@ -627,25 +684,29 @@ def _group_gradient(work: WindowPass, dat: Tensor, dq: Tensor, dk: Tensor, grads
     )  # fmt: skip
 
 
-def _transition_gradient(work: WindowPass, snap: Tensor, dstates: Tensor, has_incoming: bool) -> Tensor:
-    """dPhi of Gated DeltaNet's blocks [blocks, H, DK, DK]."""
+def _transition_gradient(work: WindowPass, snap: Tensor, dstates: Tensor, has_incoming: bool) -> tuple[Tensor, Tensor]:
+    """dPhi of Gated DeltaNet's blocks [blocks, H, DK, DK], and parts of its trace fp32 [parts, blocks, H]."""
     plan, tables, window = work.plan, work.tables, work.window
     dims = plan.launch("dphi", snap.device)
-    dphi = work.new(work.blocks, plan.H, plan.DK, plan.DK)
-    dphi_kernel[(work.blocks, plan.H, ceil_div(plan.DK, dims["BK"]) ** 2)](
-        snap, dstates, tables.pos, tables.death, tables.live, work.layout.blocks, dphi, plan.H, plan.K, window.block_lo,
-        window.row_lo, HAS_INCOMING=has_incoming, **dims, KP=plan.slots_padded, PREC=PRECISION,
+    parts = ceil_div(plan.DK, dims["BK"])
+    dphi = work.new(work.blocks, plan.H, plan.DK, plan.DK, dtype=plan.gradient_dtype)
+    trace = work.new(parts, work.blocks, plan.H)
+    dphi_kernel[(work.blocks, plan.H, parts**2)](
+        snap, dstates, tables.pos, tables.death, tables.live, work.layout.blocks, dphi, trace, plan.H, plan.K,
+        window.block_lo, window.row_lo, work.blocks, HAS_INCOMING=has_incoming, **dims, KP=plan.slots_padded,
+        PREC=PRECISION,
     )  # fmt: skip
-    return dphi
+    return dphi, trace
 
 
 def _local_backward(
-    work: WindowPass, dphi: Tensor, dat: Tensor, dat_tile: Tensor, dqt: Tensor, dkh: Tensor, grads: Gradients
+    work: WindowPass, written: WrittenGradients, dat: Tensor, dat_tile: Tensor, dqt: Tensor, grads: Gradients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From dAt, dQt, dKh and dPhi of Gated DeltaNet to dq, dk, dbeta; returns what the decay gradient is made of."""
-    plan, x, tables, device = work.plan, work.x, work.tables, dphi.device
-    H = plan.H
-    dke, dkeep = _compose_backward(work, dphi, dat, dqt, dkh)
+    """From dAt, dQt, dKh and dek of Gated DeltaNet's blocks to dq, dk, dbeta; returns what the decay gradient is made
+    of."""
+    plan, x, tables, device = work.plan, work.x, work.tables, dqt.device
+    H, dkh, dke = plan.H, written.dkh, written.dke
+    dkeep = _compose_backward(work, written, dat, dqt)
     where, dqk = (*work._where(), *work._sizes()), torch.empty_like(dat_tile)
     db, rows = torch.empty_like(dqk), work.new(2, H, work.layout.tokens)
     inputs = (x.q, x.k, x.beta, tables.cg_tile, work.inv)
@@ -664,30 +725,22 @@ def _local_backward(
     return rows, cols, ends, dkeep
 
 
-def _compose_backward(work: WindowPass, dphi: Tensor, dat: Tensor, dqt: Tensor, dkh: Tensor) -> tuple[Tensor, Tensor]:
-    """From a block's dQt and dKh to those of its tiles, in place; returns dk from ek, and each tile's last cg's
-    [tiles, H, 1]."""
+def _compose_backward(work: WindowPass, written: WrittenGradients, dat: Tensor, dqt: Tensor) -> Tensor:
+    """From a block's dQt, dKh and dek to those of its tiles, in place; returns each tile's last cg's [tiles, H, 1]."""
     plan, x, tables = work.plan, work.x, work.tables
     device, tiles, lo = x.k.device, plan.tiles, work.window.block_lo
-    meta = local_launch(plan, device, "transition_backward")
-    parts = ceil_div(plan.DK, meta["BK"])
-    both = work.new(parts + 2, work.blocks, tiles, plan.H)
-    block_sums, sums = both[:parts], both[parts:]
-    dke, where = torch.empty_like(dqt), (work.layout.tiles, work.tile_lo)
-    sizes = (*work._sizes(), work.blocks)
-    transition_backward_kernel[(*work.tile_grid, parts)](
-        x.k, tables.cg, work.kh, dphi, dkh, dke, block_sums, *where, lo, work.token_lo, *sizes, **meta,
-    )  # fmt: skip
-    pairs = work.new(work.tokens, plan.H, plan.tile, dtype=plan.state_dtype)
+    sums, pairs = work.new(2, work.blocks, tiles, plan.H), work.new(*dqt.shape[:2], plan.tile, dtype=plan.state_dtype)
     for keys in (True, False):
+        own, dx = (work.kh_tile, written.dkh) if keys else (work.qt_tile, dqt)
         compose_backward_kernel[(work.blocks, plan.H)](
-            x.k, tables.cg_tile, work.kh_tile, work.at, dat, pairs, work.passing, dkh if keys else dqt, dkh, dke,
+            x.k, tables.cg_tile, work.kh_tile, work.at, dat, pairs, own, work.passing, dx, written.dkh, written.dke,
             sums[int(keys)], work.layout.blocks, lo, work.token_lo, *work._sizes(), KEYS=keys,
             **local_launch(plan, device, "compose_backward_keys" if keys else "compose_backward"), **ALL_REGISTERS,
         )  # fmt: skip
     dkeep = work.new(*work.tile_grid, 1)
     tile_decay_kernel[work.tile_grid](
-        tables.cg, dphi, block_sums, sums, dkeep, *where, work.layout.blocks, lo, work.layout.tokens, plan.H,
-        work.blocks, PARTS=parts, TILES=tiles, BT=plan.tile, DK=plan.DK, BK=power_of_two(plan.DK), num_warps=1,
+        tables.cg, written.trace, written.sums, sums, dkeep, work.layout.tiles, work.tile_lo, work.layout.blocks, lo,
+        work.layout.tokens, plan.H, work.blocks, PARTS=len(written.sums), TRACES=len(written.trace), TILES=tiles,
+        BT=plan.tile, num_warps=1,
     )  # fmt: skip
-    return dke, dkeep
+    return dkeep

@@ -63,7 +63,7 @@ def compose_kernel(
     kh,  # [T, H, DK]: Kh of each tile
     at,  # [T, H, TILES * BT] out: At of each block below its diagonal (KEYS: B, above it)
     x_out,  # [T, H, DK] out: Qt (KEYS: Kh) of each block
-    passing,  # [T, H, TILES - 1, DK] out: x where it comes to each of the other tiles (SAVE)
+    passing,  # [T, H, TILES - 2, DK] out: x where it comes to each tile but the next one (SAVE)
     tiles,  # [n, 4], see `BlockLayout`
     tile_lo,
     blocks,
@@ -95,15 +95,15 @@ def compose_kernel(
         last = tl.minimum((i_p + 1) * BT, n) - 1
         b_gain, keep = tl.exp(tl.load(p_g + tl.minimum(o_p, last))), tl.exp(tl.load(p_g + last))
         b_dot = b_x.to(DOT)
-        p_x = passing + (i_w * (TILES - 1) + (i_p - 1 if KEYS else i_p)) * DK
-        if SAVE:
-            store_near(p_x, b_dot, o_t, o_k, n, stride * (TILES - 1), DK)
+        p_x = passing + (i_w * (TILES - 2) + (i_p - 2 if KEYS else i_p)) * DK
+        if SAVE and i > 0:  # to the next tile comes `x` itself
+            store_near(p_x, b_dot, o_t, o_k, n, stride * (TILES - 2), DK)
         # [BT, BK] @ [BK, BT] -> [BT, BT]
         b_pair = tl.dot(b_dot, load_near_t(p_y, o_p, o_k, n, stride_y, DK).to(DOT), input_precision=PREC)
         if BH > 0:
             b_dot_h = b_h.to(DOT)
-            if SAVE:
-                store_near(p_x, b_dot_h, o_t, o_h, n, stride * (TILES - 1), DK)
+            if SAVE and i > 0:
+                store_near(p_x, b_dot_h, o_t, o_h, n, stride * (TILES - 2), DK)
             b_y = load_near_t(p_y, o_p, o_h, n, stride_y, DK)
             b_pair = tl.dot(b_dot_h, b_y.to(DOT), b_pair, input_precision=PREC)  # [BT, BH] @ [BH, BT] -> [BT, BT]
         b_scaled = b_pair * b_gain[None, :]
@@ -126,7 +126,7 @@ def compose_backward_kernel(
     at,  # [T, H, TILES * BT]
     dat,  # same shape: dAt of each block below its diagonal (not KEYS)
     pairs,  # [T, H, BT] scratch: gradient of At[c, p] (KEYS: of Kh k_p^T) for each c that passes a tile
-    passing,  # [T, H, TILES - 1, DK], see `compose_kernel`
+    x, passing,  # [T, H, DK] and [T, H, TILES - 2, DK], see `compose_kernel`
     dx,  # [T, H, DK], in place: from dQt (KEYS: dKh) of each block to that of each tile
     dkh, dke,  # [T, H, DK], in place: with what the others passing a tile add; dke: gradient of k from ek
     sums,  # [blocks of the window, TILES, H] fp32 out: <dx after a tile, x before it> of all that pass
@@ -168,20 +168,22 @@ def compose_backward_kernel(
                 b_pair += load_near(p_dat, o_c, o_p, n, H * W, W).to(tl.float32)
             store_near(p_pairs, b_pair, o_c, o_i, n, H * BT, BT)
         tl.debug_barrier()  # what follows reads what other threads wrote
-        p_x = passing + (i_w * (TILES - 1) + (i_p - 1 if KEYS else i_p)) * DK
-        b_kept = tl.zeros([BT], tl.float32)
+        p_x = passing + (i_w * (TILES - 2) + (i_p - 2 if KEYS else i_p)) * DK
+        kept = tl.zeros([], tl.float32)  # a number: [BT] of them would take more registers
         for i_k in range(0, DK, BK):
             o_k = i_k + tl.arange(0, BK)
             b_z = load_near(p_z, o_p, o_k, n, stride_z, DK).to(DOT)
             b_through, b_past = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
             for i in range(passers):  # all products here [BT, BT] @ [BT, BK] -> [BT, BK]
                 o_c = (i if KEYS else i_p + 1 + i) * BT + o_i
-                b_x = load_near(p_x, o_c, o_k, n, stride * (TILES - 1), DK)
+                own = (i == passers - 1) if KEYS else (i == 0)  # it comes from the tile beside this one
+                p_from, every = tl.where(own, x + i_w * DK, p_x), tl.where(own, stride, stride * (TILES - 2))
+                b_x = load_near(p_from, o_c, o_k, n, every, DK)
                 b_pair = load_near_t(p_pairs, o_c, o_i, n, H * BT, BT)
                 if KEYS:  # its dx has four bytes: in the other order both would spill
                     b_through = tl.dot(b_pair, b_x, b_through, input_precision=PREC)
                 b_dx = load_near(p_dx, o_c, o_k, n, stride, DK)
-                b_kept += tl.sum(b_dx.to(tl.float32) * b_x.to(tl.float32), 1)
+                kept += tl.sum(tl.sum(b_dx.to(tl.float32) * b_x.to(tl.float32), 1), 0)
                 b_at = load_near_t(p_at, o_c, o_p, n, H * W, W)
                 b_past = tl.dot(b_at, b_dx.to(DOT), b_past, input_precision=PREC)
                 if not KEYS:
@@ -196,7 +198,7 @@ def compose_backward_kernel(
             store_near(p_dkh, b_dkh, o_p, o_k, n, stride, DK)
             b_dke += load_near(p_dke, o_p, o_k, n, stride, DK).to(tl.float32)
             store_near(p_dke, b_dke, o_p, o_k, n, stride, DK)
-        tl.store(sums + (i_b.to(tl.int64) * TILES + i_p) * H + i_h, keep * tl.sum(b_kept, 0))
+        tl.store(sums + (i_b.to(tl.int64) * TILES + i_p) * H + i_h, keep * kept)
         tl.debug_barrier()
 
 
@@ -229,6 +231,25 @@ def transition_kernel(
     tl.store(p_r, b_r.to(r_matrix.dtype.element_ty), mask=(o_a < DK)[:, None] & (o_b < DK)[None, :])
 
 
+@triton.jit
+def through_transition(
+    b_dkh, b_dek,  # [BT, len(o_a)], in: what other key dims gave
+    p_k,  # [T, G, DK], at the head, as all pointers are
+    p_kh,  # [T, H, DK]: of blocks
+    p_dphi,  # [DK, DK], of the block
+    b_gain,  # exp(cg) [BT, 1], in the block
+    o_t, o_a, low, end, stride_k, stride_kh, DK: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """What the BK key dims from `low` on give dKh and dek through Phi = exp(cg_C) I - Kh^T ek of a block."""
+    o_b = low + tl.arange(0, BK)
+    b_k = b_gain * rows_of(p_k, o_t, o_b, end, stride_k, DK)
+    # products [BT, BK] @ [BK, len(o_a)] -> [BT, len(o_a)]
+    b_dkh -= tl.dot(b_k.to(DOT), load_tile_t(p_dphi, o_a, o_b, DK, DK), input_precision=PREC)
+    b_kh = raw_rows(p_kh, o_t, o_b, end, stride_kh, DK)
+    b_dek -= tl.dot(b_kh, load_tile(p_dphi, o_b, o_a, DK, DK), input_precision=PREC)
+    return b_dkh, b_dek
+
+
 @triton.jit(do_not_specialize=SIZES)
 def transition_backward_kernel(
     k, cg,
@@ -242,7 +263,7 @@ def transition_backward_kernel(
     N_BLOCKS,  # of the window
     TILES: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Through Phi = exp(cg_C) I - Kh^T ek of a block, but for exp(cg_C)."""
+    """dKh and dek through a block's Phi, where `token_gradient_kernel` does not do it: BK dims of them a program."""
     i_t, i_h = tile_lo + tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_w = i_h - token_lo.to(tl.int64) * H
     first, end = tl.load(tiles + 4 * i_t), tl.load(tiles + 4 * i_t + 1)
@@ -254,28 +275,27 @@ def transition_backward_kernel(
     p_dphi = dphi + (i_b * H + i_h) * DK * DK
     b_dkh = rows_of(dkh + i_w * DK, o_t, o_a, end, H * DK, DK)
     b_dek = tl.zeros([BT, BK], tl.float32)
-    for i_k in range(0, DK, BK):  # products [BT, BK] @ [BK, BK] -> [BT, BK]
-        o_b = i_k + tl.arange(0, BK)
-        b_k = b_gain * rows_of(p_k, o_t, o_b, end, stride_k, DK)
-        b_dkh -= tl.dot(b_k.to(DOT), load_tile_t(p_dphi, o_a, o_b, DK, DK).to(DOT), input_precision=PREC)
-        b_kh = raw_rows(kh + i_w * DK, o_t, o_b, end, H * DK, DK)
-        b_dek -= tl.dot(b_kh, load_tile(p_dphi, o_b, o_a, DK, DK).to(DOT), input_precision=PREC)
+    for i_k in range(0, DK, BK):
+        b_dkh, b_dek = through_transition(
+            b_dkh, b_dek, p_k, kh + i_w * DK, p_dphi, b_gain, o_t, o_a, i_k, end, stride_k, H * DK, DK, BK, DOT, PREC
+        )
     store_rows(dkh + i_w * DK, b_dkh, o_t, o_a, end, H * DK, DK)
     b_dek *= b_gain
     store_rows(dke + i_w * DK, b_dek, o_t, o_a, end, H * DK, DK)
-    total = tl.sum(tl.sum(b_dek * rows_of(p_k, o_t, o_a, end, stride_k, DK), 1), 0)
+    # over both axes at once, as in `token_gradient_kernel`
+    total = tl.sum(b_dek * rows_of(p_k, o_t, o_a, end, stride_k, DK))
     tl.store(sums + ((tl.program_id(2) * N_BLOCKS.to(tl.int64) + i_b) * TILES + place) * H + i_h, total)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def tile_decay_kernel(
     cg,  # [H, T]: in blocks
-    dphi,  # [blocks of the window, H, DK, DK] fp32
+    trace,  # [TRACES, blocks of the window, H] fp32: parts of tr dPhi
     block_sums,  # [PARTS, blocks of the window, TILES, H] fp32, see `transition_backward_kernel`
     sums,  # [2, blocks of the window, TILES, H] fp32, see `compose_backward_kernel`
     dkeep,  # [tiles of the window, H] fp32 out: gradient of the log of a tile's whole decay
     tiles, tile_lo, blocks, block_lo, T, H, N_BLOCKS,
-    PARTS: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr, TRACES: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """What a tile's decay gets: from its block's, from what passes it, and from the block's ek of later tiles."""
     i_t, i_h = tile_lo + tl.program_id(0), tl.program_id(1)
@@ -286,11 +306,10 @@ def tile_decay_kernel(
     o_x = tl.arange(0, TILES)
     there = begin + o_x * BT < stop  # nothing was written for tiles without tokens
     o_sum = (i_b.to(tl.int64) * TILES + o_x) * H + i_h
-    o_k = tl.arange(0, BK)
-    p_diagonal = dphi + (i_b.to(tl.int64) * H + i_h) * DK * DK + o_k * (DK + 1)
-    total = tl.sum(tl.load(p_diagonal, mask=o_k < DK, other=0.0), 0) * tl.exp(
-        tl.load(cg + i_h.to(tl.int64) * T + stop - 1)
-    )
+    total = tl.zeros([], tl.float32)
+    for part in tl.static_range(TRACES):
+        total += tl.load(trace + (part * N_BLOCKS.to(tl.int64) + i_b) * H + i_h)
+    total *= tl.exp(tl.load(cg + i_h.to(tl.int64) * T + stop - 1))
     for part in tl.static_range(PARTS):
         total += tl.sum(tl.load(block_sums + part * size + o_sum, mask=there & (o_x > place), other=0.0), 0)
     p_sum = sums + (i_b.to(tl.int64) * TILES + place) * H + i_h

@@ -60,12 +60,11 @@ def pair_tile(
 @triton.jit
 def slot_weights_tile(
     p_lam,  # [T, H, K], at the head
-    p_life,  # [H, T], at the head
+    b_death,  # [BT] death of the start at each key, 0 where there is none
     b_newer,  # [BT] live starts newer than the tile at each query
     o_t, o_p, first, end, stride_lam, K,
 ):  # fmt: skip
     """M[t, p] = lam[t, slot_t(p)], zero where p > t; and live starts from the tile's first on at each query."""
-    b_death = tl.load(p_life + o_p, mask=o_p < end, other=0)
     causal = (o_p[None, :] <= o_t[:, None]) & (o_t < end)[:, None]
     b_alive = ((b_death[None, :] > o_t[:, None]) & causal).to(tl.int32)
     b_slot = b_newer[:, None] + tl.cumsum(b_alive, 1, reverse=True) - b_alive
@@ -176,10 +175,11 @@ def output_kernel(
         for back in tl.range(0, i_c + 1, num_stages=1):  # the next tiles ahead of time do not fit in registers
             i_x = i_c - back
             o_p = first + i_x * BT + tl.arange(0, BT)
+            b_death = tl.load(p_life + o_p, mask=o_p < end, other=0)
             b_at, _ = pair_tile(
                 p_q, p_k, p_g, p_at, o_t, o_p, end, first, stride_q, H * TILES * BT, DK, BK, BT, GDN, DOT, PREC
             )
-            b_lam, b_newer = slot_weights_tile(p_lam, p_life, b_newer, o_t, o_p, first, end, H * K, K)
+            b_lam, b_newer = slot_weights_tile(p_lam, b_death, b_newer, o_t, o_p, first, end, H * K, K)
             b_v = raw_rows(p_v, o_p, o_v, end, stride_v, DV)
             # [BT, BT] @ [BT, BV] -> [BT, BV]
             b_o = tl.dot((b_at * b_lam).to(DOT), b_v.to(DOT), b_o, input_precision=PREC)

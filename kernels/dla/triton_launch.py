@@ -45,7 +45,9 @@ LAUNCH = {
     "state_gradient.sm80": ((64, 128, 8, 2), (32, 64, 8, 1), "backward"),
     "slot_query_gradient": ((64, 128, 4, 2), (32, 32, 8, 1), "backward"),
     "slot_query_gradient.sm80": ((32, 32, 8, 1), (32, 32, 8, 1), "backward"),
+    "slot_query_gradient.sm100": ((64, 128, 4, 1), (32, 32, 8, 1), "backward"),
     "slot_query_gradient.256": ((64, 64, 4, 2), (32, 32, 8, 1), "backward"),
+    "slot_query_gradient.256.sm100": ((64, 64, 4, 1), (32, 32, 8, 1), "backward"),
     "pairs_backward": ((128, 128, 4, 2), (32, 32, 8, 1), "backward"),
     "pairs_backward.sm80": ((32, 64, 4, 1), (32, 32, 8, 1), "backward"),
     "pairs_backward.sm100": ((128, 64, 8, 2), (32, 32, 8, 1), "backward"),
@@ -53,6 +55,7 @@ LAUNCH = {
     "key_gradient": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
     "key_gradient.sm80": ((64, 64, 8, 2), (64, 64, 8, 1), "backward"),
     "token_gradient": ((128, 128, 8, 2), (64, 64, 8, 1), "backward"),
+    "token_gradient.sm100": ((128, 128, 8, 1), (64, 64, 8, 1), "backward"),
     "value_gradient": ((64, 128, 4, 2), (64, 64, 8, 1), "backward"),
     "value_gradient.sm80": ((32, 64, 8, 2), (64, 64, 8, 1), "backward"),
     "dphi": ((64, 64, 4, 2), (64, 64, 8, 1), "backward"),
@@ -65,7 +68,7 @@ LAUNCH = {
     "local_gradient": ((64, 64, 4, 1), (64, 64, 8, 1), "backward"),
     "compose": ((128, 64, 8, 2), (64, 64, 8, 2), "forward"),
     "compose_backward": ((128, 64, 8, 2), (16, 64, 8, 1), "backward"),
-    "compose_backward_keys": ((128, 64, 8, 1), (32, 64, 8, 1), "backward"),
+    "compose_backward_keys": ((128, 64, 8, 2), (32, 64, 8, 1), "backward"),
     "compose_backward.sm80": ((64, 64, 8, 1), (16, 64, 8, 1), "backward"),
     "compose_backward_keys.sm80": ((64, 64, 8, 1), (32, 64, 8, 1), "backward"),
     "compose_backward.sm100": ((64, 64, 8, 1), (16, 64, 8, 1), "backward"),
@@ -196,6 +199,12 @@ class LaunchPlan:
         """`launch` of that kernel; BQ queries in a program, as many as are read with one load of the slots."""
         tiles = 2 if self.tiles % 2 == 0 and not self.wide else 1
         return {"BQ": tiles * self.tile, **self.launch("read_slots", device)}
+
+    def slot_query_gradient(self, device: torch.device) -> dict[str, int]:
+        """The same; two tiles where they fit in registers: of one head, on Hopper."""
+        fits = self.gdn and not self.wide and self.DK <= 128 and 64 < self.DV <= 128
+        tiles = 2 if self.tiles % 2 == 0 and fits and 90 <= compute_capability(device) < 100 else 1
+        return {"BQ": tiles * self.tile, **self.launch("slot_query_gradient", device)}
 
     def state_gradient(self, device: torch.device) -> dict[str, int]:
         """`launch` of that kernel; SLOTS of them in a program."""

@@ -158,8 +158,10 @@ def dphi_kernel(
     snap,  # [rows of the window, H, K, DK, DV]
     grad,  # same shape: D at each row
     live_pos, live_death, live_count, blocks,
-    dphi,  # [blocks of the window, H, DK, DK] fp32 out
+    dphi,  # [blocks of the window, H, DK, DK] out
+    trace,  # [NK, blocks of the window, H] fp32 out: parts of tr dPhi
     H, K, block_lo, row_lo,
+    N_BLOCKS,  # of the window
     HAS_INCOMING: tl.constexpr,  # else D is zero after a segment's last block, and not there
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +184,11 @@ def dphi_kernel(
             b_dphi = tl.dot(b_ds, b_s, b_dphi, input_precision=PREC)  # [BK, BV] @ [BV, BK] -> [BK, BK]
         i_to += (tl.load(live_death + o_death + i_s) >= end).to(tl.int32)
     p_dphi = dphi + (i_b.to(tl.int64) * H + i_h) * DK * DK
-    tl.store(p_dphi + o_a[:, None] * DK + o_b[None, :], b_dphi, mask=(o_a < DK)[:, None] & (o_b < DK)[None, :])
+    m_dphi = (o_a < DK)[:, None] & (o_b < DK)[None, :]
+    tl.store(p_dphi + o_a[:, None] * DK + o_b[None, :], b_dphi.to(dphi.dtype.element_ty), mask=m_dphi)
+    if tl.program_id(2) // NK == tl.program_id(2) % NK:
+        diagonal = tl.sum(tl.sum(tl.where(o_a[:, None] == o_b[None, :], b_dphi, 0.0), 1), 0)
+        tl.store(trace + (tl.program_id(2) % NK * N_BLOCKS.to(tl.int64) + i_b) * H + i_h, diagonal)
 
 
 @triton.jit(do_not_specialize=SIZES)

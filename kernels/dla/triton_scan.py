@@ -55,7 +55,7 @@ def slots_opened(live_pos, live_count, blocks, i_t, i_h, H, K, KP: tl.constexpr)
     before, after = tl.load(live_count + row * H + i_h), tl.load(live_count + (row + 1) * H + i_h)
     o_s = tl.arange(0, KP)
     p_pos = live_pos + ((row + 1).to(tl.int64) * H + i_h) * K
-    b_pos = tl.load(p_pos + o_s, mask=o_s < after, other=-1)
+    b_pos = tl.load(p_pos + o_s, mask=o_s < K, other=-1)  # not waiting for `after`
     fresh = tl.sum(((b_pos >= first) & (o_s < after)).to(tl.int32), 0)
     return row, first, end, before, after, fresh
 

@@ -45,8 +45,9 @@ def slot_columns_kernel(
     b_place = o_s
     for i_b in range(n_blocks):
         i_t = first_block + i_b
-        row, _, end, m, _, fresh = slots_opened(live_pos, live_count, blocks, i_t, i_h, H, K, KP)
-        b_death = tl.load(live_death + (row.to(tl.int64) * H + i_h) * K + o_s, mask=o_s < m, other=0)
+        row = tl.load(blocks + 4 * i_t + 2)
+        b_death = tl.load(live_death + (row.to(tl.int64) * H + i_h) * K + o_s, mask=o_s < K, other=0)
+        _, _, end, m, _, fresh = slots_opened(live_pos, live_count, blocks, i_t, i_h, H, K, KP)
         stays = ((o_s < m) & ((b_death >= end) | (o_s == m - 1))).to(tl.int32)
         dies = ((o_s < m) & (stays == 0)).to(tl.int32)
         kept = fresh + tl.sum(stays, 0)
@@ -80,12 +81,13 @@ def take_columns(b_s, b_source, ROWS: tl.constexpr, KP: tl.constexpr, BV: tl.con
 
 
 @triton.jit
-def add_merged_columns(b_s, p_c, merges, ROWS: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr):
+def add_merged_columns(
+    b_s, p_c, b_after, died, into, merges, ROWS: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr
+):  # fmt: skip
     """b_s [ROWS, KP * BV] with the columns of each slot that dies in a block added to those of the slot that it is
-    merged into. `p_c`: the block's `columns`."""
+    merged into. `p_c`: the block's `columns`; `died`, `into`: of the first merge."""
     o_s = tl.arange(0, KP)
-    b_after = tl.load(p_c + KP + o_s).to(tl.int32)
-    died, into = tl.load(p_c + 3 * KP), tl.load(p_c + 4 * KP)
+    b_after = b_after.to(tl.int32)
     for i_m in range(merges):
         m_from, m_to = o_s == died.to(tl.int32), b_after == into.to(tl.int32)
         more = i_m + 1 < merges  # one ahead: the load's latency is the loop's
@@ -121,7 +123,7 @@ def slot_scan_kernel(
     DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     i_n, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
-    o_c = tl.arange(0, KP * BV) // BV
+    o_s, o_c = tl.arange(0, KP), tl.arange(0, KP * BV) // BV
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)  # of one program: with this zero known, sm_90 spills
     o_v = tl.program_id(2) * BV + tl.arange(0, KP * BV) % BV
     first_block, n_blocks = tl.load(segments + 4 * i_n), tl.load(segments + 4 * i_n + 1)
@@ -138,22 +140,26 @@ def slot_scan_kernel(
         b_s = tl.load(p_new, mask=m_new, other=0.0).to(tl.float32)
     for i_b in range(0 if HAS_INCOMING else 1, n_blocks if WANTS_FINAL else n_blocks - 1):
         i_t = first_block + i_b
-        end, row = tl.load(blocks + 4 * i_t + 1), tl.load(blocks + 4 * i_t + 2)
         p_c = columns + (i_t.to(tl.int64) * H + i_h) * 5 * KP
         p_m = moves + (i_t.to(tl.int64) * H + i_h) * 4
-        p_snap = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
         p_r = r_matrix + ((i_t - block_lo).to(tl.int64) * H + i_h) * DK * DK
-        if BK <= 128:
-            b_r = load_tile(p_r, o_k, o_k, DK, DK)  # early, as the next ones: their latency is the chain's
-        b_before, b_there = tl.load(p_c + o_c).to(tl.int32), tl.load(p_c + KP + o_c).to(tl.int32)
+        # all loads before anything waits for one: their latency is the chain's
+        end, row = tl.load(blocks + 4 * i_t + 1), tl.load(blocks + 4 * i_t + 2)
+        b_before, b_there = tl.load(p_c + o_c), tl.load(p_c + KP + o_c)
         live, fresh, kept, merges = tl.load(p_m), tl.load(p_m + 1), tl.load(p_m + 2), tl.load(p_m + 3)
+        if BK <= 128:
+            b_after, died, into = tl.load(p_c + KP + o_s), tl.load(p_c + 3 * KP), tl.load(p_c + 4 * KP)
+            b_r = load_tile(p_r, o_k, o_k, DK, DK)
+        p_snap = snap + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+        decay = tl.load(cg + i_h * T + end - 1)
+        b_before, b_there = b_before.to(tl.int32), b_there.to(tl.int32)
         newest = tl.minimum(fresh + 1, tl.minimum(kept, K))  # those that have tokens of the block
         p_new, m_new = slot_tile(p_snap + H * K * DK * DV, b_there, o_k, o_v, newest, DK, DV)
         b_new = tl.load(p_new, mask=m_new, other=0.0)
         b_dot = b_s.to(DOT)
         p_old, m_old = slot_tile(p_snap, b_before, o_k, o_v, live, DK, DV)
         tl.store(p_old, b_dot, mask=m_old)
-        b_s *= -tl.exp(tl.load(cg + i_h * T + end - 1))
+        b_s *= -tl.exp(decay)
         if BK <= 128:
             b_s = tl.dot(b_r, b_dot, b_s, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
         else:  # R does not fit in registers beside the columns: go over it with the snapshot just stored
@@ -164,7 +170,8 @@ def slot_scan_kernel(
                 b_x = tl.load(p_x, mask=m_x, other=0.0)
                 # [BK, BX] @ [BX, KP * BV]
                 b_s = tl.dot(load_tile(p_r, o_k, o_x, DK, DK), b_x, b_s, input_precision=PREC)
-        b_s = add_merged_columns(-b_s, p_c, merges, BK, KP, BV)
+            b_after, died, into = tl.load(p_c + KP + o_s), tl.load(p_c + 3 * KP), tl.load(p_c + 4 * KP)
+        b_s = add_merged_columns(-b_s, p_c, b_after, died, into, merges, BK, KP, BV)
         b_s = tl.where(((b_there >= fresh) & (b_there < kept))[None, :], b_s, 0.0) + b_new.to(tl.float32)
     last = first_block + n_blocks - 1
     if WANTS_FINAL:
@@ -230,22 +237,22 @@ def slot_reverse_kernel(
         b_dh = end_gradient(p_in, p_last, b_slot, o_h, o_v, live, HAS_INCOMING, DK, DV, DOT)
     for i_b in range(0 if HAS_INCOMING else 1, n_blocks if WANTS_INITIAL else n_blocks - 1):
         i_t = last - i_b
-        end, row = tl.load(blocks + 4 * i_t + 1), tl.load(blocks + 4 * i_t + 2)
         p_c = columns + (i_t.to(tl.int64) * H + i_h) * 5 * KP
         p_r = r_matrix + ((i_t - block_lo).to(tl.int64) * H + i_h) * DK * DK
-        p_own = grad_states + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
-        b_r = load_tile_t(p_r, o_k, o_k, DK, DK)  # early, as the next ones: their latency is the chain's
+        # all loads before anything waits for one: their latency is the chain's
+        end, row = tl.load(blocks + 4 * i_t + 1), tl.load(blocks + 4 * i_t + 2)
         live = tl.load(moves + (i_t.to(tl.int64) * H + i_h) * 4)
-        b_before = tl.load(p_c + o_c).to(tl.int32)
-        # a slot's gradient is that of the slot that it became or joined; columns of no slot have what nothing reads
-        b_source = tl.load(p_c + 2 * KP + o_s).to(tl.int32)
+        b_before, b_source = tl.load(p_c + o_c), tl.load(p_c + 2 * KP + o_s)
+        b_r = load_tile_t(p_r, o_k, o_k, DK, DK)
         keep = tl.exp(tl.load(cg + i_h * T + end - 1))
-        b_ds = take_columns(b_ds, b_source, BK, KP, BV)
+        b_before, p_own = b_before.to(tl.int32), grad_states + ((row - row_lo).to(tl.int64) * H + i_h) * K * DK * DV
+        # a slot's gradient is that of the slot that it became or joined; columns of no slot have what nothing reads
+        b_ds = take_columns(b_ds, b_source.to(tl.int32), BK, KP, BV)
         b_dot = b_ds.to(DOT)
         p_row, m_row = slot_tile(p_own, b_before, o_k, o_v, live, DK, DV)
         b_ds = tl.dot(b_r, b_dot, -keep * b_ds, input_precision=PREC)  # [BK, BK] @ [BK, KP * BV]
         if BH > 0:
-            b_dh = take_columns(b_dh, b_source, BH, KP, BV)
+            b_dh = take_columns(b_dh, b_source.to(tl.int32), BH, KP, BV)
             b_dot_h = b_dh.to(DOT)
             b_ds = tl.dot(load_tile_t(p_r, o_h, o_k, DK, DK), b_dot_h, b_ds, input_precision=PREC)  # [BK, BH]
             b_dh = tl.dot(load_tile_t(p_r, o_k, o_h, DK, DK), b_dot, -keep * b_dh, input_precision=PREC)  # [BH, BK]

@@ -237,7 +237,8 @@ class TrainingSection:
     full: whole layers. Slot boundaries and merges are stored, not recomputed."""
     keep_states: bool = False
     """Keep each layer's slot states of the forward pass for the backward one, which computes them again otherwise (the
-    kernels on a GPU only): faster, for key_dim x value_dim x slots x heads x 2 bytes a layer and 512 tokens in bf16."""
+    kernels on a GPU only), and Gated DeltaNet's inverses: faster, for key_dim x value_dim x slots x heads x 2 bytes a
+    layer and 512 tokens in bf16, and 320 bytes a token and head of Gated DeltaNet with key_dim 128."""
     log_every: Number = 10
     eval_every: NumberOrNone = 500
     """Steps between validations; the first is before step 1, the last after the end. 0 = never."""

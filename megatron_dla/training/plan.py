@@ -24,7 +24,7 @@ from megatron_dla.model.parameters import MIXER_PARAMETERS
 
 CHUNK = 64  # tokens between two slot states of the torch path
 # of the kernels (`kernels/dla/triton_launch.py`): bytes of an element -> tokens; blocks and bytes in memory at once
-BLOCK, WINDOW_ROWS, WINDOW_BYTES = {2: 512, 4: 128}, 64, 4 << 30
+BLOCK, TILE, WINDOW_ROWS, WINDOW_BYTES = {2: 512, 4: 128}, {2: 64, 4: 32}, 64, 4 << 30
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,12 @@ def _slot_states(config: RunConfig, element: int) -> float:
     window = min(rows * row, max(WINDOW_ROWS * row, WINDOW_BYTES))
     if not training.keep_states:
         return 2 * window
+    deltas = [m.backbone == "gdn" and LETTERS[letter].states is not None for letter in layer_letters(m)]
+    # of Gated DeltaNet also the inverses of tiles, in fp32, and the transitions of blocks
+    delta = heads * (tokens * TILE[element] * 4 + rows * m.key_dim**2 * element)
     # recomputed layers keep theirs from the second forward pass on, one layer at a time
-    layers = sum(counts) if training.recompute == "none" else max(counts)
-    return window + rows * layers * state * element
+    every = sum if training.recompute == "none" else max
+    return window + rows * every(counts) * state * element + every(deltas) * delta
 
 
 def _traffic(config: RunConfig, parameters: int, data: int, element: int) -> dict[str, float]:

@@ -142,15 +142,23 @@ def test_zero_recomputation_and_offload_lower_the_estimate() -> None:
     assert base.memory["slot states"] == 2 * layer  # and their gradients
     assert plan(keep_states=True).memory["slot states"] == (1 + m.num_layers) * layer
     assert plan(keep_states=True, recompute="full").memory["slot states"] == 2 * layer
+    delta = load_config(CONFIGS / "dla_gdn_1b3.yaml", ["training.keep_states=true"])
+    m = delta.model
+    layer = 16384 / 512 * m.num_heads * m.capacity * m.key_dim * m.value_dim * 2
+    inverses = m.num_heads * (16384 * 64 * 4 + 16384 / 512 * m.key_dim**2 * 2)
+    kept = make_plan(delta, 32, 32_000, True).memory["slot states"]
+    assert delta.training.micro_batch_size == 1 and delta.data.seq_len == 16384
+    assert kept == (1 + m.num_layers) * layer + m.num_layers * inverses
     offloaded = plan(offload_optimizer=True)
     assert offloaded.memory["optimizer"] == 0 and offloaded.host == base.memory["optimizer"]
 
 
 def test_slot_states_of_a_long_row_are_those_of_a_window() -> None:
-    from megatron_dla.training.plan import BLOCK, WINDOW_BYTES, WINDOW_ROWS, make_plan
+    from megatron_dla.training.plan import BLOCK, TILE, WINDOW_BYTES, WINDOW_ROWS, make_plan
 
     launch = pytest.importorskip("megatron_dla.kernels.dla.triton_launch")
     assert (launch.WINDOW_ROWS, launch.WINDOW_BYTES) == (WINDOW_ROWS, WINDOW_BYTES)
+    assert TILE == {2: launch.TILE, 4: launch.WIDE_TILE}
     assert BLOCK == {2: launch.TILE * launch.TILES, 4: launch.WIDE_TILE * launch.WIDE_TILES}
     config = load_config(CONFIGS / "dla_mamba2_780m.yaml", ["data.seq_len=1048576", "training.keep_states=false"])
     assert make_plan(config, 32, 32_000, True).memory["slot states"] == 2 * WINDOW_BYTES

@@ -141,6 +141,16 @@ def test_key_dims_in_two_tiles_of_the_scans(small_tiles: None) -> None:
     compare(replace(BASE, T=140, H=1, Dk=136, Dv=8, delta=True), BF16)
 
 
+def test_two_tiles_of_queries_in_a_program(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reading slots gives dq and dlam, where blocks end with the first tile, and all key dims do not fit."""
+    monkeypatch.setattr(triton_launch, "TILES", 4)
+    case = replace(BASE, T=210, H=1, Dk=72, Dv=72, delta=True, documents=(20, 130))
+    plan = triton_launch.LaunchPlan(BF16, case.Dk, case.Dv, case.H, case.H, case.capacity, True, tile=16, tiles=4)
+    dims = plan.slot_query_gradient(torch.device(DEVICE))
+    assert DEVICE != "cpu" or (dims["BQ"], dims["BK"]) == (2 * plan.tile, 64)
+    compare(case, BF16)
+
+
 @pytest.mark.parametrize("delta", [False, True], ids=["mamba2", "gdn"])
 def test_real_tiles(delta: bool) -> None:
     compare(replace(BASE, T=600, H=1, Dk=64, Dv=64, delta=delta, topic=25, tau=1.2), BF16)
@@ -299,6 +309,8 @@ def test_states_that_are_kept_are_not_computed_again(small_tiles: None, delta: b
     scans = {"block_states_kernel", "slot_scan_kernel" if delta else "carry_states_kernel"}
     # more than half: the forward pass goes on to the ends of the windows
     assert all(0 < counts[1][name] < 0.65 * counts[0][name] for name in scans)
+    if delta:  # as often forward as backward
+        assert all(counts[1][name] == counts[0][name] / 2 > 0 for name in ("inverse_kernel", "transition_kernel"))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 12, 24])
